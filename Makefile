@@ -1,0 +1,70 @@
+# Every target makes .venv on its first call and uses it again until pyproject.toml or constraints.txt changes.
+# Another Python: make test PYTHON=python3.12        More arguments for pytest: make test PYTEST_ARGS="-k vocab"
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Some batch systems start jobs without HOME; caches then go beside the packages.
+ifeq ($(strip $(HOME)),)
+export HOME := $(CURDIR)/$(VENV)
+endif
+# A PYTHONPATH or an activated environment of the caller must not leak into ours.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+# Two test processes on two cores: one thread each, or they fight.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint type format clean
+
+help:
+	@echo "make demo     prepare, train, evaluate and predict on the cells inside scanpy (minutes, CPU is enough)"
+	@echo "make test     run the tests"
+	@echo "make lint     check style"
+	@echo "make type     check types"
+	@echo "make format   rewrite the code in our style"
+	@echo "make clean    remove caches and build products (keeps .venv)"
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m perturbgene.demo
+
+test: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+type: $(STAMP)
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# With a torch in the base Python (GPU images) the environment sees it, and our pin of torch is left out. A torch inside
+# another virtual environment does not count: --system-site-packages reaches the base Python only.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) is not there. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, but $(PYTHON) is `$(PYTHON) -V 2>&1`. Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making $(VENV) and installing, once (a few minutes)."
+	@if $(PYTHON) -c 'import importlib.util as u, sys; sys.exit(sys.prefix != sys.base_prefix or not u.find_spec("torch"))'; \
+	  then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else $(PYTHON) -m venv $(VENV); fi || { rm -rf $(VENV); exit 1; }
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@if grep -q 'include-system-site-packages = true' $(VENV)/pyvenv.cfg; \
+	  then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-input -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,148 @@
+"""Expression bins: where the edges lie and which bin a value falls in.
+
+Owns reading, checking, fitting and applying edges; knows nothing of tokens or AnnData. Letters: g genes, e edges.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from perturbgene.errors import InputError, listed
+
+#: log1p counts per 10,000 of one read in a hundred million: below any expressed value, above rounding.
+LOWEST_EDGE = 1e-4
+
+
+def checked_edges(edges_e: Sequence[float] | np.ndarray, *, owner: str = "bin_edges") -> np.ndarray:
+    """Return edges as float64, shape (e,), or say which one breaks the order.
+
+    Raises:
+        InputError: No edge, or one that is not a number, not finite, not above zero, or not above its predecessor.
+    """
+    try:
+        edges = np.asarray(edges_e)
+    except ValueError:  # lists of unequal length
+        edges = np.asarray([""])
+    if edges.size and edges.dtype.kind not in "iuf":  # text, null and true are no numbers, though numpy would convert them
+        raise InputError(f"{owner} must be numbers, but got {edges_e!r}. Give e.g. --bin_edges 0.5 1 2.")
+    edges = edges.astype(np.float64)
+    if edges.ndim != 1 or edges.size == 0:
+        raise InputError(f"{owner} must be a non-empty list of numbers, but got {edges_e!r}. Give at least one edge.")
+    if not np.isfinite(edges).all() or edges[0] <= 0:
+        raise InputError(f"{owner} must be finite and above 0 (bin 0 means not expressed), but got {edges.tolist()}.")
+    for at in np.flatnonzero(np.diff(edges) <= 0)[:1]:
+        raise InputError(
+            f"{owner} must increase, but edge {at + 1} ({edges[at + 1]:g}) does not exceed edge {at} "
+            f"({edges[at]:g}). Sort and deduplicate --bin_edges."
+        )
+    return edges
+
+
+@dataclass(frozen=True)
+class BinEdges:
+    """Edges shared by all genes, shape (1, e), or one row per gene of the panel, shape (g, e)."""
+
+    edges_ge: np.ndarray
+
+    @classmethod
+    def shared(cls, edges_e: Sequence[float]) -> "BinEdges":
+        """One list of edges for all genes."""
+        return cls(checked_edges(edges_e)[None, :])
+
+    @classmethod
+    def per_gene(cls, edges_of_gene: Mapping[str, Sequence[float]], *, genes: Sequence[str]) -> "BinEdges":
+        """One list of edges per gene, in panel order; all genes need one, all of the same length."""
+        missing = [gene for gene in genes if gene not in edges_of_gene]
+        if missing:
+            raise InputError(
+                f"bin_edges lack {len(missing):,} genes of the panel: {listed(missing)}. Give edges for every gene, "
+                "or one shared list."
+            )
+        rows = [checked_edges(edges_of_gene[gene], owner=f"bin_edges of gene {gene}") for gene in genes]
+        lengths = {len(row) for row in rows}
+        if len(lengths) > 1:
+            raise InputError(f"bin_edges must have the same count for every gene, but counts are {sorted(lengths)}.")
+        return cls(np.stack(rows))
+
+    @property
+    def num_edges(self) -> int:
+        """Number of edges e; bins are 0..e."""
+        return int(self.edges_ge.shape[1])
+
+    @property
+    def is_shared(self) -> bool:
+        """True when all genes share one list."""
+        return len(self.edges_ge) == 1
+
+    def to_json(self, genes: Sequence[str]) -> list[float] | dict[str, list[float]]:
+        """Return the edges as they are written in files: a list, or gene -> list."""
+        if self.is_shared:
+            return list(self.edges_ge[0].tolist())
+        return dict(zip(genes, self.edges_ge.tolist(), strict=True))
+
+
+def read_edges(path: str | Path) -> list[float] | dict[str, list[float]]:
+    """Read edges from JSON: a shared list, or gene -> list."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"bin edges {path} cannot be read as JSON ({error}). Give [0.5, 1] or a gene -> list map.") from (
+            error
+        )
+    if not isinstance(content, list | dict):
+        raise InputError(f"bin edges {path} hold a {type(content).__name__}. Give [0.5, 1] or a gene -> list map.")
+    return content
+
+
+def digitize(values_g: np.ndarray, *, edges_e: np.ndarray) -> np.ndarray:
+    """Bin expression values; bin 0 lies below the first edge and means "not expressed".
+
+    Args:
+        values_g: Expression, shape (g,), on the scale of the edges (log1p counts per 10,000 by default).
+        edges_e: Increasing edges, shape (e,).
+
+    Returns:
+        Bin of each value, shape (g,), in 0..e; a value equal to an edge joins the upper bin.
+
+    Example:
+        >>> digitize(np.array([0.2, 0.5, 3.0]), edges_e=np.array([0.5, 1.0])).tolist()
+        [0, 1, 2]
+    """
+    return np.digitize(values_g, edges_e)
+
+
+class ValueHistogram:
+    """Mergeable histogram of positive values, for quantiles of data that never fit in memory.
+
+    The grid has `resolution` cells over (0, `top`]; quantile edges come out on cell boundaries, hence in any order of
+    the input the same, and practically never exactly on an observed value.
+    """
+
+    def __init__(self, *, num_rows: int = 1, top: float = 12.0, resolution: int = 4096) -> None:
+        self.top = top
+        self.counts_gr = np.zeros((num_rows, resolution), dtype=np.int64)
+
+    def add(self, values: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Count positive values; `rows` says which gene each belongs to (all in row 0 when None)."""
+        resolution = self.counts_gr.shape[1]
+        cells = np.clip((values * (resolution / self.top)).astype(np.int64), 0, resolution - 1)
+        if rows is not None:
+            cells += rows.astype(np.int64) * resolution
+        self.counts_gr += np.bincount(cells, minlength=self.counts_gr.size).reshape(self.counts_gr.shape)
+
+    def quantile_edges(self, num_bins: int, *, row: int = 0) -> list[float]:
+        """Return edges that cut the expressed values into `num_bins` bins of about equal size.
+
+        The first edge is `LOWEST_EDGE`, so every expressed value, seen or not yet seen, has a bin >= 1. Fewer edges come back when
+        neighbouring quantiles coincide.
+        """
+        counts_r = self.counts_gr[row]
+        step = self.top / len(counts_r)
+        if counts_r.sum() == 0:
+            return []
+        cumulative_r = np.cumsum(counts_r) / counts_r.sum()
+        inner = [(np.searchsorted(cumulative_r, b / num_bins) + 1) * step for b in range(1, num_bins)]
+        return [LOWEST_EDGE, *(round(float(edge), 6) for edge in np.unique(inner))]

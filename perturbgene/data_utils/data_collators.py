@@ -1,0 +1,367 @@
+"""Cells to batches: padding, packing, masking for training and asking for inference.
+
+Owns every change that a sequence undergoes between the dataset and the model. Masks are pure functions of
+(seed, epoch, cell, token), so they do not depend on batches, workers or ranks. Letters: n cells, l tokens, m labels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from perturbgene.data_utils.partition import cell_key, mix, unit
+from perturbgene.data_utils.tokenization import TRUNCATIONS, GeneTokenizer, TokenBlock
+from perturbgene.data_utils.vocab import MASK_ID, PAD_ID
+from perturbgene.errors import InputError
+
+IGNORED = -100
+
+Example = Mapping[str, torch.Tensor]
+Batch = dict[str, Any]
+
+
+def _identity(example: Example) -> int:
+    """Return the cell's number, or for a plain dict a hash of its tokens."""
+    index = getattr(example, "index", None)
+    if isinstance(index, int) and index >= 0:
+        return index
+    ids = torch.stack([example["input_ids"], example["token_type_ids"]]).numpy().astype(np.uint64)
+    weights = np.arange(1, ids.size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return int((ids.ravel() * weights).sum() >> np.uint64(1))
+
+
+def block_of(examples: Sequence[Example]) -> TokenBlock:
+    """Join examples (unpadded, of one file or of several) into one ragged block."""
+    ids = [example["input_ids"].numpy() for example in examples]
+    types = [example["token_type_ids"].numpy() for example in examples]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    cells = np.array([_identity(example) for example in examples], dtype=np.int64)
+    return TokenBlock(np.concatenate(ids), np.concatenate(types), offsets, cells)
+
+
+def _padded_length(longest: int, multiple: int | None) -> int:
+    return longest if not multiple else -(-longest // multiple) * multiple
+
+
+def pad(block: TokenBlock, *, pad_to_multiple_of: int | None = None, labels_l: np.ndarray | None = None) -> Batch:
+    """Lay a ragged block out as tensors (n, l): ids padded with [PAD], types and mask with 0, labels with -100."""
+    lengths_n = np.diff(block.offsets_n1)
+    width = _padded_length(int(lengths_n.max()), pad_to_multiple_of)
+    is_token_nl = np.arange(width) < lengths_n[:, None]
+    batch: Batch = {}
+    columns = (
+        ("input_ids", block.input_ids_l, PAD_ID),
+        ("token_type_ids", block.token_type_ids_l, 0),
+        ("labels", labels_l, IGNORED),
+    )
+    for name, values_l, filler in columns:
+        if values_l is not None:
+            padded_nl = np.full(is_token_nl.shape, filler, dtype=np.int64)
+            padded_nl[is_token_nl] = values_l
+            batch[name] = torch.from_numpy(padded_nl)
+    batch["attention_mask"] = torch.from_numpy(is_token_nl.astype(np.int64))
+    return batch
+
+
+def pack(block: TokenBlock, *, labels_l: np.ndarray | None = None) -> Batch:
+    """Lay a ragged block out without padding.
+
+    Returns:
+        `input_ids`, `token_type_ids` (l,), `cu_seqlens` int32 (n + 1,), `max_seqlen`, `lengths` (n,) on the host; with
+        labels also `label_positions` (m,) and `labels` (m,).
+    """
+    lengths_n = np.diff(block.offsets_n1)
+    batch: Batch = {
+        "input_ids": torch.from_numpy(block.input_ids_l.astype(np.int64)),
+        "token_type_ids": torch.from_numpy(block.token_type_ids_l.astype(np.int64)),
+        "cu_seqlens": torch.from_numpy(block.offsets_n1.astype(np.int32)),
+        "max_seqlen": int(lengths_n.max()),
+        "lengths": lengths_n.tolist(),
+    }
+    if labels_l is not None:
+        positions = np.flatnonzero(labels_l != IGNORED)
+        batch["label_positions"] = torch.from_numpy(positions)
+        batch["labels"] = torch.from_numpy(labels_l[positions].astype(np.int64))
+    return batch
+
+
+def collate_fn_wrapper(
+    tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None, *, packed: bool = False
+) -> Callable[[Sequence[Example]], Batch]:
+    """Return a collator that joins cells without masking; `labels` of classification become shape (n,).
+
+    Example:
+        >>> tokenizer = GeneTokenizer(genes=["A"], phenotypes={}, bin_edges=[1.0], max_length=4)
+        >>> a = {"input_ids": torch.tensor([0, 5, 1]), "token_type_ids": torch.tensor([0, 1, 0])}
+        >>> b = {"input_ids": torch.tensor([0, 1]), "token_type_ids": torch.tensor([0, 0])}
+        >>> collate_fn_wrapper(tokenizer)([a, b])["input_ids"].tolist()
+        [[0, 5, 1], [0, 1, 3]]
+    """
+
+    def collate(examples: Sequence[Example]) -> Batch:
+        block = block_of(examples)
+        batch = pack(block) if packed else pad(block, pad_to_multiple_of=pad_to_multiple_of)
+        if "labels" in examples[0]:
+            batch["labels"] = torch.stack([torch.as_tensor(example["labels"]) for example in examples])
+        return batch
+
+    return collate
+
+
+# What each random decision about a cell is for; the numbers are part of the contract and never change.
+_ABSENT, _ASKED, _GENE, _ROUNDING, _UNEXPRESSED, _MASKING = (np.uint64(n) for n in (1, 2, 3, 4, 5, 8))
+
+#: Draws per unexpressed gene that is wanted, before a cell that expresses nearly all of the panel goes without.
+_TRIES = 8
+
+
+@numba.njit(nogil=True, cache=True)
+def _kept_hash_limit(types, key, first_gene_type):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Return the largest hash of kept genes: under random truncation, unkept genes below it are not expressed."""
+    limit = np.uint64(0)
+    for type_ in types:
+        if type_ >= first_gene_type:
+            limit = max(limit, mix(key, np.uint64(type_ - first_gene_type)))
+    return limit
+
+
+@numba.njit(nogil=True, cache=True)
+def _draw_unexpressed(  # type: ignore[no-untyped-def]
+    types, wanted, num_genes, first_gene_type, max_length, rule, order_key, is_order_known, key, stamp, stamp_value,
+    measured, out,
+):  # fmt: skip  # pragma: no cover - compiled
+    """Fill `out` with token types of genes that the cell surely does not express; return how many."""
+    limit = num_genes
+    is_full = len(types) >= max_length
+    if is_full and (rule == 1 or (rule == 2 and not is_order_known)):
+        return 0
+    if is_full and rule == 0 and len(types) > 1 and types[-2] >= first_gene_type:
+        limit = types[-2] - first_gene_type
+    hash_limit = _kept_hash_limit(types, order_key, first_gene_type) if is_full and rule == 2 else np.uint64(0)
+    for type_ in types:
+        if type_ >= first_gene_type:
+            stamp[type_ - first_gene_type] = stamp_value
+    found, tries = 0, 0
+    while found < wanted and tries < _TRIES * (wanted + 1) and limit > 0:
+        gene = np.int64(mix(mix(key, _UNEXPRESSED), np.uint64(tries)) % np.uint64(limit))
+        tries += 1
+        is_known = not (is_full and rule == 2) or mix(order_key, np.uint64(gene)) < hash_limit
+        if stamp[gene] != stamp_value and measured[gene] and is_known:
+            stamp[gene] = stamp_value
+            out[found] = first_gene_type + gene
+            found += 1
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _mask_genes(types, first_gene_type, probability, key, is_masked):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Choose the masked genes of one cell, at least one; return how many."""
+    count, best, lowest = 0, -1, 2.0
+    gene_key = mix(key, _GENE)
+    for k in range(len(types)):
+        is_masked[k] = False
+        if types[k] < first_gene_type:
+            continue
+        draw = unit(mix(gene_key, np.uint64(types[k])))
+        if draw < lowest:
+            best, lowest = k, draw
+        if draw < probability:
+            is_masked[k] = True
+            count += 1
+    if count == 0 and best >= 0 and probability > 0:
+        is_masked[best] = True
+        count = 1
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _mask_rows(  # type: ignore[no-untyped-def]
+    ids_l, types_l, offsets_n1, cells_n, epochs_n, order_seeds_n, seed, gene_prob, phenotype_prob, absent_prob,
+    unexpressed_ratio, first_gene_type, first_bin_id, num_genes, max_length, rule, measured_ug, source_n,
+    out_ids, out_types, labels, out_offsets,
+):  # fmt: skip  # pragma: no cover - compiled
+    """Write the masked tokens and labels of all cells; see `DataCollatorForPhenotypicMLM`."""
+    stamp = np.full(num_genes, -1, np.int64)
+    is_masked = np.zeros(len(types_l) + 1, np.bool_)
+    extra = np.empty(num_genes, np.int64)
+    at = 0
+    for row in range(len(cells_n)):
+        ids, types = ids_l[offsets_n1[row] : offsets_n1[row + 1]], types_l[offsets_n1[row] : offsets_n1[row + 1]]
+        key = mix(cell_key(seed, epochs_n[row], cells_n[row]), _MASKING)
+        order_key = cell_key(order_seeds_n[row], epochs_n[row], cells_n[row])
+        masked = _mask_genes(types, first_gene_type, gene_prob, key, is_masked)
+        wanted = min(int(unexpressed_ratio * masked + unit(mix(key, _ROUNDING))), num_genes)
+        found = _draw_unexpressed(
+            types, wanted, num_genes, first_gene_type, max_length, rule, order_key, order_seeds_n[row] >= 0, key, stamp,
+            row, measured_ug[source_n[row]], extra,
+        )  # fmt: skip
+        to_drop = max(0, len(types) + found - max_length)
+        last_kept = len(types)
+        while to_drop > 0 and last_kept > 0:
+            last_kept -= 1
+            to_drop -= types[last_kept] >= first_gene_type and not is_masked[last_kept]
+        found -= min(found, to_drop)
+        for k in range(len(types) - 1):
+            type_ = types[k]
+            out_ids[at], out_types[at], labels[at] = ids[k], type_, IGNORED
+            if type_ >= first_gene_type:
+                if k >= last_kept and not is_masked[k]:
+                    continue
+                if is_masked[k]:
+                    out_ids[at], labels[at] = MASK_ID, ids[k]
+            elif type_ > 0:
+                if unit(mix(mix(key, _ABSENT), np.uint64(type_))) < absent_prob:
+                    continue
+                if unit(mix(mix(key, _ASKED), np.uint64(type_))) < phenotype_prob:
+                    out_ids[at], labels[at] = MASK_ID, ids[k]
+            at += 1
+        for k in range(found):
+            out_ids[at], out_types[at], labels[at] = MASK_ID, extra[k], first_bin_id
+            at += 1
+        out_ids[at], out_types[at], labels[at] = ids[-1], types[-1], IGNORED
+        at += 1
+        out_offsets[row + 1] = at
+
+
+def _distinct_masks(measured: Sequence[np.ndarray | None], num_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stack the few distinct masks of measured genes, (u, g), and say which each cell has, (n,)."""
+    order = {id(mask): mask for mask in measured}
+    rows = [np.ones(num_genes, dtype=bool) if mask is None else mask for mask in order.values()]
+    row_of_id = {key: row for row, key in enumerate(order)}
+    return np.stack(rows), np.array([row_of_id[id(mask)] for mask in measured], dtype=np.int64)
+
+
+@dataclass
+class DataCollatorForPhenotypicMLM:
+    """Masks genes and phenotypes together and joins cells to a batch.
+
+    A phenotype slot leaves the sequence with `absent_prob`; of the others, `phenotype_mask_prob` are asked (`[MASK]`,
+    type kept, labelled). Genes are masked with `gene_mask_prob`, at least one per cell, and joined by masked genes that
+    the cell does *not* express, labelled `bin_0`: otherwise "masked" would mean "expressed". Genes that the file does
+    not measure, or that truncation may have cut, never serve as unexpressed. A full cell gives up its last unmasked
+    genes for them, so no sequence grows past `max_length`.
+
+    Args:
+        tokenizer: Gives the layout.
+        gene_mask_prob, phenotype_mask_prob, absent_prob: Probabilities in [0, 1].
+        unexpressed_ratio: Unexpressed genes per masked expressed gene.
+        seed: Masks are a pure function of (seed, epoch, cell, token).
+        pad_to_multiple_of: Round the padded length up.
+        packed: True lays the batch out without padding.
+
+    Example:
+        >>> tokenizer = GeneTokenizer(genes=["A", "B"], phenotypes={"sex": ["f", "m"]}, bin_edges=[1.0],
+        ...                           included_phenotypes=["sex"], max_length=8)
+        >>> cell = {"input_ids": torch.tensor([0, 5, 7, 1]), "token_type_ids": torch.tensor([0, 1, 2, 0])}
+        >>> collator = DataCollatorForPhenotypicMLM(tokenizer, gene_mask_prob=0, phenotype_mask_prob=1, absent_prob=0)
+        >>> batch = collator([cell])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[0, 2, 7, 1]], [[-100, 5, -100, -100]])
+    """
+
+    tokenizer: GeneTokenizer
+    gene_mask_prob: float = 0.15
+    phenotype_mask_prob: float = 0.5
+    absent_prob: float = 0.1
+    seed: int = 0
+    unexpressed_ratio: float = 0.5
+    pad_to_multiple_of: int | None = None
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("gene_mask_prob", "phenotype_mask_prob", "absent_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but a probability lies in 0..1. Change --{name}.")
+        if self.unexpressed_ratio < 0:
+            raise InputError(f"unexpressed_ratio is {self.unexpressed_ratio}, but must be >= 0.")
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Mask and join cells.
+
+        Returns:
+            Padded: `input_ids`, `token_type_ids`, `attention_mask`, `labels`, all (n, l). Packed: see `pack`.
+        """
+        epochs_n = np.array([getattr(example, "epoch", 0) for example in examples], dtype=np.int64)
+        seeds_n = np.array([getattr(example, "seed", -1) for example in examples], dtype=np.int64)
+        measured = [getattr(example, "is_measured_g", None) for example in examples]
+        block, labels_l = self.mask(block_of(examples), epochs_n=epochs_n, measured=measured, order_seeds_n=seeds_n)
+        if self.packed:
+            return pack(block, labels_l=labels_l)
+        return pad(block, pad_to_multiple_of=self.pad_to_multiple_of, labels_l=labels_l)
+
+    def mask(
+        self,
+        block: TokenBlock,
+        *,
+        epochs_n: np.ndarray,
+        measured: Sequence[np.ndarray | None] = (),
+        order_seeds_n: np.ndarray | None = None,
+    ) -> tuple[TokenBlock, np.ndarray]:
+        """Mask a ragged block; returns the new block and its labels, shape (l,), -100 where nothing is asked.
+
+        Args:
+            block: Cells without masks.
+            epochs_n: Epoch in which each cell was drawn, shape (n,).
+            measured: For each cell, True for genes that its file has, shape (g,), or None for all; empty means all.
+            order_seeds_n: Seed with which each cell was truncated at random, shape (n,), -1 or None where unknown: such
+                a cell, when full, gets no unexpressed genes, as nobody can say which genes it lost.
+        """
+        tokenizer = self.tokenizer
+        seeds_n = np.full(len(block), -1, dtype=np.int64) if order_seeds_n is None else order_seeds_n
+        num_genes = len(tokenizer.panel)
+        room = int(len(block.input_ids_l) * (1 + self.unexpressed_ratio)) + 2 * len(block)
+        ids, types, labels = (np.empty(room, dtype=np.int64) for _ in range(3))
+        offsets = np.zeros(len(block) + 1, dtype=np.int64)
+        measured_ug, source_n = _distinct_masks(measured or [None] * len(block), num_genes)
+        _mask_rows(
+            block.input_ids_l.astype(np.int64), block.token_type_ids_l.astype(np.int64), block.offsets_n1,
+            block.cells_n, epochs_n, seeds_n, self.seed, self.gene_mask_prob, self.phenotype_mask_prob,
+            self.absent_prob, self.unexpressed_ratio, tokenizer.first_gene_type, tokenizer.first_bin_id, num_genes,
+            tokenizer.max_length, TRUNCATIONS.index(tokenizer.truncation), measured_ug, source_n, ids, types, labels,
+            offsets,
+        )  # fmt: skip
+        stop = offsets[-1]
+        return TokenBlock(ids[:stop], types[:stop], offsets, block.cells_n), labels[:stop]
+
+
+def _gene_number(types_l: np.ndarray, offsets_n1: np.ndarray, first_gene_type: int) -> np.ndarray:
+    """Count the genes of the same cell before each gene token, shape (l,); -1 for tokens that are no genes."""
+    is_gene_l = types_l >= first_gene_type
+    genes_before_l1 = np.concatenate([[0], np.cumsum(is_gene_l)])
+    number_l = genes_before_l1[:-1] - np.repeat(genes_before_l1[offsets_n1[:-1]], np.diff(offsets_n1))
+    return np.where(is_gene_l, number_l, -1)
+
+
+def ask(block: TokenBlock, tokenizer: GeneTokenizer, *, asked: Sequence[str], given: Sequence[str] = ()) -> Batch:
+    """Pose one question to every cell: a packed batch that asks some phenotypes and gives others.
+
+    Every asked slot is `[MASK]`, whether or not the cell has a label there; given slots keep their token where the cell
+    has one; all other phenotypes are absent. A long cell keeps the first genes that it would keep with all its labels,
+    so the answer does not depend on whether it has any, and no sequence grows past `max_length`.
+
+    Returns:
+        A packed batch with `label_positions` (n * a,), cell by cell, for the a asked phenotypes in the order asked.
+    """
+    asked_types = np.array([tokenizer.vocabulary.token_type(category) for category in asked], dtype=np.int64)
+    given_types = [tokenizer.vocabulary.token_type(category) for category in given]
+    types_l = block.token_type_ids_l.astype(np.int64)
+    is_kept_l = (types_l == 0) | (types_l >= tokenizer.first_gene_type) | np.isin(types_l, given_types)
+    is_kept_l &= ~np.isin(types_l, asked_types)
+    slots = max(len(tokenizer.included_phenotypes), len(asked) + len(given))
+    most_genes = max(0, tokenizer.max_length - 2 - slots)
+    is_kept_l &= _gene_number(types_l, block.offsets_n1, tokenizer.first_gene_type) < most_genes
+    kept_before = np.concatenate([[0], np.cumsum(is_kept_l)])[block.offsets_n1]
+    kept_n, num_asked = np.diff(kept_before), len(asked_types)
+    offsets = np.concatenate([[0], np.cumsum(kept_n + num_asked)]).astype(np.int64)
+    positions_na = offsets[:-1, None] + 1 + np.arange(num_asked)
+    is_asked_l = np.zeros(int(offsets[-1]), dtype=bool)
+    is_asked_l[positions_na.ravel()] = True
+    ids, types = np.empty(len(is_asked_l), dtype=np.int64), np.empty(len(is_asked_l), dtype=np.int64)
+    ids[is_asked_l], types[is_asked_l] = MASK_ID, np.tile(asked_types, len(block))
+    ids[~is_asked_l], types[~is_asked_l] = block.input_ids_l[is_kept_l], types_l[is_kept_l]
+    batch = pack(TokenBlock(ids, types, offsets, block.cells_n))
+    batch["label_positions"] = torch.from_numpy(positions_na.ravel())
+    return batch

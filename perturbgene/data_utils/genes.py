@@ -1,0 +1,195 @@
+"""Gene identity: which column of a file is which gene of the panel.
+
+Owns gene names, the panel and its alignment to a file; knows nothing of values, tokens or HDF5. Letters: g genes of the
+panel, c columns of a file.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from perturbgene.errors import InputError, listed
+
+NOT_IN_PANEL = -1
+
+#: Columns of `var` that hold another name of the gene, in the order they are tried (CELLxGENE, 10x, GEO habits).
+SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol")
+ID_COLUMNS = ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl")
+
+_ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})(?:\.\d+)?(.*)$")
+
+
+def clean_gene(name: object) -> str:
+    """Strip blanks and the version of an Ensembl id; a missing name is ''.
+
+    Example:
+        >>> clean_gene("ENSG00000156738.18"), clean_gene(" MS4A1 ")
+        ('ENSG00000156738', 'MS4A1')
+    """
+    text = name.strip() if isinstance(name, str) else "" if pd.isna(name) else str(name).strip()  # type: ignore[call-overload]
+    match = _ENSEMBL.match(text)
+    return match.group(1) + match.group(2) if match else text
+
+
+def is_ensembl(name: str) -> bool:
+    """True for ids such as ENSG00000156738 or ENSMUSG00000024673."""
+    return _ENSEMBL.match(name) is not None
+
+
+@dataclass(frozen=True)
+class GeneAlignment:
+    """Where each column of one file lies in the panel, and what became of the rest.
+
+    Args:
+        gene_of_column_c: Panel index of each column, int32 of shape (c,), -1 where the panel lacks it.
+        num_genes: Size of the panel g.
+        by_symbol: Names of columns that were found through a symbol rather than an id.
+        duplicated: Panel genes that several columns claim.
+        unknown: Names of columns that the panel lacks.
+    """
+
+    gene_of_column_c: np.ndarray
+    num_genes: int
+    by_symbol: tuple[str, ...] = ()
+    duplicated: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @cached_property
+    def is_measured_g(self) -> np.ndarray:
+        """True for panel genes that the file has, shape (g,)."""
+        is_measured = np.zeros(self.num_genes, dtype=bool)
+        is_measured[self.gene_of_column_c[self.gene_of_column_c >= 0]] = True
+        return is_measured
+
+    @property
+    def coverage(self) -> float:
+        """Share of the panel's genes that the file has, in 0..1."""
+        return float(self.is_measured_g.mean()) if self.num_genes else 0.0
+
+    @cached_property
+    def is_ordered(self) -> bool:
+        """True when the file's panel columns already stand in panel order, so rows need no sorting."""
+        known = self.gene_of_column_c[self.gene_of_column_c >= 0]
+        return bool((np.diff(known) > 0).all())
+
+    def describe(self) -> str:
+        """Return the coverage line that every verb prints."""
+        measured = int(self.is_measured_g.sum())
+        parts = [f"{measured:,} of {self.num_genes:,} panel genes found ({self.coverage:.1%})"]
+        if self.by_symbol:
+            parts.append(f"{len(self.by_symbol):,} by symbol")
+        if self.duplicated:
+            parts.append(f"{len(self.duplicated):,} summed from several columns ({listed(self.duplicated, most=3)})")
+        if self.unknown:
+            parts.append(f"{len(self.unknown):,} columns not in the panel")
+        return ", ".join(parts)
+
+    def check_coverage(self, minimum: float, *, source: str) -> None:
+        """Raise an InputError when the file has too few of the panel's genes."""
+        if self.coverage >= minimum and self.is_measured_g.any():
+            return
+        raise InputError(
+            f"{source}: {self.describe()}, under --min_gene_coverage {minimum:g}; its first names are "
+            f"{listed(self.unknown, most=3)}. Name the right column with --gene_id_column, or lower "
+            "--min_gene_coverage if the file really measures so few of these genes."
+        )
+
+
+@dataclass(frozen=True)
+class GenePanel:
+    """The ordered genes that a model knows: gene i has token type 1 + P + i.
+
+    Args:
+        genes: Ids, Ensembl versions dropped, most variable first.
+        symbols: Symbol of each gene, or empty.
+    """
+
+    genes: tuple[str, ...]
+    symbols: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        genes = tuple(clean_gene(gene) for gene in self.genes)
+        repeated = [gene for gene, count in Counter(genes).items() if count > 1]
+        if not genes:
+            raise InputError("the gene panel is empty. Give at least one gene.")
+        if "" in genes:
+            raise InputError(f"gene {genes.index('')} of the panel has a blank name. Remove it or name it.")
+        if repeated:
+            raise InputError(f"the gene panel names {listed(repeated)} more than once. Keep each gene once.")
+        if self.symbols and len(self.symbols) != len(genes):
+            raise InputError(f"{len(self.symbols):,} gene symbols were given for {len(genes):,} genes. Give one each.")
+        object.__setattr__(self, "genes", genes)
+        object.__setattr__(self, "symbols", tuple(clean_gene(symbol) for symbol in self.symbols))
+
+    def __len__(self) -> int:
+        return len(self.genes)
+
+    @cached_property
+    def _index_of_id(self) -> dict[str, int]:
+        return {gene: index for index, gene in enumerate(self.genes)}
+
+    @cached_property
+    def _index_of_symbol(self) -> dict[str, int]:
+        unique = Counter(self.symbols)
+        return {symbol: i for i, symbol in enumerate(self.symbols) if symbol and unique[symbol] == 1}
+
+    @cached_property
+    def _uses_ensembl(self) -> bool:
+        return sum(map(is_ensembl, self.genes)) > len(self.genes) / 2
+
+    def display_name(self, index: int) -> str:
+        """Return the symbol of gene `index` when there is one, else its id."""
+        return (self.symbols[index] if self.symbols else "") or self.genes[index]
+
+    def find(self, name: object) -> int:
+        """Return the panel index of an id or symbol, or -1."""
+        key = clean_gene(name)
+        return self._index_of_id.get(key, self._index_of_symbol.get(key, NOT_IN_PANEL))
+
+    def align(self, names_c: Sequence[object], *, other_names_c: Sequence[Sequence[object]] = ()) -> GeneAlignment:
+        """Find every column of a file in the panel, by name only.
+
+        A column is looked up by its own name, then by its other names. Where the panel uses Ensembl ids and one of the
+        column's names is one, the id decides alone: a symbol never overrules it.
+
+        Args:
+            names_c: The file's `var_names`, length c.
+            other_names_c: Further names of the same columns, such as `var["feature_name"]`.
+        """
+        columns = [clean_gene(name) for name in names_c]
+        gene_of_column_c = np.array([self._index_of_id.get(name, NOT_IN_PANEL) for name in columns], dtype=np.int32)
+        by_symbol: list[str] = []
+        for column in np.flatnonzero(gene_of_column_c < 0):
+            if self._uses_ensembl and is_ensembl(columns[column]):
+                continue
+            candidates = [columns[column], *(clean_gene(names[column]) for names in other_names_c)]
+            ensembl = [name for name in candidates if is_ensembl(name)] if self._uses_ensembl else []
+            candidates = ensembl or [name for name in candidates if name]
+            found = next((index for index in map(self.find, candidates) if index >= 0), NOT_IN_PANEL)
+            if found >= 0:
+                gene_of_column_c[column] = found
+                by_symbol.append(columns[column])
+        claims = Counter(gene_of_column_c[gene_of_column_c >= 0].tolist())
+        return GeneAlignment(
+            gene_of_column_c,
+            len(self),
+            by_symbol=tuple(by_symbol),
+            duplicated=tuple(self.display_name(gene) for gene, count in claims.items() if count > 1),
+            unknown=tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0)),
+        )
+
+
+def read_panel(path: str | Path) -> tuple[str, ...]:
+    """Read gene ids from a text file, one per line; blank lines and lines after # are skipped."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"panel {path} cannot be read ({error}). Give a text file with one gene per line.") from error
+    genes = tuple(line.split("#")[0].split("\t")[0].strip() for line in lines)
+    return tuple(gene for gene in genes if gene)

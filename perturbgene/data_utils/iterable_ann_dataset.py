@@ -1,0 +1,243 @@
+"""Cells of many h5ad files as a stream of token dicts, in an order that depends on (seed, epoch) alone.
+
+Owns walking the plan, for one rank and one loader worker; leaves reading to `shards`, tokens to the tokenizer, masks
+and padding to the collators. Letters: n cells, m cells of one round for this worker.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from perturbgene.data_utils.expression import ExpressionBlock
+from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, cells_of_rank, split_rows
+from perturbgene.data_utils.read import H5adFile, expand_paths
+from perturbgene.data_utils.shards import Shard, ShardCache
+from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
+from perturbgene.data_utils.vocab import ABSENT
+from perturbgene.errors import InputError, listed
+
+logger = logging.getLogger(__name__)
+
+
+class Cell(dict[str, torch.Tensor]):
+    """One cell's tensors; its identity, on which masks hang, rides along as attributes.
+
+    Attributes:
+        index: Number of the cell in the data set.
+        epoch: Epoch in which it was drawn.
+        seed: Seed of the data set, on which random truncation depends; -1 when unknown.
+        is_measured_g: True for genes that its file has, shape (g,); None when it has all.
+    """
+
+    index: int = -1
+    epoch: int = 0
+    seed: int = -1
+    is_measured_g: np.ndarray | None = None
+
+
+class IterableAnnDataset(IterableDataset[Cell]):
+    """Streams cells from h5ad files (or AnnData objects in memory).
+
+    The order is a pure function of (seed, epoch); ranks take every `world_size`-th cell of it, and loader workers whole
+    batches in turn, so batches are the same for any number of workers. Memory holds one round of `buffer_rows`
+    tokenised cells, whatever the size of the files.
+
+    Args:
+        paths: Files, brace patterns, globs or folders; or AnnData objects.
+        tokenizer: Gives the panel, the vocabulary and the layout of sequences.
+        shuffle: True draws a new order per epoch; False keeps the order of the files.
+        seed: What order and random truncation depend on, with the epoch.
+        batch_size: Cells per batch of the loader, so that workers can take whole batches.
+        phenotype_category: Adds `labels`, the index of this phenotype's label; cells without one are left out, and the
+            answer itself never stands in the input, even when the tokenizer includes it.
+        binary_label: With `phenotype_category`: 1 for this label, 0 for all others.
+        layer, gene_id_column, min_gene_coverage: Which matrix, which var column names the genes, least share of the
+            panel that a file must have.
+        rank, world_size: Which part of the cells this process yields.
+        keep_all: True yields each cell exactly once over all ranks (evaluation); False gives every rank the same
+            number. Default: the opposite of `shuffle`.
+        obs_columns: Phenotype -> obs column where the names differ.
+        constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
+        optional_labels: False refuses a file that lacks the column of an included phenotype.
+        block_rows, buffer_rows: Neighbouring rows that travel together, and rows shuffled in memory.
+
+    Raises:
+        InputError: A path does not exist or cannot be read, its genes do not cover the panel, a label column is
+            missing, or no cell carries a label.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[Any],
+        tokenizer: GeneTokenizer,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        batch_size: int = 1,
+        phenotype_category: str | None = None,
+        binary_label: str | None = None,
+        layer: str | None = None,
+        gene_id_column: str | None = None,
+        min_gene_coverage: float = 0.5,
+        rank: int = 0,
+        world_size: int = 1,
+        keep_all: bool | None = None,
+        obs_columns: dict[str, str] | None = None,
+        constant_labels: dict[str, int] | None = None,
+        optional_labels: bool = True,
+        block_rows: int = DEFAULT_BLOCK_ROWS,
+        buffer_rows: int = DEFAULT_BUFFER_ROWS,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.shuffle, self.seed, self.batch_size = tokenizer, shuffle, seed, batch_size
+        self.phenotype_category, self.binary_label = phenotype_category, binary_label
+        self.rank, self.world_size = rank, world_size
+        self.keep_all = not shuffle if keep_all is None else keep_all
+        self.block_rows, self.buffer_rows = block_rows, buffer_rows
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
+        options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
+        self.shards = ShardCache(_as_sources(paths), layer=layer, **options)
+        self.sizes = tuple(self._check(shard, min_gene_coverage) for shard in self._all_shards())
+        self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
+        self._class_n = self._classes() if phenotype_category is not None else None
+        if sum(self.sizes) == 0:
+            raise InputError(f"{listed(self.paths)} hold no cells. Give at least one file with cells.")
+
+    # -- what is decided at the door ------------------------------------------------------------------------------
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, in order."""
+        return [source if isinstance(source, str) else "AnnData" for source in self.shards.sources]
+
+    def _all_shards(self) -> Iterator[Shard]:
+        for index in range(len(self.shards)):
+            yield self.shards[index]
+
+    @staticmethod
+    def _check(shard: Shard, min_gene_coverage: float) -> int:
+        shard.alignment.check_coverage(min_gene_coverage, source=shard.path)
+        logger.info("%s: %d cells, %s", shard.path, len(shard), shard.alignment.describe())
+        if isinstance(shard.source, H5adFile) and shard.source.format != "csr":
+            how = "dense" if shard.source.format == "dense" else "compressed by columns"
+            logger.info("%s is stored %s: slow; `perturbgene prepare` makes it fast", shard.path, how)
+        return len(shard)
+
+    def _classes(self) -> np.ndarray:
+        category = self.phenotype_category
+        assert category is not None
+        start, _ = self.tokenizer.vocabulary.id_range(category)
+        ids = []
+        for shard in self._all_shards():
+            ids.append(replace(shard, optional_labels=False).label_ids(category))
+        ids_n = np.concatenate(ids)
+        if (ids_n == ABSENT).all():
+            raise InputError(f"no cell of {listed(self.paths)} has a known {category!r}. Check obs and the vocabulary.")
+        if (ids_n == ABSENT).any():
+            logger.warning("%d of %d cells have no known %s and are left out", (ids_n < 0).sum(), len(ids_n), category)
+        if self.binary_label is None:
+            return np.where(ids_n == ABSENT, ABSENT, ids_n - start)
+        wanted = self.tokenizer.vocabulary.label_id(category, self.binary_label)
+        if wanted == ABSENT:
+            known = listed(self.tokenizer.phenotypes[category], most=12)
+            raise InputError(f"binary_label {self.binary_label!r} is not a {category}. Choose one of: {known}.")
+        return np.where(ids_n == ABSENT, ABSENT, (ids_n == wanted).astype(np.int64))
+
+    def class_counts(self) -> np.ndarray:
+        """Count the labelled cells of each class over all ranks, int64 of shape (k,)."""
+        assert self._class_n is not None and self.phenotype_category is not None
+        num_classes = 2 if self.binary_label else len(self.tokenizer.phenotypes[self.phenotype_category])
+        return np.bincount(self._class_n[self._class_n >= 0], minlength=num_classes)
+
+    # -- the order ------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, shared with live loader workers."""
+        return int(self._epoch.item())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order (and random truncation); reaches live workers too."""
+        self._epoch.fill_(epoch)
+
+    def plan(self) -> RowPlan:
+        """The order of all ranks' cells in the present epoch."""
+        rows = None if self._class_n is None or (self._class_n >= 0).all() else np.flatnonzero(self._class_n >= 0)
+        return RowPlan(
+            self.sizes, seed=self.seed, epoch=self.epoch, is_shuffled=self.shuffle, rows_n=rows,
+            block_rows=self.block_rows, buffer_rows=self.buffer_rows,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        """Cells that this rank yields per epoch."""
+        return cells_of_rank(len(self.plan()), rank=self.rank, world_size=self.world_size, is_even=not self.keep_all)
+
+    def _rows_of_worker(self) -> Iterator[np.ndarray]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        length = len(self)
+        for start, rows_n in self.plan().rounds():
+            position = start + np.arange(len(rows_n))
+            local = position // self.world_size
+            is_mine = (position % self.world_size == self.rank) & (local < length)
+            is_mine &= (local // self.batch_size) % num_workers == worker
+            if is_mine.any():
+                yield rows_n[is_mine]
+
+    # -- the cells ------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, rows_m: np.ndarray, epoch: int) -> list[TokenBlock]:
+        blocks = []
+        for file, rows in split_rows(rows_m, starts_f=self._starts_f):
+            block = self._without_answer(self.shards[file].read(rows, first_cell=int(self._starts_f[file])))
+            blocks.append(self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch))
+        return blocks
+
+    def _without_answer(self, block: ExpressionBlock) -> ExpressionBlock:
+        if self.phenotype_category not in self.tokenizer.included_phenotypes:
+            return block
+        label_ids_np = block.label_ids_np.copy()
+        label_ids_np[:, self.tokenizer.included_phenotypes.index(self.phenotype_category)] = ABSENT
+        return replace(block, label_ids_np=label_ids_np)
+
+    def _cell(self, block: TokenBlock, index: int, epoch: int) -> Cell:
+        cell = Cell(self.tokenizer.as_tensors(*block.cell(index)))
+        cell.index, cell.epoch, cell.seed = int(block.cells_n[index]), epoch, self.seed
+        cell.is_measured_g = block.is_measured_g
+        if self._class_n is not None:
+            cell["labels"] = torch.tensor(int(self._class_n[cell.index]))
+        return cell
+
+    def __iter__(self) -> Iterator[Cell]:
+        """Yield this rank's and worker's cells: `input_ids`, `token_type_ids`, `attention_mask`, maybe `labels`."""
+        epoch, empty = self.epoch, Counter[str]()
+        for rows_m in self._rows_of_worker():
+            order = np.argsort(rows_m, kind="stable")
+            blocks = self._tokenize(rows_m[order], epoch)
+            bounds = np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
+            place = np.empty(len(order), dtype=np.int64)
+            place[order] = np.arange(len(order))
+            file_of_cell = np.searchsorted(bounds, place, side="right") - 1
+            for file, at in zip(file_of_cell, place, strict=True):
+                cell = self._cell(blocks[file], int(at - bounds[file]), epoch)
+                empty["cells"] += int(cell["token_type_ids"][-2] < self.tokenizer.first_gene_type)
+                yield cell
+        if empty["cells"] and epoch == 0:
+            logger.warning("%d cells express no gene of the panel; they carry their phenotypes only", empty["cells"])
+
+
+def _as_sources(paths: str | Path | Sequence[Any]) -> list[Any]:
+    """Expand paths; AnnData objects pass as they are."""
+    if hasattr(paths, "obs_names"):
+        return [paths]
+    if not isinstance(paths, str | Path) and any(hasattr(path, "obs_names") for path in paths):
+        return list(paths)
+    return list(expand_paths(paths))

@@ -1,0 +1,288 @@
+"""One file seen through a panel and a vocabulary: row numbers in, `ExpressionBlock` out.
+
+Owns what is decided once per file (alignment, scale, labels) and reading scattered rows; leaves binning to the
+tokenizer and the order of rows to the plan. Letters: n cells, m rows asked for, p phenotypes, l values.
+"""
+
+import logging
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from perturbgene.data_utils.expression import (
+    ExpressionBlock,
+    Normalization,
+    check_scale,
+    library_sizes,
+    looks_like_counts,
+    needs_normalizing,
+)
+from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GeneAlignment, GenePanel
+from perturbgene.data_utils.partition import runs_of
+from perturbgene.data_utils.read import H5adFile, MemoryFile
+from perturbgene.data_utils.vocab import ABSENT, Vocabulary
+from perturbgene.errors import InputError, listed
+
+logger = logging.getLogger(__name__)
+
+#: Column of obs in which `prepare` keeps each cell's total counts over all genes of its source file.
+LIBRARY_SIZE_COLUMN = "perturbgene_library_size"
+
+#: Rows closer than this are fetched by one read, the ones between being thrown away.
+READ_GAP_ROWS = 32
+
+#: Open files per process.
+MOST_OPEN_FILES = 64
+
+_SAMPLE_ROWS = 64
+_SEARCH_ROWS = 1024
+
+
+@dataclass
+class Shard:
+    """One file (or AnnData) aligned to a panel and a vocabulary.
+
+    Args:
+        source: The open file.
+        panel, vocabulary: What the file is aligned to.
+        included_phenotypes: Phenotypes whose labels are read, in this order.
+        obs_columns: Phenotype -> obs column where the names differ.
+        optional_labels: True lets label columns be missing (all absent); False refuses the file.
+        constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
+    """
+
+    source: H5adFile | MemoryFile
+    panel: GenePanel
+    vocabulary: Vocabulary
+    included_phenotypes: Sequence[str] = ()
+    normalization: Normalization = "auto"
+    gene_id_column: str | None = None
+    optional_labels: bool = True
+    obs_columns: dict[str, str] = field(default_factory=dict)
+    constant_labels: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The file's path, for messages."""
+        return self.source.path
+
+    def __len__(self) -> int:
+        return self.source.shape[0]
+
+    @cached_property
+    def alignment(self) -> GeneAlignment:
+        """The file's columns in the panel.
+
+        Raises:
+            InputError: Several columns are one gene, and the values are logarithms, which cannot be summed.
+        """
+        names = self.source.var_names
+        if self.gene_id_column is not None:
+            names = np.asarray(self.source.var_column(self.gene_id_column), dtype=object)
+        known = self.source.columns_of(self.source.var_frame)
+        others = [np.asarray(self.source.var_column(c), dtype=object) for c in (*ID_COLUMNS, *SYMBOL_COLUMNS) if c in known]
+        alignment = self.panel.align(names, other_names_c=others)
+        if len(names) != self.source.shape[1]:
+            raise InputError(f"{self.path}: {len(names):,} gene names for {self.source.shape[1]:,} columns. Re-save it.")
+        if alignment.duplicated and not self._can_be_summed:
+            raise InputError(
+                f"{self.path}: several columns are the same gene ({listed(alignment.duplicated)}) and the values are "
+                "not counts, so they cannot be summed. Give raw counts with --layer, or keep one column of each gene."
+            )
+        return alignment
+
+    @property
+    def _where(self) -> str:
+        return f"{self.path} ({self.source.layer or 'X'})"
+
+    @cached_property
+    def _sample(self) -> np.ndarray:
+        """Values of sampled rows, shape (l,); of the first rows that hold any, where the sample holds none."""
+        num_rows = len(self)
+        starts = sorted({max(0, min(num_rows - _SAMPLE_ROWS, num_rows * spot // 4)) for spot in range(4)})
+        spans = [(start, start + _SAMPLE_ROWS) for start in starts]
+        values = [self.source.read_rows(start, min(num_rows, stop))[0] for start, stop in spans if num_rows]
+        sample = np.concatenate(values) if values else np.zeros(0)
+        for start in range(0, num_rows, _SEARCH_ROWS):
+            if sample.any():
+                break
+            sample = self.source.read_rows(start, min(num_rows, start + _SEARCH_ROWS))[0]
+        return sample
+
+    @cached_property
+    def is_counts(self) -> bool:
+        """True when the values are counts that must be normalised; decided on sampled rows, checked on every block."""
+        return needs_normalizing(self._sample, normalization=self.normalization, source=self._where)
+
+    @property
+    def _can_be_summed(self) -> bool:
+        return self.is_counts or looks_like_counts(self._sample, source=self._where)
+
+    def _library_size(self, rows_m: np.ndarray, summed_m: np.ndarray) -> np.ndarray:
+        """Return the stored totals of rows where the file has them, else the sums, float64 of shape (m,)."""
+        stored_n = self._stored_library_size_n
+        if stored_n is None:
+            return summed_m
+        stored_m = stored_n[rows_m]
+        for at in np.flatnonzero(~(stored_m >= summed_m * (1 - 1e-6)) | ~np.isfinite(stored_m))[:1]:
+            raise InputError(
+                f"{self.path}: obs[{LIBRARY_SIZE_COLUMN!r}] of cell {rows_m[at]} is {stored_m[at]:g}, but its counts sum "
+                f"to {summed_m[at]:g}. Remove the column if the matrix was changed after `prepare`."
+            )
+        return stored_m
+
+    @cached_property
+    def _stored_library_size_n(self) -> np.ndarray | None:
+        if LIBRARY_SIZE_COLUMN not in self.source.columns_of("obs"):
+            return None
+        return self._one_per_cell(self.source.obs_column(LIBRARY_SIZE_COLUMN).to_numpy(dtype=np.float64))
+
+    def _one_per_cell(self, values_n: np.ndarray) -> np.ndarray:
+        if len(values_n) != len(self):
+            raise InputError(f"{self._where} does not fit obs: {len(values_n):,} cells in obs for {len(self):,} rows. Re-save it.")
+        return values_n
+
+    def label_ids(self, category: str) -> np.ndarray:
+        """Return the input id of one phenotype for every cell, int32 of shape (n,), -1 where absent.
+
+        Labels that are missing or that the vocabulary lacks are counted and logged once per file.
+        """
+        if category in self.constant_labels:
+            return np.full(len(self), self.constant_labels[category], dtype=np.int32)
+        column = self.obs_columns.get(category, category)
+        if column not in self.source.columns_of("obs") and self.optional_labels:
+            logger.info("%s has no obs column %r: %s is absent in all cells", self.path, column, category)
+            return np.full(len(self), ABSENT, dtype=np.int32)
+        ids_n, unknown = self.vocabulary.encode(category, self.source.obs_column(column))
+        if unknown:
+            logger.warning(
+                "%s: %d cells have a %s that the vocabulary lacks (%s); it counts as absent",
+                self.path, sum(unknown.values()), category, listed(unknown),
+            )  # fmt: skip
+        missing = int((ids_n == ABSENT).sum()) - sum(unknown.values())
+        if missing:
+            logger.info("%s: %d of %d cells have no %s; it is absent there", self.path, missing, len(ids_n), category)
+        return self._one_per_cell(ids_n)
+
+    @cached_property
+    def _label_ids_np(self) -> np.ndarray:
+        columns = [self.label_ids(category) for category in self.included_phenotypes]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), dtype=np.int32)
+
+    def _read_runs(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        values, columns, lengths = [], [], []
+        for run in runs_of(rows_m, gap=READ_GAP_ROWS):
+            run_values, run_columns, offsets = self.source.read_rows(int(run[0]), int(run[-1]) + 1)
+            wanted = run - run[0]
+            if len(wanted) < len(offsets) - 1:
+                keep = np.zeros(len(offsets) - 1, dtype=bool)
+                keep[wanted] = True
+                is_kept = np.repeat(keep, np.diff(offsets))
+                run_values, run_columns = run_values[is_kept], run_columns[is_kept]
+            values.append(run_values)
+            columns.append(run_columns)
+            lengths.append(np.diff(offsets)[wanted])
+        offsets_m1 = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        return np.concatenate(values), np.concatenate(columns), offsets_m1
+
+    def read(self, rows_m: np.ndarray, *, first_cell: int = 0) -> ExpressionBlock:
+        """Read rows, sorted ascending, as one block.
+
+        Args:
+            rows_m: Row numbers within the file, int64 of shape (m,), m >= 1.
+            first_cell: Number of the file's first cell in the data set.
+        """
+        values_l, columns_l, offsets_m1 = self._read_runs(rows_m)
+        if self.normalization == "auto":
+            check_scale(values_l, is_counts=self.is_counts, source=self._where)
+        library_size = self._library_size(rows_m, library_sizes(values_l, offsets_m1)) if self.is_counts else None
+        return ExpressionBlock(
+            values_l,
+            columns_l,
+            offsets_m1,
+            alignment=self.alignment,
+            is_counts=self.is_counts,
+            library_size_n=library_size,
+            label_ids_np=self._label_ids_np[rows_m],
+            cells_n=rows_m + first_cell,
+            source=self._where,
+        )
+
+
+class ShardCache:
+    """Keeps the last used shards of a list open, at most `MOST_OPEN_FILES`.
+
+    Args:
+        sources: Paths, or AnnData objects.
+        options: Further arguments of every `Shard`.
+        layer: Which matrix to read.
+    """
+
+    def __init__(self, sources: Sequence[Any], *, layer: str | None = None, **options: Any) -> None:
+        self.sources, self.layer, self.options = list(sources), layer, options
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Shard:
+        if index not in self._open:
+            given = self.sources[index]
+            is_path = isinstance(given, str | Path)
+            source = H5adFile(str(given), layer=self.layer) if is_path else MemoryFile(given, layer=self.layer)
+            self._open[index] = Shard(source, **self.options)
+        self._open.move_to_end(index)
+        while len(self._open) > MOST_OPEN_FILES:
+            _, oldest = self._open.popitem(last=False)
+            if isinstance(oldest.source, H5adFile):
+                oldest.source.close()
+        return self._open[index]
+
+
+def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: Mapping[str, Any]) -> None:
+    """Copy an h5ad file and add columns to its `obs` and entries to `uns["perturbgene"]`.
+
+    The matrix is never read: the file is copied to a temporary name beside the target, changed there and renamed.
+
+    Args:
+        source: The file to copy.
+        target: Where the result goes.
+        obs: New columns (same-named ones are replaced), one row per cell in the file's order.
+        uns: Entries, e.g. which run answered which question.
+
+    Raises:
+        InputError: The target cannot be written.
+    """
+    from anndata.io import read_elem, write_elem
+
+    temporary = Path(target).with_name(f"{Path(target).name}.{os.getpid()}.part")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, temporary)
+        with h5py.File(temporary, "r+") as file:
+            table = read_elem(file["obs"])
+            for name in obs.columns:
+                table[name] = obs[name].to_numpy() if obs[name].dtype != "category" else pd.Categorical(obs[name])
+            del file["obs"]
+            write_elem(file, "obs", table)
+            known = read_elem(file["uns"]) if "uns" in file else {}
+            if "uns" in file:
+                del file["uns"]
+            write_elem(file, "uns", {**known, "perturbgene": dict(uns)})
+        temporary.replace(target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

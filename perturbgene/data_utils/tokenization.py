@@ -1,0 +1,671 @@
+"""Cells to tokens and back: the one place where the token contract lives.
+
+Owns `GeneTokenizer` and the kernel behind it; leaves reading to `shards` and masking to the collators. Letters: n cells,
+l tokens, g genes, p phenotypes, e edges.
+
+Input ids: [CLS] 0, [EOS] 1, [MASK] 2, [PAD] 3, then labels by category, then bin_0..bin_E.
+Token types: 0 special, 1..P phenotype categories sorted by name, 1 + P + i gene i of the panel.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numba
+import numpy as np
+import torch
+from scipy import sparse
+
+from perturbgene.data_utils.binning import BinEdges, read_edges
+from perturbgene.data_utils.expression import (
+    NORMALIZATIONS,
+    ExpressionBlock,
+    Normalization,
+    check_values,
+    count_thresholds,
+    library_sizes,
+)
+from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene, read_panel
+from perturbgene.data_utils.partition import cell_key, mix
+from perturbgene.data_utils.read import H5adFile, MemoryFile, expand_paths
+from perturbgene.data_utils.shards import Shard
+from perturbgene.data_utils.vocab import ABSENT, CLS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, Vocabulary, token_text
+from perturbgene.errors import InputError, did_you_mean, listed
+
+logger = logging.getLogger(__name__)
+
+Truncation = Literal["variable", "expressed", "random"]
+TRUNCATIONS: tuple[Truncation, ...] = ("variable", "expressed", "random")
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT_VERSION = 1
+RANK_COLUMN = "highly_variable_rank"
+
+_FAULTS = ("", "NaN", "an infinite value", "a negative value", "a column index outside the matrix", "a column twice, again")
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Ragged tokens of n cells: cell i owns tokens `offsets_n1[i]:offsets_n1[i + 1]`.
+
+    Args:
+        input_ids_l, token_type_ids_l: Tokens, integers of shape (l,).
+        offsets_n1: int64 of shape (n + 1,).
+        cells_n: Number of each cell in the data set, int64 of shape (n,).
+        is_measured_g: True for genes that the file has, shape (g,); None when it has all.
+    """
+
+    input_ids_l: np.ndarray
+    token_type_ids_l: np.ndarray
+    offsets_n1: np.ndarray
+    cells_n: np.ndarray
+    is_measured_g: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets_n1) - 1
+
+    def cell(self, index: int) -> "tuple[np.ndarray, np.ndarray]":
+        """Return input ids and token types of one cell."""
+        span = slice(int(self.offsets_n1[index]), int(self.offsets_n1[index + 1]))
+        return self.input_ids_l[span], self.token_type_ids_l[span]
+
+
+@numba.njit(nogil=True, cache=True)
+def _bins_of_row(
+    values, columns, gene_of_column, thresholds_ge, scale, genes_out, bins_out, kept_values, positions
+):  # pragma: no cover - compiled
+    """Bin one cell's values; fill genes, bins, values, positions of expressed panel genes; return (count, fault)."""
+    count = 0
+    is_shared = len(thresholds_ge) == 1
+    for k in range(len(values)):
+        value = float(values[k])
+        if not (value >= 0.0 and value < np.inf):
+            return k, 1 if np.isnan(value) else (3 if value < 0 else 2)
+        if columns[k] < 0 or columns[k] >= len(gene_of_column):
+            return k, 4
+        gene = gene_of_column[columns[k]]
+        if gene < 0 or value == 0.0:
+            continue
+        edges = thresholds_ge[0 if is_shared else gene]
+        bin_ = 0
+        while bin_ < len(edges) and value >= edges[bin_] * scale:
+            bin_ += 1
+        if bin_ > 0:
+            genes_out[count], bins_out[count], kept_values[count], positions[count] = gene, bin_, value, k
+            count += 1
+    return count, 0
+
+
+@numba.njit(nogil=True, cache=True)
+def _choose(genes, kept_values, budget, rule, key):  # pragma: no cover - compiled
+    """Return positions of the `budget` genes that a long cell keeps, unsorted."""
+    if rule == 0:
+        return np.argsort(genes)[:budget]
+    score = np.empty(len(genes))
+    for k in range(len(genes)):
+        score[k] = -kept_values[k] if rule == 1 else float(mix(key, np.uint64(genes[k])) >> np.uint64(11))
+    by_gene = np.argsort(genes)
+    return by_gene[np.argsort(score[by_gene], kind="mergesort")[:budget]]
+
+
+@numba.njit(nogil=True, cache=True)
+def _tokenize_rows(
+    values_l, columns_l, offsets_n1, gene_of_column, thresholds_ge, scale_n, label_ids_np, label_types_p, cells_n,
+    first_gene_type, first_bin_id, max_length, rule, is_ordered, seed, epoch, ids, types, out_offsets,
+):  # fmt: skip  # pragma: no cover - compiled
+    """Write the tokens of all rows; return (row, position, fault) of the first bad value, or (-1, 0, 0)."""
+    longest = 0
+    for row in range(len(scale_n)):
+        longest = max(longest, offsets_n1[row + 1] - offsets_n1[row])
+    genes = np.empty(longest, np.int64)
+    bins = np.empty(longest, np.int64)
+    positions = np.empty(longest, np.int64)
+    kept_values = np.empty(longest, np.float64)
+    at = 0
+    for row in range(len(scale_n)):
+        span = slice(offsets_n1[row], offsets_n1[row + 1])
+        count, fault = _bins_of_row(
+            values_l[span], columns_l[span], gene_of_column, thresholds_ge, scale_n[row], genes, bins, kept_values, positions
+        )
+        if fault:
+            return row, count, fault
+        start = at
+        ids[at], types[at] = 0, 0
+        at += 1
+        for p in range(label_ids_np.shape[1]):
+            if label_ids_np[row, p] >= 0:
+                ids[at], types[at] = label_ids_np[row, p], label_types_p[p]
+                at += 1
+        budget = max_length - 1 - (at - start)
+        is_long = count > budget
+        if is_ordered and not (is_long and rule):
+            for k in range(min(count, budget)):
+                ids[at + k], types[at + k] = first_bin_id + bins[k], first_gene_type + genes[k]
+        else:
+            order = np.argsort(genes[:count])
+            for k in range(1, count):
+                if genes[order[k]] == genes[order[k - 1]]:
+                    return row, positions[max(order[k], order[k - 1])], 5
+            if is_long:
+                chosen = _choose(genes[:count], kept_values[:count], budget, rule, cell_key(seed, epoch, cells_n[row]))
+                chosen = chosen[np.argsort(genes[chosen])]
+            else:
+                chosen = order
+            for k in range(len(chosen)):
+                ids[at + k] = first_bin_id + bins[chosen[k]]
+                types[at + k] = first_gene_type + genes[chosen[k]]
+        at += min(count, budget)
+        ids[at], types[at] = 1, 0
+        at += 1
+        out_offsets[row + 1] = at
+    return -1, 0, 0
+
+
+def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
+    """Sum columns that are the same gene; what comes back stands in panel columns.
+
+    Raises:
+        InputError: A value has no bin, or a column lies outside the matrix: summing would hide both.
+    """
+    check_values(block.values_l, source=block.source)
+    is_outside_l = (block.columns_l < 0) | (block.columns_l >= len(block.alignment.gene_of_column_c))
+    for at in np.flatnonzero(is_outside_l)[:1]:
+        row = int(np.searchsorted(block.offsets_n1, at, side="right")) - 1
+        raise _fault_of(block, row, int(at - block.offsets_n1[row]), 4)
+    gene_l = block.alignment.gene_of_column_c[block.columns_l]
+    is_known_l = gene_l >= 0
+    known_before = np.concatenate([[0], np.cumsum(is_known_l)])
+    shape = (len(block), block.alignment.num_genes)
+    parts = (block.values_l[is_known_l].astype(np.float64), gene_l[is_known_l], known_before[block.offsets_n1])
+    summed = sparse.csr_matrix(parts, shape=shape)
+    summed.sum_duplicates()
+    identity = GeneAlignment(np.arange(shape[1], dtype=np.int32), shape[1])
+    return ExpressionBlock(
+        summed.data, summed.indices, summed.indptr.astype(np.int64), identity, block.is_counts,
+        block.library_size_n, block.label_ids_np, block.cells_n, block.source,
+    )  # fmt: skip
+
+
+def _fault_of(block: ExpressionBlock, row: int, at: int, fault: int) -> InputError:
+    return InputError(
+        f"{block.source}: cell {block.cells_n[row]} holds {_FAULTS[fault]} in column "
+        f"{block.columns_l[block.offsets_n1[row] + at]}. Bins need finite values >= 0 (counts or log-normalised): "
+        "clean the matrix or choose another with --layer."
+    )
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    """Return values as the kernel takes them: float32 as they are, any other dtype as float64."""
+    return values if values.dtype == np.float32 and values.dtype.isnative else values.astype(np.float64)
+
+
+class GeneTokenizer:
+    """Turns cells into tokens by the contract of this module.
+
+    Args:
+        genes: Gene ids in panel order, most variable first; Ensembl versions are dropped.
+        phenotypes: Category -> labels, raw or as tokens.
+        bin_edges: Edges shared by all genes, or gene -> edges, on log1p counts per 10,000 (on the raw values with
+            `normalization="none"`).
+        included_phenotypes: Categories that appear in a cell's sequence, in this order.
+        max_length: Most tokens per cell, `[CLS]` and `[EOS]` included.
+        truncation: Which genes a longer cell keeps: the first of the panel ("variable"), the highest expressed
+            ("expressed"), or others in every epoch ("random").
+        normalization: "auto" normalises raw counts and passes log values, "log1p_cp10k" always normalises, "none" never.
+        gene_symbols: Symbol of each gene, for files and messages that use symbols.
+
+    Raises:
+        InputError: Genes repeat, edges do not increase, a phenotype is unknown, or `max_length` leaves no gene.
+
+    Example:
+        >>> tokenizer = GeneTokenizer(genes=["A", "B"], phenotypes={"sex": ["f", "m"]}, bin_edges=[0.5, 2.0],
+        ...                           included_phenotypes=["sex"], max_length=8, normalization="none")
+        >>> tokenizer.convert_ids_to_tokens([0, 5, 7, 8, 1])
+        ['[CLS]', '[m]', 'bin_1', 'bin_2', '[EOS]']
+    """
+
+    cls_token_id, eos_token_id, mask_token_id, pad_token_id = CLS_ID, EOS_ID, MASK_ID, PAD_ID
+    cls_token, eos_token, mask_token, pad_token = SPECIAL_TOKENS
+
+    def __init__(
+        self,
+        *,
+        genes: Sequence[str],
+        phenotypes: Mapping[str, Sequence[str]],
+        bin_edges: Sequence[float] | Mapping[str, Sequence[float]],
+        included_phenotypes: Sequence[str] = (),
+        max_length: int = 2048,
+        truncation: Truncation = "variable",
+        normalization: Normalization = "auto",
+        gene_symbols: Sequence[str] | None = None,
+    ) -> None:
+        self.panel = GenePanel(tuple(genes), tuple(gene_symbols or ()))
+        self.vocabulary = Vocabulary(dict(phenotypes))
+        if isinstance(bin_edges, Mapping):
+            self.bin_edges = BinEdges.per_gene(_clean_keys(bin_edges), genes=self.panel.genes)
+        else:
+            self.bin_edges = BinEdges.shared(bin_edges)
+        self.included_phenotypes = tuple(included_phenotypes)
+        self.max_length, self.truncation, self.normalization = int(max_length), truncation, normalization
+        self._check()
+
+    def _check(self) -> None:
+        for category in self.included_phenotypes:
+            self.vocabulary.check_category(category)
+        if len(set(self.included_phenotypes)) < len(self.included_phenotypes):
+            raise InputError(f"included_phenotypes repeat a name: {list(self.included_phenotypes)}. Name each once.")
+        shortest = 3 + len(self.included_phenotypes)
+        if self.max_length < shortest:
+            raise InputError(
+                f"max_length {self.max_length} leaves no room for a gene beside [CLS], [EOS] and "
+                f"{len(self.included_phenotypes)} phenotypes. Give --max_length of at least {shortest}."
+            )
+        for name, value, known in (
+            ("truncation", self.truncation, TRUNCATIONS), ("normalization", self.normalization, NORMALIZATIONS)
+        ):  # fmt: skip
+            if value not in known:
+                raise InputError(f"{name} {value!r} is unknown. {did_you_mean(str(value), known)}")
+
+    # -- sizes and names ------------------------------------------------------------------------------------------
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Gene ids in panel order."""
+        return self.panel.genes
+
+    @property
+    def gene_symbols(self) -> tuple[str, ...]:
+        """Symbols in panel order, or empty."""
+        return self.panel.symbols
+
+    @property
+    def phenotypes(self) -> dict[str, tuple[str, ...]]:
+        """Category -> labels, categories sorted by name."""
+        return {name: tuple(labels) for name, labels in self.vocabulary.phenotypes.items()}
+
+    @property
+    def first_bin_id(self) -> int:
+        """Input id of `bin_0`."""
+        return self.vocabulary.first_bin_id
+
+    @property
+    def first_gene_type(self) -> int:
+        """Token type of the first gene of the panel."""
+        return 1 + len(self.vocabulary.categories)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of input ids."""
+        return self.first_bin_id + self.bin_edges.num_edges + 1
+
+    @property
+    def type_vocab_size(self) -> int:
+        """Number of token types."""
+        return self.first_gene_type + len(self.panel)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def phenotype_id_ranges(self) -> list[list[int]]:
+        """Half-open range of label ids of token types 1..P, in order."""
+        return [list(self.vocabulary.id_range(category)) for category in self.vocabulary.categories]
+
+    def convert_tokens_to_ids(self, tokens: str | tuple[str, str] | Sequence[Any]) -> int | list[int]:
+        """Return ids of token texts; a label of several categories needs (category, label).
+
+        Raises:
+            InputError: A token is unknown, or also the text of a label of another category.
+        """
+        if isinstance(tokens, list):
+            return [self._id_of(token) for token in tokens]
+        return self._id_of(tokens)
+
+    def _id_of(self, token: Any) -> int:
+        if isinstance(token, tuple):
+            category, label = token
+            self.vocabulary.check_category(category)
+            found = [self.vocabulary.label_id(category, label)]
+        else:
+            found = [self.vocabulary.label_id(category, token) for category in self.vocabulary.categories]
+            found += [SPECIAL_TOKENS.index(token)] if token in SPECIAL_TOKENS else []
+            found += [self.first_bin_id + self._bin_tokens.index(token)] if token in self._bin_tokens else []
+        found = [id_ for id_ in found if id_ != ABSENT]
+        if len(found) == 1:
+            return found[0]
+        why = "has several meanings" if found else "is not in the vocabulary"
+        raise InputError(f"token {token!r} {why}. Give (category, label), e.g. ('cell_type', 'B cell').")
+
+    @cached_property
+    def _bin_tokens(self) -> list[str]:
+        return [f"bin_{b}" for b in range(self.bin_edges.num_edges + 1)]
+
+    @cached_property
+    def _tokens(self) -> list[str]:
+        labels = [token_text(label) for labels in self.phenotypes.values() for label in labels]
+        return [*SPECIAL_TOKENS, *labels, *self._bin_tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int] | torch.Tensor) -> str | list[str]:
+        """Return token texts of ids.
+
+        Raises:
+            InputError: An id lies outside the vocabulary, such as -100.
+        """
+        if isinstance(ids, int | np.integer):
+            return self._token_of(int(ids))
+        return [self._token_of(int(id_)) for id_ in ids]
+
+    def _token_of(self, input_id: int) -> str:
+        if not 0 <= input_id < self.vocab_size:
+            raise InputError(f"input id {input_id} is outside the vocabulary of {self.vocab_size}. Give ids from 0.")
+        return self._tokens[input_id]
+
+    def type_name(self, token_type: int) -> str:
+        """Return the phenotype or gene (symbol if known) behind a token type; '' for special tokens."""
+        if token_type == 0:
+            return ""
+        if token_type < self.first_gene_type:
+            return self.vocabulary.categories[token_type - 1]
+        return self.panel.display_name(token_type - self.first_gene_type)
+
+    def decode(self, input_ids: Sequence[int] | torch.Tensor, token_type_ids: Sequence[int] | torch.Tensor) -> str:
+        """Return a cell as text: phenotypes by name, genes with their bins, padding left out.
+
+        Args:
+            input_ids, token_type_ids: One cell, shape (l,).
+        """
+        words = []
+        for id_, type_ in zip(map(int, input_ids), map(int, token_type_ids), strict=True):
+            if id_ == PAD_ID:
+                continue
+            text = self._token_of(id_)
+            if type_ and self.first_gene_type > type_ and id_ >= len(SPECIAL_TOKENS):
+                text = self.vocabulary.label_of(id_)[1]
+            words.append(f"{self.type_name(type_)}={text}" if type_ else text)
+        return " ".join(words)
+
+    def get_special_tokens_mask(self, token_type_ids: torch.Tensor) -> torch.Tensor:
+        """True for [CLS], [EOS] and [PAD]; any shape."""
+        return token_type_ids == 0
+
+    def get_phenotype_tokens_mask(self, token_type_ids: torch.Tensor) -> torch.Tensor:
+        """True for phenotype slots, given or asked; any shape."""
+        return (token_type_ids > 0) & (token_type_ids < self.first_gene_type)
+
+    def get_gene_tokens_mask(self, token_type_ids: torch.Tensor) -> torch.Tensor:
+        """True for gene tokens, masked or not; any shape."""
+        return token_type_ids >= self.first_gene_type
+
+    # -- cells to tokens ------------------------------------------------------------------------------------------
+
+    def open(self, source: H5adFile | MemoryFile, **options: Any) -> Shard:
+        """Align one file or AnnData to this tokenizer."""
+        return Shard(source, **{**self.shard_options(), **options})
+
+    def shard_options(self) -> dict[str, Any]:
+        """Arguments that every `Shard` read for this tokenizer needs."""
+        return {
+            "panel": self.panel,
+            "vocabulary": self.vocabulary,
+            "included_phenotypes": self.included_phenotypes,
+            "normalization": self.normalization,
+        }
+
+    def _thresholds(self, *, is_counts: bool, dtype: np.dtype) -> np.ndarray:
+        """Return what values are compared with, float64 of shape (g or 1, e).
+
+        Logarithms kept in float32 meet the edges in float32: 0.7 in a file reaches the edge 0.7 in either precision.
+        """
+        if is_counts:
+            return count_thresholds(self.bin_edges.edges_ge)
+        is_narrow = dtype.kind == "f" and dtype.itemsize < 8
+        return self.bin_edges.edges_ge.astype(dtype if is_narrow else np.float64).astype(np.float64)
+
+    @cached_property
+    def _dtype(self) -> type:
+        return np.uint16 if max(self.vocab_size, self.type_vocab_size) <= 1 << 16 else np.int32
+
+    def tokenize_block(self, block: ExpressionBlock, *, seed: int = 0, epoch: int = 0) -> TokenBlock:
+        """Tokenise many cells at once.
+
+        Args:
+            block: Rows of one file.
+            seed, epoch: What `truncation="random"` depends on, beside the cell.
+
+        Raises:
+            InputError: A value is NaN, infinite or negative, or a column index lies outside the matrix.
+        """
+        library_size = block.library_size_n
+        if block.is_counts and library_size is None:
+            library_size = library_sizes(block.values_l, block.offsets_n1)
+        measured = block.alignment.is_measured_g
+        if block.alignment.duplicated:
+            block = _sum_duplicates(block)
+        values_l = _plain(block.values_l)
+        scale_n = library_size if block.is_counts and library_size is not None else np.ones(len(block))
+        room = len(block.values_l) + len(block) * (2 + len(self.included_phenotypes))
+        ids, types = np.empty(room, dtype=self._dtype), np.empty(room, dtype=self._dtype)
+        offsets = np.zeros(len(block) + 1, dtype=np.int64)
+        label_types = np.array([self.vocabulary.token_type(c) for c in self.included_phenotypes], dtype=np.int64)
+        row, at, fault = _tokenize_rows(
+            values_l, block.columns_l.astype(np.int64, copy=False), block.offsets_n1, block.alignment.gene_of_column_c,
+            self._thresholds(is_counts=block.is_counts, dtype=block.values_l.dtype), scale_n, block.label_ids_np, label_types, block.cells_n,
+            self.first_gene_type, self.first_bin_id, self.max_length, TRUNCATIONS.index(self.truncation),
+            _has_sorted_rows(block), seed, epoch, ids, types, offsets,
+        )  # fmt: skip
+        if fault:
+            raise _fault_of(block, row, at, fault)
+        return TokenBlock(
+            ids[: offsets[-1]], types[: offsets[-1]], offsets, block.cells_n, None if measured.all() else measured
+        )
+
+    def __call__(self, adata: Any, *, layer: str | None = None) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        """Tokenise an AnnData: a dict for one cell, a list of dicts for many.
+
+        Args:
+            adata: Cells; X may be CSR, CSC, dense or backed, of integers or floats.
+            layer: Name of a layer, or "raw" for `.raw`.
+
+        Returns:
+            `input_ids`, `token_type_ids` and `attention_mask` of each cell, `torch.long` of shape (l,).
+        """
+        shard = self.open(MemoryFile(adata, layer=layer))
+        if not shard.alignment.is_measured_g.any():
+            shard.alignment.check_coverage(0.0, source="AnnData")
+        if shard.alignment.coverage < 1:
+            logger.warning("AnnData: %s", shard.alignment.describe())
+        if len(shard) == 0:
+            return []
+        block = self.tokenize_block(shard.read(np.arange(len(shard))))
+        cells = [self.as_tensors(*block.cell(index)) for index in range(len(block))]
+        return cells[0] if len(cells) == 1 else cells
+
+    @staticmethod
+    def as_tensors(input_ids_l: np.ndarray, token_type_ids_l: np.ndarray) -> dict[str, torch.Tensor]:
+        """Turn one cell's tokens into the dict that datasets yield, `torch.long` of shape (l,)."""
+        return {
+            "input_ids": torch.from_numpy(input_ids_l.astype(np.int64)),
+            "token_type_ids": torch.from_numpy(token_type_ids_l.astype(np.int64)),
+            "attention_mask": torch.ones(len(input_ids_l), dtype=torch.long),
+        }
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that defines this tokenizer, as written to `tokenizer.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_class": type(self).__name__,
+            "normalization": self.normalization,
+            "truncation": self.truncation,
+            "max_length": self.max_length,
+            "included_phenotypes": list(self.included_phenotypes),
+            "phenotypes": {name: list(labels) for name, labels in self.phenotypes.items()},
+            "bin_edges": self.bin_edges.to_json(self.panel.genes),
+            "genes": list(self.panel.genes),
+            "gene_symbols": list(self.panel.symbols) or None,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what ids and token types mean: genes, labels, bins and scale (not of max_length)."""
+        meaning = {key: self.to_dict()[key] for key in ("genes", "phenotypes", "bin_edges", "normalization")}
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GeneTokenizer) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> tuple[str]:
+        """Write `tokenizer.json` into a folder, whole or not at all."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / TOKENIZER_FILE
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return (str(path),)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], *, source: str) -> "GeneTokenizer":
+        """Rebuild a tokenizer, refusing unknown keys and versions."""
+        known = ["format_version", "tokenizer_class", "normalization", "truncation", "max_length", "included_phenotypes"]
+        known += ["phenotypes", "bin_edges", "genes", "gene_symbols"]
+        unknown = sorted(set(content) - set(known))
+        if content.get("format_version") != FORMAT_VERSION or unknown:
+            raise InputError(
+                f"{source} is not a tokenizer of format {FORMAT_VERSION} (version {content.get('format_version')!r}, "
+                f"unknown keys: {listed(unknown) or 'none'}). Was it written by a newer perturbgene? Update it."
+            )
+        missing = [key for key in known if key not in content and key not in ("tokenizer_class", "gene_symbols")]
+        if missing:
+            raise InputError(f"{source} lacks {listed(missing)}. Use the tokenizer.json that came with the model.")
+        settings = {key: content[key] for key in known[2:] if key in content}
+        return cls(**settings)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **_: Any) -> "GeneTokenizer":
+        """Read `tokenizer.json` from a run, corpus or tokenizer folder.
+
+        Raises:
+            InputError: No such file, not JSON, or of another version.
+        """
+        file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"no tokenizer can be read from {file} ({error}). Point to a run or corpus folder.") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{file} is not a tokenizer. Point to a run or corpus folder.")
+        return cls.from_dict(content, source=str(file))
+
+    @classmethod
+    def from_config(cls, config: Any) -> "GeneTokenizer":
+        """Build the tokenizer that a configuration of `mlm` or `cls` describes.
+
+        It builds on the tokenizer of `config.corpus` (or of `config.pretrained_model_path`); vocabulary, bin edges and
+        panel that the configuration names itself replace those. Without either, the panel is a file of genes, another
+        run's tokenizer, or the first training file's genes by `highly_variable_rank`.
+        """
+        base = config.corpus or config.pretrained_model_path
+        content = cls.from_pretrained(base).to_dict() if base else {"format_version": FORMAT_VERSION}
+        content.update(_settings_from_config(config, has_base=bool(base)))
+        return cls.from_dict(content, source=str(base or "the configuration"))
+
+    def with_settings(
+        self, *, max_length: int | None = None, truncation: Truncation | None = None, included: Sequence[str] | None = None
+    ) -> "GeneTokenizer":
+        """Return a copy that means the same ids but lays sequences out differently."""
+        content = self.to_dict()
+        changes = {"max_length": max_length, "truncation": truncation, "included_phenotypes": included}
+        content.update({key: value for key, value in changes.items() if value is not None})
+        return self.from_dict(content, source="tokenizer")
+
+
+def _clean_keys(edges_of_gene: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    cleaned = {clean_gene(gene): edges for gene, edges in edges_of_gene.items()}
+    if len(cleaned) < len(edges_of_gene):
+        names = Counter(map(clean_gene, edges_of_gene))
+        repeated = [gene for gene, count in names.items() if count > 1]
+        raise InputError(f"bin_edges name {listed(repeated)} more than once (in several versions). Keep one of each.")
+    return cleaned
+
+
+def _has_sorted_rows(block: ExpressionBlock) -> bool:
+    """True when, in every row, panel genes come in panel order already."""
+    if not block.alignment.is_ordered or len(block.columns_l) < 2:
+        return block.alignment.is_ordered
+    is_step_up = block.columns_l[1:] > block.columns_l[:-1]
+    inner_starts = block.offsets_n1[1:-1]
+    inner_starts = inner_starts[(inner_starts > 0) & (inner_starts < len(block.columns_l))]
+    is_step_up[inner_starts - 1] = True
+    return bool(is_step_up.all())
+
+
+def _settings_from_config(config: Any, *, has_base: bool) -> dict[str, Any]:
+    """Return what the configuration says itself; the rest comes from the corpus or run that it builds on."""
+    settings: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
+    if config.vocab_path or not has_base:
+        vocabulary = Vocabulary.from_file(config.vocab_path) if config.vocab_path else Vocabulary({})
+        settings["phenotypes"] = {name: list(labels) for name, labels in vocabulary.phenotypes.items()}
+        settings["included_phenotypes"] = list(vocabulary.categories)
+    if config.included_phenotypes:
+        settings["included_phenotypes"] = list(config.included_phenotypes)
+    if config.bin_edges_path or config.bin_edges:
+        settings["bin_edges"] = read_edges(config.bin_edges_path) if config.bin_edges_path else list(config.bin_edges)
+    if config.panel or not has_base:
+        settings["genes"], settings["gene_symbols"] = _panel_from_config(config)
+    elif config.num_top_genes:
+        base = GeneTokenizer.from_pretrained(config.corpus or config.pretrained_model_path)
+        settings["genes"] = _first_genes(base.genes, config.num_top_genes)
+        settings["gene_symbols"] = list(base.gene_symbols[: config.num_top_genes]) or None
+    if not has_base or config.normalization != "auto":
+        settings["normalization"] = config.normalization
+    return settings
+
+
+def _first_genes(genes: Sequence[str], count: int | None) -> list[str]:
+    if count and count > len(genes):
+        raise InputError(f"num_top_genes {count:,} exceeds the {len(genes):,} genes of the panel. Lower --num_top_genes.")
+    return list(genes[:count])
+
+
+def _panel_from_config(config: Any) -> tuple[list[str], list[str] | None]:
+    """Return gene ids and symbols of the panel, cut to `num_top_genes`."""
+    if config.panel and (Path(config.panel).is_dir() or str(config.panel).endswith(".json")):
+        given = GeneTokenizer.from_pretrained(config.panel)
+        genes, symbols = list(given.genes), list(given.gene_symbols) or None
+    elif config.panel:
+        genes, symbols = list(read_panel(config.panel)), None
+    else:
+        genes, symbols = _panel_of_file(H5adFile(expand_paths(config.train_data_paths)[0], layer=config.layer), config)
+    return _first_genes(genes, config.num_top_genes), symbols[: config.num_top_genes] if symbols else None
+
+
+def _panel_of_file(file: H5adFile, config: Any) -> tuple[list[str], list[str] | None]:
+    """Return all genes of a file, by `highly_variable_rank` where it has one."""
+    names = file.var_names if config.gene_id_column is None else file.var_column(config.gene_id_column).to_numpy()
+    known = file.columns_of(file.var_frame)
+    order = np.arange(len(names))
+    if RANK_COLUMN in known:
+        rank = file.var_column(RANK_COLUMN).to_numpy(dtype=np.float64)
+        if len(set(rank[np.isfinite(rank)])) < np.isfinite(rank).sum():
+            raise InputError(f"{file.path}: var[{RANK_COLUMN!r}] has ties. Rank the genes 0, 1, 2, ... or use `prepare`.")
+        order = np.argsort(rank, kind="stable")[: int(np.isfinite(rank).sum())]
+    elif config.num_top_genes:
+        raise InputError(
+            f"{file.path} has no var column {RANK_COLUMN!r}, so --num_top_genes cannot choose. Rank the genes with "
+            "`perturbgene prepare`, or give --panel."
+        )
+    symbols = None
+    if "feature_name" in known:
+        symbols = [clean_gene(name) for name in file.var_column("feature_name").to_numpy(dtype=object)[order]]
+    file.close()
+    return [str(name) for name in names[order]], symbols

@@ -1,0 +1,184 @@
+"""Phenotype vocabulary: which labels exist, and the ids that special tokens, labels and bins get.
+
+Owns the id layout and the spelling of labels; knows nothing of genes, files or tensors. Letters: n cells, p phenotypes.
+"""
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from perturbgene.errors import InputError, listed
+
+SPECIAL_TOKENS = ("[CLS]", "[EOS]", "[MASK]", "[PAD]")
+CLS_ID, EOS_ID, MASK_ID, PAD_ID = range(4)
+
+#: How sources write "we do not know": such a label is absent unless the vocabulary lists it.
+MISSING_LABELS = frozenset({"", "nan", "na", "n/a", "none", "null", "unknown", "<na>"})
+
+ABSENT = -1
+
+
+def label_text(value: object) -> str:
+    """Spell one `obs` value as a label: stripped, NFC, whole floats without the point, missing as ''."""
+    if value is None or (not isinstance(value, str) and pd.isna(value)):
+        return ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return unicodedata.normalize("NFC", str(value)).strip()
+
+
+def is_missing(label: str) -> bool:
+    """True for spellings of "not known", such as '', 'nan' and 'unknown'."""
+    return label.lower() in MISSING_LABELS
+
+
+def token_text(label: str) -> str:
+    """Spell a label as a token; the token of a token is itself, whatever the number of brackets around it.
+
+    Example:
+        >>> token_text(" B cell "), token_text("[B_cell]")
+        ('[B_cell]', '[B_cell]')
+    """
+    text = "_".join(label_text(label).split())
+    while len(text) > 1 and text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    return f"[{text}]"
+
+
+def _checked_labels(category: str, labels: Iterable[object]) -> tuple[str, ...]:
+    cleaned = tuple(label_text(label) for label in labels)
+    seen: dict[str, str] = {}
+    for label in cleaned:
+        if any(unicodedata.category(char) in ("Cc", "Cs") for char in label):
+            raise InputError(
+                f"label {label!r} of phenotype {category!r} holds a control character, which no token may carry. "
+                "Rename it in obs or in the vocabulary file."
+            )
+        if token_text(label) == "[]":
+            raise InputError(f"phenotype {category!r} lists an empty label. Remove it from the vocabulary.")
+        token = token_text(label)
+        if token in seen:
+            raise InputError(
+                f"labels {seen[token]!r} and {label!r} of phenotype {category!r} are the same token {token}, "
+                "so cells of both would be mixed. Merge or rename one of them."
+            )
+        seen[token] = label
+    if not cleaned:
+        raise InputError(f"phenotype {category!r} has no labels. List at least one, or leave the phenotype out.")
+    return tuple(label[1:-1] if label == token_text(label) else label for label in cleaned)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Labels of every phenotype and their input ids.
+
+    Args:
+        phenotypes: Category -> labels, raw (`"B cell"`) or as tokens (`"[B_cell]"`). Categories are sorted by name.
+    """
+
+    phenotypes: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        ordered = {name: _checked_labels(name, self.phenotypes[name]) for name in sorted(self.phenotypes)}
+        object.__setattr__(self, "phenotypes", ordered)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Vocabulary":
+        """Read `{category: [labels]}` from JSON."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(
+                f"vocabulary {path} cannot be read as JSON ({error}). Give a file like "
+                '{"cell_type": ["B cell", "T cell"]}.'
+            ) from error
+        lists = list(content.values()) if isinstance(content, dict) else [None]
+        if not all(isinstance(labels, list) and not any(isinstance(x, list | dict) for x in labels) for labels in lists):
+            raise InputError(
+                f"vocabulary {path} must map each phenotype to a list of labels, like "
+                '{"cell_type": ["B cell", "T cell"]}. Rewrite it in that form.'
+            )
+        return cls(content)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Phenotype names, sorted: the order of token types 1..P."""
+        return tuple(self.phenotypes)
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        sizes = [len(labels) for labels in self.phenotypes.values()]
+        starts = np.cumsum([len(SPECIAL_TOKENS), *sizes]).tolist()
+        return dict(zip(self.categories, starts, strict=False))
+
+    @cached_property
+    def _ids(self) -> dict[tuple[str, str], int]:
+        return {
+            (category, token_text(label)): self._starts[category] + index
+            for category, labels in self.phenotypes.items()
+            for index, label in enumerate(labels)
+        }
+
+    @property
+    def first_bin_id(self) -> int:
+        """Input id of `bin_0`: all special tokens and labels lie below it."""
+        return len(SPECIAL_TOKENS) + len(self._ids)
+
+    def check_category(self, category: str) -> None:
+        """Raise an InputError when the vocabulary has no such phenotype."""
+        if category not in self.phenotypes:
+            known = listed(self.categories, most=12) or "none"
+            raise InputError(f"phenotype {category!r} is not in the vocabulary. Choose one of: {known}.")
+
+    def id_range(self, category: str) -> tuple[int, int]:
+        """Return the half-open range of input ids of a phenotype's labels."""
+        self.check_category(category)
+        start = self._starts[category]
+        return start, start + len(self.phenotypes[category])
+
+    def token_type(self, category: str) -> int:
+        """Return the token type of a phenotype, in 1..P."""
+        self.check_category(category)
+        return 1 + self.categories.index(category)
+
+    def label_id(self, category: str, label: object) -> int:
+        """Return the input id of a label, or -1 when the vocabulary lacks it."""
+        return self._ids.get((category, token_text(label_text(label))), ABSENT)
+
+    def label_of(self, input_id: int) -> tuple[str, str]:
+        """Return (category, label) of a label's input id."""
+        for category in self.categories:
+            start, stop = self.id_range(category)
+            if start <= input_id < stop:
+                return category, self.phenotypes[category][input_id - start]
+        raise InputError(f"input id {input_id} is not a phenotype label. Labels have ids 4..{self.first_bin_id - 1}.")
+
+    def encode(self, category: str, values_n: Sequence[object] | pd.Series) -> tuple[np.ndarray, dict[str, int]]:
+        """Turn one `obs` column into input ids.
+
+        Args:
+            category: The phenotype.
+            values_n: One value per cell, of any dtype.
+
+        Returns:
+            Input ids, int32 of shape (n,), -1 where the label is missing or unknown; and how many cells carry each
+            unknown (not merely missing) label.
+        """
+        factor = pd.Categorical(pd.Series(values_n))
+        texts = [label_text(value) for value in factor.categories]
+        ids_of_codes = np.array([self.label_id(category, text) for text in texts] + [ABSENT], dtype=np.int32)
+        count_of_codes = np.bincount(factor.codes[factor.codes >= 0], minlength=len(texts))
+        unknown: Counter[str] = Counter()
+        for text, id_, count in zip(texts, ids_of_codes[:-1], count_of_codes, strict=True):
+            if id_ == ABSENT and count and not is_missing(text):
+                unknown[text] += int(count)
+        return ids_of_codes[factor.codes], dict(unknown)

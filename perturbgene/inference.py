@@ -1,0 +1,352 @@
+"""A trained run put to use: `predict` fills phenotypes into new cells, `evaluate` scores a run beside its baselines.
+
+Owns loading a run and streaming cells through it; leaves questions and counting to `eval_utils`. Letters: n cells,
+k classes, g genes.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from perturbgene import __version__
+from perturbgene.configs import load_config
+from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, block_of, collate_fn_wrapper
+from perturbgene.data_utils.expression import log_matrix
+from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
+from perturbgene.data_utils.partition import split_rows
+from perturbgene.data_utils.read import expand_paths
+from perturbgene.data_utils.shards import write_h5ad_copy
+from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.data_utils.vocab import ABSENT
+from perturbgene.errors import InputError, listed
+from perturbgene.eval_utils import (
+    ClassEvaluator, Evaluator, MlmEvaluator, Question, answer, inference_mode, run_evaluator, standard_questions,
+    to_device, write_results,
+)  # fmt: skip
+from perturbgene.metrics import logistic_regression_baseline, majority_baseline
+from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
+from perturbgene.prepare import shard_paths
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from perturbgene.configs import EvaluateConfig, PredictConfig
+
+logger = logging.getLogger(__name__)
+
+#: Training cells that the logistic regression sees at most; more cost minutes and hardly change it.
+MOST_BASELINE_CELLS = 20_000
+
+
+# -- a run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with its tokenizer.
+
+    Args:
+        model: In evaluation mode, on its device.
+        tokenizer: That the weights were trained with.
+        path: The run folder.
+    """
+
+    model: GeneBertForPhenotypicMLM | GeneBertForClassification
+    tokenizer: GeneTokenizer
+    path: str
+
+    @property
+    def is_classifier(self) -> bool:
+        """True for a run of `cls`, False for one of `mlm`."""
+        return isinstance(self.model, GeneBertForClassification)
+
+    @property
+    def class_labels(self) -> list[str]:
+        """Names of a classifier's classes."""
+        return [self.model.config.id2label[index] for index in range(len(self.model.config.id2label))]
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto" into the accelerator where there is one, else the CPU."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")  # type: ignore[return-value]
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}). Give --device cpu.") from error
+    return torch.device(device)
+
+
+def load_run(path: str | Path, *, device: str = "auto") -> Run:
+    """Load a run folder of `mlm` or `cls`.
+
+    Raises:
+        InputError: The folder is no run, its files are damaged, or weights and tokenizer do not belong together.
+    """
+    if not Path(path).is_dir():
+        raise InputError(f"run {path} does not exist. Give the --output_dir of an `mlm` or `cls` run.")
+    tokenizer = GeneTokenizer.from_pretrained(path)
+    try:
+        config = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
+        is_classifier = "GeneBertForClassification" in (config.architectures or [])
+        kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
+        model, report = kind.from_pretrained(path, output_loading_info=True)
+    except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise InputError(f"{path} holds no finished run ({reason}). Train it again or name another folder.") from error
+    strange = [*report["missing_keys"], *report["unexpected_keys"]]
+    if strange or config.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise InputError(
+            f"{path}: weights and settings do not belong together ({listed(strange) or 'another tokenizer.json'}). "
+            "Restore the folder as training wrote it."
+        )
+    return Run(model.to(choose_device(device)).eval(), tokenizer, str(path))
+
+
+# -- predict ------------------------------------------------------------------------------------------------------
+
+
+def _question(run: Run, ask: Sequence[str], given: Mapping[str, str | None]) -> Question:
+    if run.is_classifier:
+        category = run.model.config.phenotype_category
+        wrong = [name for name in ask if name != category]
+        if wrong:
+            raise InputError(f"{run.path} classifies {category!r} only, not {listed(wrong)}. Ask an mlm run, or drop --ask.")
+        return Question("asked", (category,), run.tokenizer.included_phenotypes)
+    for category in [*ask, *given]:
+        run.tokenizer.vocabulary.check_category(category)
+    asked = tuple(ask) or tuple(name for name in run.tokenizer.included_phenotypes if name not in given)
+    if not asked:
+        raise InputError("nothing is asked: every phenotype of the run is given. Name one with --ask.")
+    return Question("asked", asked, tuple(given))
+
+
+def _constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -> dict[str, int]:
+    constants = {name: tokenizer.vocabulary.label_id(name, label) for name, label in given.items() if label is not None}
+    for name, id_ in constants.items():
+        if id_ == ABSENT:
+            known = listed(tokenizer.phenotypes[name], most=12)
+            raise InputError(f"{name}={given[name]} is not in the run's vocabulary. Choose one of: {known}.")
+    return constants
+
+
+def _probabilities(run: Run, cells: Sequence[Cell], question: Question) -> dict[str, np.ndarray]:
+    """Answer one batch: phenotype -> probabilities of its labels, (n, k)."""
+    if not run.is_classifier:
+        return answer(run.model, block_of(cells), run.tokenizer, question)
+    batch = to_device(collate_fn_wrapper(run.tokenizer, packed=True)(cells), run.model.device)
+    with inference_mode(run.model):
+        logits_nk = run.model(**batch).logits.float()
+    return {question.asked[0]: torch.softmax(logits_nk, dim=-1).cpu().numpy()}
+
+
+def _batches(dataset: IterableAnnDataset, *, text: str) -> Iterator[list[Cell]]:
+    with tqdm(total=len(dataset), desc=text, unit=" cells", unit_scale=True, disable=None) as bar:
+        for cells in DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=list):
+            yield cells
+            bar.update(len(cells))
+
+
+def predict_table(data: Any, run: Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None, **reading: Any) -> pd.DataFrame:  # fmt: skip
+    """Predict phenotypes of cells as a table.
+
+    Args:
+        data: Path of an h5ad file, or an AnnData.
+        run: A loaded run.
+        ask: Phenotypes to predict; none named means all that are not given.
+        given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
+        reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage` of `IterableAnnDataset`.
+
+    Returns:
+        For each asked phenotype `predicted_X` (category) and `predicted_X_probability` (float32), a row per cell in the
+        order of the input. A cell that expresses no gene of the panel has no prediction (missing).
+    """
+    given = dict(given or {})
+    question = _question(run, ask, given)
+    tokenizer = run.tokenizer if run.is_classifier else run.tokenizer.with_settings(included=list(question.given))
+    dataset = IterableAnnDataset(
+        data, tokenizer, constant_labels=_constant_labels(tokenizer, given), optional_labels=run.is_classifier, **reading
+    )
+    chosen: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
+    probability: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
+    for cells in _batches(dataset, text="predict"):
+        has_genes_n = np.array([int(cell["token_type_ids"][-2]) >= tokenizer.first_gene_type for cell in cells])
+        for name, probability_nk in _probabilities(run, cells, question).items():
+            chosen[name].append(np.where(has_genes_n, probability_nk.argmax(axis=1), -1))
+            probability[name].append(np.where(has_genes_n, probability_nk.max(axis=1), np.nan))
+    columns: dict[str, Any] = {}
+    for name in question.asked:
+        labels = run.class_labels if run.is_classifier else list(tokenizer.phenotypes[name])
+        columns[f"predicted_{name}"] = pd.Categorical.from_codes(np.concatenate(chosen[name]), categories=labels)
+        columns[f"predicted_{name}_probability"] = np.concatenate(probability[name]).astype(np.float32)
+    return pd.DataFrame(columns)
+
+
+def predict(adata: "AnnData", model: str | Path | Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None, device: str = "auto", **reading: Any) -> "AnnData":  # fmt: skip
+    """Return a copy of the cells with `obs["predicted_X"]` and `obs["predicted_X_probability"]` filled.
+
+    Args:
+        adata: Cells; no label column is needed.
+        model: Run folder, or a loaded run.
+        ask, given, reading: See `predict_table`.
+        device: "auto", "cpu", "cuda", ...
+    """
+    run = model if isinstance(model, Run) else load_run(model, device=device)
+    table = predict_table(adata, run, ask=ask, given=given, **reading)
+    result = adata.copy()
+    for name in table:
+        result.obs[name] = table[name].array
+    result.uns["perturbgene"] = _provenance(run, ask, given or {})
+    return result
+
+
+def _provenance(run: Run, ask: Sequence[str], given: Mapping[str, str | None]) -> dict[str, Any]:
+    facts = {"version": __version__, "run": run.path, "tokenizer_fingerprint": run.tokenizer.fingerprint}
+    return {**facts, "ask": list(ask), "given": json.dumps(dict(given))}
+
+
+def run_predict(config: "PredictConfig") -> str:
+    """Run the `predict` verb: copy the file and fill its `obs`."""
+    target = Path(config.output).expanduser()
+    if target.exists() and not config.overwrite:
+        raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
+    (path,) = expand_paths([config.input])
+    run = load_run(config.run, device=config.device)
+    reading = {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}
+    table = predict_table(path, run, ask=config.ask, given=config.given_labels, **reading)
+    write_h5ad_copy(path, target, obs=table, uns=_provenance(run, config.ask, config.given_labels))
+    lines = [f"{len(table):,} cells predicted by {config.run}, written to {target}"]
+    for name in table.columns[::2]:
+        counts = table[name].value_counts().head(5)
+        shown = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
+        mean = table[f"{name}_probability"].mean()
+        lines.append(f"{name}: {shown} (mean probability {mean:.2f}, {int(table[name].isna().sum())} cells without genes)")
+    return "\n".join(lines)
+
+
+# -- evaluate -----------------------------------------------------------------------------------------------------
+
+
+def _evaluator(run: Run, questions: Sequence[Question]) -> Evaluator:
+    if run.is_classifier:
+        return ClassEvaluator(run.class_labels, tokenizer=run.tokenizer, category=run.model.config.phenotype_category)
+    collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True)
+    return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
+
+
+def _own_questions(run: Run, ask: Sequence[str], given: Sequence[str]) -> list[Question]:
+    known = run.tokenizer.included_phenotypes
+    for name in [*ask, *given]:
+        if name not in known and not run.is_classifier:
+            raise InputError(f"{name!r} is no phenotype of {run.path}. Choose from: {listed(known, most=12)}.")
+    if given:
+        return [Question("asked", tuple(ask or [name for name in known if name not in given]), tuple(given))]
+    return [question for question in standard_questions(known) if not ask or set(question.asked) <= set(ask)]
+
+
+def _labels_and_matrix(dataset: IterableAnnDataset, category: str, *, most: int, seed: int) -> tuple[np.ndarray, sparse.csr_matrix]:
+    """Read labels (n,) and log expression (n, g) of at most `most` cells, drawn evenly."""
+    num_cells = sum(dataset.sizes)
+    rows_n = np.arange(num_cells)
+    if num_cells > most:
+        rows_n = np.sort(np.random.default_rng(seed).choice(num_cells, size=most, replace=False))
+    starts_f = np.concatenate([[0], np.cumsum(dataset.sizes)])[:-1]
+    matrices, labels = [], []
+    for file, rows in split_rows(rows_n, starts_f=starts_f):
+        matrices.append(log_matrix(dataset.shards[file].read(rows)))
+        labels.append(dataset.shards[file].label_ids(category)[rows])
+    start, _ = dataset.tokenizer.vocabulary.id_range(category)
+    ids_n = np.concatenate(labels)
+    return np.where(ids_n == ABSENT, ABSENT, ids_n - start), sparse.vstack(matrices, format="csr")
+
+
+def baselines(
+    train: IterableAnnDataset, evaluation: IterableAnnDataset, category: str, *, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Score the majority class and a logistic regression on the same cells as the model.
+
+    Args:
+        train, evaluation: Data sets of the training and evaluation cells; labels and expression are read from them.
+        category: The phenotype.
+        seed: Of the subsample, when there are more than `MOST_BASELINE_CELLS` training cells.
+    """
+    labels_n, matrix_ng = _labels_and_matrix(train, category, most=MOST_BASELINE_CELLS, seed=seed)
+    eval_labels_n, eval_matrix_ng = _labels_and_matrix(evaluation, category, most=sum(evaluation.sizes), seed=seed)
+    num_classes = len(train.tokenizer.phenotypes[category])
+    scores, _ = logistic_regression_baseline(
+        matrix_ng, labels_n, eval_matrix_ng, eval_labels_n, num_classes=num_classes, seed=seed
+    )
+    return {
+        "majority": majority_baseline(labels_n, eval_labels_n, num_classes=num_classes),
+        "logistic_regression": {**scores, "n_train": int((labels_n >= 0).sum())},
+    }
+
+
+def _table_of(results: Mapping[str, Any]) -> str:
+    rows = [
+        {"phenotype": category, "question": name, "cells": scores["n"],
+         **{key: scores.get(key, np.nan) for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")}}
+        for category, questions in results.items() for name, scores in questions.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
+
+
+def evaluate(
+    run: Run, eval_paths: Any, *, train_paths: Any = None, ask: Sequence[str] = (), given: Sequence[str] = (),
+    batch_size: int = 64, output: Path | None = None, **reading: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Score a run on labelled cells, beside its baselines.
+
+    Args:
+        run: A loaded run.
+        eval_paths: Files (or AnnData) to score on.
+        train_paths: The training files, for majority class and logistic regression; None leaves these out.
+        ask, given: One question in place of the standard ones.
+        output: Folder for `metrics.json`, confusion matrices (CSV, PNG) and per-class scores; None writes nothing.
+        reading: `layer`, `gene_id_column`, `min_gene_coverage` of `IterableAnnDataset`.
+
+    Returns:
+        Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes.
+    """
+    evaluator = _evaluator(run, _own_questions(run, ask, given))
+    category = run.model.config.phenotype_category if run.is_classifier else None
+    options = {"batch_size": batch_size, **reading}
+    dataset = IterableAnnDataset(eval_paths, run.tokenizer, phenotype_category=category, **options)
+    run_evaluator(evaluator, run.model, _batches(dataset, text="evaluate"))
+    results = evaluator.results()
+    if train_paths is not None:
+        train = IterableAnnDataset(train_paths, run.tokenizer, **options)
+        for name in [name for name in results if name != "genes" and not run.model.config.id2label.get(0, "").startswith("not ")]:
+            results[name] |= baselines(train, dataset, name)
+    if output is not None:
+        write_results(results, evaluator.confusions(), output, text="held-out cells")
+    return results
+
+
+def run_evaluate(config: "EvaluateConfig") -> str:
+    """Run the `evaluate` verb on a corpus, on files, or on the data that the run was trained with."""
+    run = load_run(config.run, device=config.device)
+    trained = load_config(Path(config.run) / "run.yaml") if (Path(config.run) / "run.yaml").exists() else None
+    corpus = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
+    if corpus:
+        eval_paths, train_paths = shard_paths(corpus, "eval"), shard_paths(corpus, "train")
+    else:
+        eval_paths = expand_paths(config.eval_data_paths or getattr(trained, "eval_data_paths", []))
+        train_paths = expand_paths(trained.train_data_paths) if getattr(trained, "train_data_paths", []) else []
+    reading = {name: getattr(trained, name) for name in ("layer", "gene_id_column") if trained is not None and not corpus}
+    output = Path(config.output) if config.output else Path(config.run) / "evaluation"
+    results = evaluate(
+        run, eval_paths, train_paths=(train_paths or None) if config.baselines else None, ask=config.ask,
+        given=config.given, batch_size=config.batch_size, output=output, **reading,
+    )  # fmt: skip
+    return f"{_table_of(results)}\nwritten to {output}"

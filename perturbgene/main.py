@@ -1,0 +1,121 @@
+"""The command line: reads the settings, calls the verb, turns a user's mistake into one clean line.
+
+Owns exit codes, logging to the terminal and all printing; leaves every verb to its own module, imported when called.
+"""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from perturbgene import __version__
+from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
+from perturbgene.errors import InputError
+
+VERB_FUNCTIONS = {
+    "prepare": "perturbgene.prepare:run_prepare",
+    "mlm": "perturbgene.train:run_mlm",
+    "cls": "perturbgene.train:run_cls",
+    "evaluate": "perturbgene.inference:run_evaluate",
+    "predict": "perturbgene.inference:run_predict",
+    "download": "perturbgene.download:run_download",
+}
+EXIT_USAGE = 2
+# As a shell reports a process that a signal has ended: 128 + SIGINT, 128 + SIGPIPE.
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+# `--debug` alone is ours; before one of these words it is the field of TrainingArguments.
+TRAINER_DEBUG_WORDS = ("underflow_overflow", "tpu_metrics_debug")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: Tokens after the program's name; those of this process by default.
+
+    Returns:
+        Exit code: 0 done, 2 the user's mistake, 130 interrupted, 141 the reader of the output went away.
+    """
+    tokens, is_debugging = take_debug(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(tokens)
+    except InputError as error:
+        if is_debugging:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        silence_stdout()
+        return EXIT_BROKEN_PIPE
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Answer help and version, or parse the settings and call the verb."""
+    if not tokens:
+        print(overview(), file=sys.stderr)
+        return EXIT_USAGE
+    if tokens[0] == "--version":
+        print(f"perturbgene {__version__}", flush=True)
+        return 0
+    try:
+        config = parse_args(tokens)
+    except HelpRequested as page:
+        print(page, flush=True)
+        return 0
+    set_up_logging()
+    outcome = verb_function(config.verb)(config)
+    if isinstance(outcome, str | Path):
+        print(outcome, flush=True)
+    return 0
+
+
+def take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Take our ``--debug`` out of the tokens.
+
+    Example:
+        >>> take_debug(["mlm", "--debug", "--seed", "1"])
+        (['mlm', '--seed', '1'], True)
+    """
+    kept = [
+        token
+        for i, token in enumerate(argv)
+        if token != "--debug" or (i + 1 < len(argv) and argv[i + 1] in TRAINER_DEBUG_WORDS)
+    ]
+    return kept, len(kept) < len(argv)
+
+
+def verb_function(verb: str) -> Callable[[BaseConfig], object]:
+    """Import the function of a verb; only now, so that help pages need no torch."""
+    module_name, function_name = VERB_FUNCTIONS[verb].split(":")
+    return getattr(importlib.import_module(module_name), function_name)
+
+
+def set_up_logging() -> None:
+    """Send our messages to stderr from INFO on, those of libraries from WARNING on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("perturbgene").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def silence_stdout() -> None:
+    """Point stdout to nowhere, so that Python's flush at exit does not complain about the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def cli() -> None:
+    """Console script: `main` with its exit code."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,149 @@
+"""Figures: tables in, matplotlib figures out.
+
+Owns every picture and is the only module that knows the plotting library; knows nothing of cells, models or metrics.
+Letters: k classes.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+MOST_CLASSES_WITH_COUNTS = 25
+MOST_LETTERS_IN_A_LABEL = 40
+# Okabe & Ito (2008), "Color Universal Design": eight hues that stay apart under colour-blindness.
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
+    """Draw a confusion matrix: rows are true classes, colour is the share of the row, text is the count.
+
+    Args:
+        table: Counts, true classes as rows and predicted classes as columns, shape (k, k).
+        title: First line of the title; the number of cells is added.
+
+    Returns:
+        The figure; counts are written into the squares up to 25 classes.
+    """
+    counts_kk = table.to_numpy(dtype=np.float64)
+    share_kk = counts_kk / np.maximum(counts_kk.sum(axis=1, keepdims=True), 1.0)
+    num_classes = max(len(table), 1)
+    font_size = 9.0 if num_classes <= MOST_CLASSES_WITH_COUNTS else 6.5
+    side = np.clip(0.42 * num_classes, 2.6, 10.0) if num_classes <= MOST_CLASSES_WITH_COUNTS else 0.13 * num_classes + 3
+    figure = _empty_figure(width=float(side) + 4.0, height=float(side) + 2.6)
+    axes = figure.add_subplot()
+    if counts_kk.size:
+        axes.imshow(share_kk, cmap="cividis", vmin=0.0, vmax=1.0, aspect="equal", interpolation="nearest")
+    _label_classes(axes, table, font_size=font_size)
+    if num_classes <= MOST_CLASSES_WITH_COUNTS:
+        _write_counts(axes, counts_kk, share_kk=share_kk)
+    axes.set_title(f"{title}\nn = {int(counts_kk.sum()):,} cells", fontsize=11)
+    bar = figure.colorbar(ScalarMappable(Normalize(0.0, 1.0), cmap="cividis"), ax=axes, fraction=0.046, pad=0.03)
+    bar.set_label("share of the true class")
+    return figure
+
+
+def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
+    """Draw losses against the optimiser step: training as lines, evaluation dashed with dots.
+
+    Args:
+        history: A `step` column, and one column per part whose name holds "loss" (`loss`, `gene_loss`, `eval_loss`,
+            ...); missing entries are steps at which that part was not logged. Other columns are left out.
+        title: First line of the title; the number of steps is added.
+
+    Returns:
+        The figure; a part and its evaluation (`eval_` before its name) share a colour.
+    """
+    figure = _empty_figure(width=7.0, height=4.2)
+    axes = figure.add_subplot()
+    numeric = history.select_dtypes("number")
+    columns = [str(name) for name in numeric.columns if "loss" in str(name)]
+    parts = list(dict.fromkeys(_part(name) for name in columns))
+    for name in columns:
+        values = history[["step", name]].dropna()
+        axes.plot(
+            values["step"],
+            values[name],
+            label=name.replace("_", " "),
+            color=OKABE_ITO[parts.index(_part(name)) % len(OKABE_ITO)],
+            linestyle="--" if name.startswith("eval_") else "-",
+            marker="o" if name.startswith("eval_") or len(values) == 1 else None,
+            markersize=3.5,
+        )
+    steps = int(history["step"].max()) if len(history) else 0
+    axes.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{title}\nn = {steps:,} steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    if columns:
+        axes.legend(frameon=False)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path | str, *, dots_per_inch: int = 150) -> Path:
+    """Write the figure to a temporary name and rename it, so that a half picture never lies under `path`."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture_format = target.suffix.lstrip(".") or "png"
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        figure.savefig(temporary, format=picture_format, dpi=dots_per_inch)
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600; a picture is for everyone who may read the folder
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def _empty_figure(*, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _part(name: str) -> str:
+    return name.removeprefix("eval_").removeprefix("train_")
+
+
+def _label_classes(axes: Axes, table: pd.DataFrame, *, font_size: float) -> None:
+    axes.set_xticks(
+        np.arange(table.shape[1]),
+        labels=[_shortened(name) for name in table.columns],
+        rotation=90 if table.shape[1] > MOST_CLASSES_WITH_COUNTS else 45,
+        ha="center" if table.shape[1] > MOST_CLASSES_WITH_COUNTS else "right",
+        rotation_mode="default" if table.shape[1] > MOST_CLASSES_WITH_COUNTS else "anchor",
+        fontsize=font_size,
+    )
+    axes.set_yticks(np.arange(table.shape[0]), labels=[_shortened(name) for name in table.index], fontsize=font_size)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+
+
+def _write_counts(axes: Axes, counts_kk: np.ndarray, *, share_kk: np.ndarray) -> None:
+    for row, column in zip(*np.nonzero(counts_kk), strict=True):
+        # The dark half of cividis needs white letters, the bright half black ones.
+        axes.text(
+            column,
+            row,
+            f"{int(counts_kk[row, column]):,}",
+            ha="center",
+            va="center",
+            fontsize=8 if counts_kk.max() < 10_000 else 6,
+            color="white" if share_kk[row, column] < 0.5 else "black",
+        )
+
+
+def _shortened(name: object) -> str:
+    text = str(name).replace("$", r"\$")  # a lone $ would start mathematical text
+    if len(text) <= MOST_LETTERS_IN_A_LABEL:
+        return text
+    # Cell types often differ only at their ends ("... T cell", "... T cell, naive"), so the middle goes.
+    return f"{text[: MOST_LETTERS_IN_A_LABEL // 2]}…{text[1 - MOST_LETTERS_IN_A_LABEL // 2 :]}"

@@ -1,0 +1,321 @@
+"""The verbs `mlm` and `cls`: from a configuration to a run folder.
+
+Owns putting the parts together and what a run folder holds (a Hugging Face model folder with `tokenizer.json`,
+`run.yaml`, `metrics.json` and a model card); leaves the loop to `ShardedTrainer`. Letters: k classes.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from perturbgene import __version__
+from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.read import expand_paths
+from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.errors import InputError, listed
+from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Question, standard_questions
+from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
+from perturbgene.plots import loss_figure, save_figure
+from perturbgene.prepare import shard_paths
+from perturbgene.sharded_trainer import ShardedTrainer
+
+if TYPE_CHECKING:
+    from perturbgene.configs import ClsConfig, MlmConfig, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, METRICS_FILE, CARD_FILE = "run.yaml", "metrics.json", "README.md"
+
+
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+def _paths(config: "TrainingConfig", split: str) -> list[str]:
+    given = config.train_data_paths if split == "train" else config.eval_data_paths
+    if given:
+        return expand_paths(given)
+    return shard_paths(config.corpus, split) if config.corpus else []
+
+
+def _check_overlap(train: Sequence[str], evaluation: Sequence[str], *, is_allowed: bool) -> None:
+    shared = sorted({str(Path(path).resolve()) for path in train} & {str(Path(path).resolve()) for path in evaluation})
+    if shared and not is_allowed:
+        raise InputError(
+            f"{listed(shared)} are in both --train_data_paths and --eval_data_paths, so scores would be of cells seen "
+            "in training. Separate them, or pass --allow_overlap."
+        )
+
+
+def _dataset(
+    config: "TrainingConfig", tokenizer: GeneTokenizer, arguments: TrainingArguments, split: str, **options: Any
+) -> IterableAnnDataset | None:
+    paths = _paths(config, split)
+    if not paths:
+        return None
+    is_train = split == "train"
+    return IterableAnnDataset(
+        paths,
+        tokenizer,
+        shuffle=is_train,
+        seed=arguments.seed,
+        batch_size=arguments.per_device_train_batch_size if is_train else arguments.per_device_eval_batch_size,
+        layer=config.layer,
+        gene_id_column=config.gene_id_column,
+        min_gene_coverage=config.min_gene_coverage,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+        **options,
+    )
+
+
+def _datasets(
+    config: "TrainingConfig", tokenizer: GeneTokenizer, arguments: TrainingArguments, **options: Any
+) -> tuple[IterableAnnDataset, IterableAnnDataset | None]:
+    _check_overlap(_paths(config, "train"), _paths(config, "eval"), is_allowed=config.allow_overlap)
+    train = _dataset(config, tokenizer, arguments, "train", **options)
+    assert train is not None  # the configuration was checked
+    sizes = set(train.sizes)
+    if config.shard_size and sizes != {config.shard_size}:
+        logger.warning("--shard_size says %d, the files hold %s cells; the files are right", config.shard_size, sorted(sizes)[:5])
+    if len(train) < arguments.per_device_train_batch_size:
+        raise InputError(
+            f"{len(train)} training cells per process are fewer than one batch of "
+            f"{arguments.per_device_train_batch_size}. Lower --per_device_train_batch_size."
+        )
+    return train, _dataset(config, tokenizer, arguments, "eval", **options)
+
+
+# -- model --------------------------------------------------------------------------------------------------------
+
+
+def _own_sizes(config: "TrainingConfig") -> dict[str, Any]:
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "dropout", "norm_position")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> GeneBertConfig:
+    """Return the model's configuration: preset, then own sizes, then what the tokenizer fixes."""
+    sizes = {**load_preset(config.model_arch), **_own_sizes(config)}
+    if config.hidden_size and not config.intermediate_size:
+        sizes["intermediate_size"] = 4 * config.hidden_size
+    return GeneBertConfig(**{**sizes, **_kernel(config), **tokenizer_facts(tokenizer), **extra})
+
+
+def _kernel(config: "TrainingConfig") -> dict[str, str]:
+    return {"attention_kernel": "flash" if config.use_flash_attn else config.attn_implementation}
+
+
+def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
+    """Return the settings of a model that its tokenizer decides."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "type_vocab_size": tokenizer.type_vocab_size,
+        "first_bin_id": tokenizer.first_bin_id,
+        "phenotype_id_ranges": tokenizer.phenotype_id_ranges,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }
+
+
+def check_fingerprint(model_config: GeneBertConfig, tokenizer: GeneTokenizer, *, source: str) -> None:
+    """Refuse weights that were trained with other genes, labels or bins than the tokenizer's."""
+    if model_config.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise InputError(
+            f"{source} was trained with another tokenizer (genes, labels, bins or scale differ), so its weights would "
+            "mean other things. Use the corpus that it was trained on, or start without --pretrained_model_path."
+        )
+
+
+def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> Any:
+    path = str(config.pretrained_model_path)
+    try:
+        loaded = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
+        check_fingerprint(loaded, tokenizer, source=path)
+        for name, value in {**_kernel(config), **extra}.items():
+            setattr(loaded, name, value)
+        return kind.from_pretrained(path, config=loaded)
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} holds no GeneBERT weights ({error}). Give a run folder of mlm or cls.") from error
+
+
+# -- run folder ---------------------------------------------------------------------------------------------------
+
+
+def _check_output(config: "TrainingConfig") -> None:
+    folder = Path(config.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not config.resume_from_checkpoint:
+        raise InputError(
+            f"{folder} exists and is not empty: an older run's checkpoints would be mixed with this one's. Choose "
+            "another --output_dir, or continue with --resume_from_checkpoint."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}). Choose another --output_dir.") from error
+
+
+def _checkpoint(config: "TrainingConfig") -> str | None:
+    wanted = config.resume_from_checkpoint
+    if wanted in (None, "latest"):
+        newest = get_last_checkpoint(config.output_dir) if wanted else None
+        if wanted and newest is None:
+            logger.warning("%s holds no checkpoint yet: starting from the beginning", config.output_dir)
+        return newest
+    if not Path(str(wanted)).is_dir():
+        raise InputError(f"checkpoint {wanted} does not exist. Give a folder, or --resume_from_checkpoint alone.")
+    return wanted
+
+
+def _model_card(config: "TrainingConfig", tokenizer: GeneTokenizer, results: dict[str, Any], num_cells: int) -> str:
+    lines = [
+        "---", "library_name: transformers", "tags: [single-cell, gene-expression, perturbgene]", "---",
+        f"# {Path(config.output_dir).name}: GeneBERT {config.verb} model", "",
+        f"Trained by perturbgene {__version__} on {num_cells:,} cells, {len(tokenizer.panel):,} genes.", "",
+        "| phenotype | question | cells | accuracy | macro F1 |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for category, questions in results.items():
+        for name, scores in questions.items():
+            lines.append(f"| {category} | {name} | {scores['n']:,} | {scores['accuracy']:.3f} | {scores['macro_f1']:.3f} |")
+    command = f"perturbgene predict {config.output_dir} cells.h5ad --output predicted.h5ad"
+    return "\n".join([*lines, "", "Use it:", "", "```bash", command, "```", ""])
+
+
+def _finish(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer, evaluator: Evaluator) -> Path:
+    """Score the final (best) weights and write the run folder."""
+    folder = Path(config.output_dir)
+    results: dict[str, Any] = {}
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+        results = evaluator.results()
+    if trainer.is_world_process_zero():
+        trainer.save_model(str(folder))
+        tokenizer.save_pretrained(folder)
+        trainer.save_state()
+        (folder / METRICS_FILE).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert isinstance(trainer.train_dataset, IterableAnnDataset)
+        card = _model_card(config, tokenizer, results, sum(trainer.train_dataset.sizes))
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        history = pd.DataFrame(trainer.state.log_history)
+        if "loss" in history:
+            save_figure(loss_figure(history, title=f"{config.verb}: {folder.name}"), folder / "loss.png")
+    return folder
+
+
+def _train(
+    config: "TrainingConfig", arguments: TrainingArguments, tokenizer: GeneTokenizer, evaluators: tuple[Evaluator, Evaluator],
+    **parts: Any,
+) -> Path:  # fmt: skip
+    """Train with the first evaluator, score the best weights with the second."""
+    checkpoint = _checkpoint(config)
+    config.save(Path(config.output_dir) / RUN_FILE)
+    tokenizer.save_pretrained(config.output_dir)
+    trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], **parts)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluator = evaluators[1]
+    return _finish(trainer, config, tokenizer, evaluators[1])
+
+
+# -- verbs --------------------------------------------------------------------------------------------------------
+
+
+def run_mlm(config: "MlmConfig") -> Path:
+    """Train by masking genes and phenotypes together; returns the run folder.
+
+    Raises:
+        InputError: Data, weights or settings do not fit together.
+    """
+    _check_output(config)
+    arguments = config.training_arguments()
+    set_seed(arguments.seed)
+    tokenizer = GeneTokenizer.from_config(config)
+    train, evaluation = _datasets(config, tokenizer, arguments)
+    weights = {"phenotype_loss_weight": config.phenotype_loss_weight, "gene_loss_weight": config.gene_loss_weight}
+    if config.pretrained_model_path:
+        model = _pretrained(GeneBertForPhenotypicMLM, config, tokenizer, **weights)
+    else:
+        model = GeneBertForPhenotypicMLM(model_config(config, tokenizer, **weights))
+    collator = DataCollatorForPhenotypicMLM(
+        tokenizer,
+        gene_mask_prob=config.gene_mask_prob,
+        phenotype_mask_prob=config.phenotype_mask_prob,
+        absent_prob=config.absent_prob,
+        unexpressed_ratio=config.unexpressed_ratio,
+        seed=arguments.seed,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+        packed=config.pad_to_multiple_of is None,
+    )
+    packed = replace(collator, packed=True)
+    quick = [Question("alone", (category,)) for category in tokenizer.included_phenotypes]
+    evaluator = MlmEvaluator(tokenizer, collator=packed, questions=quick)
+    final = MlmEvaluator(tokenizer, collator=packed, questions=standard_questions(tokenizer.included_phenotypes))
+    return _train(
+        config, arguments, tokenizer, (evaluator, final),
+        model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
+    )  # fmt: skip
+
+
+def class_names(tokenizer: GeneTokenizer, category: str, binary_label: str | None) -> list[str]:
+    """Return the names of a classifier's classes, by class number."""
+    return [f"not {binary_label}", binary_label] if binary_label else list(tokenizer.phenotypes[category])
+
+
+def class_weights(counts_k: np.ndarray) -> list[float]:
+    """Weigh classes inversely to their training cells, so that the mean weight over training cells is 1.
+
+    Example:
+        >>> class_weights(np.array([30, 10, 0]))
+        [0.6667, 2.0, 0.0]
+    """
+    weights_k = np.where(counts_k > 0, counts_k.sum() / np.maximum(counts_k, 1) / max(1, (counts_k > 0).sum()), 0.0)
+    return [round(float(weight), 4) for weight in weights_k]
+
+
+def run_cls(config: "ClsConfig") -> Path:
+    """Train a classifier of one phenotype, from scratch or from an mlm run; returns the run folder.
+
+    Raises:
+        InputError: Data, weights or settings do not fit together, or the training cells have one class only.
+    """
+    _check_output(config)
+    arguments = config.training_arguments()
+    set_seed(arguments.seed)
+    full = GeneTokenizer.from_config(config)
+    full.vocabulary.check_category(config.phenotype_category)
+    others = [name for name in config.included_phenotypes if name != config.phenotype_category]
+    tokenizer = full.with_settings(included=others)
+    train, evaluation = _datasets(
+        config, tokenizer, arguments, phenotype_category=config.phenotype_category, binary_label=config.binary_label
+    )
+    names, counts_k = class_names(tokenizer, config.phenotype_category, config.binary_label), train.class_counts()
+    if (counts_k > 0).sum() < 2:
+        raise InputError(f"all training cells are {names[int(counts_k.argmax())]!r}: there is nothing to tell apart.")
+    rare = [name for name, count in zip(names, counts_k, strict=True) if count < 2]
+    if rare:
+        logger.warning("classes with fewer than two training cells cannot be learnt: %s", listed(rare))
+    head = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "phenotype_category": config.phenotype_category,
+        "class_weights": None if config.balanced_dataset else class_weights(counts_k),
+    }
+    if config.pretrained_model_path:
+        model = _pretrained(GeneBertForClassification, config, tokenizer, **head)
+    else:
+        model = GeneBertForClassification(model_config(config, tokenizer, **head))
+    evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=config.phenotype_category)
+    is_packed = config.pad_to_multiple_of is None
+    collator = collate_fn_wrapper(tokenizer, config.pad_to_multiple_of, packed=is_packed)
+    return _train(
+        config, arguments, tokenizer, (evaluator, evaluator),
+        model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Small real inputs that several test files share: a four-gene tokenizer, hand-made cells, and PBMC cells."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from perturbgene.data_utils.tokenization import GeneTokenizer
+
+FOUR_GENES = ("CD3E", "MS4A1", "NKG7", "LYZ")
+
+
+def _adata(
+    values_ng: Any, *, genes: Sequence[str] = FOUR_GENES, obs: dict[str, Any] | None = None, var: dict[str, Any] | None = None
+) -> ad.AnnData:
+    matrix = values_ng if sparse.issparse(values_ng) else sparse.csr_matrix(np.atleast_2d(np.asarray(values_ng)))
+    names = [f"cell_{row}" for row in range(matrix.shape[0])]
+    return ad.AnnData(matrix, obs=pd.DataFrame(obs or {}, index=names), var=pd.DataFrame(var or {}, index=list(genes)))
+
+
+@pytest.fixture
+def make_adata() -> Callable[..., ad.AnnData]:
+    """Return a function: rows of values (n, g) -> AnnData with CSR X, over four genes unless told."""
+    return _adata
+
+
+@pytest.fixture
+def write_h5ad(tmp_path: Path) -> Callable[..., str]:
+    """Return a function: rows of values (or an AnnData) -> path of a real h5ad file."""
+
+    def write(values_ng: Any, *, name: str = "cells.h5ad", **options: Any) -> str:
+        adata = values_ng if isinstance(values_ng, ad.AnnData) else _adata(values_ng, **options)
+        path = tmp_path / name
+        adata.write_h5ad(path)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., GeneTokenizer]:
+    """Return a function that builds the four-gene tokenizer with some settings changed.
+
+    Ids: cell_type 4 (B cell), 5 (T cell); sex 6 (female), 7 (male); bin_0..bin_3 are 8..11. Types: cell_type 1, sex 2, genes 3..6.
+    """
+
+    def build(**changes: Any) -> GeneTokenizer:
+        settings: dict[str, Any] = {
+            "genes": FOUR_GENES,
+            "phenotypes": {"sex": ["female", "male"], "cell_type": ["B cell", "T cell"]},
+            "bin_edges": [0.5, 1.0, 2.0],
+            "included_phenotypes": ("sex", "cell_type"),
+            "max_length": 8,
+            "normalization": "none",
+        }
+        return GeneTokenizer(**{**settings, **changes})
+
+    return build
+
+
+@pytest.fixture
+def four_gene_tokenizer(make_tokenizer: Callable[..., GeneTokenizer]) -> GeneTokenizer:
+    """Two phenotypes, four genes, edges 0.5, 1, 2 on the values as they are, at most 8 tokens."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pbmc_cells() -> ad.AnnData:
+    """All 700 PBMC cells that ship inside scanpy, `.raw` as X: 765 genes, log-normalised, CSR."""
+    import scanpy
+
+    cells = scanpy.datasets.pbmc68k_reduced()
+    raw = cells.raw.to_adata()
+    raw.obs = raw.obs.rename(columns={"bulk_labels": "cell_type"})
+    return raw
+
+
+@pytest.fixture
+def pbmc(pbmc_cells: ad.AnnData) -> ad.AnnData:
+    """A copy of the first 60 PBMC cells, free to change."""
+    return pbmc_cells[:60].copy()

@@ -1,0 +1,182 @@
+"""The house stands as drawn: imports point down, seams hold, nothing unsafe is called, no function is endless.
+
+Add a module to FLOORS when you add it to the package; CONTRIBUTING.md says what belongs on which floor.
+"""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "perturbgene"
+MOST_LINES = 60
+FLOORS = {
+    "errors": 0,
+    "model": 0,
+    "plots": 0,
+    "configs": 1,
+    "metrics": 1,
+    "data_utils.vocab": 1,
+    "data_utils.binning": 1,
+    "data_utils.genes": 1,
+    "data_utils.expression": 1,
+    "data_utils.moments": 1,
+    "data_utils.partition": 1,
+    "data_utils.read": 1,
+    "data_utils.shards": 2,
+    "data_utils.tokenization": 2,
+    "report": 2,
+    "data_utils.iterable_ann_dataset": 3,
+    "data_utils.data_collators": 3,
+    "eval_utils": 3,
+    "checkpoint": 3,
+    "prepare": 3,
+    "download": 3,
+    "sharded_trainer": 4,
+    "inference": 4,
+    "train": 5,
+    "perturbation": 5,
+    "demo": 5,
+    "main": 6,
+}
+# Library -> the only modules that may import it.
+SEAMS = {
+    "h5py": {"data_utils.read", "data_utils.shards"},
+    "matplotlib": {"plots"},
+    "seaborn": set(),
+    "pickle": set(),
+    "cloudpickle": set(),
+    "dill": set(),
+    "joblib": set(),
+    "shelve": set(),
+    "marshal": set(),
+}
+UNSAFE_ARGUMENTS = {"weights_only": False, "allow_pickle": True, "trust_remote_code": True, "shell": True}
+UNSAFE_CALLS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "eval", "exec"}
+
+
+def module_paths() -> dict[str, Path]:
+    """Map `data_utils.read` and its like to their files; the packages' `__init__` are left out."""
+    paths = {path: path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))}
+    return {".".join(name.parts): path for path, name in paths.items() if name.name != "__init__"}
+
+
+MODULES = module_paths()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+every_module = pytest.mark.parametrize("module", MODULES)
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted name of everything a module imports, inside functions and TYPE_CHECKING too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(module: str) -> set[str]:
+    """Give the modules of the package that a module imports."""
+    own = {
+        name.removeprefix("perturbgene.") for name in imported_names(TREES[module]) if name.startswith("perturbgene.")
+    }
+    return {name if name in MODULES else name.rpartition(".")[0] for name in own} - {""}
+
+
+def dotted_name(node: ast.expr) -> str:
+    """Give `yaml.load` for the expression `yaml.load`, and an empty string for what is no plain name."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted_name(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def unsafe_calls(tree: ast.AST) -> Iterator[str]:
+    """Yield what is called unsafely, with its line."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = dotted_name(call.func)
+        given = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
+        if name in UNSAFE_CALLS or (name == "torch.load" and given.get("weights_only") is not True):
+            yield f"line {call.lineno}: {name}"
+        for argument, value in UNSAFE_ARGUMENTS.items():
+            if given.get(argument) is value:
+                yield f"line {call.lineno}: {argument}={value}"
+
+
+@every_module
+def test_every_module_has_a_floor(module: str) -> None:
+    assert module in FLOORS, f"perturbgene/{module.replace('.', '/')}.py has no floor: add it to FLOORS"
+
+
+@every_module
+def test_imports_point_down(module: str) -> None:
+    upward = {name for name in own_imports(module) if FLOORS.get(name, 99) > FLOORS.get(module, 99)}
+    assert not upward, f"{module} (floor {FLOORS.get(module)}) imports from above: {sorted(upward)}"
+
+
+@every_module
+def test_imports_name_the_module_itself_and_not_the_package_around_it(module: str) -> None:
+    unknown = own_imports(module) - set(MODULES)
+    assert not unknown, f"{module} imports {sorted(unknown)}; import from the module that owns the name"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: own_imports(module) - {module} for module in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}; a smaller module beneath them is missing")
+
+
+@every_module
+def test_only_the_owner_of_a_seam_imports_its_library(module: str) -> None:
+    libraries = {name.partition(".")[0] for name in imported_names(TREES[module])}
+    strangers = {library for library in libraries if module not in SEAMS.get(library, {module})}
+    assert not strangers, f"{module} may not import {sorted(strangers)}"
+
+
+@every_module
+def test_nothing_runs_foreign_code(module: str) -> None:
+    assert not list(unsafe_calls(TREES[module]))
+
+
+@every_module
+def test_no_function_is_longer_than_sixty_lines(module: str) -> None:
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
+
+
+@every_module
+def test_every_module_opens_with_what_it_owns(module: str) -> None:
+    assert ast.get_docstring(TREES[module]), f"{module} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)
+def test_packages_only_re_export(path: Path) -> None:
+    allowed = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    others = [node for node in body if not isinstance(node, allowed) and not isinstance(node, ast.Expr)]
+    assert not others, f"{path} does more than re-export in line {others[0].lineno}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "numpy.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "yaml.load(text)",
+        "subprocess.run(line, shell=True)",
+        "eval(text)",
+    ],
+)
+def test_the_search_for_unsafe_calls_finds(line: str) -> None:
+    assert list(unsafe_calls(ast.parse(line)))
+
+
+def test_the_search_for_unsafe_calls_lets_safe_ones_pass() -> None:
+    assert not list(unsafe_calls(ast.parse("torch.load(p, weights_only=True); yaml.safe_load(t); model.eval()")))

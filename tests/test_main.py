@@ -1,0 +1,175 @@
+"""The command line: exit codes, clean errors, help without torch."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from perturbgene import __version__
+from perturbgene.configs import CONFIGS
+from perturbgene.main import VERB_FUNCTIONS, main, take_debug
+
+DOWNLOAD = ["download", "https://host/a.h5ad"]
+
+
+@pytest.fixture
+def verb(tmp_path, monkeypatch):
+    """Let `download` run a function whose body the test writes."""
+
+    def install(body: str) -> list[str]:
+        (tmp_path / "verb_under_test.py").write_text(f"def run_verb(config):\n    {body}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "verb_under_test", raising=False)
+        monkeypatch.setitem(VERB_FUNCTIONS, "download", "verb_under_test:run_verb")
+        return DOWNLOAD
+
+    return install
+
+
+def in_new_process(*tokens: str, code: str = "") -> subprocess.CompletedProcess:
+    program = ["-c", code] if code else ["-m", "perturbgene.main"]
+    return subprocess.run([sys.executable, *program, *tokens], capture_output=True, text=True, timeout=60)
+
+
+NONSENSE = [
+    "mlmm",
+    "--seed 1",
+    "mlm",
+    "mlm --corpus c",
+    "mlm --corpus c --output_dir r --unknown 1",
+    "mlm --corpus c --output_dir r --seed",
+    "mlm --corpus c --output_dir r --seed x",
+    "mlm --corpus c --output_dir r --seed=1.5",
+    "mlm --corpus c --output_dir r stray",
+    "mlm --corpus c --output_dir r -x",
+    "mlm --corpus c --output_dir r ---",
+    "mlm --corpus c --output_dir r --=1",
+    "mlm --corpus c --output_dir r --warmup_ratio 0.1",
+    "mlm --corpus c --output_dir r --evaluation_strategy steps",
+    "mlm --corpus c --output_dir r --gene_mask_prob -0.1",
+    "mlm --corpus c --output_dir r --bin_edges 2 1",
+    "mlm --corpus c --output_dir r --bin_edges",
+    "mlm --corpus c --output_dir r --bin_edges ,",
+    "mlm --corpus c --output_dir r --config nowhere.yaml",
+    "mlm --corpus c --output_dir r --report_to paper",
+    "mlm --corpus c --output_dir r --fsdp_config {1",
+    "mlm --corpus c --train_data_paths a --output_dir r",
+    "cls --corpus c --output_dir r",
+    "cls --corpus c --output_dir r --phenotype_category a --gene_mask_prob 0.1",
+    "prepare --output c",
+    "prepare a.h5ad",
+    "prepare a.h5ad --output c --eval_fraction 2",
+    "evaluate",
+    "evaluate run more",
+    "predict run in.h5ad",
+    "predict run in.h5ad --output in.h5ad",
+    "download",
+    "download nothing",
+    "download tabula-sapiens --retries -1",
+    "--debug predict",
+]
+
+
+@pytest.mark.parametrize("line", NONSENSE)
+def test_nonsense_ends_with_code_2_and_one_line(line, capsys):
+    assert main([token for token in line.split() if token != "--debug"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_mistake_leaves_no_traceback_in_the_terminal():
+    done = in_new_process("evaluate", "--batch_size", "0", "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: batch_size is 0, but it must lie in [1, inf). Change --batch_size.\n"
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["evaluate", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_before_a_trainer_word_is_left_to_the_trainer():
+    assert take_debug(["mlm", "--debug", "underflow_overflow"]) == (["mlm", "--debug", "underflow_overflow"], False)
+    assert take_debug(["--debug", "mlm"]) == (["mlm"], True)
+
+
+def test_nothing_given_shows_the_verbs_and_fails(capsys):
+    assert main([]) == 2
+    assert "Usage" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"perturbgene {__version__}\n"
+
+
+@pytest.mark.parametrize("tokens", [["-h"], *([verb, "-h"] for verb in CONFIGS)], ids=lambda tokens: tokens[0])
+def test_help_goes_to_stdout_and_succeeds(tokens, capsys):
+    assert main(tokens) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, perturbgene.main as m; m.main(sys.argv[1:]); "
+        "print(sorted({'torch', 'transformers', 'anndata', 'numpy'} & set(sys.modules)))"
+    )
+    assert in_new_process("mlm", "-h", code=code).stdout.endswith("\n[]\n")
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert in_new_process("mlm", "-h").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_a_closed_pipe_is_quiet():
+    command = f"{sys.executable} -m perturbgene.main mlm -h | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+def test_a_verb_gets_its_settings_and_ends_with_0(verb, tmp_path):
+    tokens = verb(f"open({str(tmp_path / 'seen')!r}, 'w').write(config.sources[0])")
+    assert main(tokens) == 0
+    assert (tmp_path / "seen").read_text() == "https://host/a.h5ad"
+
+
+def test_a_mistake_found_by_a_verb_is_one_line(verb, capsys):
+    assert main(verb("from perturbgene.errors import InputError; raise InputError('a\\nb')")) == 2
+    assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_an_interrupt_ends_with_130(verb, capsys):
+    assert main(verb("raise KeyboardInterrupt")) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_our_own_faults_keep_their_traceback(verb):
+    with pytest.raises(ZeroDivisionError, match="division"):
+        main(verb("1 / 0"))
+
+
+def test_an_exit_code_of_a_verb_is_kept(verb):
+    with pytest.raises(SystemExit, match="143"):
+        main(verb("raise SystemExit(143)"))
+
+
+def test_every_verb_has_a_function_in_the_table():
+    assert set(VERB_FUNCTIONS) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("target", sorted(set(VERB_FUNCTIONS.values())))
+def test_the_function_of_a_verb_exists(target):
+    module_name, function_name = target.split(":")
+    spec = importlib.util.find_spec(module_name)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{module_name} is not written yet")
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    assert function_name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
