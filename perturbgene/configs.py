@@ -898,7 +898,9 @@ class MlmConfig(TrainingConfig):
     )
 
     gene_mask_prob: float = option(0.15, help="Share of a cell's expressed genes that are hidden.", within="[0, 1]")
-    phenotype_mask_prob: float = option(0.5, help="Share of the phenotypes in a sequence that are asked (hidden).", within="[0, 1]")
+    phenotype_mask_prob: float = option(
+        0.5, help="Share of the phenotypes in a sequence that are asked (hidden).", within="[0, 1]"
+    )
     absent_prob: float = option(0.1, help="Share of phenotypes that leave the sequence.", within="[0, 1]")
     unexpressed_ratio: float = option(
         0.5,

@@ -31,7 +31,12 @@ def write_cells(path: Path) -> None:
 
 def commands(folder: Path) -> list[str]:
     """The demo as commands, in order."""
-    corpus, mlm, cls, held_out = folder / "corpus", folder / "mlm", folder / "cls", folder / "corpus/eval/shard_00000.h5ad"
+    corpus, mlm, cls, held_out = (
+        folder / "corpus",
+        folder / "mlm",
+        folder / "cls",
+        folder / "corpus/eval/shard_00000.h5ad",
+    )
     return [
         f"prepare {folder}/pbmc.h5ad --output {corpus} --layer raw --phenotypes {CATEGORY}=bulk_labels phase",
         f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_train_epochs 40 --learning_rate 2e-3 "
@@ -80,7 +85,12 @@ def cli() -> None:
     """Run the demo in a folder and print what it found and where everything lies."""
     parser = argparse.ArgumentParser(prog="python -m perturbgene.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to work; replaced (default: demo)")
-    folder = parser.parse_args().folder
+    parser.add_argument("--only_cells", type=Path, metavar="FILE", help="write the cells to this h5ad file and stop")
+    arguments = parser.parse_args()
+    if arguments.only_cells:
+        write_cells(arguments.only_cells)
+        return
+    folder = arguments.folder
     if folder.exists() and not (folder / "pbmc.h5ad").exists() and any(folder.iterdir()):
         sys.exit(f"error: {folder} exists and was not made by the demo. Choose another --folder.")
     shutil.rmtree(folder, ignore_errors=True)

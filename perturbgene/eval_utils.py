@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from perturbgene.data_utils.data_collators import Batch, DataCollatorForPhenotypicMLM, Example, ask, block_of, collate_fn_wrapper
+from perturbgene.data_utils.data_collators import (
+    Batch,
+    DataCollatorForPhenotypicMLM,
+    Example,
+    ask,
+    block_of,
+    collate_fn_wrapper,
+)
 from perturbgene.data_utils.iterable_ann_dataset import Cell
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.data_utils.vocab import ABSENT
@@ -81,7 +88,9 @@ def standard_questions(categories: Sequence[str]) -> list[Question]:
     return [*questions, Question("together", tuple(categories))] if len(categories) > 1 else questions
 
 
-def answer(model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, question: Question) -> dict[str, np.ndarray]:
+def answer(
+    model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, question: Question
+) -> dict[str, np.ndarray]:
     """Ask an MLM model one question about every cell.
 
     Returns:
@@ -194,7 +203,13 @@ class MlmEvaluator:
     def numbers(self) -> list[np.ndarray]:
         """All running sums, as arrays that add up over ranks."""
         tallies = [np.append(tally.confusion.counts_kk.ravel(), tally.log_loss_sum) for tally in self.tallies.values()]
-        return [*tallies, self.masked.bins.counts_kk.ravel(), self.masked.sums, self.masked.counts, np.array([self.num_cells])]
+        return [
+            *tallies,
+            self.masked.bins.counts_kk.ravel(),
+            self.masked.sums,
+            self.masked.counts,
+            np.array([self.num_cells]),
+        ]
 
     def set_numbers(self, numbers: Sequence[np.ndarray]) -> None:
         """Take sums over all ranks in place of this rank's."""
@@ -286,7 +301,10 @@ class ClassEvaluator:
     def flat_metrics(self, *, loss_weights: tuple[float, float] = (1.0, 1.0)) -> dict[str, float]:
         """Metrics by plain names, as a trainer logs them: `loss`, `accuracy`, `macro_f1`, ..."""
         scores = self.tally.scores()
-        return {**{key: value for key, value in scores.items() if key not in ("n", "log_loss")}, "loss": scores["log_loss"]}
+        return {
+            **{key: value for key, value in scores.items() if key not in ("n", "log_loss")},
+            "loss": scores["log_loss"],
+        }
 
 
 Evaluator = MlmEvaluator | ClassEvaluator
@@ -314,4 +332,6 @@ def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion
         table = confusion_table(confusion)
         table.to_csv(folder / f"confusion.{name}.csv")
         per_class_scores(confusion).to_csv(folder / f"per_class.{name}.csv")
-        save_figure(confusion_figure(table, title=f"{name.replace('.', ', ')} ({text})"), folder / f"confusion.{name}.png")
+        save_figure(
+            confusion_figure(table, title=f"{name.replace('.', ', ')} ({text})"), folder / f"confusion.{name}.png"
+        )

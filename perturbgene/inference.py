@@ -73,7 +73,13 @@ class Run:
     @property
     def class_labels(self) -> list[str]:
         """Names of a classifier's classes."""
-        return [self.model.config.id2label[index] for index in range(len(self.model.config.id2label))]
+        names: dict[int, str] = dict(self.model.config.id2label or {})  # type: ignore[arg-type]
+        return [names[index] for index in range(len(names))]
+
+    @property
+    def category(self) -> str:
+        """The phenotype that a classifier names; "" for a masked model."""
+        return self.model.config.phenotype_category or ""
 
 
 def choose_device(device: str) -> torch.device:
@@ -83,7 +89,9 @@ def choose_device(device: str) -> torch.device:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}). Give --device cpu.") from error
+        raise InputError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}). Give --device cpu."
+        ) from error
     return torch.device(device)
 
 
@@ -100,7 +108,7 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
         config = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
         is_classifier = "GeneBertForClassification" in (config.architectures or [])
         kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
-        model, report = kind.from_pretrained(path, output_loading_info=True)
+        model, report = kind.from_pretrained(path, output_loading_info=True)  # type: ignore[misc]
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise InputError(f"{path} holds no finished run ({reason}). Train it again or name another folder.") from error
@@ -118,10 +126,12 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
 
 def _question(run: Run, ask: Sequence[str], given: Mapping[str, str | None]) -> Question:
     if run.is_classifier:
-        category = run.model.config.phenotype_category
+        category = run.category
         wrong = [name for name in ask if name != category]
         if wrong:
-            raise InputError(f"{run.path} classifies {category!r} only, not {listed(wrong)}. Ask an mlm run, or drop --ask.")
+            raise InputError(
+                f"{run.path} classifies {category!r} only, not {listed(wrong)}. Ask an mlm run, or drop --ask."
+            )
         return Question("asked", (category,), run.tokenizer.included_phenotypes)
     for category in [*ask, *given]:
         run.tokenizer.vocabulary.check_category(category)
@@ -175,7 +185,11 @@ def predict_table(data: Any, run: Run, *, ask: Sequence[str] = (), given: Mappin
     question = _question(run, ask, given)
     tokenizer = run.tokenizer if run.is_classifier else run.tokenizer.with_settings(included=list(question.given))
     dataset = IterableAnnDataset(
-        data, tokenizer, constant_labels=_constant_labels(tokenizer, given), optional_labels=run.is_classifier, **reading
+        data,
+        tokenizer,
+        constant_labels=_constant_labels(tokenizer, given),
+        optional_labels=run.is_classifier,
+        **reading,
     )
     chosen: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
     probability: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
@@ -230,7 +244,9 @@ def run_predict(config: "PredictConfig") -> str:
         counts = table[name].value_counts().head(5)
         shown = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
         mean = table[f"{name}_probability"].mean()
-        lines.append(f"{name}: {shown} (mean probability {mean:.2f}, {int(table[name].isna().sum())} cells without genes)")
+        lines.append(
+            f"{name}: {shown} (mean probability {mean:.2f}, {int(table[name].isna().sum())} cells without genes)"
+        )
     return "\n".join(lines)
 
 
@@ -239,7 +255,7 @@ def run_predict(config: "PredictConfig") -> str:
 
 def _evaluator(run: Run, questions: Sequence[Question]) -> Evaluator:
     if run.is_classifier:
-        return ClassEvaluator(run.class_labels, tokenizer=run.tokenizer, category=run.model.config.phenotype_category)
+        return ClassEvaluator(run.class_labels, tokenizer=run.tokenizer, category=run.category)
     collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True)
     return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
 
@@ -254,7 +270,9 @@ def _own_questions(run: Run, ask: Sequence[str], given: Sequence[str]) -> list[Q
     return [question for question in standard_questions(known) if not ask or set(question.asked) <= set(ask)]
 
 
-def _labels_and_matrix(dataset: IterableAnnDataset, category: str, *, most: int, seed: int) -> tuple[np.ndarray, sparse.csr_matrix]:
+def _labels_and_matrix(
+    dataset: IterableAnnDataset, category: str, *, most: int, seed: int
+) -> tuple[np.ndarray, sparse.csr_matrix]:
     """Read labels (n,) and log expression (n, g) of at most `most` cells, drawn evenly."""
     num_cells = sum(dataset.sizes)
     rows_n = np.arange(num_cells)
@@ -319,14 +337,15 @@ def evaluate(
         Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes.
     """
     evaluator = _evaluator(run, _own_questions(run, ask, given))
-    category = run.model.config.phenotype_category if run.is_classifier else None
+    category = run.category or None
     options = {"batch_size": batch_size, **reading}
     dataset = IterableAnnDataset(eval_paths, run.tokenizer, phenotype_category=category, **options)
     run_evaluator(evaluator, run.model, _batches(dataset, text="evaluate"))
     results = evaluator.results()
     if train_paths is not None:
         train = IterableAnnDataset(train_paths, run.tokenizer, **options)
-        for name in [name for name in results if name != "genes" and not run.model.config.id2label.get(0, "").startswith("not ")]:
+        is_binary = run.is_classifier and len(run.class_labels) != len(run.tokenizer.phenotypes[run.category])
+        for name in [name for name in results if name != "genes" and not is_binary]:
             results[name] |= baselines(train, dataset, name)
     if output is not None:
         write_results(results, evaluator.confusions(), output, text="held-out cells")
@@ -342,8 +361,11 @@ def run_evaluate(config: "EvaluateConfig") -> str:
         eval_paths, train_paths = shard_paths(corpus, "eval"), shard_paths(corpus, "train")
     else:
         eval_paths = expand_paths(config.eval_data_paths or getattr(trained, "eval_data_paths", []))
-        train_paths = expand_paths(trained.train_data_paths) if getattr(trained, "train_data_paths", []) else []
-    reading = {name: getattr(trained, name) for name in ("layer", "gene_id_column") if trained is not None and not corpus}
+        own_paths: list[str] = getattr(trained, "train_data_paths", [])
+        train_paths = expand_paths(own_paths) if own_paths else []
+    reading = {
+        name: getattr(trained, name) for name in ("layer", "gene_id_column") if trained is not None and not corpus
+    }
     output = Path(config.output) if config.output else Path(config.run) / "evaluation"
     results = evaluate(
         run, eval_paths, train_paths=(train_paths or None) if config.baselines else None, ask=config.ask,

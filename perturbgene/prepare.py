@@ -116,7 +116,7 @@ def _names_of_columns(shard: Shard, gene_id_column: str | None) -> tuple[tuple[o
 def _id_and_symbol(name: object, id_: object, symbol: object) -> tuple[str, str]:
     """Choose a gene's id: the Ensembl id wherever the file keeps it, else the name of its column."""
     own, other = clean_gene(name), clean_gene(id_)
-    return (own if is_ensembl(own) or not is_ensembl(other) else other), label_text(symbol) or own
+    return (own if is_ensembl(own) or not is_ensembl(other) else other), clean_gene(label_text(symbol)) or own
 
 
 def _union_panel(sources: Sequence[Any], options: PrepareOptions) -> GenePanel:

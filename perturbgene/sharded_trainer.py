@@ -48,11 +48,20 @@ class ShardedTrainer(Trainer):
             persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.args.seed),  # workers' seeds must not draw from the global one
+            generator=self._own_generator(),
         )
         return prepare_data_loader(
-            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+            loader,
+            device=self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
         )
+
+    def _own_generator(self) -> torch.Generator:
+        """Loaders draw their workers' seed from this: from the global generator they would change the dropout."""
+        return torch.Generator().manual_seed(self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return this rank's training batches."""
@@ -63,25 +72,31 @@ class ShardedTrainer(Trainer):
         """Return this rank's evaluation cells, in lists: the evaluator lays batches out for each question."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(dataset, IterableAnnDataset)
-        return DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=list)
+        return DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=list, generator=self._own_generator())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Count labelled tokens of the global batch: (phenotypes, genes) for MLM, cells for classes."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        first_bin_id = self.model.config.first_bin_id
+        first_bin_id: int = self.accelerator.unwrap_model(self.model).config.first_bin_id
         is_mlm = "label_positions" in batch_samples[0] or batch_samples[0]["labels"].dim() > 1
         labels = torch.cat([batch["labels"].reshape(-1) for batch in batch_samples])
         labels = labels[labels != IGNORED]
-        counts = torch.stack([(labels < first_bin_id).sum(), (labels >= first_bin_id).sum()]) if is_mlm else labels.ne(-1).sum()
+        counts = (
+            torch.stack([(labels < first_bin_id).sum(), (labels >= first_bin_id).sum()])
+            if is_mlm
+            else labels.ne(-1).sum()
+        )
         counts = counts.to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return counts
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Compute the loss and keep its parts for the log."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         for name in _PARTS:
             part = outputs.get(name)
             if part is not None and model.training:
@@ -113,5 +128,8 @@ class ShardedTrainer(Trainer):
         self.evaluator.set_numbers(self._sum_over_ranks(self.evaluator.numbers()))
         config = model.config
         weights = (config.phenotype_loss_weight, config.gene_loss_weight)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator.flat_metrics(loss_weights=weights).items()}
+        metrics = {
+            f"{metric_key_prefix}_{key}": value
+            for key, value in self.evaluator.flat_metrics(loss_weights=weights).items()
+        }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=self.evaluator.num_cells)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ Owns putting the parts together and what a run folder holds (a Hugging Face mode
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from perturbgene import __version__
@@ -85,7 +87,9 @@ def _datasets(
     assert train is not None  # the configuration was checked
     sizes = set(train.sizes)
     if config.shard_size and sizes != {config.shard_size}:
-        logger.warning("--shard_size says %d, the files hold %s cells; the files are right", config.shard_size, sorted(sizes)[:5])
+        logger.warning(
+            "--shard_size says %d, the files hold %s cells; the files are right", config.shard_size, sorted(sizes)[:5]
+        )
     if len(train) < arguments.per_device_train_batch_size:
         raise InputError(
             f"{len(train)} training cells per process are fewer than one batch of "
@@ -176,6 +180,18 @@ def _checkpoint(config: "TrainingConfig") -> str | None:
     return wanted
 
 
+def _steps_done(checkpoint: str) -> int:
+    state = Path(checkpoint) / TRAINER_STATE_NAME
+    if not state.exists():
+        raise InputError(f"checkpoint {checkpoint} is not complete ({state.name} is missing). Give an older one.")
+    return int(TrainerState.load_from_json(str(state)).global_step)
+
+
+def _steps_wanted(arguments: TrainingArguments, num_batches: int) -> int:
+    per_epoch = max(1, num_batches // arguments.gradient_accumulation_steps)
+    return arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+
+
 def _model_card(config: "TrainingConfig", tokenizer: GeneTokenizer, results: dict[str, Any], num_cells: int) -> str:
     lines = [
         "---", "library_name: transformers", "tags: [single-cell, gene-expression, perturbgene]", "---",
@@ -185,7 +201,9 @@ def _model_card(config: "TrainingConfig", tokenizer: GeneTokenizer, results: dic
     ]  # fmt: skip
     for category, questions in results.items():
         for name, scores in questions.items():
-            lines.append(f"| {category} | {name} | {scores['n']:,} | {scores['accuracy']:.3f} | {scores['macro_f1']:.3f} |")
+            lines.append(
+                f"| {category} | {name} | {scores['n']:,} | {scores['accuracy']:.3f} | {scores['macro_f1']:.3f} |"
+            )
     command = f"perturbgene predict {config.output_dir} cells.h5ad --output predicted.h5ad"
     return "\n".join([*lines, "", "Use it:", "", "```bash", command, "```", ""])
 
@@ -220,6 +238,9 @@ def _train(
     config.save(Path(config.output_dir) / RUN_FILE)
     tokenizer.save_pretrained(config.output_dir)
     trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], **parts)
+    if checkpoint and _steps_done(checkpoint) >= _steps_wanted(arguments, len(trainer.get_train_dataloader())):
+        logger.info("%s is finished (%d steps): nothing to resume", config.output_dir, _steps_done(checkpoint))
+        return Path(config.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluator = evaluators[1]
     return _finish(trainer, config, tokenizer, evaluators[1])

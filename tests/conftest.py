@@ -16,7 +16,11 @@ FOUR_GENES = ("CD3E", "MS4A1", "NKG7", "LYZ")
 
 
 def _adata(
-    values_ng: Any, *, genes: Sequence[str] = FOUR_GENES, obs: dict[str, Any] | None = None, var: dict[str, Any] | None = None
+    values_ng: Any,
+    *,
+    genes: Sequence[str] = FOUR_GENES,
+    obs: dict[str, Any] | None = None,
+    var: dict[str, Any] | None = None,
 ) -> ad.AnnData:
     matrix = values_ng if sparse.issparse(values_ng) else sparse.csr_matrix(np.atleast_2d(np.asarray(values_ng)))
     names = [f"cell_{row}" for row in range(matrix.shape[0])]
@@ -46,7 +50,8 @@ def write_h5ad(tmp_path: Path) -> Callable[..., str]:
 def make_tokenizer() -> Callable[..., GeneTokenizer]:
     """Return a function that builds the four-gene tokenizer with some settings changed.
 
-    Ids: cell_type 4 (B cell), 5 (T cell); sex 6 (female), 7 (male); bin_0..bin_3 are 8..11. Types: cell_type 1, sex 2, genes 3..6.
+    Ids: cell_type 4 (B cell), 5 (T cell); sex 6 (female), 7 (male); bin_0..bin_3 are 8..11. Types: cell_type 1, sex 2,
+    genes 3..6.
     """
 
     def build(**changes: Any) -> GeneTokenizer:

@@ -38,7 +38,7 @@ FLOORS = {
     "inference": 4,
     "train": 5,
     "perturbation": 5,
-    "demo": 5,
+    "demo": 7,
     "main": 6,
 }
 # Library -> the only modules that may import it.

@@ -29,7 +29,13 @@ CLS, EOS, MASK, PAD, BIN_0 = 0, 1, 2, 3, 9  # labels have ids 4..8, phenotypes t
 
 def a_tokenizer(**options: Any) -> GeneTokenizer:
     """Make a tokenizer of nine genes and two phenotypes."""
-    defaults = {"genes": GENES, "phenotypes": LABELS, "bin_edges": [1.0, 3.0], "normalization": "none", "max_length": 16}
+    defaults = {
+        "genes": GENES,
+        "phenotypes": LABELS,
+        "bin_edges": [1.0, 3.0],
+        "normalization": "none",
+        "max_length": 16,
+    }
     return GeneTokenizer(**{**defaults, "included_phenotypes": ["cell_type", "tissue"], **options})
 
 
@@ -55,16 +61,23 @@ GOLDEN = [
 def random_cells(num_cells: int, num_genes: int, *, seed: int = 0, density: float = 0.3) -> ad.AnnData:
     """Make labelled cells that express each gene, at 2 or 4, with this probability."""
     generator = np.random.default_rng(seed)
-    values_ng = generator.choice([2.0, 4.0], (num_cells, num_genes)) * (generator.random((num_cells, num_genes)) < density)
+    values_ng = generator.choice([2.0, 4.0], (num_cells, num_genes)) * (
+        generator.random((num_cells, num_genes)) < density
+    )
     obs = pd.DataFrame({"cell_type": ["B", "NK", "T", None] * (num_cells // 4), "tissue": ["blood"] * num_cells})
     obs.index = obs.index.astype(str)
-    return ad.AnnData(values_ng.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(num_genes)]))
+    return ad.AnnData(
+        values_ng.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(num_genes)])
+    )
 
 
 def rows_of(batch: dict[str, Any]) -> list[list[tuple[int, int, int]]]:
     """Return the (id, type, label) triples of every cell of a padded batch, padding left out."""
     columns = (batch["input_ids"], batch["token_type_ids"], batch["labels"], batch["attention_mask"])
-    return [[(i, t, y) for i, t, y, keep in zip(*map(torch.Tensor.tolist, row), strict=True) if keep] for row in zip(*columns, strict=True)]
+    return [
+        [(i, t, y) for i, t, y, keep in zip(*map(torch.Tensor.tolist, row), strict=True) if keep]
+        for row in zip(*columns, strict=True)
+    ]
 
 
 def restored(row: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
@@ -248,7 +261,9 @@ def test_packed_and_padded_masks_hold_the_same_tokens(many_cells: list[Cell]) ->
 
 
 def test_a_cell_without_genes_is_masked_without_a_gene() -> None:
-    batch = DataCollatorForPhenotypicMLM(a_tokenizer(), phenotype_mask_prob=1, absent_prob=0)([a_cell([0, 4, 1], [0, 1, 0])])
+    batch = DataCollatorForPhenotypicMLM(a_tokenizer(), phenotype_mask_prob=1, absent_prob=0)(
+        [a_cell([0, 4, 1], [0, 1, 0])]
+    )
     assert (batch["input_ids"].tolist(), batch["labels"].tolist()) == ([[CLS, MASK, EOS]], [[IGNORED, 4, IGNORED]])
 
 

@@ -36,7 +36,9 @@ def test_counts_are_non_negative_whole_numbers(values: np.ndarray, is_counts: bo
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        pytest.param([0.5, -1.04], r"a.h5ad \(X\) holds negative expression values \(lowest -1.04\).*--layer", id="z-scores"),
+        pytest.param(
+            [0.5, -1.04], r"a.h5ad \(X\) holds negative expression values \(lowest -1.04\).*--layer", id="z-scores"
+        ),
         pytest.param([1, -1], "negative", id="negative integers"),
         pytest.param([1.0, np.nan], r"a.h5ad \(X\) holds NaN or infinite", id="NaN"),
         pytest.param([1.0, np.inf], "NaN or infinite", id="infinite"),
@@ -63,7 +65,9 @@ def test_a_chosen_normalization_still_refuses_negative_values(normalization: Nor
         pytest.param("log1p_cp10k", [0.5, 812.3], True, id="log1p_cp10k on anything"),
     ],
 )
-def test_normalization_is_chosen_or_recognised(normalization: Normalization, values: list[float], expected: bool) -> None:
+def test_normalization_is_chosen_or_recognised(
+    normalization: Normalization, values: list[float], expected: bool
+) -> None:
     assert needs_normalizing(np.array(values), normalization=normalization, source="X") is expected
 
 

@@ -91,13 +91,17 @@ def test_columns_of_one_gene_are_named_as_duplicated(panel: GenePanel) -> None:
 
 def test_the_coverage_line_counts_every_kind_of_column(panel: GenePanel) -> None:
     line = panel.align([CD3E, f"{CD3E}.2", "LYZ", "other"]).describe()
-    expected = "2 of 3 panel genes found (66.7%), 1 by symbol, 1 summed from several columns ('CD3E'), 1 columns not in the panel"
-    assert line == expected
+    assert line == (
+        "2 of 3 panel genes found (66.7%), 1 by symbol, 1 summed from several columns ('CD3E'), "
+        "1 columns not in the panel"
+    )
 
 
 def test_coverage_under_the_minimum_stops_with_the_flags_to_use(panel: GenePanel) -> None:
     alignment = panel.align(["LYZ", "x", "y"])
-    with pytest.raises(InputError, match=r"a.h5ad: 1 of 3 .* under --min_gene_coverage 0.5; its first names are 'x', 'y'"):
+    with pytest.raises(
+        InputError, match=r"a.h5ad: 1 of 3 .* under --min_gene_coverage 0.5; its first names are 'x', 'y'"
+    ):
         alignment.check_coverage(0.5, source="a.h5ad")
 
 
@@ -144,5 +148,5 @@ def test_a_panel_file_has_one_gene_per_line_and_comments(tmp_path: Path) -> None
 
 
 def test_a_missing_panel_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="panel none.txt|none.txt cannot be read"):
+    with pytest.raises(InputError, match="none.txt cannot be read"):
         read_panel(tmp_path / "none.txt")

@@ -339,7 +339,9 @@ def test_a_damaged_or_foreign_file_is_refused(write_h5ad: Write, change: Any, me
         pytest.param([0, 2, 0, 2], [0, 3, 2, 3, 4], id="offsets that fall"),
     ],
 )
-def test_a_damaged_csc_matrix_is_refused(write_h5ad: Write, make_adata: Any, indices: list[int], indptr: list[int]) -> None:
+def test_a_damaged_csc_matrix_is_refused(
+    write_h5ad: Write, make_adata: Any, indices: list[int], indptr: list[int]
+) -> None:
     adata = make_adata(VALUES)
     adata.X = sparse.csc_matrix(VALUES)
     path = write_h5ad(adata)

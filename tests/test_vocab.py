@@ -90,7 +90,9 @@ def test_labels_that_cannot_be_told_apart_or_written_are_refused(labels: list[An
 
 
 def test_an_unknown_category_names_the_known_ones(vocabulary: Vocabulary) -> None:
-    with pytest.raises(InputError, match="'tissue' is not in the vocabulary. Choose one of: 'cell_type', 'donor', 'sex'"):
+    with pytest.raises(
+        InputError, match="'tissue' is not in the vocabulary. Choose one of: 'cell_type', 'donor', 'sex'"
+    ):
         vocabulary.token_type("tissue")
 
 
@@ -112,11 +114,17 @@ def test_the_token_of_a_token_is_itself(label: str) -> None:
     ("column", "labels", "expected"),
     [
         pytest.param(pd.Series(["B", None, "T"], dtype="category"), ["B", "T"], [4, -1, 5], id="categorical with NaN"),
-        pytest.param(pd.Series(pd.Categorical([2, 1, np.nan, 2])), ["1", "2"], [5, 4, -1, 5], id="categorical integers"),
+        pytest.param(
+            pd.Series(pd.Categorical([2, 1, np.nan, 2])), ["1", "2"], [5, 4, -1, 5], id="categorical integers"
+        ),
         pytest.param(pd.Series([1, pd.NA, 3], dtype="Int64"), ["1", "3"], [4, -1, 5], id="nullable integers"),
-        pytest.param(pd.Series([True, pd.NA, False], dtype="boolean"), ["False", "True"], [5, -1, 4], id="nullable booleans"),
+        pytest.param(
+            pd.Series([True, pd.NA, False], dtype="boolean"), ["False", "True"], [5, -1, 4], id="nullable booleans"
+        ),
         pytest.param(pd.Series([True, False]), ["False", "True"], [5, 4], id="booleans"),
-        pytest.param(pd.Series([1.0, np.nan, 2.5]), ["1", "2.5"], [4, -1, 5], id="floats, whole ones without the point"),
+        pytest.param(
+            pd.Series([1.0, np.nan, 2.5]), ["1", "2.5"], [4, -1, 5], id="floats, whole ones without the point"
+        ),
         pytest.param(pd.Series(["1", 1, 2.0], dtype=object), ["1", "2"], [4, 4, 5], id="mixed text and numbers"),
         pytest.param(pd.Series([b"B", b"T"], dtype=object), ["B", "T"], [4, 5], id="bytes, as old files keep text"),
     ],

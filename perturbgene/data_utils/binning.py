@@ -26,7 +26,9 @@ def checked_edges(edges_e: Sequence[float] | np.ndarray, *, owner: str = "bin_ed
         edges = np.asarray(edges_e)
     except ValueError:  # lists of unequal length
         edges = np.asarray([""])
-    if edges.size and edges.dtype.kind not in "iuf":  # text, null and true are no numbers, though numpy would convert them
+    if (
+        edges.size and edges.dtype.kind not in "iuf"
+    ):  # text, null and true are no numbers, though numpy would convert them
         raise InputError(f"{owner} must be numbers, but got {edges_e!r}. Give e.g. --bin_edges 0.5 1 2.")
     edges = edges.astype(np.float64)
     if edges.ndim != 1 or edges.size == 0:
@@ -89,9 +91,9 @@ def read_edges(path: str | Path) -> list[float] | dict[str, list[float]]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"bin edges {path} cannot be read as JSON ({error}). Give [0.5, 1] or a gene -> list map.") from (
-            error
-        )
+        raise InputError(
+            f"bin edges {path} cannot be read as JSON ({error}). Give [0.5, 1] or a gene -> list map."
+        ) from (error)
     if not isinstance(content, list | dict):
         raise InputError(f"bin edges {path} hold a {type(content).__name__}. Give [0.5, 1] or a gene -> list map.")
     return content
@@ -136,8 +138,8 @@ class ValueHistogram:
     def quantile_edges(self, num_bins: int, *, row: int = 0) -> list[float]:
         """Return edges that cut the expressed values into `num_bins` bins of about equal size.
 
-        The first edge is `LOWEST_EDGE`, so every expressed value, seen or not yet seen, has a bin >= 1. Fewer edges come back when
-        neighbouring quantiles coincide.
+        The first edge is `LOWEST_EDGE`, so every expressed value, seen or not yet seen, has a bin >= 1. Fewer edges
+        come back when neighbouring quantiles coincide.
         """
         counts_r = self.counts_gr[row]
         step = self.top / len(counts_r)

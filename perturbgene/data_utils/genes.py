@@ -32,7 +32,7 @@ def clean_gene(name: object) -> str:
         >>> clean_gene("ENSG00000156738.18"), clean_gene(" MS4A1 ")
         ('ENSG00000156738', 'MS4A1')
     """
-    text = name.strip() if isinstance(name, str) else "" if pd.isna(name) else str(name).strip()  # type: ignore[call-overload]
+    text = name.strip() if isinstance(name, str) else "" if pd.isna(name) else str(name).strip()
     match = _ENSEMBL.match(text)
     return match.group(1) + match.group(2) if match else text
 
@@ -152,7 +152,9 @@ class GenePanel:
         key = clean_gene(name)
         return self._index_of_id.get(key, self._index_of_symbol.get(key, NOT_IN_PANEL))
 
-    def align(self, names_c: Sequence[object], *, other_names_c: Sequence[Sequence[object]] = ()) -> GeneAlignment:
+    def align(
+        self, names_c: Sequence[object] | np.ndarray, *, other_names_c: Sequence[Sequence[object] | np.ndarray] = ()
+    ) -> GeneAlignment:
         """Find every column of a file in the panel, by name only.
 
         A column is looked up by its own name, then by its other names. Where the panel uses Ensembl ids and one of the
@@ -165,7 +167,7 @@ class GenePanel:
         columns = [clean_gene(name) for name in names_c]
         gene_of_column_c = np.array([self._index_of_id.get(name, NOT_IN_PANEL) for name in columns], dtype=np.int32)
         by_symbol: list[str] = []
-        for column in np.flatnonzero(gene_of_column_c < 0):
+        for column in np.flatnonzero(gene_of_column_c < 0).tolist():
             if self._uses_ensembl and is_ensembl(columns[column]):
                 continue
             candidates = [columns[column], *(clean_gene(names[column]) for names in other_names_c)]

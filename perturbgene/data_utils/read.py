@@ -1,6 +1,7 @@
 """h5ad files as they are on disk: paths, matrices by rows, columns of obs and var.
 
-Owns everything HDF5 about reading; knows nothing of panels, tokens or phenotypes. Letters: n cells, c columns, l values.
+Owns everything HDF5 about reading; knows nothing of panels, tokens or phenotypes. Letters: n cells, c columns,
+l values.
 """
 
 import glob
@@ -166,30 +167,38 @@ class H5adFile:
         return {None: "X", "raw": "raw/X"}.get(self.layer, f"layers/{self.layer}")
 
     @property
-    def matrix(self) -> h5py.Group | h5py.Dataset:
-        """The chosen matrix.
-
-        Raises:
-            InputError: The file has no such matrix, or stores it in a form that is none.
-        """
+    def _node(self) -> h5py.Group | h5py.Dataset:
         name = self.matrix_name
         if name not in self.file:
             found = [*(["X"] if "X" in self.file else []), *(["raw"] if "raw/X" in self.file else [])]
             found += list(self.file.get("layers", {}))
             found_text = f"but has: {listed(found)}. Choose with --layer" if found else "nor any other. Add one"
             raise InputError(f"{self.path} has no matrix {name!r}, {found_text}.")
-        node = self.file[name]
+        return self.file[name]
+
+    @property
+    def matrix(self) -> h5py.Group | h5py.Dataset:
+        """The chosen matrix.
+
+        Raises:
+            InputError: The file has no such matrix, stores it in a form that is none, or keeps it in another file.
+        """
+        node = self._node
         if self.format == "unknown":
-            raise InputError(f"{self.path}: {name} is stored in a form that is no matrix. Re-save it with anndata.")
+            raise InputError(
+                f"{self.path}: {self.matrix_name} is stored in a form that is no matrix. Re-save it with anndata."
+            )
         for part in [node] if isinstance(node, h5py.Dataset) else [node[key] for key in ("data", "indices", "indptr")]:
             if part.external or part.is_virtual:
-                raise InputError(f"{self.path} keeps {part.name[1:]} in another file, which is refused. Copy the data in.")
+                raise InputError(
+                    f"{self.path} keeps {part.name[1:]} in another file, which is refused. Copy the data in."
+                )
         return node
 
     @property
     def format(self) -> str:
         """How the matrix is stored: csr, csc, dense or unknown."""
-        node = self.file[self.matrix_name]
+        node = self._node
         if isinstance(node, h5py.Dataset):
             return "dense" if node.ndim == 2 and node.dtype.kind in "biuf" else "unknown"
         kind = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", ""))
@@ -302,7 +311,7 @@ class H5adFile:
     def _whole_csr(self) -> sparse.csr_matrix:
         if self._whole is None:
             group = self.matrix
-            parts = (group["data"][:], group["indices"][:], group["indptr"][:])
+            parts = (_supported(group["data"][:]), group["indices"][:], group["indptr"][:])
             try:
                 self._whole = _checked_csr(sparse.csc_matrix(parts, shape=self.shape))
             except ValueError as error:
@@ -351,7 +360,9 @@ class MemoryFile:
             if self.layer == "raw":
                 chosen = self.adata.raw.X if len(self._var) else None
             elif self.layer is not None and self.layer not in self.adata.layers:
-                raise InputError(f"{self.path} has no layer {self.layer!r}. {did_you_mean(self.layer, [*self.adata.layers])}")
+                raise InputError(
+                    f"{self.path} has no layer {self.layer!r}. {did_you_mean(self.layer, [*self.adata.layers])}"
+                )
             else:
                 chosen = self.adata.X if self.layer is None else self.adata.layers[self.layer]
             self._csr = csr_of(chosen, source=f"{self.path} ({self.layer or 'X'})")
@@ -390,7 +401,9 @@ class MemoryFile:
     def obs_column(self, column: str) -> pd.Series:
         """Return one column of `obs`, positional index."""
         if column not in self.adata.obs:
-            raise InputError(f"{self.path} has no obs column {column!r}. {did_you_mean(column, self.columns_of('obs'))}")
+            raise InputError(
+                f"{self.path} has no obs column {column!r}. {did_you_mean(column, self.columns_of('obs'))}"
+            )
         return self.adata.obs[column].reset_index(drop=True)
 
     @property
@@ -401,7 +414,9 @@ class MemoryFile:
     def var_column(self, column: str) -> pd.Series:
         """Return one column of `var` (or `raw.var`)."""
         if column not in self._var:
-            raise InputError(f"{self.path} has no var column {column!r}. {did_you_mean(column, self.columns_of('var'))}")
+            raise InputError(
+                f"{self.path} has no var column {column!r}. {did_you_mean(column, self.columns_of('var'))}"
+            )
         return self._var[column].reset_index(drop=True)
 
     def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -427,10 +442,17 @@ def csr_of(matrix: Any, *, source: str = "AnnData") -> sparse.csr_matrix:
         matrix = np.atleast_2d(np.asarray(matrix))
         if matrix.dtype.kind not in "biuf":
             raise InputError(f"{source} holds {matrix.dtype} instead of numbers. Choose another matrix with --layer.")
+        matrix = _supported(matrix)
     try:
         return _checked_csr(matrix)
     except ValueError as error:
         raise InputError(f"{source} is damaged ({error}). Build the matrix again.") from error
+
+
+def _supported(values: np.ndarray) -> np.ndarray:
+    """Return values in a dtype that scipy.sparse takes: native byte order, at least single precision."""
+    native = values.dtype.newbyteorder("=")
+    return values.astype(np.float32 if native == np.float16 else native, copy=False)
 
 
 def _are_sound(offsets: np.ndarray, *, num_rows: int, num_values: int) -> bool:
@@ -447,7 +469,7 @@ def _checked_csr(matrix: Any) -> sparse.csr_matrix:
             raise ValueError("its row offsets do not increase or leave the matrix")
     elif sparse.issparse(matrix) and matrix.format == "csc":
         matrix.check_format(full_check=True)
-        if len(matrix.indices) and not (0 <= matrix.indices.min() and matrix.indices.max() < matrix.shape[0]):
+        if len(matrix.indices) and not (matrix.indices.min() >= 0 and matrix.indices.max() < matrix.shape[0]):
             raise ValueError("a row index lies outside the matrix")
     return sparse.csr_matrix(matrix)
 

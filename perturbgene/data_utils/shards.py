@@ -89,10 +89,14 @@ class Shard:
         if self.gene_id_column is not None:
             names = np.asarray(self.source.var_column(self.gene_id_column), dtype=object)
         known = self.source.columns_of(self.source.var_frame)
-        others = [np.asarray(self.source.var_column(c), dtype=object) for c in (*ID_COLUMNS, *SYMBOL_COLUMNS) if c in known]
+        others = [
+            np.asarray(self.source.var_column(c), dtype=object) for c in (*ID_COLUMNS, *SYMBOL_COLUMNS) if c in known
+        ]
         alignment = self.panel.align(names, other_names_c=others)
         if len(names) != self.source.shape[1]:
-            raise InputError(f"{self.path}: {len(names):,} gene names for {self.source.shape[1]:,} columns. Re-save it.")
+            raise InputError(
+                f"{self.path}: {len(names):,} gene names for {self.source.shape[1]:,} columns. Re-save it."
+            )
         if alignment.duplicated and not self._can_be_summed:
             raise InputError(
                 f"{self.path}: several columns are the same gene ({listed(alignment.duplicated)}) and the values are "
@@ -127,16 +131,18 @@ class Shard:
     def _can_be_summed(self) -> bool:
         return self.is_counts or looks_like_counts(self._sample, source=self._where)
 
-    def _library_size(self, rows_m: np.ndarray, summed_m: np.ndarray) -> np.ndarray:
-        """Return the stored totals of rows where the file has them, else the sums, float64 of shape (m,)."""
-        stored_n = self._stored_library_size_n
-        if stored_n is None:
+    def _library_size(self, rows_m: np.ndarray, values_l: np.ndarray, offsets_m1: np.ndarray) -> np.ndarray | None:
+        """Return totals of rows, float64 of shape (m,): as stored, else the sum of counts, else None."""
+        stored_m = None if self._stored_library_size_n is None else self._stored_library_size_n[rows_m]
+        if not self.is_counts:
+            return stored_m
+        summed_m = library_sizes(values_l, offsets_m1)
+        if stored_m is None:
             return summed_m
-        stored_m = stored_n[rows_m]
         for at in np.flatnonzero(~(stored_m >= summed_m * (1 - 1e-6)) | ~np.isfinite(stored_m))[:1]:
             raise InputError(
-                f"{self.path}: obs[{LIBRARY_SIZE_COLUMN!r}] of cell {rows_m[at]} is {stored_m[at]:g}, but its counts sum "
-                f"to {summed_m[at]:g}. Remove the column if the matrix was changed after `prepare`."
+                f"{self.path}: obs[{LIBRARY_SIZE_COLUMN!r}] of cell {rows_m[at]} is {stored_m[at]:g}, but its counts "
+                f"sum to {summed_m[at]:g}. Remove the column if the matrix was changed after `prepare`."
             )
         return stored_m
 
@@ -148,7 +154,9 @@ class Shard:
 
     def _one_per_cell(self, values_n: np.ndarray) -> np.ndarray:
         if len(values_n) != len(self):
-            raise InputError(f"{self._where} does not fit obs: {len(values_n):,} cells in obs for {len(self):,} rows. Re-save it.")
+            raise InputError(
+                f"{self._where} does not fit obs: {len(values_n):,} cells in obs for {len(self):,} rows. Re-save it."
+            )
         return values_n
 
     def label_ids(self, category: str) -> np.ndarray:
@@ -204,14 +212,13 @@ class Shard:
         values_l, columns_l, offsets_m1 = self._read_runs(rows_m)
         if self.normalization == "auto":
             check_scale(values_l, is_counts=self.is_counts, source=self._where)
-        library_size = self._library_size(rows_m, library_sizes(values_l, offsets_m1)) if self.is_counts else None
         return ExpressionBlock(
             values_l,
             columns_l,
             offsets_m1,
             alignment=self.alignment,
             is_counts=self.is_counts,
-            library_size_n=library_size,
+            library_size_n=self._library_size(rows_m, values_l, offsets_m1),
             label_ids_np=self._label_ids_np[rows_m],
             cells_n=rows_m + first_cell,
             source=self._where,

@@ -1,7 +1,7 @@
 """Cells to tokens and back: the one place where the token contract lives.
 
-Owns `GeneTokenizer` and the kernel behind it; leaves reading to `shards` and masking to the collators. Letters: n cells,
-l tokens, g genes, p phenotypes, e edges.
+Owns `GeneTokenizer` and the kernel behind it; leaves reading to `shards` and masking to the collators. Letters:
+n cells, l tokens, g genes, p phenotypes, e edges.
 
 Input ids: [CLS] 0, [EOS] 1, [MASK] 2, [PAD] 3, then labels by category, then bin_0..bin_E.
 Token types: 0 special, 1..P phenotype categories sorted by name, 1 + P + i gene i of the panel.
@@ -47,7 +47,14 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 RANK_COLUMN = "highly_variable_rank"
 
-_FAULTS = ("", "NaN", "an infinite value", "a negative value", "a column index outside the matrix", "a column twice, again")
+_FAULTS = (
+    "",
+    "NaN",
+    "an infinite value",
+    "a negative value",
+    "a column index outside the matrix",
+    "a column twice, again",
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,9 @@ class TokenBlock:
 
 @numba.njit(nogil=True, cache=True)
 def _bins_of_row(
-    values, columns, gene_of_column, thresholds_ge, scale, genes_out, bins_out, kept_values, positions
-):  # pragma: no cover - compiled
+    values: np.ndarray, columns: np.ndarray, gene_of_column: np.ndarray, thresholds_ge: np.ndarray, scale: float,
+    genes_out: np.ndarray, bins_out: np.ndarray, kept_values: np.ndarray, positions: np.ndarray,
+) -> tuple[int, int]:  # fmt: skip  # pragma: no cover - compiled
     """Bin one cell's values; fill genes, bins, values, positions of expressed panel genes; return (count, fault)."""
     count = 0
     is_shared = len(thresholds_ge) == 1
@@ -103,7 +111,9 @@ def _bins_of_row(
 
 
 @numba.njit(nogil=True, cache=True)
-def _choose(genes, kept_values, budget, rule, key):  # pragma: no cover - compiled
+def _choose(
+    genes: np.ndarray, kept_values: np.ndarray, budget: int, rule: int, key: np.uint64
+) -> np.ndarray:  # pragma: no cover - compiled
     """Return positions of the `budget` genes that a long cell keeps, unsorted."""
     if rule == 0:
         return np.argsort(genes)[:budget]
@@ -116,9 +126,11 @@ def _choose(genes, kept_values, budget, rule, key):  # pragma: no cover - compil
 
 @numba.njit(nogil=True, cache=True)
 def _tokenize_rows(
-    values_l, columns_l, offsets_n1, gene_of_column, thresholds_ge, scale_n, label_ids_np, label_types_p, cells_n,
-    first_gene_type, first_bin_id, max_length, rule, is_ordered, seed, epoch, ids, types, out_offsets,
-):  # fmt: skip  # pragma: no cover - compiled
+    values_l: np.ndarray, columns_l: np.ndarray, offsets_n1: np.ndarray, gene_of_column: np.ndarray,
+    thresholds_ge: np.ndarray, scale_n: np.ndarray, label_ids_np: np.ndarray, label_types_p: np.ndarray,
+    cells_n: np.ndarray, first_gene_type: int, first_bin_id: int, max_length: int, rule: int, is_ordered: bool,
+    seed: int, epoch: int, ids: np.ndarray, types: np.ndarray, out_offsets: np.ndarray,
+) -> tuple[int, int, int]:  # fmt: skip  # pragma: no cover - compiled
     """Write the tokens of all rows; return (row, position, fault) of the first bad value, or (-1, 0, 0)."""
     longest = 0
     for row in range(len(scale_n)):
@@ -131,7 +143,15 @@ def _tokenize_rows(
     for row in range(len(scale_n)):
         span = slice(offsets_n1[row], offsets_n1[row + 1])
         count, fault = _bins_of_row(
-            values_l[span], columns_l[span], gene_of_column, thresholds_ge, scale_n[row], genes, bins, kept_values, positions
+            values_l[span],
+            columns_l[span],
+            gene_of_column,
+            thresholds_ge,
+            scale_n[row],
+            genes,
+            bins,
+            kept_values,
+            positions,
         )
         if fault:
             return row, count, fault
@@ -217,7 +237,8 @@ class GeneTokenizer:
         max_length: Most tokens per cell, `[CLS]` and `[EOS]` included.
         truncation: Which genes a longer cell keeps: the first of the panel ("variable"), the highest expressed
             ("expressed"), or others in every epoch ("random").
-        normalization: "auto" normalises raw counts and passes log values, "log1p_cp10k" always normalises, "none" never.
+        normalization: "auto" normalises raw counts and passes log values, "log1p_cp10k" always normalises, "none"
+            never.
         gene_symbols: Symbol of each gene, for files and messages that use symbols.
 
     Raises:
@@ -450,12 +471,14 @@ class GeneTokenizer:
         values_l = _plain(block.values_l)
         scale_n = library_size if block.is_counts and library_size is not None else np.ones(len(block))
         room = len(block.values_l) + len(block) * (2 + len(self.included_phenotypes))
-        ids, types = np.empty(room, dtype=self._dtype), np.empty(room, dtype=self._dtype)
+        ids: np.ndarray = np.empty(room, dtype=self._dtype)
+        types: np.ndarray = np.empty(room, dtype=self._dtype)
         offsets = np.zeros(len(block) + 1, dtype=np.int64)
         label_types = np.array([self.vocabulary.token_type(c) for c in self.included_phenotypes], dtype=np.int64)
         row, at, fault = _tokenize_rows(
             values_l, block.columns_l.astype(np.int64, copy=False), block.offsets_n1, block.alignment.gene_of_column_c,
-            self._thresholds(is_counts=block.is_counts, dtype=block.values_l.dtype), scale_n, block.label_ids_np, label_types, block.cells_n,
+            self._thresholds(is_counts=block.is_counts, dtype=block.values_l.dtype), scale_n,
+            block.label_ids_np, label_types, block.cells_n,
             self.first_gene_type, self.first_bin_id, self.max_length, TRUNCATIONS.index(self.truncation),
             _has_sorted_rows(block), seed, epoch, ids, types, offsets,
         )  # fmt: skip
@@ -465,7 +488,9 @@ class GeneTokenizer:
             ids[: offsets[-1]], types[: offsets[-1]], offsets, block.cells_n, None if measured.all() else measured
         )
 
-    def __call__(self, adata: Any, *, layer: str | None = None) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+    def __call__(
+        self, adata: Any, *, layer: str | None = None
+    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """Tokenise an AnnData: a dict for one cell, a list of dicts for many.
 
         Args:
@@ -536,7 +561,14 @@ class GeneTokenizer:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], *, source: str) -> "GeneTokenizer":
         """Rebuild a tokenizer, refusing unknown keys and versions."""
-        known = ["format_version", "tokenizer_class", "normalization", "truncation", "max_length", "included_phenotypes"]
+        known = [
+            "format_version",
+            "tokenizer_class",
+            "normalization",
+            "truncation",
+            "max_length",
+            "included_phenotypes",
+        ]
         known += ["phenotypes", "bin_edges", "genes", "gene_symbols"]
         unknown = sorted(set(content) - set(known))
         if content.get("format_version") != FORMAT_VERSION or unknown:
@@ -561,7 +593,9 @@ class GeneTokenizer:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"no tokenizer can be read from {file} ({error}). Point to a run or corpus folder.") from error
+            raise InputError(
+                f"no tokenizer can be read from {file} ({error}). Point to a run or corpus folder."
+            ) from error
         if not isinstance(content, dict):
             raise InputError(f"{file} is not a tokenizer. Point to a run or corpus folder.")
         return cls.from_dict(content, source=str(file))
@@ -580,7 +614,11 @@ class GeneTokenizer:
         return cls.from_dict(content, source=str(base or "the configuration"))
 
     def with_settings(
-        self, *, max_length: int | None = None, truncation: Truncation | None = None, included: Sequence[str] | None = None
+        self,
+        *,
+        max_length: int | None = None,
+        truncation: Truncation | None = None,
+        included: Sequence[str] | None = None,
     ) -> "GeneTokenizer":
         """Return a copy that means the same ids but lays sequences out differently."""
         content = self.to_dict()
@@ -633,7 +671,9 @@ def _settings_from_config(config: Any, *, has_base: bool) -> dict[str, Any]:
 
 def _first_genes(genes: Sequence[str], count: int | None) -> list[str]:
     if count and count > len(genes):
-        raise InputError(f"num_top_genes {count:,} exceeds the {len(genes):,} genes of the panel. Lower --num_top_genes.")
+        raise InputError(
+            f"num_top_genes {count:,} exceeds the {len(genes):,} genes of the panel. Lower --num_top_genes."
+        )
     return list(genes[:count])
 
 
@@ -657,7 +697,9 @@ def _panel_of_file(file: H5adFile, config: Any) -> tuple[list[str], list[str] | 
     if RANK_COLUMN in known:
         rank = file.var_column(RANK_COLUMN).to_numpy(dtype=np.float64)
         if len(set(rank[np.isfinite(rank)])) < np.isfinite(rank).sum():
-            raise InputError(f"{file.path}: var[{RANK_COLUMN!r}] has ties. Rank the genes 0, 1, 2, ... or use `prepare`.")
+            raise InputError(
+                f"{file.path}: var[{RANK_COLUMN!r}] has ties. Rank the genes 0, 1, 2, ... or use `prepare`."
+            )
         order = np.argsort(rank, kind="stable")[: int(np.isfinite(rank).sum())]
     elif config.num_top_genes:
         raise InputError(

@@ -102,7 +102,9 @@ class Vocabulary:
                 '{"cell_type": ["B cell", "T cell"]}.'
             ) from error
         lists = list(content.values()) if isinstance(content, dict) else [None]
-        if not all(isinstance(labels, list) and not any(isinstance(x, list | dict) for x in labels) for labels in lists):
+        if not all(
+            isinstance(labels, list) and not any(isinstance(x, list | dict) for x in labels) for labels in lists
+        ):
             raise InputError(
                 f"vocabulary {path} must map each phenotype to a list of labels, like "
                 '{"cell_type": ["B cell", "T cell"]}. Rewrite it in that form.'
