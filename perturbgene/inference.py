@@ -6,6 +6,7 @@ k classes, g genes.
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from perturbgene import __version__
-from perturbgene.configs import load_config
+from perturbgene.configs import check_question, load_config
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, block_of, collate_fn_wrapper
 from perturbgene.data_utils.expression import log_matrix
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
@@ -30,8 +31,16 @@ from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
-    ClassEvaluator, Evaluator, MlmEvaluator, Question, answer, inference_mode, run_evaluator, standard_questions,
-    to_device, write_results,
+    ClassEvaluator,
+    Evaluator,
+    MlmEvaluator,
+    Question,
+    answer,
+    inference_mode,
+    run_evaluator,
+    standard_questions,
+    to_device,
+    write_results,
 )  # fmt: skip
 from perturbgene.metrics import logistic_regression_baseline, majority_baseline
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
@@ -73,13 +82,19 @@ class Run:
     @property
     def class_labels(self) -> list[str]:
         """Names of a classifier's classes."""
-        names: dict[int, str] = dict(self.model.config.id2label or {})  # type: ignore[arg-type]
+        names: dict[Any, str] = dict(self.model.config.id2label or {})
         return [names[index] for index in range(len(names))]
 
     @property
     def category(self) -> str:
         """The phenotype that a classifier names; "" for a masked model."""
         return self.model.config.phenotype_category or ""
+
+    @property
+    def binary_label(self) -> str | None:
+        """The label that a classifier tells from all others; None when its classes are all labels."""
+        is_binary = self.is_classifier and self.class_labels != list(self.tokenizer.phenotypes[self.category])
+        return self.class_labels[1] if is_binary else None
 
 
 def choose_device(device: str) -> torch.device:
@@ -102,7 +117,8 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
         InputError: The folder is no run, its files are damaged, or weights and tokenizer do not belong together.
     """
     if not Path(path).is_dir():
-        raise InputError(f"run {path} does not exist. Give the --output_dir of an `mlm` or `cls` run.")
+        reason = "is a file, not a folder" if Path(path).exists() else "does not exist"
+        raise InputError(f"run {path} {reason}. Give the --output_dir of an `mlm` or `cls` run.")
     tokenizer = GeneTokenizer.from_pretrained(path)
     try:
         config = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
@@ -110,7 +126,7 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
         kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
         model, report = kind.from_pretrained(path, output_loading_info=True)  # type: ignore[misc]
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} holds no finished run ({reason}). Train it again or name another folder.") from error
     strange = [*report["missing_keys"], *report["unexpected_keys"]]
     if strange or config.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
@@ -124,15 +140,27 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
 # -- predict ------------------------------------------------------------------------------------------------------
 
 
+def _question_of_classifier(run: Run, ask: Sequence[str], given: Sequence[str]) -> Question:
+    """Return the one question that a classifier answers: its own phenotype, given what it was trained with."""
+    known = run.tokenizer.included_phenotypes
+    wrong = [name for name in ask if name != run.category]
+    if wrong:
+        raise InputError(
+            f"{run.path} classifies {run.category!r} only, not {listed(wrong)}. Ask an mlm run, or drop --ask."
+        )
+    strange = [name for name in given if name not in known]
+    if strange:
+        raise InputError(
+            f"{run.path} classifies {run.category!r} only and was trained without {listed(strange)}, which cannot be "
+            f"given. Give {listed(known) or 'nothing'}, or ask an mlm run."
+        )
+    return Question("asked", (run.category,), known)
+
+
 def _question(run: Run, ask: Sequence[str], given: Mapping[str, str | None]) -> Question:
+    check_question(list(ask), list(given))
     if run.is_classifier:
-        category = run.category
-        wrong = [name for name in ask if name != category]
-        if wrong:
-            raise InputError(
-                f"{run.path} classifies {category!r} only, not {listed(wrong)}. Ask an mlm run, or drop --ask."
-            )
-        return Question("asked", (category,), run.tokenizer.included_phenotypes)
+        return _question_of_classifier(run, ask, list(given))
     for category in [*ask, *given]:
         run.tokenizer.vocabulary.check_category(category)
     asked = tuple(ask) or tuple(name for name in run.tokenizer.included_phenotypes if name not in given)
@@ -148,6 +176,27 @@ def _constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) 
             known = listed(tokenizer.phenotypes[name], most=12)
             raise InputError(f"{name}={given[name]} is not in the run's vocabulary. Choose one of: {known}.")
     return constants
+
+
+def _tokenizer_of(run: Run, question: Question) -> GeneTokenizer:
+    """Return a tokenizer that reads given labels only, and keeps the genes of a long cell that `evaluate` keeps.
+
+    Slots of phenotypes that are not read leave no room for more genes: otherwise the answer of a long cell would depend
+    on which labels its file happens to have.
+    """
+    if run.is_classifier:
+        return run.tokenizer
+    num_given = len(question.given)
+    slots = max(len(run.tokenizer.included_phenotypes), len(question.asked) + num_given)
+    max_length = max(3 + num_given, run.tokenizer.max_length - slots + num_given)
+    return run.tokenizer.with_settings(included=list(question.given), max_length=max_length)
+
+
+def _check_given_columns(dataset: IterableAnnDataset, given: Mapping[str, str | None]) -> None:
+    """Refuse a file that lacks the column of a phenotype that is to be read from obs."""
+    for index in range(len(dataset.shards)):
+        for name in [name for name, label in given.items() if label is None]:
+            dataset.shards[index].source.obs_column(name)
 
 
 def _probabilities(run: Run, cells: Sequence[Cell], question: Question) -> dict[str, np.ndarray]:
@@ -167,7 +216,9 @@ def _batches(dataset: IterableAnnDataset, *, text: str) -> Iterator[list[Cell]]:
             bar.update(len(cells))
 
 
-def predict_table(data: Any, run: Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None, **reading: Any) -> pd.DataFrame:  # fmt: skip
+def predict_table(
+    data: Any, run: Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None, **reading: Any
+) -> pd.DataFrame:
     """Predict phenotypes of cells as a table.
 
     Args:
@@ -183,14 +234,9 @@ def predict_table(data: Any, run: Run, *, ask: Sequence[str] = (), given: Mappin
     """
     given = dict(given or {})
     question = _question(run, ask, given)
-    tokenizer = run.tokenizer if run.is_classifier else run.tokenizer.with_settings(included=list(question.given))
-    dataset = IterableAnnDataset(
-        data,
-        tokenizer,
-        constant_labels=_constant_labels(tokenizer, given),
-        optional_labels=run.is_classifier,
-        **reading,
-    )
+    tokenizer = _tokenizer_of(run, question)
+    dataset = IterableAnnDataset(data, tokenizer, constant_labels=_constant_labels(tokenizer, given), **reading)
+    _check_given_columns(dataset, given)
     chosen: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
     probability: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
     for cells in _batches(dataset, text="predict"):
@@ -206,7 +252,15 @@ def predict_table(data: Any, run: Run, *, ask: Sequence[str] = (), given: Mappin
     return pd.DataFrame(columns)
 
 
-def predict(adata: "AnnData", model: str | Path | Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None, device: str = "auto", **reading: Any) -> "AnnData":  # fmt: skip
+def predict(
+    adata: "AnnData",
+    model: str | Path | Run,
+    *,
+    ask: Sequence[str] = (),
+    given: Mapping[str, str | None] | None = None,
+    device: str = "auto",
+    **reading: Any,
+) -> "AnnData":
     """Return a copy of the cells with `obs["predicted_X"]` and `obs["predicted_X_probability"]` filled.
 
     Args:
@@ -217,7 +271,7 @@ def predict(adata: "AnnData", model: str | Path | Run, *, ask: Sequence[str] = (
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
     table = predict_table(adata, run, ask=ask, given=given, **reading)
-    result = adata.copy()
+    result = adata.to_memory() if adata.isbacked else adata.copy()
     for name in table:
         result.obs[name] = table[name].array
     result.uns["perturbgene"] = _provenance(run, ask, given or {})
@@ -234,7 +288,12 @@ def run_predict(config: "PredictConfig") -> str:
     target = Path(config.output).expanduser()
     if target.exists() and not config.overwrite:
         raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
-    (path,) = expand_paths([config.input])
+    paths = expand_paths([config.input])
+    if len(paths) > 1:
+        raise InputError(f"{config.input} names {len(paths):,} files, but predict writes one file. Name one file.")
+    path = paths[0]
+    if target.exists() and os.path.samefile(path, target):
+        raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
     run = load_run(config.run, device=config.device)
     reading = {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}
     table = predict_table(path, run, ask=config.ask, given=config.given_labels, **reading)
@@ -261,12 +320,18 @@ def _evaluator(run: Run, questions: Sequence[Question]) -> Evaluator:
 
 
 def _own_questions(run: Run, ask: Sequence[str], given: Sequence[str]) -> list[Question]:
+    check_question(list(ask), list(given))
+    if run.is_classifier:
+        return [_question_of_classifier(run, ask, given)]
     known = run.tokenizer.included_phenotypes
     for name in [*ask, *given]:
-        if name not in known and not run.is_classifier:
+        if name not in known:
             raise InputError(f"{name!r} is no phenotype of {run.path}. Choose from: {listed(known, most=12)}.")
     if given:
-        return [Question("asked", tuple(ask or [name for name in known if name not in given]), tuple(given))]
+        asked = tuple(ask or [name for name in known if name not in given])
+        if not asked:
+            raise InputError("nothing is asked: every phenotype of the run is given. Name one with --ask.")
+        return [Question("asked", asked, tuple(given))]
     return [question for question in standard_questions(known) if not ask or set(question.asked) <= set(ask)]
 
 
@@ -336,16 +401,19 @@ def evaluate(
     Returns:
         Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes.
     """
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
     evaluator = _evaluator(run, _own_questions(run, ask, given))
     category = run.category or None
     options = {"batch_size": batch_size, **reading}
-    dataset = IterableAnnDataset(eval_paths, run.tokenizer, phenotype_category=category, **options)
+    dataset = IterableAnnDataset(
+        eval_paths, run.tokenizer, phenotype_category=category, binary_label=run.binary_label, **options
+    )
     run_evaluator(evaluator, run.model, _batches(dataset, text="evaluate"))
     results = evaluator.results()
     if train_paths is not None:
         train = IterableAnnDataset(train_paths, run.tokenizer, **options)
-        is_binary = run.is_classifier and len(run.class_labels) != len(run.tokenizer.phenotypes[run.category])
-        for name in [name for name in results if name != "genes" and not is_binary]:
+        for name in [name for name in results if name != "genes" and run.binary_label is None]:
             results[name] |= baselines(train, dataset, name)
     if output is not None:
         write_results(results, evaluator.confusions(), output, text="held-out cells")

@@ -18,6 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 MOST_CLASSES_WITH_COUNTS = 25
+# More names would overlap at the largest size; their axis counts classes instead.
+MOST_CLASSES_WITH_NAMES = 300
+LARGEST_SIDE_INCHES = 42.0
 MOST_LETTERS_IN_A_LABEL = 40
 # Okabe & Ito (2008), "Color Universal Design": eight hues that stay apart under colour-blindness.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -38,14 +41,15 @@ def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
     num_classes = max(len(table), 1)
     font_size = 9.0 if num_classes <= MOST_CLASSES_WITH_COUNTS else 6.5
     side = np.clip(0.42 * num_classes, 2.6, 10.0) if num_classes <= MOST_CLASSES_WITH_COUNTS else 0.13 * num_classes + 3
-    figure = _empty_figure(width=float(side) + 4.0, height=float(side) + 2.6)
+    side = min(float(side), LARGEST_SIDE_INCHES)
+    figure = _empty_figure(width=side + 4.0, height=side + 2.6)
     axes = figure.add_subplot()
     if counts_kk.size:
         axes.imshow(share_kk, cmap="cividis", vmin=0.0, vmax=1.0, aspect="equal", interpolation="nearest")
     _label_classes(axes, table, font_size=font_size)
     if num_classes <= MOST_CLASSES_WITH_COUNTS:
         _write_counts(axes, counts_kk, share_kk=share_kk)
-    axes.set_title(f"{title}\nn = {int(counts_kk.sum()):,} cells", fontsize=11)
+    axes.set_title(f"{_plain(title)}\nn = {int(counts_kk.sum()):,} cells", fontsize=11)
     bar = figure.colorbar(ScalarMappable(Normalize(0.0, 1.0), cmap="cividis"), ax=axes, fraction=0.046, pad=0.03)
     bar.set_label("share of the true class")
     return figure
@@ -79,7 +83,7 @@ def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
             markersize=3.5,
         )
     steps = int(history["step"].max()) if len(history) else 0
-    axes.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{title}\nn = {steps:,} steps")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{_plain(title)}\nn = {steps:,} steps")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     if columns:
@@ -114,6 +118,11 @@ def _part(name: str) -> str:
 
 
 def _label_classes(axes: Axes, table: pd.DataFrame, *, font_size: float) -> None:
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(table) > MOST_CLASSES_WITH_NAMES:
+        axes.set(xlabel="predicted (number of the class)", ylabel="true (number of the class)")
+        return
     axes.set_xticks(
         np.arange(table.shape[1]),
         labels=[_shortened(name) for name in table.columns],
@@ -123,8 +132,6 @@ def _label_classes(axes: Axes, table: pd.DataFrame, *, font_size: float) -> None
         fontsize=font_size,
     )
     axes.set_yticks(np.arange(table.shape[0]), labels=[_shortened(name) for name in table.index], fontsize=font_size)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
 
 
 def _write_counts(axes: Axes, counts_kk: np.ndarray, *, share_kk: np.ndarray) -> None:
@@ -142,8 +149,13 @@ def _write_counts(axes: Axes, counts_kk: np.ndarray, *, share_kk: np.ndarray) ->
 
 
 def _shortened(name: object) -> str:
-    text = str(name).replace("$", r"\$")  # a lone $ would start mathematical text
-    if len(text) <= MOST_LETTERS_IN_A_LABEL:
-        return text
-    # Cell types often differ only at their ends ("... T cell", "... T cell, naive"), so the middle goes.
-    return f"{text[: MOST_LETTERS_IN_A_LABEL // 2]}…{text[1 - MOST_LETTERS_IN_A_LABEL // 2 :]}"
+    text = str(name)
+    if len(text) > MOST_LETTERS_IN_A_LABEL:
+        # Cell types often differ only at their ends ("... T cell", "... T cell, naive"), so the middle goes.
+        text = f"{text[: MOST_LETTERS_IN_A_LABEL // 2]}…{text[1 - MOST_LETTERS_IN_A_LABEL // 2 :]}"
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Keep $ from starting mathematical text."""
+    return text.replace("$", r"\$")

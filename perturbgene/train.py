@@ -230,9 +230,12 @@ def _finish(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTo
 
 
 def _train(
-    config: "TrainingConfig", arguments: TrainingArguments, tokenizer: GeneTokenizer, evaluators: tuple[Evaluator, Evaluator],
+    config: "TrainingConfig",
+    arguments: TrainingArguments,
+    tokenizer: GeneTokenizer,
+    evaluators: tuple[Evaluator, Evaluator],
     **parts: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     """Train with the first evaluator, score the best weights with the second."""
     checkpoint = _checkpoint(config)
     config.save(Path(config.output_dir) / RUN_FILE)

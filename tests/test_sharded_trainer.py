@@ -16,8 +16,9 @@ from perturbgene.prepare import prepare
 from perturbgene.train import run_mlm
 
 COMMON = (
-    "--model_arch tiny --no_bf16 --report_to none --max_length 60 --dropout 0 --optim sgd --learning_rate 0.1 --max_steps 2 "
-    "--lr_scheduler_type constant --warmup_steps 0 --weight_decay 0 --logging_steps 1 --save_strategy no --eval_strategy no"
+    "--model_arch tiny --no_bf16 --report_to none --max_length 60 --dropout 0 --optim sgd --learning_rate 0.1 "
+    "--max_steps 2 --lr_scheduler_type constant --warmup_steps 0 --weight_decay 0 --logging_steps 1 "
+    "--save_strategy no --eval_strategy no"
 )
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -272,24 +273,54 @@ def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: 
     Raises:
         InputError: The target cannot be written.
     """
-    from anndata.io import read_elem, write_elem
+    from anndata.io import write_elem
 
     temporary = Path(target).with_name(f"{Path(target).name}.{os.getpid()}.part")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, temporary)
         with h5py.File(temporary, "r+") as file:
-            table = read_elem(file["obs"])
-            for name in obs.columns:
-                table[name] = obs[name].to_numpy() if obs[name].dtype != "category" else pd.Categorical(obs[name])
-            del file["obs"]
-            write_elem(file, "obs", table)
-            known = read_elem(file["uns"]) if "uns" in file else {}
-            if "uns" in file:
-                del file["uns"]
-            write_elem(file, "uns", {**known, "perturbgene": dict(uns)})
+            _add_columns(file, obs, source=source)
+            if "uns" not in file:
+                write_elem(file, "uns", {})
+            write_elem(file["uns"], "perturbgene", dict(uns))
         temporary.replace(target)
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # the target lies below a file, as the error says
+            temporary.unlink(missing_ok=True)
+
+
+def _add_columns(file: h5py.File, columns: pd.DataFrame, *, source: str) -> None:
+    """Write columns into `obs`; what it holds already is not rewritten, so odd columns stay as they are."""
+    import anndata
+    from anndata.io import read_elem, write_elem
+
+    known = H5adFile(source)
+    num_rows = len(known.obs_names)
+    if num_rows != len(columns):
+        raise InputError(f"{len(columns):,} answers do not fit the {num_rows:,} cells of {source}. Run predict again.")
+    values = {
+        name: column.array if column.dtype == "category" else column.to_numpy() for name, column in columns.items()
+    }
+    node = file["obs"]
+    if isinstance(node, h5py.Group) and node.attrs.get("encoding-version") == "0.2.0":
+        order = [name for name in known.columns_of("obs") if name not in values]
+        for name, column in values.items():
+            write_elem(node, str(name), column)
+        node.attrs.create("column-order", [*order, *values], dtype=h5py.string_dtype())
+    else:
+        # Older anndata kept obs as one table, or categories apart from their columns: such an obs is written anew.
+        whole = isinstance(node, h5py.Group)
+        table = (
+            read_elem(node)
+            if whole
+            else pd.DataFrame(
+                {name: known.obs_column(name).array for name in known.columns_of("obs")}, index=known.obs_names
+            )
+        )
+        del file["obs"]
+        with anndata.settings.override(allow_write_nullable_strings=True):
+            write_elem(file, "obs", table.assign(**values))
+    known.close()
