@@ -325,13 +325,32 @@ def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion
 
     Args:
         text: What was scored on which cells; becomes part of each title.
+
+    Raises:
+        InputError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, confusion in confusions.items():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_results(results, confusions, folder, text=text)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}). Choose another --output.") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace scores that nothing was counted for by null: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion], folder: Path, *, text: str) -> None:
+    content = json.dumps(_without_nan(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / "metrics.json").write_text(content, encoding="utf-8")
+    for title, confusion in confusions.items():
+        name = title.replace("/", "_")  # a phenotype may be named "cell/type"
         table = confusion_table(confusion)
         table.to_csv(folder / f"confusion.{name}.csv")
         per_class_scores(confusion).to_csv(folder / f"per_class.{name}.csv")
         save_figure(
-            confusion_figure(table, title=f"{name.replace('.', ', ')} ({text})"), folder / f"confusion.{name}.png"
+            confusion_figure(table, title=f"{title.replace('.', ', ')} ({text})"), folder / f"confusion.{name}.png"
         )

@@ -16,12 +16,15 @@ from scipy import sparse
 
 from perturbgene import inference
 from perturbgene.data_utils import shards
+from perturbgene.data_utils.data_collators import block_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
-from perturbgene.eval_utils import Question, true_labels
+from perturbgene.eval_utils import Question, answer, true_labels
 from perturbgene.inference import Run, baselines, choose_device, evaluate, load_run, predict, predict_table
 from perturbgene.main import main
 from perturbgene.metrics import Confusion, logistic_regression_baseline, majority_baseline
+from perturbgene.model import GeneBertConfig, GeneBertForClassification, load_preset
+from perturbgene.train import tokenizer_facts
 
 STEPS = "--model_arch tiny --num_hidden_layers 1 --no_bf16 --report_to none --eval_strategy no --save_strategy no"
 COLUMN, PROBABILITY = "predicted_cell_type", "predicted_cell_type_probability"
@@ -135,7 +138,7 @@ def test_a_file_gets_its_answers_in_the_order_of_its_rows(written, held_out, mlm
 
 
 def test_a_file_gets_the_probability_of_its_answers(written, expected):
-    np.testing.assert_array_equal(written.obs[PROBABILITY], expected[PROBABILITY])
+    np.testing.assert_allclose(written.obs[PROBABILITY], expected[PROBABILITY], atol=1e-6)
 
 
 def test_categories_of_the_answer_are_the_labels_of_the_vocabulary(written, mlm):
@@ -146,7 +149,6 @@ def test_everything_else_in_the_file_stays_as_it_was(written, held_out):
     rest = written.copy()
     rest.obs = rest.obs.drop(columns=[COLUMN, PROBABILITY])
     del rest.uns["perturbgene"]
-    ad.tests.helpers.assert_equal(rest, held_out, exact=True) if hasattr(ad, "tests") else None
     assert rest.X.dtype == held_out.X.dtype
     assert (rest.X != held_out.X).nnz == 0
     pd.testing.assert_frame_equal(rest.obs, held_out.obs)
@@ -337,8 +339,8 @@ def test_cells_whose_given_label_is_missing_are_asked_without_it(cells, mlm, exp
 def test_the_command_line_gives_labels(cells, trained, mlm, tmp_path):
     cells.write_h5ad(tmp_path / "in.h5ad")
     assert run_on(trained, str(tmp_path / "in.h5ad"), tmp_path / "out.h5ad", "--given", "phase=S") == 0
-    by_function = predict_table(cells, mlm, given={"phase": "S"})
-    np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "out.h5ad").obs[PROBABILITY], by_function[PROBABILITY])
+    by_function = predict_table(cells, mlm, given={"phase": "S"})[PROBABILITY]
+    np.testing.assert_allclose(ad.read_h5ad(tmp_path / "out.h5ad").obs[PROBABILITY], by_function, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["mlm", "cls"])
@@ -395,10 +397,9 @@ def test_a_classifier_answers_with_its_own_classes(cells, trained):
     assert list(table[COLUMN].cat.categories) == ["not Dendritic", "Dendritic"]
 
 
-def test_a_file_with_too_few_panel_genes_is_refused_with_names_of_both(cells, mlm):
-    cells.var_names = [f"probe_{number}" for number in range(cells.n_vars)]
-    panel_gene = mlm.tokenizer.genes[0]
-    with pytest.raises(InputError, match=rf"first names are 'probe_0'.*(?s:.*){panel_gene}"):
+def test_a_file_with_too_few_panel_genes_is_refused_with_its_names_and_the_flag(cells, mlm):
+    cells.var = pd.DataFrame(index=[f"probe_{number}" for number in range(cells.n_vars)])
+    with pytest.raises(InputError, match=r"0 of 100 panel genes .* first names are 'probe_0'.* --gene_id_column"):
         predict_table(cells, mlm)
 
 
@@ -517,6 +518,10 @@ def _own_layers(cells: ad.AnnData) -> None:
     cells.raw = cells.copy()
 
 
+def _no_columns(cells: ad.AnnData) -> None:
+    cells.obs = cells.obs[[]]
+
+
 def _own_uns(cells: ad.AnnData) -> None:
     cells.uns["colors"], cells.uns["nested"] = np.array(["red"]), {"deep": {"value": 3}}
 
@@ -525,7 +530,7 @@ def _repeated_names(cells: ad.AnnData) -> None:
     cells.obs_names = ["same"] * 12
 
 
-ODD = [_nullable, _nullable_text, _string_index, _named_index, _own_layers, _own_uns, _repeated_names]
+ODD = [_no_columns, _nullable, _nullable_text, _string_index, _named_index, _own_layers, _own_uns, _repeated_names]
 
 
 @pytest.mark.parametrize("change", ODD)
@@ -535,6 +540,7 @@ def test_what_an_odd_file_holds_stays_as_it_was(change, trained, small, tmp_path
     assert run_on(trained, source, tmp_path / "out.h5ad") == 0
     before, after = _contents(source), _contents(tmp_path / "out.h5ad")
     assert {name: after.get(name) for name in before} == before
+    assert COLUMN in ad.read_h5ad(tmp_path / "out.h5ad").obs
 
 
 def _contents(path: str | Path) -> dict[str, bytes]:
@@ -591,7 +597,7 @@ def test_obs_of_a_legacy_file_is_kept_beside_the_answer(trained, small, tmp_path
 
 
 def test_answers_must_fit_the_rows_of_the_file(small, tmp_path):
-    with pytest.raises((InputError, AssertionError), match="11 .*12"):
+    with pytest.raises(InputError, match="11 answers do not fit the 12 cells"):
         shards.write_h5ad_copy(small, tmp_path / "out.h5ad", obs=pd.DataFrame({"a": np.zeros(11)}), uns={})
 
 
@@ -657,7 +663,6 @@ DAMAGES = {
     "another width": (_changed_config(hidden_size=32), "no finished run|do not belong together"),
     "a missing layer": (_changed_config(num_hidden_layers=0), "no finished run|do not belong together"),
     "another kind of model": (_changed_config(architectures=["GeneBertForClassification"]), "do not belong together"),
-    "a config of another family": (_changed_config(model_type="bert"), "no finished run"),
 }
 
 
@@ -676,7 +681,7 @@ def test_a_run_that_does_not_exist_is_refused(tmp_path):
 
 
 def test_a_file_is_no_run(trained):
-    with pytest.raises(InputError, match=r"is not a folder|does not exist"):
+    with pytest.raises(InputError, match="is a file, not a folder"):
         load_run(trained.eval_shard)
 
 
@@ -733,29 +738,16 @@ def test_predict_and_evaluate_agree_to_the_last_cell(metrics, held_out, expected
     assert metrics["cell_type"]["alone"]["accuracy"] == is_right_n.mean()
 
 
-@pytest.mark.parametrize("truncation", ["variable", "expressed"])
+@pytest.mark.parametrize("truncation", ["variable", "expressed", "random"])
 def test_predict_and_evaluate_agree_on_cells_that_are_too_long(truncation, copied_run, held_out):
     folder = copied_run()
     content = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(content | {"max_length": 10, "truncation": truncation}))
     run = load_run(folder, device="cpu")
-    table = predict_table(held_out, run, ask=["cell_type"])
-    log_loss = evaluate(run, held_out)["cell_type"]["alone"]["log_loss"]
-    labels = list(run.tokenizer.phenotypes["cell_type"])
-    by_hand = _log_loss_of_the_right_answers(run, held_out, labels, table)
-    assert by_hand[0] == pytest.approx(by_hand[1], abs=1e-6), log_loss
-
-
-def _log_loss_of_the_right_answers(run, cells, labels, table):
-    """Mean probability of the answer, from predict and from the question that evaluate asks."""
-    dataset = IterableAnnDataset(cells, run.tokenizer, batch_size=64)
-    largest = [
-        inference.answer(run.model, inference.block_of(batch), run.tokenizer, Question("alone", ("cell_type",)))[
-            "cell_type"
-        ].max(axis=1)
-        for batch in inference._batches(dataset, text="ask")
-    ]
-    return float(np.concatenate(largest).mean()), float(table[PROBABILITY].mean())
+    labelled = block_of(list(IterableAnnDataset(held_out, run.tokenizer)))
+    asked = answer(run.model, labelled, run.tokenizer, Question("alone", ("cell_type",)))["cell_type"]
+    by_predict = predict_table(held_out, run, ask=["cell_type"])[PROBABILITY]
+    np.testing.assert_allclose(by_predict, asked.max(axis=1), atol=1e-5)
 
 
 def test_a_confusion_has_the_true_classes_as_rows(evaluation, held_out):
@@ -838,6 +830,18 @@ def test_a_one_against_rest_classifier_is_scored_on_its_two_classes(trained, hel
     assert evaluate(run, held_out)["cell_type"]["classifier"]["accuracy"] == is_right_n.mean()
 
 
+def test_a_one_against_rest_classifier_of_two_labels_is_scored_on_its_own_classes(make_tokenizer, make_adata):
+    tokenizer = make_tokenizer(included_phenotypes=())
+    config = GeneBertConfig(
+        **load_preset("tiny"), **tokenizer_facts(tokenizer), phenotype_category="sex",
+        id2label={0: "not female", 1: "female"}, label2id={"not female": 0, "female": 1},
+    )  # fmt: skip
+    run = Run(GeneBertForClassification(config).eval(), tokenizer, "untrained")
+    cells = make_adata([[1.0, 2.0, 0, 0]] * 5, obs={"sex": ["female"] * 5})
+    answers = predict_table(cells, run)["predicted_sex"]
+    assert evaluate(run, cells)["sex"]["classifier"]["accuracy"] == (answers == "female").mean()
+
+
 def test_a_one_against_rest_classifier_stands_beside_no_baseline_of_all_classes(trained, held_out):
     run = load_run(trained.binary, device="cpu")
     assert list(evaluate(run, held_out, train_paths=trained.train_shard)["cell_type"]) == ["classifier"]
@@ -855,7 +859,7 @@ def test_baselines_are_the_scores_of_the_same_cells(trained, mlm, metrics):
         dataset = IterableAnnDataset(path, mlm.tokenizer)
         cells = ad.read_h5ad(path)
         matrices.append(sparse.csr_matrix(cells[:, list(mlm.tokenizer.genes)].X))
-        labels.append(true_labels(inference.block_of(list(dataset)), mlm.tokenizer, "phase"))
+        labels.append(true_labels(block_of(list(dataset)), mlm.tokenizer, "phase"))
     k = len(mlm.tokenizer.phenotypes["phase"])
     assert metrics["phase"]["majority"] == majority_baseline(*labels, num_classes=k)
     scores, _ = logistic_regression_baseline(matrices[0], labels[0], matrices[1], labels[1], num_classes=k, seed=0)

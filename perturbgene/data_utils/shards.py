@@ -312,14 +312,11 @@ def _add_columns(file: h5py.File, columns: pd.DataFrame, *, source: str) -> None
         node.attrs.create("column-order", [*order, *values], dtype=h5py.string_dtype())
     else:
         # Older anndata kept obs as one table, or categories apart from their columns: such an obs is written anew.
-        whole = isinstance(node, h5py.Group)
-        table = (
-            read_elem(node)
-            if whole
-            else pd.DataFrame(
-                {name: known.obs_column(name).array for name in known.columns_of("obs")}, index=known.obs_names
-            )
-        )
+        if isinstance(node, h5py.Group):
+            table = read_elem(node)
+        else:
+            old = {name: known.obs_column(name).array for name in known.columns_of("obs")}
+            table = pd.DataFrame(old, index=known.obs_names)
         del file["obs"]
         with anndata.settings.override(allow_write_nullable_strings=True):
             write_elem(file, "obs", table.assign(**values))
