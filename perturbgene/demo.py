@@ -39,8 +39,9 @@ def commands(folder: Path) -> list[str]:
     )
     return [
         f"prepare {folder}/pbmc.h5ad --output {corpus} --layer raw --phenotypes {CATEGORY}=bulk_labels phase",
-        f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_train_epochs 40 --learning_rate 2e-3 "
-        "--phenotype_mask_prob 0.8 --gene_loss_weight 0.3 --eval_steps 0.2",
+        f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_train_epochs 20 --learning_rate 2e-3 --adam_beta2 0.98 "
+        "--weight_decay 0.3 --gene_mask_prob 0.3 --phenotype_mask_prob 0.8 --gene_loss_weight 1 --eval_steps 0.25 "
+        "--load_best_model_at_end false",
         f"evaluate {mlm}",
         f"cls --corpus {corpus} --output_dir {cls} {COMMON} --pretrained_model_path {mlm} "
         f"--phenotype_category {CATEGORY} --num_train_epochs 5 --learning_rate 3e-4",

@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -65,7 +66,8 @@ class GeneBertConfig(PreTrainedConfig):
         dropout: On the embeddings and on both residual branches, in [0, 1); never on attention weights, which would
             force the slow path of every kernel.
         classifier_dropout: Before the classifier, in [0, 1).
-        initializer_range: Standard deviation of fresh weights.
+        initializer_range: Standard deviation of fresh linear weights.
+        embedding_range: Standard deviation of fresh embeddings; None means ``initializer_range``.
         layer_norm_eps: Epsilon of every LayerNorm.
         norm_position: ``"pre"`` normalises before each branch and once at the end; ``"post"`` is DistilBERT's own
             order.
@@ -98,6 +100,7 @@ class GeneBertConfig(PreTrainedConfig):
     dropout: float | int = 0.1
     classifier_dropout: float | int = 0.1
     initializer_range: float = 0.02
+    embedding_range: float | None = None
     layer_norm_eps: float = 1e-12
     norm_position: str = "pre"
     pad_token_id: int = 3
@@ -564,6 +567,12 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             check_flash_installed()
         _check_choice("attention_kernel", config.attention_kernel, ATTENTION_KERNELS)
         super().__init__(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw fresh weights as transformers does, but embeddings with their own spread."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
+            init.normal_(module.weight, std=self.config.embedding_range)
 
 
 class GeneBertModel(GeneBertPreTrainedModel):
