@@ -336,15 +336,20 @@ def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion
         raise InputError(f"{folder} cannot be written ({error}). Choose another --output.") from error
 
 
-def _without_nan(value: Any) -> Any:
+def results_json(results: Mapping[str, Any]) -> str:
+    """Return scores as strict JSON text."""
+    return json.dumps(without_nan(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def without_nan(value: Any) -> Any:
     """Replace scores that nothing was counted for by null: JSON has no NaN."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion], folder: Path, *, text: str) -> None:
-    content = json.dumps(_without_nan(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    content = results_json(results)
     (folder / "metrics.json").write_text(content, encoding="utf-8")
     for title, confusion in confusions.items():
         name = title.replace("/", "_")  # a phenotype may be named "cell/type"
