@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +20,9 @@ import scanpy as sc
 from scipy import sparse
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.journal import Journal
 from perturbgene.data_utils.read import H5adFile
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN
+from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, measured_genes
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 from perturbgene.prepare import MANIFEST_FILE, _Work, prepare, read_manifest, shard_paths
@@ -826,3 +829,86 @@ def test_a_changed_input_is_not_continued_with(tmp_path: Path, files: list[Path]
     cells(counts(40, seed=77), prefix="new").write_h5ad(mine[3])
     made = prepare(mine, tmp_path / "corpus", **OPTIONS)
     assert checksums(made) == checksums(prepare(mine, tmp_path / "fresh", **OPTIONS))
+
+
+# -- on a cluster -------------------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_that_does_not_answer_is_refused(tmp_path: Path, files: list[Path]) -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(InputError, match="no Dask scheduler answers at nonsense://x"):
+        prepare(files, tmp_path / "corpus", scheduler="nonsense://x", **OPTIONS)
+
+
+def test_a_cluster_that_loses_a_worker_loses_no_cell(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    killed: list[int] = []
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
+    ) as cluster:
+        add = Journal.add
+
+        def add_and_kill(self: Journal, entry: dict[str, Any]) -> None:
+            add(self, entry)
+            if len(self) == 15 and not killed:  # in the middle of dealing
+                killed.append(next(iter(cluster.workers.values())).pid)
+                os.kill(killed[0], signal.SIGKILL)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "add", add_and_kill)
+            made = prepare(files, tmp_path / "corpus", scheduler=cluster.scheduler_address, **OPTIONS)
+    assert killed
+    assert checksums(made) == checksums(undisturbed)
+
+
+# -- genes of the sources -----------------------------------------------------------------------------------------
+
+
+def test_every_cell_knows_which_genes_its_source_measured(tmp_path: Path) -> None:
+    parts = [cells(counts(30, 6), prefix="x"), cells(counts(30, 6), genes=GENES[2:], prefix="y")]
+    made = prepare(parts, tmp_path / "corpus", shard_size=20)
+    genes = GeneTokenizer.from_pretrained(made).genes
+    measured_tg = measured_genes(shard_paths(made, "train")[0])
+    for name, table in split(made, "train").obs[SOURCE_COLUMN].items():
+        expected = GENES[:6] if name.startswith("x") else GENES[2:]
+        assert {gene for gene, is_measured in zip(genes, measured_tg[table], strict=True) if is_measured} == set(expected)
+
+
+def test_a_file_that_is_no_shard_does_not_say_what_was_measured(tmp_path: Path) -> None:
+    cells(counts(5)).write_h5ad(tmp_path / "plain.h5ad")
+    with pytest.raises(InputError, match="does not say which genes were measured"):
+        measured_genes(tmp_path / "plain.h5ad")
+
+
+def test_the_manifest_says_what_became_of_every_column(tmp_path: Path) -> None:
+    first = cells(counts(30), genes=ENSEMBL, prefix="x")
+    first.var["feature_name"] = GENES
+    second = cells(counts(30), genes=[*GENES[:5], ENSEMBL[4] + ".2", "7", ""], prefix="y")
+    (tmp_path / "panel.txt").write_text("\n".join([*ENSEMBL[:5], "G6", "Z1"]))
+    made = prepare([first, second], tmp_path / "corpus", panel=str(tmp_path / "panel.txt"), split_by="cell")
+    reports = {report["mapped"]["count"]: report for report in read_manifest(made)["gene_tables"]}
+    counted = [{kind: report["count"] for kind, report in reports[mapped].items()} for mapped in (0, 5)]
+    assert counted[0] == {"kept": 6, "mapped": 0, "summed": 0, "dropped": 2, "unknown": 0, "unmeasured": 1}
+    assert counted[1] == {"kept": 1, "mapped": 5, "summed": 1, "dropped": 0, "unknown": 2, "unmeasured": 2}
+    assert reports[5]["mapped"]["examples"] == GENES[:5]
+    assert reports[5]["summed"]["examples"] == ["G4"]
+    assert reports[5]["unknown"]["examples"] == ["7", ""]
+    assert reports[0]["unmeasured"]["examples"] == ["Z1"]
+
+
+def test_a_given_panel_stays_whole(tmp_path: Path) -> None:
+    (tmp_path / "panel.txt").write_text("G5\nZ1\nG1\n")
+    made = prepare(cells(counts(40)), tmp_path / "corpus", panel=str(tmp_path / "panel.txt"))
+    assert GeneTokenizer.from_pretrained(made).genes == ("G5", "Z1", "G1")
+    assert measured_genes(shard_paths(made, "train")[0]).tolist() == [[True, False, True]]
+
+
+def test_numbers_are_not_taken_for_genes_where_a_symbol_stands_beside(tmp_path: Path) -> None:
+    adata = cells(counts(40), genes=[str(i) for i in range(8)])
+    adata.var["feature_name"] = GENES
+    assert sorted(GeneTokenizer.from_pretrained(prepare(adata, tmp_path / "corpus")).genes) == GENES
+
+
+def test_numbers_alone_name_no_genes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="numbers for names. Name the column of var .* --gene_id_column"):
+        prepare(cells(counts(40), genes=[str(i) for i in range(8)]), tmp_path / "corpus")

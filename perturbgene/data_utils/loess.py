@@ -11,29 +11,21 @@ _CELL = 0.2
 _MARGIN = 0.005
 
 
-def _cut_after(sorted_n: np.ndarray, first: int, last: int) -> int | None:
-    """Return the place nearest to the middle after which points first..last differ; None when all are alike."""
-    middle = (first + last) // 2
-    places = np.arange(first, last)
-    places = places[sorted_n[places] != sorted_n[places + 1]]
-    if not len(places):
-        return None
-    # Of two equally near ones the upper is tried first.
-    return int(min(places.tolist(), key=lambda place: (abs(place - middle), place < middle)))
-
-
 def _vertices(sorted_n: np.ndarray, *, most: int) -> np.ndarray:
-    """Cut the range at medians until no cell holds more than `most` points, shape (v,)."""
+    """Cut the range at middle points until no cell holds more than `most` points, shape (v,)."""
     low, high = sorted_n[0], sorted_n[-1]
     margin = _MARGIN * max(high - low, 1e-3 * max(abs(low), abs(high)) + 1e-30)
     cuts = [low - margin, high + margin]
     cells = [(0, len(sorted_n) - 1, cuts[0], cuts[1])]
     while cells:
         first, last, left, right = cells.pop()
-        is_leaf = last - first + 1 <= most
-        place = None if is_leaf else _cut_after(sorted_n, first, last)
-        if place is not None:
-            cuts.append(cut := (sorted_n[place] + sorted_n[place + 1]) / 2)
+        if last - first + 1 <= most:
+            continue
+        place = (first + last) // 2
+        cut = sorted_n[place]
+        # A cell is not cut at its own edge, where many points may be equal.
+        if left < cut < right:
+            cuts.append(cut)
             cells += [(first, place, left, cut), (place + 1, last, cut, right)]
     return np.unique(cuts)
 
