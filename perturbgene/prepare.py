@@ -38,6 +38,7 @@ from perturbgene.data_utils.plan import (
     BY_CELL,
     PART_ROWS,
     SPLITS,
+    HvgFlavor,
     Plan,
     PrepareOptions,
     close_files,
@@ -673,8 +674,17 @@ def _plan(survey: Survey, folder: Path, options: PrepareOptions) -> Plan:
     )
 
 
-def _flavor(survey: Survey, options: PrepareOptions) -> Any:
-    return "seurat" if options.hvg_flavor == "auto" else options.hvg_flavor
+def _flavor(survey: Survey, options: PrepareOptions) -> HvgFlavor:
+    """Choose how genes are ranked: `seurat_v3` needs raw counts, kept one by one."""
+    is_raw = all(file.is_counts for file in survey.files) and options.normalization == "auto"
+    if options.hvg_flavor == "seurat_v3" and not is_raw:
+        raise InputError(
+            "--hvg_flavor seurat_v3 needs raw counts in every file, but some hold logarithms or are normalised on "
+            "request. Choose the counts with --layer, or give --hvg_flavor seurat."
+        )
+    if options.hvg_flavor != "auto":
+        return options.hvg_flavor
+    return "seurat_v3" if is_raw and not options.panel else "seurat"
 
 
 def _layout(

@@ -871,7 +871,9 @@ def test_every_cell_knows_which_genes_its_source_measured(tmp_path: Path) -> Non
     measured_tg = measured_genes(shard_paths(made, "train")[0])
     for name, table in split(made, "train").obs[SOURCE_COLUMN].items():
         expected = GENES[:6] if name.startswith("x") else GENES[2:]
-        assert {gene for gene, is_measured in zip(genes, measured_tg[table], strict=True) if is_measured} == set(expected)
+        assert {gene for gene, is_measured in zip(genes, measured_tg[table], strict=True) if is_measured} == set(
+            expected
+        )
 
 
 def test_a_file_that_is_no_shard_does_not_say_what_was_measured(tmp_path: Path) -> None:

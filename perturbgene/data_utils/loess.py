@@ -11,6 +11,16 @@ _CELL = 0.2
 _MARGIN = 0.005
 
 
+def _last_of_left(sorted_n: np.ndarray, first: int, last: int) -> int:
+    """Return the place nearest to the middle after which points differ; the middle when an end is reached before."""
+    middle, offset = (first + last) // 2, 0
+    while first <= middle + offset < last:
+        if sorted_n[middle + offset] != sorted_n[middle + offset + 1]:
+            return middle + offset
+        offset = -offset if offset > 0 else 1 - offset
+    return middle
+
+
 def _vertices(sorted_n: np.ndarray, *, most: int) -> np.ndarray:
     """Cut the range at middle points until no cell holds more than `most` points, shape (v,)."""
     low, high = sorted_n[0], sorted_n[-1]
@@ -19,14 +29,11 @@ def _vertices(sorted_n: np.ndarray, *, most: int) -> np.ndarray:
     cells = [(0, len(sorted_n) - 1, cuts[0], cuts[1])]
     while cells:
         first, last, left, right = cells.pop()
-        if last - first + 1 <= most:
-            continue
-        place = (first + last) // 2
-        cut = sorted_n[place]
-        # A cell is not cut at its own edge, where many points may be equal.
-        if left < cut < right:
-            cuts.append(cut)
-            cells += [(first, place, left, cut), (place + 1, last, cut, right)]
+        place = _last_of_left(sorted_n, first, last)
+        # A cell is not cut at its own edge: its points are all alike there.
+        if last - first + 1 > most and left < sorted_n[place] < right:
+            cuts.append(sorted_n[place])
+            cells += [(first, place, left, sorted_n[place]), (place + 1, last, sorted_n[place], right)]
     return np.unique(cuts)
 
 
@@ -34,7 +41,7 @@ def _value_and_slope(x_n: np.ndarray, y_n: np.ndarray, vertex: float, *, num_nea
     """Fit a parabola around a vertex with tricube weights; x_n is sorted."""
     distance_n = np.abs(x_n - vertex)
     reach = np.partition(distance_n, num_near - 1)[num_near - 1]
-    is_near = distance_n < max(reach, 1e-300)
+    is_near = distance_n < reach
     if not is_near.any():
         return float(y_n[distance_n <= reach].mean()), 0.0
     root_q = np.sqrt((1 - (distance_n[is_near] / reach) ** 3) ** 3)
