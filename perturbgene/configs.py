@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]
 Truncation = Literal["variable", "expressed", "random"]
+HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -865,6 +866,18 @@ class PrepareConfig(BinOptions):
     per_gene_bins: bool = option(False, help="Fit the bins of each gene by itself.", group="Genes and bins")
     min_genes: int = option(1, help="Drop cells with fewer expressed genes.", group="Genes and bins", within="[0, inf)")
     shard_size: int = option(10000, help="Cells per shard.", group="Input and output", within="[1, inf)")
+    hvg_flavor: HvgFlavor = option(
+        "auto",
+        help="Ranks genes by dispersion of log values (seurat) or by variance of counts (seurat_v3), as scanpy does; "
+        "auto takes seurat_v3 for counts.",
+        group="Genes and bins",
+    )
+    num_processes: int = option(
+        0, help="Processes that work at once; 0 takes every core.", group="Running", within="[0, inf)"
+    )
+    scheduler: str | None = option(
+        None, help="Address of a Dask scheduler (tcp://...) whose workers do the work.", group="Running"
+    )
 
     @property
     def phenotype_columns(self) -> dict[str, str]:

@@ -1,9 +1,19 @@
 """Raw h5ad files to a corpus: genes harmonised and ranked, bins and vocabulary fitted, donors split, shards shuffled.
 
 Owns what is decided once for a data set, from its training cells alone, and writes it down in `manifest.json`; leaves
-reading to `shards` and tokens to the tokenizer. Letters: n cells, g genes, l values, m rows of one block.
+counting to `statistics`, writing to `spool`, and where they run to `workers`. Letters: n cells, g genes,
+t tables of genes.
+
+The steps, each the same whatever the order of the files and the number of processes:
+    files -> survey_file -> FileSurvey        cells, donors, genes; the files are put in the order of their content
+    parts of files -> fit_part -> Statistics  moments, value histogram, label counts of the training cells
+    Statistics -> GeneTokenizer, Layout       panel, bins, vocabulary; where every cell goes
+    parts of files -> spool_part              rows, sorted by shard
+    shards -> finish_shard                    h5ad files in shuffled order
+What a part or shard has given is listed in a journal beside it, so that the same command continues where it was ended.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -11,211 +21,185 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
-import pandas as pd
-from scipy import sparse
 from tqdm.auto import tqdm
 
 from perturbgene import __version__
 from perturbgene.data_utils.binning import LOWEST_EDGE, ValueHistogram, read_edges
-from perturbgene.data_utils.expression import TARGET_SUM, ExpressionBlock, Normalization, check_values
-from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GenePanel, clean_gene, is_ensembl, read_panel
-from perturbgene.data_utils.moments import GeneMoments
-from perturbgene.data_utils.partition import split_rows
+from perturbgene.data_utils.genes import GenePanel, clean_gene, gene_report, is_ensembl, read_panel
+from perturbgene.data_utils.journal import JOURNAL_FILE, Journal
+from perturbgene.data_utils.plan import (
+    BY_CELL,
+    PART_ROWS,
+    SPLITS,
+    HvgFlavor,
+    Plan,
+    PrepareOptions,
+    close_files,
+    digest_of,
+    gene_names_of,
+)
 from perturbgene.data_utils.read import expand_paths
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, Shard, ShardCache
-from perturbgene.data_utils.tokenization import RANK_COLUMN, GeneTokenizer
+from perturbgene.data_utils.shards import ShardCache
+from perturbgene.data_utils.spool import SPOOL_FOLDER, Layout, finish_shard, hashes_of, spool_part, tasks_of
+from perturbgene.data_utils.statistics import STATISTICS_FOLDER, FileSurvey, Statistics, fit_part, merged, survey_file
+from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.data_utils.vocab import Vocabulary, is_missing, label_text
+from perturbgene.data_utils.workers import Workers, WorkStoppedError, available_cores, open_workers
 from perturbgene.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
-SPLITS = ("train", "eval")
 
 #: Columns of obs that name the donor, in the order they are tried when --split_by is not given.
 DONOR_COLUMNS = ("donor_id", "donor", "individual", "patient", "sample")
 
-#: A numeric obs column with more distinct values than this is a measurement, not a phenotype.
-MOST_NUMERIC_LABELS = 50
+#: Inputs smaller than this many bytes in all are prepared in this process: starting others would take longer.
+SMALL_INPUT = 32_000_000
 
-_BLOCK_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """How a corpus is made; the fields of `configs.PrepareConfig` under the same names, where they are explained."""
-
-    phenotypes: Sequence[str] = ()
-    split_by: str | None = None
-    eval_fraction: float = 0.2
-    eval_donors: Sequence[str] = ()
-    num_top_genes: int | None = None
-    bin_edges: Sequence[float] | None = None
-    bin_edges_path: str | None = None
-    num_bins: int = 8
-    per_gene_bins: bool = False
-    normalization: Normalization = "auto"
-    layer: str | None = None
-    gene_id_column: str | None = None
-    panel: str | None = None
-    shard_size: int = 10_000
-    min_genes: int = 1
-    overwrite: bool = False
-    seed: int = 0
-
-    @property
-    def column_of_phenotype(self) -> dict[str, str]:
-        """Phenotype -> obs column, from entries `name` or `name=column`."""
-        pairs = [entry.partition("=") for entry in self.phenotypes]
-        return {name: column or name for name, _, column in pairs}
-
-
-@dataclass
-class Survey:
-    """What the files say before anything is fitted: one entry per cell, files in order.
-
-    Args:
-        labels: One column per phenotype, '' where missing.
-        names_n: Names of the cells, str of shape (n,).
-        units_n: What is never split (a donor, or the cell itself), '' where missing, shape (n,).
-        split_by: The obs column of the units, or "cell".
-    """
-
-    labels: pd.DataFrame
-    names_n: np.ndarray
-    units_n: np.ndarray
-    split_by: str
-    warnings: list[str] = field(default_factory=list)
+#: Options that change how the work is done but not what comes out.
+_OPTIONS_OF_THE_RUN = ("overwrite", "num_processes", "scheduler")
 
 
 # -- what the files hold ------------------------------------------------------------------------------------------
 
 
-def _each(shards: ShardCache) -> Iterator[Shard]:
-    for index in range(len(shards)):
-        yield shards[index]
+@dataclass
+class Survey:
+    """What all files say, in the order of their content.
+
+    Args:
+        sources, files: The files (or AnnData objects) and what each says.
+        split_by: The obs column that is never split, or "cell".
+        warnings: What a reader of the audit should know.
+    """
+
+    sources: list[Any]
+    files: list[FileSurvey]
+    split_by: str
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of all files."""
+        return sum(file.num_cells for file in self.files)
+
+    @property
+    def units(self) -> Counter[str]:
+        """Cells of each donor in all files."""
+        return sum((file.units for file in self.files), Counter())
+
+    def units_of_label(self, category: str) -> dict[str, set[str]]:
+        """Label -> donors that have it."""
+        found: dict[str, set[str]] = {}
+        for file in self.files:
+            for label, units in file.units_of_label.get(category, {}).items():
+                found.setdefault(label, set()).update(units)
+        return found
+
+    def tables(self) -> tuple[list[int], np.ndarray]:
+        """Return one file of each distinct table of genes, and each file's table, int64 of shape (files,)."""
+        first_of: dict[str, int] = {}
+        for index, file in enumerate(self.files):
+            if file.num_cells or not self.num_cells:
+                first_of.setdefault(file.genes, index)
+        number_of = {genes: number for number, genes in enumerate(first_of)}
+        return [*first_of.values()], np.array([number_of.get(file.genes, 0) for file in self.files])
 
 
-def _names_of_columns(shard: Shard, gene_id_column: str | None) -> tuple[tuple[object, ...], ...]:
-    """Return what a file calls its genes: names, ids and symbols (the names where it has no such column)."""
-    source = shard.source
-    known = source.columns_of(source.var_frame)
-    names = source.var_names if gene_id_column is None else source.var_column(gene_id_column).to_numpy(dtype=object)
-    others = [next((column for column in wanted if column in known), None) for wanted in (ID_COLUMNS, SYMBOL_COLUMNS)]
-    return tuple(tuple(names if column is None else source.var_column(column)) for column in (None, *others))
+def _unit_column(sources: Sequence[Any], options: PrepareOptions) -> str:
+    if options.split_by:
+        return options.split_by
+    bare = ShardCache(sources, layer=options.layer, panel=GenePanel(("none",)), vocabulary=Vocabulary({}))
+    with closing(bare):
+        known = [set(bare[index].source.columns_of("obs")) for index in range(len(bare))]
+        for column in DONOR_COLUMNS:
+            units: set[str] = set()
+            for index in range(len(bare)) if all(column in columns for columns in known) else ():
+                texts = map(label_text, bare[index].source.obs_column(column).unique())
+                units |= {text for text in texts if not is_missing(text)}
+                if len(units) > 1:
+                    return column
+    return BY_CELL
+
+
+def _survey(sources: Sequence[Any], options: PrepareOptions, workers: Workers) -> Survey:
+    split_by = _unit_column(sources, options)
+    context = (tuple(sources), options, split_by)
+    found = dict(workers.run(survey_file, context, range(len(sources))))
+    order = sorted(found, key=lambda index: (found[index].key, str(sources[index])))
+    survey = Survey([sources[index] for index in order], [found[index] for index in order], split_by)
+    if split_by == BY_CELL:
+        survey.warnings.append(
+            "split by cell: cells of one donor stand on both sides, so scores are optimistic; give --split_by donor_id"
+        )
+    elif num_missing := survey.units[""]:
+        survey.warnings.append(f"{num_missing:,} cells have no {split_by}: they stay together, as if one {split_by}")
+    return survey
 
 
 def _id_and_symbol(name: object, id_: object, symbol: object) -> tuple[str, str]:
-    """Choose a gene's id: the Ensembl id wherever the file keeps it, else the name of its column."""
-    own, other = clean_gene(name), clean_gene(id_)
-    return (own if is_ensembl(own) or not is_ensembl(other) else other), clean_gene(label_text(symbol)) or own
+    """Choose a gene's id: the Ensembl id wherever the file keeps it, else the name of its column; '' if it has none."""
+    own, other, known_as = clean_gene(name), clean_gene(id_), clean_gene(label_text(symbol))
+    if is_ensembl(other) and not is_ensembl(own):
+        return other, known_as or own
+    # A number counts columns or rows of a table elsewhere: two files with a gene "17" need not mean the same one.
+    chosen = next((text for text in (own, known_as, other) if text and not text.isdecimal()), "")
+    return chosen, known_as or own
 
 
-def _union_panel(sources: Sequence[Any], options: PrepareOptions) -> GenePanel:
+def _union_panel(survey: Survey, options: PrepareOptions) -> GenePanel:
     """Join the genes of all files, in order of first appearance; a gene known by id and by symbol is one gene."""
     symbol_of: dict[str, str] = {}
     kept_apart: set[str] = set()
-    seen: set[int] = set()
-    bare = ShardCache(sources, layer=options.layer, panel=GenePanel(("none",)), vocabulary=Vocabulary({}))
-    for shard in _each(bare):
-        columns = _names_of_columns(shard, options.gene_id_column)
-        if hash(columns) in seen:
-            continue
-        seen.add(hash(columns))
-        genes = dict(itertools.starmap(_id_and_symbol, zip(*columns, strict=True)))
-        kept_apart.update(symbol for gene, symbol in genes.items() if symbol != gene and symbol in genes)
-        for gene, symbol in genes.items():
-            if symbol_of.setdefault(gene, symbol) == gene:
-                symbol_of[gene] = symbol
+    bare = ShardCache(survey.sources, layer=options.layer, panel=GenePanel(("none",)), vocabulary=Vocabulary({}))
+    with closing(bare):
+        for index in survey.tables()[0]:
+            columns = gene_names_of(bare[index], options.gene_id_column)
+            genes = dict(itertools.starmap(_id_and_symbol, zip(*columns, strict=True)))
+            genes.pop("", None)
+            kept_apart.update(symbol for gene, symbol in genes.items() if symbol != gene and symbol in genes)
+            for gene, symbol in genes.items():
+                if symbol_of.setdefault(gene, symbol) == gene:
+                    symbol_of[gene] = symbol
     if not symbol_of:
-        raise InputError("the files hold no genes. Give files with at least one column.")
+        raise InputError(
+            "the files hold no genes: no column has a name, or numbers for names. Name the column of var that holds "
+            "them with --gene_id_column."
+        )
     times = Counter(symbol for gene, symbol in symbol_of.items() if symbol != gene)
     aliases = {symbol for symbol, count in times.items() if count == 1 and not is_ensembl(symbol)} - kept_apart
     kept = {gene: symbol for gene, symbol in symbol_of.items() if gene not in aliases}
     return GenePanel(tuple(kept), tuple(kept.values()))
 
 
-def _texts_of(values_n: pd.Series) -> np.ndarray:
-    """Spell one obs column as labels, str objects of shape (n,), '' where there is no value."""
-    factor = pd.Categorical(values_n)
-    return np.array([*map(label_text, factor.categories), ""], dtype=object)[factor.codes]
+# -- who is held out ----------------------------------------------------------------------------------------------
 
 
-def _labels_of(shard: Shard, category: str, column: str) -> np.ndarray:
-    values_n = shard.source.obs_column(column)
-    kinds = values_n.cat.categories if isinstance(values_n.dtype, pd.CategoricalDtype) else values_n
-    is_number = pd.api.types.is_numeric_dtype(kinds) and not pd.api.types.is_bool_dtype(kinds)
-    if is_number and values_n.nunique() > MOST_NUMERIC_LABELS:
-        raise InputError(
-            f"{shard.path}: obs[{column!r}] holds {values_n.nunique():,} different numbers, too many to be labels of "
-            f"{category!r}. Cut it into groups first, e.g. with pandas.cut."
-        )
-    texts_n = _texts_of(values_n)
-    texts_n[np.isin(texts_n, [text for text in set(texts_n) if is_missing(text)])] = ""
-    return texts_n
-
-
-def _unit_column(shards: ShardCache, options: PrepareOptions) -> str:
-    if options.split_by:
-        return options.split_by
-    for column in DONOR_COLUMNS:
-        if all(column in shard.source.columns_of("obs") for shard in _each(shards)):
-            units = {
-                text for shard in _each(shards) for text in map(label_text, shard.source.obs_column(column).unique())
-            }
-            if len([unit for unit in units if not is_missing(unit)]) > 1:
-                return column
-    return "cell"
-
-
-def _survey(shards: ShardCache, options: PrepareOptions) -> Survey:
-    split_by = _unit_column(shards, options)
-    names, units, labels = [], [], []
-    for shard in _each(shards):
-        names.append(np.asarray(shard.source.obs_names, dtype=object).astype(str))
-        units.append(names[-1] if split_by == "cell" else _texts_of(shard.source.obs_column(split_by)))
-        labels.append([_labels_of(shard, name, column) for name, column in options.column_of_phenotype.items()])
-    table = {
-        name: np.concatenate(parts)
-        for name, parts in zip(options.column_of_phenotype, zip(*labels, strict=True), strict=True)
-    }
-    names_n, units_n = np.concatenate(names), np.concatenate(units)
-    survey = Survey(pd.DataFrame(table, index=range(len(names_n))), names_n, units_n, split_by)
-    if split_by == "cell":
-        survey.warnings.append(
-            "split by cell: cells of one donor stand on both sides, so scores are optimistic; give --split_by donor_id"
-        )
-    elif num_missing := int((units_n == "").sum()):
-        survey.warnings.append(f"{num_missing:,} cells have no {split_by}: they stay together, as if one {split_by}")
-    return survey
-
-
-def _is_eval_cell(survey: Survey, options: PrepareOptions) -> np.ndarray:
-    """Choose the evaluation cells: whole donors, or single cells, by a hash of their names."""
-    is_eval_n = np.zeros(len(survey.units_n), dtype=bool)
-    if survey.split_by != "cell":
-        return np.isin(survey.units_n, _eval_units(survey, options))
+def _highest_eval_key(survey: Survey, options: PrepareOptions) -> int:
+    """Return the hash up to which single cells are held out, so that `eval_fraction` of them are; -1 for none."""
     if options.eval_donors:
         raise InputError(
             f"eval_donors {listed(options.eval_donors)} need a split by donor, but cells are split one by one. Name "
             "the donor column with --split_by."
         )
-    key_n = pd.util.hash_array(survey.names_n.astype(object), hash_key=f"{options.seed:016d}"[-16:], categorize=False)
-    is_eval_n[np.argsort(key_n, kind="stable")[: round(options.eval_fraction * len(key_n))]] = True
-    return is_eval_n
+    wanted = round(options.eval_fraction * survey.num_cells)
+    if not wanted:
+        return -1
+    return int(np.partition(np.concatenate([file.cell_keys_n for file in survey.files]), wanted - 1)[wanted - 1])
 
 
 def _eval_units(survey: Survey, options: PrepareOptions) -> list[str]:
     """Choose the donors to hold out: those named, or by hash up to about `eval_fraction` of the cells."""
-    size_of = Counter(survey.units_n.tolist())
+    size_of = survey.units
     unknown = sorted(set(options.eval_donors) - set(size_of))
     if unknown:
         raise InputError(
@@ -228,7 +212,7 @@ def _eval_units(survey: Survey, options: PrepareOptions) -> list[str]:
         )
     if set(options.eval_donors) == set(size_of):
         raise InputError(f"eval_donors name every {survey.split_by}, so nothing is left to train on. Name fewer.")
-    wanted, chosen, held_out = options.eval_fraction * len(survey.units_n), list(options.eval_donors), 0
+    wanted, chosen, held_out = options.eval_fraction * survey.num_cells, list(options.eval_donors), 0
     if chosen or not wanted:
         return chosen
     for unit in _rank_by_hash(list(size_of), options.seed):
@@ -243,112 +227,92 @@ def _rank_by_hash(texts: Sequence[str], seed: int) -> list[str]:
     return sorted(texts, key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest())
 
 
-# -- pass one: what is fitted, on training cells ------------------------------------------------------------------
+# -- what is fitted on training cells -----------------------------------------------------------------------------
 
 
-def _checked(block: ExpressionBlock) -> ExpressionBlock:
-    """Refuse values that have no bin and columns that do not exist: the door has seen a sample of rows only."""
-    check_values(block.values_l, source=block.source)
-    num_columns = len(block.alignment.gene_of_column_c)
-    if len(block.columns_l) and not 0 <= block.columns_l.min() <= block.columns_l.max() < num_columns:
-        raise InputError(f"{block.source} holds column indices outside its {num_columns:,} columns. Write it again.")
-    return block
+@dataclass(frozen=True)
+class ChosenPanel:
+    """The genes of the corpus.
+
+    Args:
+        genes, symbols: In the order of the panel.
+        union_g: Place of each among the genes of all files, -1 where no file has it.
+    """
+
+    genes: tuple[str, ...]
+    symbols: tuple[str, ...]
+    union_g: np.ndarray
+
+    def first(self, most: int | None) -> "ChosenPanel":
+        """Keep the first genes."""
+        return ChosenPanel(self.genes[:most], self.symbols[:most], self.union_g[:most])
+
+    def place_of(self, num_genes: int) -> np.ndarray:
+        """Return each known gene's place in the panel, int64 of shape (num_genes,), -1 where it has none."""
+        place = np.full(num_genes, -1, dtype=np.int64)
+        is_known_g = self.union_g >= 0
+        place[self.union_g[is_known_g]] = np.flatnonzero(is_known_g)
+        return place
 
 
-def _blocks(shards: ShardCache, rows_n: np.ndarray, sizes: Sequence[int], *, text: str) -> Iterator[ExpressionBlock]:
-    """Read rows (sorted, numbered over all files) in blocks, with a progress bar."""
-    starts_f = np.concatenate([[0], np.cumsum(sizes)])[:-1]
-    with tqdm(total=len(rows_n), desc=text, unit=" cells", unit_scale=True, disable=None) as bar:
-        for first in range(0, len(rows_n), _BLOCK_ROWS):
-            for file, rows in split_rows(rows_n[first : first + _BLOCK_ROWS], starts_f=starts_f):
-                yield _checked(shards[file].read(rows, first_cell=int(starts_f[file])))
-                bar.update(len(rows))
+def _genes_of_union(union: GenePanel, union_g: np.ndarray) -> ChosenPanel:
+    genes, symbols = (tuple(names[g] for g in union_g) for names in (union.genes, union.symbols))
+    return ChosenPanel(genes, symbols, union_g)
 
 
-def _by_gene(block: ExpressionBlock) -> sparse.csr_matrix:
-    """Return the block's values over the union panel, float64 of shape (n, g), columns of one gene summed."""
-    genes_l = block.alignment.gene_of_column_c[block.columns_l]
-    is_kept_l = (genes_l >= 0) & (block.values_l != 0)
-    offsets = np.concatenate([[0], np.cumsum(is_kept_l)])[block.offsets_n1]
-    parts = (block.values_l[is_kept_l].astype(np.float64), genes_l[is_kept_l], offsets)
-    matrix = sparse.csr_matrix(parts, shape=(len(block), block.alignment.num_genes))
-    if block.alignment.duplicated:
-        matrix.sum_duplicates()
-    return matrix
-
-
-def _per_10_000(block: ExpressionBlock, matrix: sparse.csr_matrix) -> np.ndarray:
-    """Return each stored count of the block per 10,000 counts of its cell, shape (l,)."""
-    assert block.library_size_n is not None
-    return matrix.data * np.repeat(TARGET_SUM / np.maximum(block.library_size_n, 1e-300), np.diff(matrix.indptr))
-
-
-def _linear_values(block: ExpressionBlock, *, normalization: Normalization) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts per 10,000 (the values as they are with "none") and the gene of each stored value, shape (l,)."""
-    matrix = _by_gene(block)
-    if block.is_counts:
-        return _per_10_000(block, matrix), matrix.indices
-    return matrix.data if normalization == "none" else np.expm1(matrix.data), matrix.indices
-
-
-@dataclass
-class Fit:
-    """What pass one found on the training cells."""
-
-    moments: GeneMoments
-    histogram: ValueHistogram
-
-
-def _fit(blocks: Iterator[ExpressionBlock], num_genes: int, options: PrepareOptions) -> Fit:
-    rows, resolution = (num_genes, 512) if options.per_gene_bins else (1, 4096)
-    fit = Fit(GeneMoments.zeros(num_genes), ValueHistogram(num_rows=rows, resolution=resolution))
-    for block in blocks:
-        linear_l, genes_l = _linear_values(block, normalization=options.normalization)
-        fit.moments.add(linear_l, genes_l, num_cells=len(block))
-        is_expressed_l = linear_l > 0
-        rows_l = genes_l[is_expressed_l] if options.per_gene_bins else None
-        fit.histogram.add(np.log1p(linear_l[is_expressed_l]), rows_l)
-    return fit
-
-
-def _given_panel(union: GenePanel, panel: str, warnings: list[str]) -> np.ndarray:
-    """Return indices into the union panel of a given panel's genes, in its order; those of no file are counted."""
+def _given_panel(union: GenePanel, panel: str, warnings: list[str]) -> ChosenPanel:
+    """Return a given panel, whole and in its order; genes of no file stay in it, unmeasured, and are counted."""
     path = Path(panel)
+    symbols: tuple[str, ...] = ()
     try:
-        is_tokenizer = path.is_dir() or path.suffix == ".json"
-        given = GeneTokenizer.from_pretrained(path).genes if is_tokenizer else read_panel(path)
+        if path.is_dir() or path.suffix == ".json":
+            tokenizer = GeneTokenizer.from_pretrained(path)
+            given, symbols = tuple(tokenizer.genes), tuple(tokenizer.gene_symbols)
+        else:
+            given = read_panel(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"panel {panel} cannot be read ({error}). Give a text file of genes, or a run's folder."
         ) from error
     found = np.array([union.find(gene) for gene in given], dtype=np.int64)
+    if symbols:
+        found = np.array([g if g >= 0 else union.find(symbols[i]) for i, g in enumerate(found)], dtype=np.int64)
     num_missing = int((found < 0).sum())
     if 2 * num_missing > len(given) or not len(given):
         raise InputError(
             f"panel {panel}: {num_missing:,} of {len(given):,} genes are in no file. Give another --panel."
         )
     if num_missing:
-        warnings.append(f"{num_missing:,} of {len(given):,} genes of panel {panel} are in no file and are left out")
-    return found[found >= 0]
-
-
-def _choose_panel(union: GenePanel, fit: Fit, options: PrepareOptions, warnings: list[str]) -> np.ndarray:
-    """Return indices into the union panel: a given panel's genes, or expressed genes by variability."""
-    if options.panel:
-        ranked = _given_panel(union, options.panel, warnings)
-    else:
-        ranked = fit.moments.rank()
-        ranked = ranked[fit.moments.num_expressed_g[ranked] > 0]
-    if not len(ranked):
-        raise InputError("no training cell expresses any gene: is X empty? Choose the matrix with --layer.")
-    if options.num_top_genes and options.num_top_genes > len(ranked):
-        raise InputError(
-            f"num_top_genes {options.num_top_genes:,} exceeds the {len(ranked):,} expressed genes. Lower it."
+        warnings.append(
+            f"{num_missing:,} of {len(given):,} genes of panel {panel} are in no file: they stay, unmeasured"
         )
-    return ranked[: options.num_top_genes]
+    if symbols:
+        return ChosenPanel(given, symbols, found)
+    names = [
+        (union.genes[g], union.symbols[g]) if g >= 0 else (gene, gene) for gene, g in zip(given, found, strict=True)
+    ]
+    return ChosenPanel(tuple(gene for gene, _ in names), tuple(symbol for _, symbol in names), found)
 
 
-def _choose_edges(fit: Fit, union: GenePanel, chosen_g: np.ndarray, options: PrepareOptions) -> Any:
+def _choose_panel(plan: Plan, statistics: Statistics, warnings: list[str]) -> ChosenPanel:
+    """Choose the genes: a given panel's, or expressed ones by variability."""
+    moments, options = statistics.moments, plan.options
+    if options.panel:
+        panel = _given_panel(plan.panel, options.panel, warnings)
+    else:
+        score_g = statistics.counts.normalized_variance(moments.num_cells) if statistics.counts else None
+        ranked = moments.rank(score_g)
+        panel = _genes_of_union(plan.panel, ranked[moments.num_expressed_g[ranked] > 0])
+    if not len(panel.genes):
+        raise InputError("no training cell expresses any gene: is X empty? Choose the matrix with --layer.")
+    if options.num_top_genes and options.num_top_genes > len(panel.genes):
+        raise InputError(
+            f"num_top_genes {options.num_top_genes:,} exceeds the {len(panel.genes):,} expressed genes. Lower it."
+        )
+    return panel.first(options.num_top_genes)
+
+
+def _choose_edges(statistics: Statistics, panel: ChosenPanel, options: PrepareOptions) -> Any:
     if options.bin_edges_path:
         return read_edges(options.bin_edges_path)
     if options.bin_edges:
@@ -356,232 +320,204 @@ def _choose_edges(fit: Fit, union: GenePanel, chosen_g: np.ndarray, options: Pre
     if options.normalization == "none":
         raise InputError("--normalization none needs --bin_edges, because quantile bins are fitted on log1p_cp10k.")
     if not options.per_gene_bins:
-        return fit.histogram.quantile_edges(options.num_bins)
-    return {union.genes[g]: _edges_of_gene(fit.histogram, int(g), options.num_bins) for g in chosen_g}
+        return statistics.histogram.quantile_edges(options.num_bins)
+    rows = zip(panel.genes, panel.union_g.tolist(), strict=True)
+    return {gene: _edges_of_gene(statistics.histogram, row, options.num_bins) for gene, row in rows}
 
 
-def _edges_of_gene(histogram: ValueHistogram, gene: int, num_bins: int) -> list[float]:
+def _edges_of_gene(histogram: ValueHistogram, row: int, num_bins: int) -> list[float]:
     """Quantile edges of one gene; coinciding quantiles are spread so that every gene has `num_bins` edges."""
-    edges = histogram.quantile_edges(num_bins, row=gene) or [LOWEST_EDGE]
+    edges = (histogram.quantile_edges(num_bins, row=row) if row >= 0 else []) or [LOWEST_EDGE]
     step = histogram.top / histogram.counts_gr.shape[1]
     while len(edges) < num_bins:
         edges.append(round(edges[-1] + step, 6))
     return edges
 
 
-def _choose_labels(survey: Survey, is_eval_n: np.ndarray, options: PrepareOptions) -> dict[str, list[str]]:
+def _choose_labels(statistics: Statistics, warnings: list[str]) -> dict[str, list[str]]:
     labels: dict[str, list[str]] = {}
-    for category in options.column_of_phenotype:
-        seen = Counter(survey.labels.loc[~is_eval_n, category])
-        seen.pop("", None)
+    for category, of_split in statistics.labels.items():
+        seen = set(of_split["train"]) - {""}
         if not seen:
             raise InputError(
                 f"no training cell has a {category!r}. Leave it out of --phenotypes, or choose its column."
             )
         labels[category] = sorted(seen)
-        new = sorted(set(survey.labels.loc[is_eval_n, category]) - {"", *seen})
-        if new:
-            survey.warnings.append(f"{category}: {listed(new)} occur in eval cells only and cannot be predicted")
+        if new := sorted(set(of_split["eval"]) - {"", *seen}):
+            warnings.append(f"{category}: {listed(new)} occur in eval cells only and cannot be predicted")
     return labels
 
 
-# -- pass two: shards ---------------------------------------------------------------------------------------------
-
-
-def _smallest_type(values_l: np.ndarray) -> np.dtype:
-    """Return the narrowest type that holds the values exactly: an unsigned integer, float32 or float64."""
-    if not values_l.size or (values_l == np.floor(values_l)).all():
-        return np.min_scalar_type(int(values_l.max(initial=0)))
-    return np.dtype(np.float32 if (values_l.astype(np.float32) == values_l).all() else np.float64)
-
-
-def _content_hashes(matrix: sparse.csr_matrix) -> np.ndarray:
-    """Hash the expressed genes and values of each cell, uint64 of shape (n,); equal cells have equal hashes."""
-    key_l = matrix.indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    key_l ^= (matrix.data * 1024).astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
-    key_l = (key_l ^ (key_l >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-    sums_n = np.add.reduceat(np.append(key_l, np.uint64(0)), matrix.indptr[:-1].astype(np.int64))
-    return np.where(np.diff(matrix.indptr) > 0, sums_n, np.uint64(0))
+# -- genes of the files -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _PanelRows:
-    """Rows as they are written: panel genes (n, g), library sizes and hashes of the whole cells, both (n,)."""
+class GeneTables:
+    """The distinct tables of genes of the files.
 
-    matrix: sparse.csr_matrix
-    library_size_n: np.ndarray
-    hash_n: np.ndarray
+    Args:
+        measured_tg: True where a table has a gene of the panel, shape (t, g).
+        table_of_source: Each file's table, int64 of shape (files,).
+        reports: What became of each table's genes; see `genes.gene_report`.
+    """
 
-
-def _panel_rows(block: ExpressionBlock, gene_to_panel: np.ndarray, num_genes: int, *, as_counts: bool) -> _PanelRows:
-    """Return a block's panel genes, in panel order, as counts or as log1p counts per 10,000."""
-    whole = _by_gene(block)
-    hash_n = _content_hashes(whole)
-    if block.is_counts and not as_counts:
-        whole.data = np.log1p(_per_10_000(block, whole)).astype(np.float32)
-    panel_l = gene_to_panel[whole.indices]
-    is_kept_l = panel_l >= 0
-    offsets = np.concatenate([[0], np.cumsum(is_kept_l)])[whole.indptr]
-    matrix = sparse.csr_matrix((whole.data[is_kept_l], panel_l[is_kept_l], offsets), shape=(len(block), num_genes))
-    matrix.sum_duplicates()
-    size_n = block.library_size_n if block.library_size_n is not None else np.full(len(block), TARGET_SUM)
-    return _PanelRows(matrix, size_n, hash_n)
+    measured_tg: np.ndarray
+    table_of_source: np.ndarray
+    reports: list[dict[str, Any]]
 
 
-class _ShardWriter:
-    """Writes one split's cells, in the order of a global shuffle, to h5ad files of `shard_size` cells."""
-
-    def __init__(self, folder: Path, survey: Survey, tokenizer: GeneTokenizer, options: PrepareOptions) -> None:
-        self.folder, self.survey, self.tokenizer, self.options = folder, survey, tokenizer, options
-        self.written: list[dict[str, Any]] = []
-        folder.mkdir(parents=True)
-
-    def _var(self) -> pd.DataFrame:
-        symbols = self.tokenizer.gene_symbols or self.tokenizer.genes
-        frame = pd.DataFrame({"feature_name": symbols, RANK_COLUMN: np.arange(len(symbols))})
-        return frame.set_axis(pd.Index(self.tokenizer.genes, dtype=str))
-
-    def _obs(self, rows_m: np.ndarray, library_size_m: np.ndarray) -> pd.DataFrame:
-        survey = self.survey
-        columns = {name: labels_n.to_numpy()[rows_m] for name, labels_n in survey.labels.items()}
-        if survey.split_by != "cell":
-            columns.setdefault(survey.split_by, survey.units_n[rows_m])
-        table = {name: pd.Categorical(np.where(texts_m == "", None, texts_m)) for name, texts_m in columns.items()}
-        names = ad.utils.make_index_unique(pd.Index(survey.names_n[rows_m]))
-        return pd.DataFrame({**table, LIBRARY_SIZE_COLUMN: library_size_m}, index=names)
-
-    def write(self, rows_m: np.ndarray, matrix: sparse.csr_matrix, library_size_m: np.ndarray) -> None:
-        """Write one shard whose rows are `rows_m`, numbered over all files."""
-        path = self.folder / f"shard_{len(self.written):05d}.h5ad"
-        matrix = sparse.csr_matrix(matrix, dtype=_smallest_type(matrix.data))
-        adata = ad.AnnData(matrix, obs=self._obs(rows_m, library_size_m), var=self._var())
-        adata.write_h5ad(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.written.append({"file": f"{self.folder.name}/{path.name}", "cells": len(rows_m), "sha256": digest})
+def _gene_tables(plan: Plan, survey: Survey, panel: ChosenPanel) -> GeneTables:
+    first_files, table_of_source = survey.tables()
+    place, chosen = panel.place_of(len(plan.panel)), GenePanel(panel.genes, panel.symbols)
+    measured_tg, reports = np.zeros((len(first_files), len(chosen)), dtype=bool), []
+    with closing(plan.cache()) as cache:
+        for table, index in enumerate(first_files):
+            shard = cache[index]
+            places = place[shard.alignment.is_measured_g]
+            measured_tg[table, places[places >= 0]] = True
+            names = gene_names_of(shard, plan.options.gene_id_column)[0]
+            reports.append(gene_report(names, shard.alignment, panel_of_gene=place, panel=chosen))
+            kinds = ", ".join(f"{report['count']:,} {kind}" for kind, report in reports[-1].items())
+            logger.info("genes of %s: %s", shard.path, kinds)
+            for kind in ("mapped", "summed", "unknown"):
+                if reports[-1][kind]["count"]:
+                    logger.info("  %s: %s", kind, ", ".join(reports[-1][kind]["examples"]))
+    return GeneTables(measured_tg, table_of_source, reports)
 
 
-@dataclass
-class _Split:
-    """What the audit needs to know of the cells of one split."""
+def _unmeasured(tables: GeneTables, survey: Survey) -> list[str]:
+    """Report panel genes that some file lacks: in the shards its cells have no counts there, as if not expressed."""
+    num_tables_g = tables.measured_tg.sum(axis=0)
+    lacks_g = (num_tables_g > 0) & (num_tables_g < len(tables.measured_tg))
+    lacks_t = tables.measured_tg[:, lacks_g].sum(axis=1) < lacks_g.sum()
+    files = [
+        _path_of(source) for source, table in zip(survey.sources, tables.table_of_source, strict=True) if lacks_t[table]
+    ]
+    if not lacks_g.any():
+        return []
+    return [
+        f"{lacks_g.sum():,} of {len(lacks_g):,} panel genes are not measured in all files "
+        f"({listed(sorted(files), most=3)} lack some): there they count as not expressed"
+    ]
 
-    hashes: list[np.ndarray] = field(default_factory=list)
-    num_dropped: int = 0
 
-
-def _write_split(
-    writer: _ShardWriter,
-    shards: ShardCache,
-    sizes: Sequence[int],
-    rows_n: np.ndarray,
-    *,
-    gene_to_panel: np.ndarray,
-    as_counts: bool,
-) -> _Split:
-    split, options, num_genes = _Split(), writer.options, len(writer.tokenizer.panel)
-    shuffled = np.random.default_rng((options.seed, len(rows_n))).permutation(rows_n)
-    for first in range(0, len(shuffled), options.shard_size):
-        order = shuffled[first : first + options.shard_size]
-        rows = np.sort(order)
-        blocks = _blocks(shards, rows, sizes, text=f"{writer.folder.name} shard {len(writer.written)}")
-        parts = [_panel_rows(block, gene_to_panel, num_genes, as_counts=as_counts) for block in blocks]
-        matrix = sparse.vstack([part.matrix for part in parts], format="csr")
-        place = np.searchsorted(rows, order)
-        place = place[np.diff(matrix.indptr)[place] >= options.min_genes]
-        split.num_dropped += len(order) - len(place)
-        if len(place):
-            writer.write(rows[place], matrix[place], np.concatenate([part.library_size_n for part in parts])[place])
-            split.hashes.append(np.concatenate([part.hash_n for part in parts])[place])
-    return split
+def _path_of(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "AnnData"
 
 
 # -- audit and manifest -------------------------------------------------------------------------------------------
 
 
-def _unmeasured(shards: ShardCache, chosen_g: np.ndarray) -> list[str]:
-    """Report panel genes that some file lacks: in the shards its cells have no counts there, as if not expressed."""
-    num_missing, files = np.zeros(len(chosen_g), dtype=np.int64), []
-    for shard in _each(shards):
-        is_missing_g = ~shard.alignment.is_measured_g[chosen_g]
-        num_missing += is_missing_g
-        files += [shard.path] if is_missing_g.any() else []
-    if not files:
-        return []
-    return [
-        f"{(num_missing > 0).sum():,} of {len(chosen_g):,} panel genes are not measured in all files "
-        f"({listed(files, most=3)} lack some): there they count as not expressed"
-    ]
+@dataclass
+class Outcome:
+    """What pass two has written.
+
+    Args:
+        shards: Split -> its shards, as the manifest lists them.
+        hashes: Split -> content hash of every cell.
+        dropped: Split -> cells with too few genes.
+    """
+
+    shards: dict[str, list[dict[str, Any]]]
+    hashes: dict[str, np.ndarray]
+    dropped: Counter[str]
 
 
-def _audit(survey: Survey, splits: Mapping[str, _Split], options: PrepareOptions) -> list[str]:
+def _audit(survey: Survey, outcome: Outcome, options: PrepareOptions) -> list[str]:
     """Return what may make scores dishonest: duplicate cells, confounded labels, donors on both sides."""
-    findings = list(survey.warnings)
-    hashes = {
-        name: np.concatenate(split.hashes) if split.hashes else np.zeros(0, np.uint64) for name, split in splits.items()
-    }
+    findings, hashes = list(survey.warnings), outcome.hashes
     for name, values in hashes.items():
         if (copies := len(values) - len(np.unique(values))) > 0:
             findings.append(f"{copies:,} of {len(values):,} {name} cells are exact copies of another {name} cell")
     if (shared := np.isin(hashes["eval"], hashes["train"]).sum()) > 0:
         findings.append(f"{shared:,} of {len(hashes['eval']):,} eval cells are exact copies of a training cell")
-    for name, split in splits.items():
-        if split.num_dropped:
+    for name in SPLITS:
+        if outcome.dropped[name]:
             findings.append(
-                f"{split.num_dropped:,} {name} cells express fewer than {options.min_genes} panel genes: dropped"
+                f"{outcome.dropped[name]:,} {name} cells express fewer than {options.min_genes} panel genes: dropped"
             )
-    if survey.split_by != "cell":
-        for category in options.column_of_phenotype:
-            is_known_n = (survey.labels[category] != "").to_numpy()
-            units = pd.Series(survey.units_n[is_known_n])
-            donors_of_label = units.groupby(survey.labels.loc[is_known_n, category].to_numpy()).nunique()
-            alone = donors_of_label.index[donors_of_label == 1].tolist()
-            if alone:
-                findings.append(f"{category}: {listed(alone)} come from one {survey.split_by} only (confounded)")
+    for category in options.column_of_phenotype if survey.split_by != BY_CELL else ():
+        alone = sorted(label for label, units in survey.units_of_label(category).items() if len(units) == 1)
+        if alone:
+            findings.append(f"{category}: {listed(alone)} come from one {survey.split_by} only (confounded)")
     return findings
 
 
 def _manifest(
-    survey: Survey, shards: ShardCache, tokenizer: GeneTokenizer, writers: Mapping[str, _ShardWriter],
-    is_eval_n: np.ndarray, findings: Sequence[str], options: PrepareOptions, *, as_counts: bool,
+    plan: Plan, survey: Survey, statistics: Statistics, tables: GeneTables, tokenizer: GeneTokenizer, outcome: Outcome,
+    findings: Sequence[str], *, as_counts: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    categories = options.column_of_phenotype
-    units = {name: np.unique(survey.units_n[is_eval_n == (name == "eval")].astype(str)) for name in SPLITS}
-    is_by_donor = survey.split_by != "cell"
+    units = {
+        "train": sorted(set(survey.units) - plan.eval_units),
+        "eval": sorted(plan.eval_units & set(survey.units)),
+    }
     inputs = [
-        {"path": str(shard.path), "cells": len(shard), "values": "counts" if shard.is_counts else "log",
-         "genes": shard.alignment.describe()}
-        for shard in _each(shards)
+        {"path": _path_of(source), "cells": file.num_cells, "values": "counts" if file.is_counts else "log",
+         "gene_table": int(table)}
+        for source, file, table in zip(survey.sources, survey.files, tables.table_of_source, strict=True)
     ]  # fmt: skip
     return {
         "manifest_version": MANIFEST_VERSION,
         "perturbgene_version": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": inputs,
+        "gene_tables": tables.reports,
         "values": "counts" if as_counts else "log1p_cp10k",
         "num_genes": len(tokenizer.panel),
+        "hvg_flavor": "given" if plan.options.panel else plan.flavor,
         "bin_edges": tokenizer.bin_edges.to_json(tokenizer.genes) if tokenizer.bin_edges.is_shared else "per gene",
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "split": {
             "by": survey.split_by,
-            "seed": options.seed,
-            "eval_fraction": options.eval_fraction,
-            **({name: units[name].tolist() for name in SPLITS} if is_by_donor else {}),
+            "seed": plan.options.seed,
+            "eval_fraction": plan.options.eval_fraction,
+            **(units if survey.split_by != BY_CELL else {}),
         },
         "phenotypes": {
-            category: {name: _label_counts(survey, category, is_eval_n == (name == "eval")) for name in SPLITS}
-            for category in categories
+            category: {
+                split: {label or "(missing)": count for label, count in sorted(counts.items())}
+                for split, counts in of_split.items()
+            }
+            for category, of_split in statistics.labels.items()
         },
-        "shards": {name: writer.written for name, writer in writers.items()},
+        "shards": outcome.shards,
         "audit": list(findings),
     }
 
 
-def _label_counts(survey: Survey, category: str, is_chosen_n: np.ndarray) -> dict[str, int]:
-    counts = Counter(survey.labels.loc[is_chosen_n, category])
-    return {label or "(missing)": count for label, count in sorted(counts.items())}
+# -- doing it, and continuing it ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Work:
+    """Runs tasks that each write one file, but for those the journal lists."""
+
+    workers: Workers
+    journal: Journal
+
+    def do(
+        self, task: Callable[[Any, Any], dict[str, Any]], context: Any, items: Mapping[str, Any],
+        *, cells: Mapping[str, int], text: str,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Return the journal entries of all files, in the order of `items` (file -> item)."""
+        open_items = {item: file for file, item in items.items() if file not in self.journal}
+        if len(open_items) < len(items):
+            logger.info("%s: %d of %d are done already", text, len(items) - len(open_items), len(items))
+        done = sum(cells[file] for file in items if file in self.journal)
+        total = sum(cells.values())
+        with tqdm(total=total, initial=done, desc=text, unit=" cells", unit_scale=True, disable=None) as bar:
+            for item, entry in self.workers.run(task, context, list(open_items)):
+                self.journal.add(entry)
+                bar.update(cells[open_items[item]])
+        return [self.journal[file] for file in items]
 
 
 def _target(output: str | Path, *, overwrite: bool) -> tuple[Path, Path]:
-    """Return the corpus folder and the folder beside it that is filled first."""
+    """Return the corpus folder and the folder beside it that is filled first.
+
+    Raises:
+        InputError: Either holds something that is not ours to replace, or cannot be made.
+    """
     folder = Path(output).expanduser()
     folder = folder if folder.name else folder.resolve()
     if folder.exists() and not overwrite:
@@ -591,16 +527,50 @@ def _target(output: str | Path, *, overwrite: bool) -> tuple[Path, Path]:
     elif folder.exists() and not (folder / MANIFEST_FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not a corpus ({MANIFEST_FILE} is missing), so --overwrite leaves it alone.")
     temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}). Choose another --output.") from error
+    if any(temporary.iterdir()) and not (temporary / JOURNAL_FILE).exists():
+        raise InputError(
+            f"{temporary} is where unfinished work goes, but it holds something else. Move it away, or choose another "
+            "--output."
+        )
     return folder, temporary
+
+
+def _begin(folder: Path, key: str) -> Journal:
+    """Continue the work in a folder when it was begun with the same inputs and settings; otherwise start it again."""
+    journal = Journal(folder, key)
+    if journal.path.exists() and journal.resume():
+        logger.info("%s: continuing, %d finished files are kept", folder, len(journal))
+    else:
+        if journal.path.exists():
+            logger.warning("%s was begun with other inputs or settings: starting again", folder)
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        journal.begin()
+    for name in (STATISTICS_FOLDER, SPOOL_FOLDER, *SPLITS):
+        (folder / name).mkdir(exist_ok=True)
+    return journal
+
+
+def _key_of(survey: Survey, options: PrepareOptions) -> str:
+    """Hash all that a corpus depends on: the settings, the files they name, and the inputs."""
+    settings = {n: v for n, v in dataclasses.asdict(options).items() if n not in _OPTIONS_OF_THE_RUN}
+    named = [Path(path) for path in (options.panel, options.bin_edges_path) if path]
+    named = [path / "tokenizer.json" if path.is_dir() else path for path in named]
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in named]
+    files = [(file.key, file.state) for file in survey.files]
+    return digest_of(__version__, PART_ROWS, json.dumps(settings, default=list, sort_keys=True), contents, files)
 
 
 def prepare(inputs: str | Path | Sequence[Any], output: str | Path, **options: Any) -> Path:
     """Make a corpus from h5ad files (or AnnData objects).
+
+    The same inputs, in any order, and the same options give shards of the same bytes, on any number of processes or
+    machines. When the work is cut short, the same call continues it: finished parts lie in a folder named like the
+    corpus with `.part` behind it.
 
     Args:
         inputs: Files, patterns or folders; or AnnData objects.
@@ -612,63 +582,145 @@ def prepare(inputs: str | Path | Sequence[Any], output: str | Path, **options: A
 
     Raises:
         InputError: A file, column or option cannot be used; nothing is left behind.
+        WorkStoppedError: Workers were ended from outside; what is finished stays.
     """
     chosen = PrepareOptions(**options)
     folder, temporary = _target(output, overwrite=chosen.overwrite)
+    was_begun = any(temporary.iterdir())
     try:
         _prepare(inputs, temporary, chosen)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except InputError as error:
+        if not was_begun and not isinstance(error, WorkStoppedError):
+            shutil.rmtree(temporary)
         raise
+    finally:
+        close_files()
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+    for name in (STATISTICS_FOLDER, SPOOL_FOLDER):
+        shutil.rmtree(folder / name)
+    (folder / JOURNAL_FILE).unlink()
     logger.info("corpus written to %s", folder)
     return folder
 
 
+def _sources_of(inputs: Any) -> tuple[list[Any], bool]:
+    """Return the files, or the AnnData objects and True."""
+    if hasattr(inputs, "obs_names"):
+        return [inputs], True
+    if not isinstance(inputs, str | Path) and any(hasattr(item, "obs_names") for item in inputs):
+        return list(inputs), True
+    return list(expand_paths(inputs)), False
+
+
+def _num_processes(sources: Sequence[Any], options: PrepareOptions, *, is_memory: bool) -> int:
+    """Decide how many processes work: those asked for, or every core when the files are worth it."""
+    if is_memory or options.num_processes:
+        return 1 if is_memory else options.num_processes
+    sizes = [path.stat().st_size if (path := Path(source)).exists() else SMALL_INPUT for source in sources]
+    return available_cores() if sum(sizes) >= SMALL_INPUT else 1
+
+
 def _prepare(inputs: Any, folder: Path, options: PrepareOptions) -> None:
-    is_memory = hasattr(inputs, "obs_names") or (
-        not isinstance(inputs, str | Path) and any(hasattr(i, "obs_names") for i in inputs)
-    )
-    sources = ([inputs] if hasattr(inputs, "obs_names") else list(inputs)) if is_memory else expand_paths(inputs)
-    union = _union_panel(sources, options)
-    shards = ShardCache(
-        sources, layer=options.layer, panel=union, vocabulary=Vocabulary({}), normalization=options.normalization,
-        gene_id_column=options.gene_id_column,
-    )  # fmt: skip
-    survey = _survey(shards, options)
-    sizes = [len(shard) for shard in _each(shards)]
-    is_eval_n = _is_eval_cell(survey, options)
-    labels = _choose_labels(survey, is_eval_n, options)
-    fit = _fit(_blocks(shards, np.flatnonzero(~is_eval_n), sizes, text="genes and bins"), len(union), options)
-    chosen_g = _choose_panel(union, fit, options, survey.warnings)
-    survey.warnings += _unmeasured(shards, chosen_g)
-    tokenizer = GeneTokenizer(
-        genes=[union.genes[g] for g in chosen_g],
-        gene_symbols=[union.symbols[g] for g in chosen_g],
-        phenotypes=labels,
-        bin_edges=_choose_edges(fit, union, chosen_g, options),
-        included_phenotypes=list(labels),
-        normalization=options.normalization,
-    )
-    gene_to_panel = np.full(len(union), -1, dtype=np.int64)
-    gene_to_panel[chosen_g] = np.arange(len(chosen_g))
-    as_counts = all(shard.is_counts for shard in _each(shards))
-    writers = {name: _ShardWriter(folder / name, survey, tokenizer, options) for name in SPLITS}
-    splits = {
-        name: _write_split(
-            writers[name], shards, sizes, np.flatnonzero(is_eval_n == (name == "eval")),
-            gene_to_panel=gene_to_panel, as_counts=as_counts,
+    sources, is_memory = _sources_of(inputs)
+    if is_memory and options.scheduler:
+        raise InputError("--scheduler needs files that its workers can read, but AnnData objects were given.")
+    num_processes = _num_processes(sources, options, is_memory=is_memory)
+    module = "perturbgene.data_utils.spool"
+    with open_workers(scheduler=options.scheduler, num_processes=num_processes, preload=module) as workers:
+        survey = _survey(sources, options, workers)
+        plan = _plan(survey, folder, options)
+        work = _Work(workers, _begin(folder, plan.key))
+        parts = plan.parts()
+        cells = {f"{STATISTICS_FOLDER}/{part.name}": part.stop - part.start for part in parts}
+        entries = work.do(fit_part, plan, dict(zip(cells, parts, strict=True)), cells=cells, text="genes and bins")
+        statistics = merged(plan, entries)
+        labels = _choose_labels(statistics, survey.warnings)
+        panel = _choose_panel(plan, statistics, survey.warnings)
+        tables = _gene_tables(plan, survey, panel)
+        survey.warnings += _unmeasured(tables, survey)
+        tokenizer = GeneTokenizer(
+            genes=list(panel.genes),
+            gene_symbols=list(panel.symbols),
+            phenotypes=labels,
+            bin_edges=_choose_edges(statistics, panel, options),
+            included_phenotypes=list(labels),
+            normalization=options.normalization,
         )
-        for name in SPLITS
-    }  # fmt: skip
-    findings = _audit(survey, splits, options)
+        layout = _layout(plan, survey, statistics, entries, panel, tables)
+        outcome = _write(layout, work)
+    findings = _audit(survey, outcome, options)
     for finding in findings:
         logger.warning("audit: %s", finding)
     tokenizer.save_pretrained(folder)
-    manifest = _manifest(survey, shards, tokenizer, writers, is_eval_n, findings, options, as_counts=as_counts)
+    manifest = _manifest(plan, survey, statistics, tables, tokenizer, outcome, findings, as_counts=layout.as_counts)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _plan(survey: Survey, folder: Path, options: PrepareOptions) -> Plan:
+    is_by_cell = survey.split_by == BY_CELL
+    return Plan(
+        key=_key_of(survey, options),
+        folder=str(folder),
+        options=options,
+        sources=tuple(survey.sources),
+        sizes=tuple(file.num_cells for file in survey.files),
+        panel=_union_panel(survey, options),
+        split_by=survey.split_by,
+        eval_units=frozenset() if is_by_cell else frozenset(_eval_units(survey, options)),
+        highest_eval_key=_highest_eval_key(survey, options) if is_by_cell else -1,
+        flavor=_flavor(survey, options),
+    )
+
+
+def _flavor(survey: Survey, options: PrepareOptions) -> HvgFlavor:
+    """Choose how genes are ranked: `seurat_v3` needs raw counts, kept one by one."""
+    is_raw = all(file.is_counts for file in survey.files) and options.normalization == "auto"
+    if options.hvg_flavor == "seurat_v3" and not is_raw:
+        raise InputError(
+            "--hvg_flavor seurat_v3 needs raw counts in every file, but some hold logarithms or are normalised on "
+            "request. Choose the counts with --layer, or give --hvg_flavor seurat."
+        )
+    if options.hvg_flavor != "auto":
+        return options.hvg_flavor
+    return "seurat_v3" if is_raw and not options.panel else "seurat"
+
+
+def _layout(
+    plan: Plan, survey: Survey, statistics: Statistics, entries: Sequence[Mapping[str, Any]], panel: ChosenPanel,
+    tables: GeneTables,
+) -> Layout:  # fmt: skip
+    return Layout(
+        plan=plan,
+        genes=panel.genes,
+        symbols=panel.symbols,
+        gene_to_panel=panel.place_of(len(plan.panel)),
+        labels={name: sorted(set().union(*of_split.values()) - {""}) for name, of_split in statistics.labels.items()},
+        units=sorted(set(survey.units) - {""}),
+        as_counts=all(file.is_counts for file in survey.files),
+        num_cells=dict(statistics.num_cells),
+        first_of_part={split: np.cumsum([0] + [entry[split] for entry in entries])[:-1] for split in SPLITS},
+        table_of_source=tables.table_of_source,
+        measured_tg=tables.measured_tg,
+    )
+
+
+def _write(layout: Layout, work: _Work) -> Outcome:
+    """Spool all parts, then finish all shards."""
+    parts = layout.plan.parts()
+    cells = {f"{SPOOL_FOLDER}/{part.name}": part.stop - part.start for part in parts}
+    entries = work.do(spool_part, layout, dict(zip(cells, parts, strict=True)), cells=cells, text="dealing cells")
+    tasks = {task.file: task for task in tasks_of(layout)}
+    sizes = dict.fromkeys(tasks, layout.plan.options.shard_size)
+    written = work.do(finish_shard, layout, tasks, cells=sizes, text="writing shards")
+    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for task, entry in zip(tasks.values(), written, strict=True):
+        shards[task.split].append({name: entry[name] for name in ("file", "cells", "sha256")})
+    dropped: Counter[str] = Counter()
+    for entry in entries:
+        dropped.update(entry["dropped"])
+    return Outcome(shards, hashes_of(layout), dropped)
 
 
 def run_prepare(config: Any) -> Path:

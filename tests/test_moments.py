@@ -1,12 +1,14 @@
 """Gene moments by hand on three genes, merged in any order, and Seurat's dispersion against scanpy's."""
 
+from itertools import pairwise
+
 import anndata as ad
 import numpy as np
 import pytest
 import scanpy as sc
 from scipy import sparse
 
-from perturbgene.data_utils.moments import GeneMoments
+from perturbgene.data_utils.moments import CountTable, GeneMoments
 
 
 def moments_of(values_ng: np.ndarray) -> GeneMoments:
@@ -78,3 +80,48 @@ def test_asking_for_dispersions_leaves_the_sums_alone() -> None:
     moments = moments_of(np.array([[1.0, 0.0], [3.0, 0.0]]))
     moments.normalized_dispersion()
     assert moments.sum_g.tolist() == [4, 0]
+
+
+# -- counts -------------------------------------------------------------------------------------------------------
+
+
+def table_of(values_ng: np.ndarray) -> CountTable:
+    """Add all stored counts at once."""
+    matrix = sparse.csr_matrix(values_ng)
+    table = CountTable(values_ng.shape[1])
+    table.add(matrix.data, matrix.indices)
+    return table
+
+
+@pytest.fixture(scope="module")
+def counts_ng() -> np.ndarray:
+    """Counts of 300 cells x 400 genes of all levels, some above 16 and some never seen."""
+    generator = np.random.default_rng(0)
+    level_g = np.exp(generator.normal(-1, 2, 400))
+    level_g[:3] = 0
+    return generator.poisson(level_g * generator.gamma(0.8, 1.25, (300, 400))).astype(float)
+
+
+def test_variances_over_expectation_are_those_of_scanpys_seurat_v3_gene_for_gene(counts_ng: np.ndarray) -> None:
+    pytest.importorskip("skmisc")
+    adata = ad.AnnData(sparse.csr_matrix(counts_ng))
+    frame = sc.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=100, inplace=False)
+    ours = table_of(counts_ng).normalized_variance(len(counts_ng))
+    varies_g = frame["variances"].to_numpy() > 0
+    np.testing.assert_allclose(ours[varies_g], frame["variances_norm"].to_numpy()[varies_g], rtol=1e-8)
+    rank_g = moments_of(counts_ng).rank(ours)[:100]
+    assert set(rank_g) == set(np.flatnonzero(frame["highly_variable"].to_numpy()))
+
+
+def test_tables_of_parts_merge_to_the_table_of_the_whole_in_any_order(counts_ng: np.ndarray) -> None:
+    whole = table_of(counts_ng)
+    for cuts in ((0, 100, 300), (0, 299, 300)):
+        merged = CountTable(400)
+        for first, last in reversed([*pairwise(cuts)]):
+            merged.merge(table_of(counts_ng[first:last]).tensors())
+        assert all(np.array_equal(merged.tensors()[name], whole.tensors()[name]) for name in whole.tensors())
+
+
+def test_genes_that_do_not_vary_have_no_normalized_variance() -> None:
+    found = table_of(np.array([[2.0, 0.0, 1.0, 3.0], [2.0, 0.0, 5.0, 2.0]])).normalized_variance(2)
+    assert np.isnan(found).tolist() == [True, True, False, False]

@@ -1,6 +1,13 @@
 """A corpus means what its sources mean: the same tokens, genes, labels and donors; its audit says what is wrong."""
 
+import hashlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +20,12 @@ import scanpy as sc
 from scipy import sparse
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.journal import Journal
 from perturbgene.data_utils.read import H5adFile
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN
+from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, measured_genes
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
-from perturbgene.prepare import MANIFEST_FILE, prepare, read_manifest, shard_paths
+from perturbgene.prepare import MANIFEST_FILE, _Work, prepare, read_manifest, shard_paths
 
 GENES = [f"G{i}" for i in range(8)]
 
@@ -687,3 +695,222 @@ def test_more_files_than_may_be_open_are_prepared_with_few_open(
     monkeypatch.setattr(H5adFile, "close", lambda self: (opened.discard(id(self)), close(self)))
     prepare(tmp_path / "*.h5ad", tmp_path / "corpus")
     assert most[0] <= 4  # two to find the genes, two to read the cells
+
+
+# -- any order, any number of processes, any interruption ---------------------------------------------------------
+
+
+def checksums(corpus: Path) -> dict[str, str]:
+    """Return the SHA-256 of every shard, from the files themselves."""
+    return {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in corpus.rglob("*.h5ad")}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Twelve files of forty cells, some with other genes, some cells in two files."""
+    folder = tmp_path_factory.mktemp("files")
+    for number in range(12):
+        genes = GENES if number % 3 else GENES[::-1]
+        cells(counts(40, seed=number % 11), genes=genes, prefix=f"{number % 11}:").write_h5ad(folder / f"{number}.h5ad")
+    return [folder / f"{number}.h5ad" for number in range(12)]
+
+
+OPTIONS: dict[str, Any] = {"phenotypes": ["cell_type"], "shard_size": 30}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their corpus, made in this process."""
+    return prepare(files, tmp_path_factory.mktemp("undisturbed") / "corpus", **OPTIONS)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_shards_have_the_same_bytes_in_any_order_of_files_and_on_any_number_of_processes(
+    tmp_path: Path, files: list[Path], undisturbed: Path, num_processes: int
+) -> None:
+    made = prepare([*files[5:], *files[:5]][::-1], tmp_path / "corpus", num_processes=num_processes, **OPTIONS)
+    assert len(checksums(made)) == 17
+    assert checksums(made) == checksums(undisturbed)
+    assert read_manifest(made)["tokenizer_fingerprint"] == read_manifest(undisturbed)["tokenizer_fingerprint"]
+
+
+def test_names_of_files_change_nothing(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:
+    renamed = [shutil.copy(path, tmp_path / f"{len(files) - number}.h5ad") for number, path in enumerate(files)]
+    assert checksums(prepare(renamed, tmp_path / "corpus", **OPTIONS)) == checksums(undisturbed)
+
+
+def test_files_larger_than_a_part_are_dealt_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perturbgene.data_utils.plan.PART_ROWS", 7)
+    made = prepare(cells(counts(100)), tmp_path / "corpus", shard_size=30, phenotypes=["cell_type"])
+    names = [*split(made, "train").obs_names, *split(made, "eval").obs_names]
+    assert sorted(names) == sorted(f"cell{i}" for i in range(100))
+    source = cells(counts(100))
+    assert corpus_tokens(made) == tokens_by_name(source, GeneTokenizer.from_pretrained(made), source.obs_names)
+
+
+COMMAND = "from perturbgene.prepare import prepare; import sys; prepare(sys.argv[3:], sys.argv[1], num_processes=int(sys.argv[2]), phenotypes=['cell_type'], shard_size=30)"  # noqa: E501
+
+
+@pytest.mark.parametrize("num_lines", [5, 18, 30], ids=["counting", "dealing", "writing"])
+def test_a_killed_run_continues_to_the_same_bytes(
+    tmp_path: Path, files: list[Path], undisturbed: Path, num_lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "corpus"
+    journal = tmp_path / "corpus.part" / "journal.jsonl"
+    # A slow disk, so that the kill lands where it should.
+    slow = "import time, perturbgene.data_utils.journal as j; add = j.Journal.add; j.Journal.add = lambda s, e: (add(s, e), time.sleep(0.1)); "  # noqa: E501
+    child = subprocess.Popen([sys.executable, "-c", slow + COMMAND, str(target), "1", *map(str, files)])
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count("\n") > num_lines):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    (tmp_path / "corpus.part" / "spool" / "half.tmp").write_bytes(b"torn")
+    with journal.open("a") as stream:
+        stream.write('{"file": "spool/')
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus.part" / "statistics").iterdir()}
+    assert len(kept) >= min(num_lines, 12)
+    with caplog.at_level("INFO"):
+        made = prepare(files, target, **OPTIONS)
+    assert "finished files are kept" in caplog.text
+    assert checksums(made) == checksums(undisturbed)
+    assert {path.name for path in made.iterdir()} == {path.name for path in undisturbed.iterdir()}
+
+
+def test_a_finished_part_that_was_changed_is_made_again(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:
+    part = stopped(files, tmp_path, after="dealing cells")
+    spooled = sorted((part / "spool").iterdir())
+    spooled[0].write_bytes(spooled[0].read_bytes()[:-1] + b"\7")
+    spooled[1].write_bytes(spooled[1].read_bytes()[:100])
+    spooled[2].unlink()
+    assert checksums(prepare(files, tmp_path / "corpus", **OPTIONS)) == checksums(undisturbed)
+
+
+def stopped(files: Sequence[Path], folder: Path, *, after: str) -> Path:
+    """Interrupt a run, as by Ctrl-C, once a step is done; return the folder of the unfinished work."""
+    run, do = None, _Work.do
+
+    def interrupted(self: _Work, *args: Any, text: str, **options: Any) -> Any:
+        entries = do(self, *args, text=text, **options)
+        if text == after:
+            raise KeyboardInterrupt
+        return entries
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Work, "do", interrupted)
+        run = prepare(files, folder / "corpus", **OPTIONS)
+    assert run is None
+    return folder / "corpus.part"
+
+
+def test_unfinished_work_of_other_settings_starts_again_and_says_so(
+    tmp_path: Path, files: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped(files, tmp_path, after="genes and bins")
+    made = prepare(files, tmp_path / "corpus", **{**OPTIONS, "num_bins": 3})
+    assert "was begun with other inputs or settings: starting again" in caplog.text
+    assert len(read_manifest(made)["bin_edges"]) == 3
+
+
+def test_a_folder_of_somebody_else_in_the_place_of_unfinished_work_is_left_alone(
+    tmp_path: Path, files: list[Path]
+) -> None:
+    (tmp_path / "corpus.part").mkdir()
+    (tmp_path / "corpus.part" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"corpus.part is where unfinished work goes, but it holds something else"):
+        prepare(files, tmp_path / "corpus", **OPTIONS)
+    assert (tmp_path / "corpus.part" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_changed_input_is_not_continued_with(tmp_path: Path, files: list[Path]) -> None:
+    mine = [Path(shutil.copy(path, tmp_path / path.name)) for path in files]
+    stopped(mine, tmp_path, after="dealing cells")
+    cells(counts(40, seed=77), prefix="new").write_h5ad(mine[3])
+    made = prepare(mine, tmp_path / "corpus", **OPTIONS)
+    assert checksums(made) == checksums(prepare(mine, tmp_path / "fresh", **OPTIONS))
+
+
+# -- on a cluster -------------------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_that_does_not_answer_is_refused(tmp_path: Path, files: list[Path]) -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(InputError, match="no Dask scheduler answers at nonsense://x"):
+        prepare(files, tmp_path / "corpus", scheduler="nonsense://x", **OPTIONS)
+
+
+def test_a_cluster_that_loses_a_worker_loses_no_cell(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    killed: list[int] = []
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
+    ) as cluster:
+        add = Journal.add
+
+        def add_and_kill(self: Journal, entry: dict[str, Any]) -> None:
+            add(self, entry)
+            if len(self) == 15 and not killed:  # in the middle of dealing
+                killed.append(next(iter(cluster.workers.values())).pid)
+                os.kill(killed[0], signal.SIGKILL)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "add", add_and_kill)
+            made = prepare(files, tmp_path / "corpus", scheduler=cluster.scheduler_address, **OPTIONS)
+    assert killed
+    assert checksums(made) == checksums(undisturbed)
+
+
+# -- genes of the sources -----------------------------------------------------------------------------------------
+
+
+def test_every_cell_knows_which_genes_its_source_measured(tmp_path: Path) -> None:
+    parts = [cells(counts(30, 6), prefix="x"), cells(counts(30, 6), genes=GENES[2:], prefix="y")]
+    made = prepare(parts, tmp_path / "corpus", shard_size=20)
+    genes = GeneTokenizer.from_pretrained(made).genes
+    measured_tg = measured_genes(shard_paths(made, "train")[0])
+    for name, table in split(made, "train").obs[SOURCE_COLUMN].items():
+        expected = GENES[:6] if name.startswith("x") else GENES[2:]
+        assert {gene for gene, is_measured in zip(genes, measured_tg[table], strict=True) if is_measured} == set(
+            expected
+        )
+
+
+def test_a_file_that_is_no_shard_does_not_say_what_was_measured(tmp_path: Path) -> None:
+    cells(counts(5)).write_h5ad(tmp_path / "plain.h5ad")
+    with pytest.raises(InputError, match="does not say which genes were measured"):
+        measured_genes(tmp_path / "plain.h5ad")
+
+
+def test_the_manifest_says_what_became_of_every_column(tmp_path: Path) -> None:
+    first = cells(counts(30), genes=ENSEMBL, prefix="x")
+    first.var["feature_name"] = GENES
+    second = cells(counts(30), genes=[*GENES[:5], ENSEMBL[4] + ".2", "7", ""], prefix="y")
+    (tmp_path / "panel.txt").write_text("\n".join([*ENSEMBL[:5], "G6", "Z1"]))
+    made = prepare([first, second], tmp_path / "corpus", panel=str(tmp_path / "panel.txt"), split_by="cell")
+    reports = {report["mapped"]["count"]: report for report in read_manifest(made)["gene_tables"]}
+    counted = [{kind: report["count"] for kind, report in reports[mapped].items()} for mapped in (0, 5)]
+    assert counted[0] == {"kept": 6, "mapped": 0, "summed": 0, "dropped": 2, "unknown": 0, "unmeasured": 1}
+    assert counted[1] == {"kept": 1, "mapped": 5, "summed": 1, "dropped": 0, "unknown": 2, "unmeasured": 2}
+    assert reports[5]["mapped"]["examples"] == GENES[:5]
+    assert reports[5]["summed"]["examples"] == ["G4"]
+    assert reports[5]["unknown"]["examples"] == ["7", ""]
+    assert reports[0]["unmeasured"]["examples"] == ["Z1"]
+
+
+def test_a_given_panel_stays_whole(tmp_path: Path) -> None:
+    (tmp_path / "panel.txt").write_text("G5\nZ1\nG1\n")
+    made = prepare(cells(counts(40)), tmp_path / "corpus", panel=str(tmp_path / "panel.txt"))
+    assert GeneTokenizer.from_pretrained(made).genes == ("G5", "Z1", "G1")
+    assert measured_genes(shard_paths(made, "train")[0]).tolist() == [[True, False, True]]
+
+
+def test_numbers_are_not_taken_for_genes_where_a_symbol_stands_beside(tmp_path: Path) -> None:
+    adata = cells(counts(40), genes=[str(i) for i in range(8)])
+    adata.var["feature_name"] = GENES
+    assert sorted(GeneTokenizer.from_pretrained(prepare(adata, tmp_path / "corpus")).genes) == GENES
+
+
+def test_numbers_alone_name_no_genes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="numbers for names. Name the column of var .* --gene_id_column"):
+        prepare(cells(counts(40), genes=[str(i) for i in range(8)]), tmp_path / "corpus")

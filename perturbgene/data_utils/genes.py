@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -185,6 +186,45 @@ class GenePanel:
             duplicated=tuple(self.display_name(gene) for gene, count in claims.items() if count > 1),
             unknown=tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0)),
         )
+
+
+#: Names shown of each kind in a gene report.
+_EXAMPLES = 10
+
+
+def gene_report(
+    names_c: Sequence[object] | np.ndarray, alignment: GeneAlignment, *, panel_of_gene: np.ndarray, panel: GenePanel
+) -> dict[str, dict[str, Any]]:
+    """Say what became of each column of a file, and which genes of the panel it lacks.
+
+    Args:
+        names_c: What the file calls its columns, length c.
+        alignment: Its columns among all known genes.
+        panel_of_gene: Place in the panel of each known gene, -1 where it was not chosen.
+        panel: The chosen genes.
+
+    Returns:
+        Count and first examples of: columns kept under their own id, kept through a symbol ("mapped"), dropped because
+        their gene is not in the panel, unknown because nothing names a gene; genes of the panel that are the sum of
+        several columns, and those that no column measures.
+    """
+    names = np.array([clean_gene(name) for name in names_c], dtype=object)
+    is_known_c = alignment.gene_of_column_c >= 0
+    panel_c = np.where(is_known_c, np.append(panel_of_gene, NOT_IN_PANEL)[alignment.gene_of_column_c], NOT_IN_PANEL)
+    is_mapped_c = np.isin(names.astype(str), np.array(alignment.by_symbol, dtype=str)) & is_known_c
+    times_g = np.bincount(panel_c[panel_c >= 0], minlength=len(panel))
+    found: dict[str, Sequence[str] | np.ndarray] = {
+        "kept": names[(panel_c >= 0) & ~is_mapped_c],
+        "mapped": names[(panel_c >= 0) & is_mapped_c],
+        "summed": [panel.display_name(int(gene)) for gene in np.flatnonzero(times_g > 1)],
+        "dropped": names[is_known_c & (panel_c < 0)],
+        "unknown": names[~is_known_c],
+        "unmeasured": [panel.display_name(int(gene)) for gene in np.flatnonzero(times_g == 0)],
+    }
+    return {
+        kind: {"count": len(genes), "examples": [str(gene) for gene in genes[:_EXAMPLES]]}
+        for kind, genes in found.items()
+    }
 
 
 def read_panel(path: str | Path) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from perturbgene.data_utils.expression import (
     ExpressionBlock,
@@ -37,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 #: Column of obs in which `prepare` keeps each cell's total counts over all genes of its source file.
 LIBRARY_SIZE_COLUMN = "perturbgene_library_size"
+
+#: Column of obs that says which table of genes a cell was measured with; `measured_genes` has the tables.
+SOURCE_COLUMN = "perturbgene_source"
+MEASURED_KEY = "perturbgene_measured"
 
 #: Rows closer than this are fetched by one read, the ones between being thrown away.
 READ_GAP_ROWS = 32
@@ -257,6 +262,62 @@ class ShardCache:
             if isinstance(oldest.source, H5adFile):
                 oldest.source.close()
         return self._open[index]
+
+    def close(self) -> None:
+        """Close all files; they open again when used."""
+        while self._open:
+            _, shard = self._open.popitem()
+            if isinstance(shard.source, H5adFile):
+                shard.source.close()
+
+
+def write_shard(
+    path: Path, matrix: sparse.csr_matrix, *, obs: pd.DataFrame, var: pd.DataFrame, measured_tg: np.ndarray
+) -> None:
+    """Write cells as an h5ad file laid out for streaming: bare arrays of the narrowest types, one after the other.
+
+    Uncompressed and unchunked, rows come at the speed of memory. Read in random blocks of 64 rows from the page cache
+    (10,000 cells x 1,390 values, one core, 2026-11): 1,420,000 cells/s with uint16 columns (42 MB) and 870,000 with
+    int32 (70 MB); in chunks of 32,768: 770,000 bare, 320,000 with Fletcher-32, 62,000 lzf (35 MB), 57,000 gzip with
+    shuffle (21 MB). Damage is found by the SHA-256 in the manifest instead of by Fletcher-32.
+
+    Args:
+        path: Where the file goes, written under a temporary name first.
+        matrix: Values over the panel, rows sorted by gene, shape (n, g).
+        obs, var: Tables of the cells and of the genes.
+        measured_tg: True where a table of genes has the gene, bool of shape (t, g).
+    """
+    import anndata
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    packed = {MEASURED_KEY: np.packbits(measured_tg, axis=1)}
+    anndata.AnnData(obs=obs, var=var, uns=packed).write_h5ad(temporary)
+    columns = np.uint16 if matrix.shape[1] <= 1 << 16 else np.int32
+    with h5py.File(temporary, "r+") as file:
+        if "X" in file:
+            del file["X"]
+        group = file.create_group("X")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+        group.attrs["shape"] = np.array(matrix.shape, dtype=np.int64)
+        group.create_dataset("data", data=matrix.data)
+        group.create_dataset("indices", data=matrix.indices.astype(columns))
+        group.create_dataset("indptr", data=matrix.indptr.astype(np.int64))
+    temporary.replace(path)
+
+
+def measured_genes(path: str | Path) -> np.ndarray:
+    """Return which genes each source of a corpus measured, bool of shape (t, g); a cell's t is `obs[SOURCE_COLUMN]`.
+
+    Raises:
+        InputError: The file is not a shard that `prepare` wrote.
+    """
+    file = H5adFile(str(path))
+    try:
+        if f"uns/{MEASURED_KEY}" not in file.file:
+            raise InputError(f"{path} does not say which genes were measured. Make it with `perturbgene prepare`.")
+        return np.unpackbits(file.file[f"uns/{MEASURED_KEY}"][:], axis=1, count=file.shape[1]).astype(bool)
+    finally:
+        file.close()
 
 
 def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: Mapping[str, Any]) -> None:
