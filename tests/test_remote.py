@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from scipy import sparse
@@ -26,6 +27,7 @@ from perturbgene.data_utils import remote
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.read import H5adFile, expand_paths
 from perturbgene.data_utils.remote import DiskCache, Version, copy_file, default_cache_dir, open_remote
+from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.errors import InputError
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -566,7 +568,6 @@ def test_a_remote_file_opened_before_a_fork_is_opened_again_in_the_child(web: We
 
 
 def test_a_program_that_leaves_a_remote_file_open_ends_well(web: Web, shards: list[str]) -> None:
-    """HDF5 used to crash when the interpreter was gone before the file."""
     code = f"from perturbgene.data_utils.read import H5adFile as F; f = F({web.url + '/good/shard_0.h5ad'!r}); f.file"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
@@ -590,6 +591,14 @@ def test_a_data_set_over_urls_gives_the_cells_of_the_files(
 def token_lists(cells: list[Any]) -> list[list[int]]:
     """Collate to plain lists, which travel faster than many small tensors."""
     return [cell["input_ids"].tolist() for cell in cells]
+
+
+def test_answers_are_written_into_a_copy_of_a_remote_file(web: Web, shards: list[str], tmp_path: Path) -> None:
+    url, target = f"{web.url}/flaky/shard_1.h5ad?token=s3cret", tmp_path / "answers.h5ad"
+    write_h5ad_copy(url, target, obs=pd.DataFrame({"predicted_sex": ["male"] * 2000}), uns={"run": "here"})
+    answered = H5adFile(str(target))
+    assert answered.columns_of("obs") == ["cell_type", "predicted_sex"]
+    assert same_rows(answered, H5adFile(shards[1]), 0, 2000)
 
 
 def test_a_remote_file_is_copied_as_it_is(web: Web, shards: list[str], tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ class H5adFile:
         if self._remote is None:
             return h5py.File(self._place, "r")
         file = h5py.File(self._remote.local_path or self._remote, "r")
-        # HDF5 crashes at the end of the program when it then closes a file whose Python stream is gone.
+        # Left to the end of the program, HDF5 may close a file whose Python stream is gone by then, and crash.
         weakref.finalize(self, _close, file, pid=os.getpid())
         return file
 
