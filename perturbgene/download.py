@@ -27,6 +27,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsp
 
 from tqdm import tqdm
 
+from perturbgene.data_utils.remote import shown_url
 from perturbgene.errors import InputError, did_you_mean, listed
 
 if TYPE_CHECKING:
@@ -190,19 +191,6 @@ def read_checksums(path: Path) -> dict[str, str]:
             raise InputError(f"Line {number} of {path} is not '<sha256>  <name>': {line[:80]!r}. Write it so.")
         digests[Path(match[2]).name] = match[1].lower()
     return digests
-
-
-def shown_url(url: str) -> str:
-    """Give the URL for a message: user, password and query (where tokens live) are masked.
-
-    Example:
-        >>> shown_url("https://ann:secret@host/cells.h5ad?token=abc")
-        'https://***@host/cells.h5ad?***'
-    """
-    parts = urlsplit(url)
-    _, at, host = parts.netloc.rpartition("@")
-    masked = SplitResult(parts.scheme, f"***@{host}" if at else host, parts.path, "***" if parts.query else "", "")
-    return urlunsplit(masked)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from perturbgene.data_utils.expression import log_matrix
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
 from perturbgene.data_utils.partition import split_rows
 from perturbgene.data_utils.read import expand_paths
+from perturbgene.data_utils.remote import is_url
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.data_utils.vocab import ABSENT
@@ -292,7 +293,7 @@ def run_predict(config: "PredictConfig") -> str:
     if len(paths) > 1:
         raise InputError(f"{config.input} names {len(paths):,} files, but predict writes one file. Name one file.")
     path = paths[0]
-    if target.exists() and os.path.samefile(path, target):
+    if target.exists() and not is_url(path) and os.path.samefile(path, target):
         raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
     run = load_run(config.run, device=config.device)
     reading = {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}

@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "model": 0,
     "plots": 0,
+    "data_utils.remote": 0,
     "configs": 1,
     "metrics": 1,
     "data_utils.vocab": 1,
@@ -51,6 +52,8 @@ FLOORS = {
 # Library -> the only modules that may import it.
 SEAMS = {
     "h5py": {"data_utils.read", "data_utils.shards"},
+    "fsspec": {"data_utils.remote"},
+    "aiohttp": {"data_utils.remote"},
     "matplotlib": {"plots"},
     "seaborn": set(),
     "pickle": set(),

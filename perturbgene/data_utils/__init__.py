@@ -1,6 +1,6 @@
 """Files in, batches out. The data path, in order:
 
-1. `read.expand_paths`                 patterns -> list of paths
+1. `read.expand_paths`                 patterns -> list of paths and URLs (`remote` opens the latter)
 2. `read.H5adFile`                     path -> CSR rows, obs and var columns
 3. `genes.GenePanel.align`             column names -> `GeneAlignment` (column -> gene of the panel)
 4. `vocab.Vocabulary.encode`           obs column -> input ids of labels, -1 absent

@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from perturbgene.data_utils.expression import ExpressionBlock
 from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, cells_of_rank, split_rows
 from perturbgene.data_utils.read import H5adFile, expand_paths
+from perturbgene.data_utils.remote import shown_path
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.data_utils.vocab import ABSENT
@@ -116,7 +117,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     @property
     def paths(self) -> list[str]:
         """The files, in order."""
-        return [source if isinstance(source, str) else "AnnData" for source in self.shards.sources]
+        return [shown_path(source) if isinstance(source, str) else "AnnData" for source in self.shards.sources]
 
     def _all_shards(self) -> Iterator[Shard]:
         for index in range(len(self.shards)):

@@ -8,6 +8,7 @@ import glob
 import itertools
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,15 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbgene.data_utils.remote import (
+    RemoteFile,
+    default_cache_dir,
+    expand_url,
+    is_url,
+    open_remote,
+    shown_path,
+    url_identity,
+)
 from perturbgene.errors import InputError, did_you_mean, listed
 
 MOST_PATHS = 100_000
@@ -57,6 +67,8 @@ def _natural_key(path: str) -> list[tuple[int, str]]:
 
 
 def _files_of(path: str, *, given: str) -> list[str]:
+    if is_url(path):
+        return sorted(expand_url(path), key=_natural_key)
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.h5ad")), key=_natural_key)
@@ -72,7 +84,9 @@ def _files_of(path: str, *, given: str) -> list[str]:
 
 
 def expand_paths(patterns: str | Path | Sequence[str | Path]) -> list[str]:
-    """Turn paths, brace patterns, globs and folders into a list of files, each once.
+    """Turn paths, URLs, brace patterns, globs and folders into a list of files, each once.
+
+    Web addresses are not visited here: one that leads nowhere is refused when its file is opened.
 
     Raises:
         InputError: A path does not exist, a pattern matches nothing or too much, or a file is named twice.
@@ -81,17 +95,27 @@ def expand_paths(patterns: str | Path | Sequence[str | Path]) -> list[str]:
     if not given:
         raise InputError("no input file was given. Name at least one .h5ad file, pattern or folder.")
     paths = [path for item in given for raw in expand_braces(str(item)) for path in _files_of(raw, given=str(item))]
-    inode_of: dict[tuple[int, int], str] = {}
+    first_of: dict[Any, str] = {}
     for path in paths:
-        status = os.stat(path)
-        twin = inode_of.setdefault((status.st_dev, status.st_ino), path)
+        twin = first_of.setdefault(_identity(path), path)
         if twin is not path:
-            raise InputError(f"{path} is the same file as {twin}: its cells would count twice. Name each file once.")
+            raise InputError(
+                f"{shown_path(path)} is the same file as {shown_path(twin)}: its cells would count twice. "
+                "Name each file once."
+            )
     return paths
 
 
-def _refusal(path: str, error: Exception) -> InputError:
-    """Say what an unreadable file really is."""
+def _identity(path: str) -> Any:
+    """Name a file by what it is, not by the way to it."""
+    if is_url(path):
+        return url_identity(path)
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _refusal(path: str, error: Exception, *, head: bytes | None = None) -> InputError:
+    """Say what an unreadable file really is; `head` is how a remote one begins."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path} does not exist. Check the path.")
     if isinstance(error, PermissionError | BlockingIOError):
@@ -100,9 +124,10 @@ def _refusal(path: str, error: Exception) -> InputError:
     if os.path.isfile(path) and size == 0:
         return InputError(f"{path} is empty (0 bytes). Download or write it again.")
     kind = "not an HDF5 file"
-    if os.path.isfile(path):
+    if head is None and os.path.isfile(path):
         with open(path, "rb") as stream:
             head = stream.read(64)
+    if head is not None:
         if head.startswith(b"\x1f\x8b"):
             kind = "gzip-compressed as a whole; unpack it with gunzip first"
         elif head.lstrip().lower().startswith((b"<!doc", b"<html")):
@@ -117,37 +142,63 @@ class H5adFile:
     """One open h5ad file; opened lazily in the process that reads it, never handed across a fork.
 
     Args:
-        path: The file.
+        path: The file, or its URL; with passwords and tokens masked from then on, for messages.
         layer: Name of a layer, "raw" for `.raw`, or None for `X`.
     """
 
     path: str
     layer: str | None = None
+    _place: str = field(default="", repr=False)
+    _remote: RemoteFile | None = field(default=None, repr=False)
     _file: h5py.File | None = field(default=None, repr=False)
     _pid: int = field(default=0, repr=False)
     _whole: Any = field(default=None, repr=False)
     _offsets: np.ndarray | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        self._place, self.path = self.path, shown_path(self.path)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "layer": self.layer, "_file": None, "_pid": 0, "_whole": None, "_offsets": None}
+        closed = {"_remote": None, "_file": None, "_pid": 0, "_whole": None, "_offsets": None}
+        return {"path": self.path, "layer": self.layer, "_place": self._place, **closed}
 
     @property
     def file(self) -> h5py.File:
         """The open HDF5 file, reopened after a fork."""
         if self._file is None or self._pid != os.getpid():
+            self._remote = open_remote(self._place, default_cache_dir()) if is_url(self._place) else None
             try:
-                file = h5py.File(self.path, "r")
+                file = self._opened()
                 self._check(file)
             except (OSError, RuntimeError) as error:
-                raise _refusal(self.path, error) from error
+                head = self._remote.read_range(0, min(64, self._remote.size)) if self._remote else None
+                raise _refusal(self.path, error, head=head) from error
             self._file, self._pid = file, os.getpid()
         return self._file
+
+    def _opened(self) -> h5py.File:
+        if self._remote is None:
+            return h5py.File(self._place, "r")
+        file = h5py.File(self._remote.local_path or self._remote, "r")
+        # Left to the end of the program, HDF5 may close a file whose Python stream is gone by then, and crash.
+        weakref.finalize(self, _close, file, pid=os.getpid())
+        return file
+
+    def _prefer_cached(self) -> None:
+        """Open a remote file again once it lies whole in the cache, where HDF5 reads it without our help."""
+        remote = self._remote
+        if remote is not None and self._pid == os.getpid() and remote.is_cached_since_opened:
+            known = self._whole, self._offsets
+            self.close()
+            self._whole, self._offsets = known
 
     def close(self) -> None:
         """Close the file; the next access opens it again."""
         if self._file is not None and self._pid == os.getpid():
             self._file.close()
-        self._file, self._whole, self._offsets = None, None, None
+            if self._remote is not None:
+                self._remote.close()
+        self._file, self._remote, self._whole, self._offsets = None, None, None, None
 
     def _check(self, file: h5py.File) -> None:
         links: list[str] = []
@@ -222,6 +273,8 @@ class H5adFile:
 
         try:
             return read_elem(self.file[name])
+        except InputError:  # the network, which says enough
+            raise
         except Exception as error:  # anndata raises many kinds here; all mean the same to a user
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{self.path}: {name} cannot be read ({reason}). Re-save it with anndata.") from error
@@ -323,6 +376,7 @@ class H5adFile:
 
         CSR is read straight from disk, dense rows are compressed as they are read, CSC is converted once in memory.
         """
+        self._prefer_cached()
         try:
             if self.format == "dense":
                 return _compress(self.matrix[start:stop])
@@ -338,6 +392,11 @@ class H5adFile:
                 f"{self.path}: rows {start}..{stop - 1} cannot be read ({error}). The file is damaged, or its "
                 "compression needs a plugin (pip install hdf5plugin)."
             ) from error
+
+
+def _close(file: h5py.File, *, pid: int) -> None:
+    if pid == os.getpid():
+        file.close()
 
 
 @dataclass

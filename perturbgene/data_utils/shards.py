@@ -6,7 +6,6 @@ tokenizer and the order of rows to the plan. Letters: n cells, m rows asked for,
 
 import logging
 import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +30,7 @@ from perturbgene.data_utils.expression import (
 from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GeneAlignment, GenePanel
 from perturbgene.data_utils.partition import runs_of
 from perturbgene.data_utils.read import H5adFile, MemoryFile
+from perturbgene.data_utils.remote import copy_file, shown_path
 from perturbgene.data_utils.vocab import ABSENT, Vocabulary
 from perturbgene.errors import InputError, listed
 
@@ -326,7 +326,7 @@ def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: 
     The matrix is never read: the file is copied to a temporary name beside the target, changed there and renamed.
 
     Args:
-        source: The file to copy.
+        source: The file to copy, or its URL.
         target: Where the result goes.
         obs: New columns (same-named ones are replaced), one row per cell in the file's order.
         uns: Entries, e.g. which run answered which question.
@@ -339,7 +339,7 @@ def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: 
     temporary = Path(target).with_name(f"{Path(target).name}.{os.getpid()}.part")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, temporary)
+        copy_file(source, temporary)
         with h5py.File(temporary, "r+") as file:
             _add_columns(file, obs, source=source)
             if "uns" not in file:
@@ -361,7 +361,9 @@ def _add_columns(file: h5py.File, columns: pd.DataFrame, *, source: str) -> None
     known = H5adFile(source)
     num_rows = len(known.obs_names)
     if num_rows != len(columns):
-        raise InputError(f"{len(columns):,} answers do not fit the {num_rows:,} cells of {source}. Run predict again.")
+        raise InputError(
+            f"{len(columns):,} answers do not fit the {num_rows:,} cells of {shown_path(source)}. Run predict again."
+        )
     values = {
         name: column.array if column.dtype == "category" else column.to_numpy() for name, column in columns.items()
     }
