@@ -106,6 +106,9 @@ def serve(contender: Contender, job: Job, *, seconds: float, is_checked: bool) -
     print(json.dumps({"ready": True, "checksum": total}), file=answers)
     for _ in sys.stdin:
         print(json.dumps(turn(contender, epoch, seconds=seconds)), file=answers)
+    if not contender.workers:
+        answers.flush()
+        os._exit(0)
 
 
 def _build_apart(contender: Contender, job: Job) -> None:
@@ -159,7 +162,7 @@ def _start(contender: Contender, job: Job, options: argparse.Namespace) -> subpr
     command += ["--check"] * options.check
     return subprocess.Popen(
         command, cwd=ROOT, env=_environment(is_own_python=python == sys.executable), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if options.quiet else None,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if options.quiet else None,
     )  # fmt: skip
 
 
@@ -206,8 +209,11 @@ def run(chosen: list[Contender], job: Job, options: argparse.Namespace) -> list[
                 if (answer := _answer(process)) is not None:
                     result.rounds.append(answer)
                     _say(f"round {number + 1}: {result.name}: {answer['cells_per_s']:,.0f} cells/s")
+    for process in processes.values():  # all stop together: taking an interpreter down costs a second or two
+        assert process.stdin is not None
+        process.stdin.close()
     for process in processes.values():
-        process.communicate()
+        process.wait()
     for result in results:
         result.skipped = result.skipped or ("" if result.rounds else "failed")
     return results
