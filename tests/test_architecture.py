@@ -24,6 +24,8 @@ FLOORS = {
     "data_utils.expression": 1,
     "data_utils.moments": 1,
     "data_utils.partition": 1,
+    "data_utils.kernels": 1,
+    "data_utils.decode": 0,
     "data_utils.read": 1,
     "data_utils.shards": 2,
     "data_utils.tokenization": 2,
