@@ -25,6 +25,8 @@ FLOORS = {
     "data_utils.expression": 1,
     "data_utils.moments": 1,
     "data_utils.partition": 1,
+    "data_utils.kernels": 1,
+    "data_utils.decode": 0,
     "data_utils.read": 1,
     "data_utils.journal": 1,
     "data_utils.loess": 1,

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import torch
 
+from perturbgene.data_utils.kernels import pad_rows
 from perturbgene.data_utils.partition import cell_key, mix, unit
 from perturbgene.data_utils.tokenization import TRUNCATIONS, GeneTokenizer, TokenBlock
 from perturbgene.data_utils.vocab import MASK_ID, PAD_ID
@@ -38,8 +39,18 @@ def block_of(examples: Sequence[Example]) -> TokenBlock:
     ids = [example["input_ids"].numpy() for example in examples]
     types = [example["token_type_ids"].numpy() for example in examples]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
-    cells = np.array([_identity(example) for example in examples], dtype=np.int64)
-    return TokenBlock(np.concatenate(ids), np.concatenate(types), offsets, cells)
+    measured = [getattr(example, "is_measured_g", None) for example in examples]
+    labels = [int(example["labels"]) for example in examples] if "labels" in examples[0] else None
+    return TokenBlock(
+        np.concatenate(ids),
+        np.concatenate(types),
+        offsets,
+        np.array([_identity(example) for example in examples], dtype=np.int64),
+        epochs_n=np.array([getattr(example, "epoch", 0) for example in examples], dtype=np.int64),
+        seeds_n=np.array([getattr(example, "seed", -1) for example in examples], dtype=np.int64),
+        measured=measured if any(mask is not None for mask in measured) else (),
+        labels_n=None if labels is None else np.array(labels, dtype=np.int64),
+    )
 
 
 def _padded_length(longest: int, multiple: int | None) -> int:
@@ -49,19 +60,16 @@ def _padded_length(longest: int, multiple: int | None) -> int:
 def pad(block: TokenBlock, *, pad_to_multiple_of: int | None = None, labels_l: np.ndarray | None = None) -> Batch:
     """Lay a ragged block out as tensors (n, l): ids padded with [PAD], types and mask with 0, labels with -100."""
     lengths_n = np.diff(block.offsets_n1)
-    width = _padded_length(int(lengths_n.max()), pad_to_multiple_of)
-    is_token_nl = np.arange(width) < lengths_n[:, None]
+    shape = (len(block), _padded_length(int(lengths_n.max()), pad_to_multiple_of))
     batch: Batch = {}
-    columns = (
-        ("input_ids", block.input_ids_l, PAD_ID),
-        ("token_type_ids", block.token_type_ids_l, 0),
-        ("labels", labels_l, IGNORED),
-    )
-    for name, values_l, filler in columns:
+    for name, values_l, filler in (
+        ("input_ids", block.input_ids_l, PAD_ID), ("token_type_ids", block.token_type_ids_l, 0), ("labels", labels_l, IGNORED)
+    ):  # fmt: skip
         if values_l is not None:
-            padded_nl = np.full(is_token_nl.shape, filler, dtype=np.int64)
-            padded_nl[is_token_nl] = values_l
+            padded_nl = np.empty(shape, dtype=np.int64)
+            pad_rows(values_l, block.offsets_n1, filler, padded_nl)
             batch[name] = torch.from_numpy(padded_nl)
+    is_token_nl = np.arange(shape[1]) < lengths_n[:, None]
     batch["attention_mask"] = torch.from_numpy(is_token_nl.astype(np.int64))
     return batch
 
@@ -88,9 +96,28 @@ def pack(block: TokenBlock, *, labels_l: np.ndarray | None = None) -> Batch:
     return batch
 
 
+@dataclass(frozen=True)
+class Collator:
+    """Joins cells without masking; made by `collate_fn_wrapper`."""
+
+    pad_to_multiple_of: int | None = None
+    packed: bool = False
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Join cells; `labels` of classification become shape (n,)."""
+        return self.collate_block(block_of(examples))
+
+    def collate_block(self, block: TokenBlock) -> Batch:
+        """Join the cells of a block."""
+        batch = pack(block) if self.packed else pad(block, pad_to_multiple_of=self.pad_to_multiple_of)
+        if block.labels_n is not None:
+            batch["labels"] = torch.from_numpy(block.labels_n.astype(np.int64))
+        return batch
+
+
 def collate_fn_wrapper(
     tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None, *, packed: bool = False
-) -> Callable[[Sequence[Example]], Batch]:
+) -> Collator:
     """Return a collator that joins cells without masking; `labels` of classification become shape (n,).
 
     Example:
@@ -100,15 +127,7 @@ def collate_fn_wrapper(
         >>> collate_fn_wrapper(tokenizer)([a, b])["input_ids"].tolist()
         [[0, 5, 1], [0, 1, 3]]
     """
-
-    def collate(examples: Sequence[Example]) -> Batch:
-        block = block_of(examples)
-        batch = pack(block) if packed else pad(block, pad_to_multiple_of=pad_to_multiple_of)
-        if "labels" in examples[0]:
-            batch["labels"] = torch.stack([torch.as_tensor(example["labels"]) for example in examples])
-        return batch
-
-    return collate
+    return Collator(pad_to_multiple_of=pad_to_multiple_of, packed=packed)
 
 
 # What each random decision about a cell is for; the numbers are part of the contract and never change.
@@ -284,44 +303,34 @@ class DataCollatorForPhenotypicMLM:
         Returns:
             Padded: `input_ids`, `token_type_ids`, `attention_mask`, `labels`, all (n, l). Packed: see `pack`.
         """
-        epochs_n = np.array([getattr(example, "epoch", 0) for example in examples], dtype=np.int64)
-        seeds_n = np.array([getattr(example, "seed", -1) for example in examples], dtype=np.int64)
-        measured = [getattr(example, "is_measured_g", None) for example in examples]
-        block, labels_l = self.mask(block_of(examples), epochs_n=epochs_n, measured=measured, order_seeds_n=seeds_n)
-        if self.packed:
-            return pack(block, labels_l=labels_l)
-        return pad(block, pad_to_multiple_of=self.pad_to_multiple_of, labels_l=labels_l)
+        return self.collate_block(block_of(examples))
 
-    def mask(
-        self,
-        block: TokenBlock,
-        *,
-        epochs_n: np.ndarray,
-        measured: Sequence[np.ndarray | None] = (),
-        order_seeds_n: np.ndarray | None = None,
-    ) -> tuple[TokenBlock, np.ndarray]:
+    def collate_block(self, block: TokenBlock) -> Batch:
+        """Mask and join the cells of a block."""
+        masked, labels_l = self.mask(block)
+        if self.packed:
+            return pack(masked, labels_l=labels_l)
+        return pad(masked, pad_to_multiple_of=self.pad_to_multiple_of, labels_l=labels_l)
+
+    def mask(self, block: TokenBlock) -> tuple[TokenBlock, np.ndarray]:
         """Mask a ragged block; returns the new block and its labels, shape (l,), -100 where nothing is asked.
 
-        Args:
-            block: Cells without masks.
-            epochs_n: Epoch in which each cell was drawn, shape (n,).
-            measured: For each cell, True for genes that its file has, shape (g,), or None for all; empty means all.
-            order_seeds_n: Seed with which each cell was truncated at random, shape (n,), -1 or None where unknown: such
-                a cell, when full, gets no unexpressed genes, as nobody can say which genes it lost.
+        A full cell whose seed of random truncation is not known gets no unexpressed genes, as nobody can say which
+        genes it lost.
         """
-        tokenizer = self.tokenizer
-        seeds_n = np.full(len(block), -1, dtype=np.int64) if order_seeds_n is None else order_seeds_n
-        num_genes = len(tokenizer.panel)
-        room = int(len(block.input_ids_l) * (1 + self.unexpressed_ratio)) + 2 * len(block)
-        ids, types, labels = (np.empty(room, dtype=np.int64) for _ in range(3))
-        offsets = np.zeros(len(block) + 1, dtype=np.int64)
-        measured_ug, source_n = _distinct_masks(measured or [None] * len(block), num_genes)
+        tokenizer, num_cells = self.tokenizer, len(block)
+        num_genes, dtype = len(tokenizer.panel), block.input_ids_l.dtype
+        room = int(len(block.input_ids_l) * (1 + self.unexpressed_ratio)) + 2 * num_cells
+        ids, types, labels = np.empty(room, dtype), np.empty(room, dtype), np.empty(room, np.int32)
+        offsets = np.zeros(num_cells + 1, dtype=np.int64)
+        measured_ug, source_n = _distinct_masks(block.measured or [block.is_measured_g] * num_cells, num_genes)
+        epochs_n = np.zeros(num_cells, dtype=np.int64) if block.epochs_n is None else block.epochs_n
+        seeds_n = np.full(num_cells, -1, dtype=np.int64) if block.seeds_n is None else block.seeds_n
         _mask_rows(
-            block.input_ids_l.astype(np.int64), block.token_type_ids_l.astype(np.int64), block.offsets_n1,
-            block.cells_n, epochs_n, seeds_n, self.seed, self.gene_mask_prob, self.phenotype_mask_prob,
-            self.absent_prob, self.unexpressed_ratio, tokenizer.first_gene_type, tokenizer.first_bin_id, num_genes,
-            tokenizer.max_length, TRUNCATIONS.index(tokenizer.truncation), measured_ug, source_n, ids, types, labels,
-            offsets,
+            block.input_ids_l, block.token_type_ids_l, block.offsets_n1, block.cells_n, epochs_n, seeds_n, self.seed,
+            self.gene_mask_prob, self.phenotype_mask_prob, self.absent_prob, self.unexpressed_ratio,
+            tokenizer.first_gene_type, tokenizer.first_bin_id, num_genes, tokenizer.max_length,
+            TRUNCATIONS.index(tokenizer.truncation), measured_ug, source_n, ids, types, labels, offsets,
         )  # fmt: skip
         stop = offsets[-1]
         return TokenBlock(ids[:stop], types[:stop], offsets, block.cells_n), labels[:stop]

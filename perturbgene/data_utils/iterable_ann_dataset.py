@@ -5,11 +5,11 @@ and padding to the collators. Letters: n cells, m cells of one round for this wo
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,13 @@ class Cell(dict[str, torch.Tensor]):
     epoch: int = 0
     seed: int = -1
     is_measured_g: np.ndarray | None = None
+
+
+class BlockCollator(Protocol):
+    """A collator that also takes a whole block of cells."""
+
+    def collate_block(self, block: TokenBlock) -> dict[str, Any]:
+        """Turn a block into a batch."""
 
 
 class IterableAnnDataset(IterableDataset[Cell]):
@@ -209,30 +216,95 @@ class IterableAnnDataset(IterableDataset[Cell]):
         label_ids_np[:, self.tokenizer.included_phenotypes.index(self.phenotype_category)] = ABSENT
         return replace(block, label_ids_np=label_ids_np)
 
+    def _round(self, rows_m: np.ndarray, epoch: int) -> tuple[TokenBlock, np.ndarray]:
+        """Read and tokenise one round; return its cells by row, and where each of `rows_m` stands among them."""
+        order = np.argsort(rows_m, kind="stable")
+        block = TokenBlock.join(self._tokenize(rows_m[order], epoch))
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        if self._class_n is not None:
+            block = replace(block, labels_n=self._class_n[block.cells_n])
+        return block, place
+
+    def _rounds(self, epoch: int) -> Iterator[tuple[TokenBlock, np.ndarray]]:
+        """Yield rounds, the next one being read in a thread while the present one is used."""
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            waiting: Future[tuple[TokenBlock, np.ndarray]] | None = None
+            for rows_m in self._rows_of_worker():
+                ahead = pool.submit(self._round, rows_m, epoch)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = ahead
+            if waiting is not None:
+                yield waiting.result()
+
+    def blocks(self) -> Iterator[TokenBlock]:
+        """Yield this rank's and worker's cells in blocks of `batch_size`, without a Python step per cell."""
+        epoch, num_empty = self.epoch, 0
+        rest: list[TokenBlock] = []
+        for block, place in self._rounds(epoch):
+            num_empty += int((block.token_type_ids_l[block.offsets_n1[1:] - 2] < self.tokenizer.first_gene_type).sum())
+            first = min(self.batch_size - sum(map(len, rest)), len(place)) if rest else 0
+            if rest:
+                rest.append(block.take(place[:first]))
+                if sum(map(len, rest)) < self.batch_size:
+                    continue
+                yield TokenBlock.join(rest)
+                rest = []
+            for start in range(first, len(place), self.batch_size):
+                piece = block.take(place[start : start + self.batch_size])
+                if len(piece) == self.batch_size:
+                    yield piece
+                else:
+                    rest = [piece]
+        if rest:
+            yield TokenBlock.join(rest)
+        if num_empty and epoch == 0:
+            logger.warning("%d cells express no gene of the panel; they carry their phenotypes only", num_empty)
+
     def _cell(self, block: TokenBlock, index: int, epoch: int) -> Cell:
         cell = Cell(self.tokenizer.as_tensors(*block.cell(index)))
         cell.index, cell.epoch, cell.seed = int(block.cells_n[index]), epoch, self.seed
-        cell.is_measured_g = block.is_measured_g
-        if self._class_n is not None:
-            cell["labels"] = torch.tensor(int(self._class_n[cell.index]))
+        cell.is_measured_g = block.measured[index] if block.measured else block.is_measured_g
+        if block.labels_n is not None:
+            cell["labels"] = torch.tensor(int(block.labels_n[index]))
         return cell
 
     def __iter__(self) -> Iterator[Cell]:
         """Yield this rank's and worker's cells: `input_ids`, `token_type_ids`, `attention_mask`, maybe `labels`."""
-        epoch, empty = self.epoch, Counter[str]()
-        for rows_m in self._rows_of_worker():
-            order = np.argsort(rows_m, kind="stable")
-            blocks = self._tokenize(rows_m[order], epoch)
-            bounds = np.concatenate([[0], np.cumsum([len(block) for block in blocks])])
-            place = np.empty(len(order), dtype=np.int64)
-            place[order] = np.arange(len(order))
-            file_of_cell = np.searchsorted(bounds, place, side="right") - 1
-            for file, at in zip(file_of_cell, place, strict=True):
-                cell = self._cell(blocks[file], int(at - bounds[file]), epoch)
-                empty["cells"] += int(cell["token_type_ids"][-2] < self.tokenizer.first_gene_type)
-                yield cell
-        if empty["cells"] and epoch == 0:
-            logger.warning("%d cells express no gene of the panel; they carry their phenotypes only", empty["cells"])
+        epoch = self.epoch
+        for block in self.blocks():
+            for index in range(len(block)):
+                yield self._cell(block, index, epoch)
+
+    def batches(self, collator: BlockCollator) -> "Batches":
+        """Return the same cells as finished batches, for `DataLoader(..., batch_size=None)`: the fast way.
+
+        Args:
+            collator: A `DataCollatorForPhenotypicMLM`, or what `collate_fn_wrapper` returns.
+        """
+        return Batches(self, collator)
+
+
+class Batches(IterableDataset[dict[str, Any]]):
+    """The batches of an `IterableAnnDataset`, collated where they are read; see `IterableAnnDataset.batches`."""
+
+    def __init__(self, cells: IterableAnnDataset, collator: BlockCollator) -> None:
+        super().__init__()
+        self.cells, self.collator = cells, collator
+
+    def __len__(self) -> int:
+        """Batches that this rank yields per epoch."""
+        return -(-len(self.cells) // self.cells.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order and masks; reaches live workers too."""
+        self.cells.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield what the collator makes of each block."""
+        for block in self.cells.blocks():
+            yield self.collator.collate_block(block)
 
 
 def _as_sources(paths: str | Path | Sequence[Any]) -> list[Any]:

@@ -13,12 +13,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numba
 import numpy as np
 import torch
 from scipy import sparse
@@ -33,7 +32,7 @@ from perturbgene.data_utils.expression import (
     library_sizes,
 )
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene, read_panel
-from perturbgene.data_utils.partition import cell_key, mix
+from perturbgene.data_utils.kernels import gather_rows, tokenize_rows
 from perturbgene.data_utils.read import H5adFile, MemoryFile, expand_paths
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.vocab import ABSENT, CLS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, Vocabulary, token_text
@@ -66,6 +65,10 @@ class TokenBlock:
         offsets_n1: int64 of shape (n + 1,).
         cells_n: Number of each cell in the data set, int64 of shape (n,).
         is_measured_g: True for genes that the file has, shape (g,); None when it has all.
+        epochs_n, seeds_n: Epoch in which and seed with which each cell was drawn, int64 of shape (n,); a seed of -1 is
+            not known. None means epoch 0 and no known seed.
+        measured: In a block of several files, `is_measured_g` of each cell; empty means that of the block.
+        labels_n: Class of each cell when classifying, int64 of shape (n,).
     """
 
     input_ids_l: np.ndarray
@@ -73,6 +76,10 @@ class TokenBlock:
     offsets_n1: np.ndarray
     cells_n: np.ndarray
     is_measured_g: np.ndarray | None = None
+    epochs_n: np.ndarray | None = None
+    seeds_n: np.ndarray | None = None
+    measured: Sequence[np.ndarray | None] = ()
+    labels_n: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets_n1) - 1
@@ -82,109 +89,41 @@ class TokenBlock:
         span = slice(int(self.offsets_n1[index]), int(self.offsets_n1[index + 1]))
         return self.input_ids_l[span], self.token_type_ids_l[span]
 
-
-@numba.njit(nogil=True, cache=True)
-def _bins_of_row(
-    values: np.ndarray, columns: np.ndarray, gene_of_column: np.ndarray, thresholds_ge: np.ndarray, scale: float,
-    genes_out: np.ndarray, bins_out: np.ndarray, kept_values: np.ndarray, positions: np.ndarray,
-) -> tuple[int, int]:  # fmt: skip  # pragma: no cover - compiled
-    """Bin one cell's values; fill genes, bins, values, positions of expressed panel genes; return (count, fault)."""
-    count = 0
-    is_shared = len(thresholds_ge) == 1
-    for k in range(len(values)):
-        value = float(values[k])
-        if not (value >= 0.0 and value < np.inf):
-            return k, 1 if np.isnan(value) else (3 if value < 0 else 2)
-        if columns[k] < 0 or columns[k] >= len(gene_of_column):
-            return k, 4
-        gene = gene_of_column[columns[k]]
-        if gene < 0 or value == 0.0:
-            continue
-        edges = thresholds_ge[0 if is_shared else gene]
-        bin_ = 0
-        while bin_ < len(edges) and value >= edges[bin_] * scale:
-            bin_ += 1
-        if bin_ > 0:
-            genes_out[count], bins_out[count], kept_values[count], positions[count] = gene, bin_, value, k
-            count += 1
-    return count, 0
-
-
-@numba.njit(nogil=True, cache=True)
-def _choose(
-    genes: np.ndarray, kept_values: np.ndarray, budget: int, rule: int, key: np.uint64
-) -> np.ndarray:  # pragma: no cover - compiled
-    """Return positions of the `budget` genes that a long cell keeps, unsorted."""
-    if rule == 0:
-        return np.argsort(genes)[:budget]
-    score = np.empty(len(genes))
-    for k in range(len(genes)):
-        score[k] = -kept_values[k] if rule == 1 else float(mix(key, np.uint64(genes[k])) >> np.uint64(11))
-    by_gene = np.argsort(genes)
-    return by_gene[np.argsort(score[by_gene], kind="mergesort")[:budget]]
-
-
-@numba.njit(nogil=True, cache=True)
-def _tokenize_rows(
-    values_l: np.ndarray, columns_l: np.ndarray, offsets_n1: np.ndarray, gene_of_column: np.ndarray,
-    thresholds_ge: np.ndarray, scale_n: np.ndarray, label_ids_np: np.ndarray, label_types_p: np.ndarray,
-    cells_n: np.ndarray, first_gene_type: int, first_bin_id: int, max_length: int, rule: int, is_ordered: bool,
-    seed: int, epoch: int, ids: np.ndarray, types: np.ndarray, out_offsets: np.ndarray,
-) -> tuple[int, int, int]:  # fmt: skip  # pragma: no cover - compiled
-    """Write the tokens of all rows; return (row, position, fault) of the first bad value, or (-1, 0, 0)."""
-    longest = 0
-    for row in range(len(scale_n)):
-        longest = max(longest, offsets_n1[row + 1] - offsets_n1[row])
-    genes = np.empty(longest, np.int64)
-    bins = np.empty(longest, np.int64)
-    positions = np.empty(longest, np.int64)
-    kept_values = np.empty(longest, np.float64)
-    at = 0
-    for row in range(len(scale_n)):
-        span = slice(offsets_n1[row], offsets_n1[row + 1])
-        count, fault = _bins_of_row(
-            values_l[span],
-            columns_l[span],
-            gene_of_column,
-            thresholds_ge,
-            scale_n[row],
-            genes,
-            bins,
-            kept_values,
-            positions,
+    def take(self, rows_m: np.ndarray) -> "TokenBlock":
+        """Return some cells, in the order named, as a block of its own."""
+        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets_n1)[rows_m])]).astype(np.int64)
+        ids, types = (np.empty(offsets[-1], dtype=values.dtype) for values in (self.input_ids_l, self.token_type_ids_l))
+        gather_rows(self.input_ids_l, self.token_type_ids_l, self.offsets_n1, rows_m, ids, types, offsets)
+        return replace(
+            self,
+            input_ids_l=ids,
+            token_type_ids_l=types,
+            offsets_n1=offsets,
+            measured=[self.measured[row] for row in rows_m] if self.measured else (),
+            **{name: values[rows_m] for name, values in self._per_cell().items()},
         )
-        if fault:
-            return row, count, fault
-        start = at
-        ids[at], types[at] = 0, 0
-        at += 1
-        for p in range(label_ids_np.shape[1]):
-            if label_ids_np[row, p] >= 0:
-                ids[at], types[at] = label_ids_np[row, p], label_types_p[p]
-                at += 1
-        budget = max_length - 1 - (at - start)
-        is_long = count > budget
-        if is_ordered and not (is_long and rule):
-            for k in range(min(count, budget)):
-                ids[at + k], types[at + k] = first_bin_id + bins[k], first_gene_type + genes[k]
-        else:
-            order = np.argsort(genes[:count])
-            for k in range(1, count):
-                if genes[order[k]] == genes[order[k - 1]]:
-                    return row, positions[max(order[k], order[k - 1])], 5
-            if is_long:
-                chosen = _choose(genes[:count], kept_values[:count], budget, rule, cell_key(seed, epoch, cells_n[row]))
-                chosen = chosen[np.argsort(genes[chosen])]
-            else:
-                chosen = order
-            for k in range(len(chosen)):
-                ids[at + k] = first_bin_id + bins[chosen[k]]
-                types[at + k] = first_gene_type + genes[chosen[k]]
-        at += min(count, budget)
-        ids[at], types[at] = 1, 0
-        at += 1
-        out_offsets[row + 1] = at
-    return -1, 0, 0
+
+    def _per_cell(self) -> dict[str, np.ndarray]:
+        names = ("cells_n", "epochs_n", "seeds_n", "labels_n")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @classmethod
+    def join(cls, blocks: "Sequence[TokenBlock]") -> "TokenBlock":
+        """Put blocks of one or several files behind each other."""
+        if len(blocks) == 1:
+            return blocks[0]
+        starts = np.cumsum([0, *(len(block.input_ids_l) for block in blocks[:-1])])
+        offsets = [block.offsets_n1[:-1] + start for block, start in zip(blocks, starts, strict=True)]
+        measured = [mask for block in blocks for mask in block.measured or [block.is_measured_g] * len(block)]
+        return replace(
+            blocks[0],
+            input_ids_l=np.concatenate([block.input_ids_l for block in blocks]),
+            token_type_ids_l=np.concatenate([block.token_type_ids_l for block in blocks]),
+            offsets_n1=np.append(np.concatenate(offsets), starts[-1] + blocks[-1].offsets_n1[-1]),
+            is_measured_g=None,
+            measured=measured if any(mask is not None for mask in measured) else (),
+            **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in blocks[0]._per_cell()},
+        )
 
 
 def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
@@ -475,17 +414,23 @@ class GeneTokenizer:
         types: np.ndarray = np.empty(room, dtype=self._dtype)
         offsets = np.zeros(len(block) + 1, dtype=np.int64)
         label_types = np.array([self.vocabulary.token_type(c) for c in self.included_phenotypes], dtype=np.int64)
-        row, at, fault = _tokenize_rows(
-            values_l, block.columns_l.astype(np.int64, copy=False), block.offsets_n1, block.alignment.gene_of_column_c,
+        row, at, fault = tokenize_rows(
+            values_l, block.columns_l, block.offsets_n1, block.alignment.gene_of_column_c, len(self.panel),
             self._thresholds(is_counts=block.is_counts, dtype=block.values_l.dtype), scale_n,
             block.label_ids_np, label_types, block.cells_n,
             self.first_gene_type, self.first_bin_id, self.max_length, TRUNCATIONS.index(self.truncation),
-            _has_sorted_rows(block), seed, epoch, ids, types, offsets,
+            seed, epoch, ids, types, offsets,
         )  # fmt: skip
         if fault:
             raise _fault_of(block, row, at, fault)
         return TokenBlock(
-            ids[: offsets[-1]], types[: offsets[-1]], offsets, block.cells_n, None if measured.all() else measured
+            ids[: offsets[-1]],
+            types[: offsets[-1]],
+            offsets,
+            block.cells_n,
+            None if measured.all() else measured,
+            epochs_n=np.full(len(block), epoch),
+            seeds_n=np.full(len(block), seed),
         )
 
     def __call__(
@@ -634,17 +579,6 @@ def _clean_keys(edges_of_gene: Mapping[str, Sequence[float]]) -> dict[str, Seque
         repeated = [gene for gene, count in names.items() if count > 1]
         raise InputError(f"bin_edges name {listed(repeated)} more than once (in several versions). Keep one of each.")
     return cleaned
-
-
-def _has_sorted_rows(block: ExpressionBlock) -> bool:
-    """True when, in every row, panel genes come in panel order already."""
-    if not block.alignment.is_ordered or len(block.columns_l) < 2:
-        return block.alignment.is_ordered
-    is_step_up = block.columns_l[1:] > block.columns_l[:-1]
-    inner_starts = block.offsets_n1[1:-1]
-    inner_starts = inner_starts[(inner_starts > 0) & (inner_starts < len(block.columns_l))]
-    is_step_up[inner_starts - 1] = True
-    return bool(is_step_up.all())
 
 
 def _settings_from_config(config: Any, *, has_base: bool) -> dict[str, Any]:
