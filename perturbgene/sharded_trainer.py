@@ -41,9 +41,8 @@ class ShardedTrainer(Trainer):
         """Wrap a data set without splitting it again: accelerate's default would deal out cells a second time."""
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
-            dataset,
-            batch_size=dataset.batch_size,
-            collate_fn=collate_fn,
+            dataset.batches(collate_fn),
+            batch_size=None,
             num_workers=workers,
             persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,

@@ -4,7 +4,7 @@ Owns every change that a sequence undergoes between the dataset and the model. M
 (seed, epoch, cell, token), so they do not depend on batches, workers or ranks. Letters: n cells, l tokens, m labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,12 @@ def pad(block: TokenBlock, *, pad_to_multiple_of: int | None = None, labels_l: n
     lengths_n = np.diff(block.offsets_n1)
     shape = (len(block), _padded_length(int(lengths_n.max()), pad_to_multiple_of))
     batch: Batch = {}
-    for name, values_l, filler in (
-        ("input_ids", block.input_ids_l, PAD_ID), ("token_type_ids", block.token_type_ids_l, 0), ("labels", labels_l, IGNORED)
-    ):  # fmt: skip
+    columns = {
+        "input_ids": (block.input_ids_l, PAD_ID),
+        "token_type_ids": (block.token_type_ids_l, 0),
+        "labels": (labels_l, IGNORED),
+    }
+    for name, (values_l, filler) in columns.items():
         if values_l is not None:
             padded_nl = np.empty(shape, dtype=np.int64)
             pad_rows(values_l, block.offsets_n1, filler, padded_nl)

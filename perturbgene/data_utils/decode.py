@@ -1,7 +1,7 @@
 """Spans of one-dimensional HDF5 data sets, read as fast as their storage allows.
 
-Owns three ways to the same numbers: a memory map of contiguous data, own decompression of gzip chunks (ISA-L, about twice
-the speed of HDF5's filter, and outside the interpreter lock), and h5py for all else. Opens nothing itself. Letters: l values.
+Owns three ways to the same numbers: a memory map of contiguous data, own decompression of gzip chunks (ISA-L, about
+twice the speed of zlib, outside the interpreter lock), and h5py for all else. Opens nothing itself. Letters: l values.
 """
 
 import zlib
@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+_INFLATE_ERRORS: tuple[type[Exception], ...]
 try:
-    from isal import isal_zlib as inflater
+    from isal import isal_zlib
+
+    _inflate, _INFLATE_ERRORS = isal_zlib.decompress, (zlib.error, isal_zlib.error)  # type: ignore[assignment]
 except ImportError:  # a platform without wheels: the same bytes, more slowly
-    inflater = zlib  # type: ignore[assignment]
+    _inflate, _INFLATE_ERRORS = zlib.decompress, (zlib.error,)
 
 _GZIP_FILTER, _SHUFFLE_FILTER = 1, 2
 
@@ -50,14 +53,15 @@ class SpanReader:
 
     Args:
         dataset: An open one-dimensional `h5py.Dataset`.
-        path: Its file, for memory maps.
+        path: Its file on this machine, for memory maps; None when it is read from elsewhere.
     """
 
-    def __init__(self, dataset: Any, *, path: str) -> None:
+    def __init__(self, dataset: Any, *, path: str | None) -> None:
         self.dataset, self.storage = dataset, Storage.of(dataset)
+        self._is_remote = path is None
         self._map: np.ndarray | None = None
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=dataset.dtype))
-        if self.storage.kind == "contiguous":
+        if self.storage.kind == "contiguous" and path is not None and len(dataset):
             offset = dataset.id.get_offset()
             self._map = np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
 
@@ -71,7 +75,7 @@ class SpanReader:
             return np.empty(0, dtype=self.dataset.dtype)
         if self._map is not None:
             return np.asarray(self._map[start:stop])
-        if self.storage.kind == "gzip":
+        if self.storage.kind == "gzip" and not self._is_remote:
             return self._read_chunks(start, stop)
         return np.asarray(self.dataset[start:stop])
 
@@ -99,8 +103,8 @@ class SpanReader:
         if mask:  # a filter was left out for this chunk
             return np.asarray(self.dataset[first : first + length])
         try:
-            plain = inflater.decompress(raw, bufsize=length * self.dataset.dtype.itemsize)
-        except (zlib.error, inflater.error) as error:
+            plain = _inflate(raw, bufsize=length * self.dataset.dtype.itemsize)
+        except _INFLATE_ERRORS as error:
             raise OSError(f"chunk at value {first} of {self.dataset.name}: {error}") from error
         if len(plain) != length * self.dataset.dtype.itemsize:
             raise OSError(f"chunk at value {first} of {self.dataset.name} holds {len(plain)} bytes")

@@ -17,7 +17,9 @@ NO_FAULT, NOT_A_NUMBER, INFINITE, NEGATIVE, BAD_COLUMN, REPEATED = range(6)
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill_table(edges_e: np.ndarray, scale: float, thresholds_e: np.ndarray, table: np.ndarray) -> None:  # pragma: no cover
+def _fill_table(
+    edges_e: np.ndarray, scale: float, thresholds_e: np.ndarray, table: np.ndarray
+) -> None:  # pragma: no cover
     """Scale the edges to one cell's values and note the bin of each small whole number."""
     for e in range(len(edges_e)):
         thresholds_e[e] = edges_e[e] * scale
@@ -41,7 +43,7 @@ def _bin_row(
     thresholds_e: np.ndarray, table: np.ndarray, genes: np.ndarray, bins: np.ndarray, positions: np.ndarray,
 ) -> tuple[int, int, bool]:  # fmt: skip  # pragma: no cover
     """Bin one cell; return (expressed panel genes, fault, are they in panel order)."""
-    count, last_gene, is_sorted = 0, -1, True
+    count, last_gene, is_sorted, bin_ = 0, -1, True, 0
     is_shared, num_columns, num_edges = len(thresholds_ge) == 1, len(gene_of_column), thresholds_ge.shape[1]
     for k in range(len(values)):
         value = float(values[k])
@@ -55,7 +57,7 @@ def _bin_row(
             continue
         whole = int(value) if value < TABLE_SIZE else TABLE_SIZE
         if is_shared and whole < TABLE_SIZE and whole == value:
-            bin_ = np.int64(table[whole])
+            bin_ = int(table[whole])
         else:
             bin_ = 0
             for e in range(num_edges):
@@ -81,7 +83,7 @@ def _sort_genes(
         if mark[genes[k]]:
             for other in range(count):
                 mark[genes[other]] = 0
-            return np.int64(positions[k])
+            return int(positions[k])
         mark[genes[k]] = 1
         slot[genes[k]] = k
     words, out = mark.view(np.uint64), 0

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from perturbgene.data_utils.decode import SpanReader
 from perturbgene.data_utils.remote import (
     RemoteFile,
     default_cache_dir,
@@ -154,12 +155,13 @@ class H5adFile:
     _pid: int = field(default=0, repr=False)
     _whole: Any = field(default=None, repr=False)
     _offsets: np.ndarray | None = field(default=None, repr=False)
+    _readers: tuple[h5py.File, SpanReader, SpanReader] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._place, self.path = self.path, shown_path(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        closed = {"_remote": None, "_file": None, "_pid": 0, "_whole": None, "_offsets": None}
+        closed = {"_remote": None, "_file": None, "_pid": 0, "_whole": None, "_offsets": None, "_readers": None}
         return {"path": self.path, "layer": self.layer, "_place": self._place, **closed}
 
     @property
@@ -198,7 +200,7 @@ class H5adFile:
             self._file.close()
             if self._remote is not None:
                 self._remote.close()
-        self._file, self._remote, self._whole, self._offsets = None, None, None, None
+        self._file, self._remote, self._whole, self._offsets, self._readers = None, None, None, None, None
 
     def _check(self, file: h5py.File) -> None:
         links: list[str] = []
@@ -371,6 +373,15 @@ class H5adFile:
                 raise InputError(f"{self.path}: {self.matrix_name} is damaged ({error}). Write it again.") from error
         return self._whole
 
+    def _spans(self) -> tuple[SpanReader, SpanReader]:
+        """Readers of the values and columns of a CSR matrix, made anew whenever the file was opened again."""
+        if self._readers is None or self._readers[0] is not self.file:
+            group = self.matrix
+            place = self._place if self._remote is None else self._remote.local_path
+            local = str(place) if place is not None else None
+            self._readers = (self.file, SpanReader(group["data"], path=local), SpanReader(group["indices"], path=local))
+        return self._readers[1], self._readers[2]
+
     def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read neighbouring rows as CSR: values (l,), columns (l,), offsets from 0 (stop - start + 1,).
 
@@ -384,9 +395,9 @@ class H5adFile:
                 rows = self._whole_csr()[start:stop]
                 return rows.data, rows.indices, rows.indptr.astype(np.int64)
             offsets = self.offsets[start : stop + 1]
-            span = slice(int(offsets[0]), int(offsets[-1]))
-            group = self.matrix
-            return group["data"][span], group["indices"][span], offsets - offsets[0]
+            first, last = int(offsets[0]), int(offsets[-1])
+            data, indices = self._spans()
+            return data.read(first, last), indices.read(first, last), offsets - offsets[0]
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: rows {start}..{stop - 1} cannot be read ({error}). The file is damaged, or its "
