@@ -4,19 +4,23 @@ Owns three ways to the same numbers: a memory map of contiguous data, own decomp
 twice the speed of zlib, outside the interpreter lock), and h5py for all else. Opens nothing itself. Letters: l values.
 """
 
+import importlib
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-_INFLATE_ERRORS: tuple[type[Exception], ...]
-try:
-    from isal import isal_zlib
 
-    _inflate, _INFLATE_ERRORS = isal_zlib.decompress, (zlib.error, isal_zlib.error)  # type: ignore[assignment]
-except ImportError:  # a platform without wheels: the same bytes, more slowly
-    _inflate, _INFLATE_ERRORS = zlib.decompress, (zlib.error,)
+def _inflater() -> Any:
+    """Return ISA-L's module where it is installed (`pip install isal`), else zlib: the same bytes, more slowly."""
+    try:
+        return importlib.import_module("isal.isal_zlib")
+    except ImportError:
+        return zlib
+
+
+_INFLATER = _inflater()
 
 _GZIP_FILTER, _SHUFFLE_FILTER = 1, 2
 
@@ -103,8 +107,8 @@ class SpanReader:
         if mask:  # a filter was left out for this chunk
             return np.asarray(self.dataset[first : first + length])
         try:
-            plain = _inflate(raw, bufsize=length * self.dataset.dtype.itemsize)
-        except _INFLATE_ERRORS as error:
+            plain = _INFLATER.decompress(raw, bufsize=length * self.dataset.dtype.itemsize)
+        except (zlib.error, _INFLATER.error) as error:
             raise OSError(f"chunk at value {first} of {self.dataset.name}: {error}") from error
         if len(plain) != length * self.dataset.dtype.itemsize:
             raise OSError(f"chunk at value {first} of {self.dataset.name} holds {len(plain)} bytes")
