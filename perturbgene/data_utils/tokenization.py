@@ -1,6 +1,6 @@
 """Cells to tokens and back: the one place where the token contract lives.
 
-Owns `GeneTokenizer` and the kernel behind it; leaves reading to `shards` and masking to the collators. Letters:
+Owns `GeneTokenizer`; leaves the compiled loops to `kernels`, reading to `shards` and masking to the collators. Letters:
 n cells, l tokens, g genes, p phenotypes, e edges.
 
 Input ids: [CLS] 0, [EOS] 1, [MASK] 2, [PAD] 3, then labels by category, then bin_0..bin_E.
