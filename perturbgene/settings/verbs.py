@@ -1,0 +1,285 @@
+"""The verbs: one dataclass each, with its manual page's words, its own settings and the checks across them.
+
+Owns the table `CONFIGS` of all verbs; leaves what `mlm` and `cls` share to `training`, and doing the work to the module
+that is named like the verb.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from perturbgene.errors import InputError, did_you_mean
+from perturbgene.settings.base import BaseConfig, BinOptions, MatrixOptions
+from perturbgene.settings.checks import check_exists, check_no_repeats, check_not_both, check_question, named_values
+from perturbgene.settings.flags import option
+from perturbgene.settings.training import TrainingConfig
+
+HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(BinOptions):
+    """Settings of `prepare`."""
+
+    verb: ClassVar[str] = "prepare"
+    summary: ClassVar[str] = "Turn h5ad files into a corpus to train on."
+    about: ClassVar[str] = (
+        "Harmonises genes to one ranked panel, normalises, fits bins, collects the phenotype vocabulary, splits by "
+        "donor and writes shuffled shards with a manifest and an audit of the split."
+    )
+    example: ClassVar[str] = (
+        "perturbgene prepare cells.h5ad --output corpus --phenotypes cell_type tissue --split_by donor_id"
+    )
+
+    inputs: list[str] = option(
+        [],
+        help="h5ad files: paths, globs or brace patterns.",
+        group="Input and output",
+        is_required=True,
+        is_positional=True,
+    )
+    output: str = option("", help="Corpus folder to write.", group="Input and output", is_required=True)
+    overwrite: bool = option(False, help="Replace a corpus that is already there.", group="Input and output")
+    phenotypes: list[str] = option(
+        [], help="Columns of obs that become phenotypes; NAME=COLUMN renames one (cell_type=bulk_labels)."
+    )
+    split_by: str | None = option(
+        None,
+        help="Column of obs that keeps together what belongs together, or `cell`; "
+        "none means donor_id where there is one, else cells with a warning.",
+    )
+    eval_fraction: float = option(0.2, help="Share of donors (or cells) held out for evaluation.", within="(0, 1)")
+    eval_donors: list[str] = option([], help="Donors to hold out, by name, in place of a share.", keeps_commas=True)
+    seed: int = option(0, help="Fixes the split and the shuffle.", within="[0, 4294967295]")
+    num_bins: int = option(
+        8, help="Quantile bins to fit on the expressed values.", group="Genes and bins", within="[1, inf)"
+    )
+    per_gene_bins: bool = option(False, help="Fit the bins of each gene by itself.", group="Genes and bins")
+    min_genes: int = option(1, help="Drop cells with fewer expressed genes.", group="Genes and bins", within="[0, inf)")
+    shard_size: int = option(10000, help="Cells per shard.", group="Input and output", within="[1, inf)")
+    hvg_flavor: HvgFlavor = option(
+        "auto",
+        help="Ranks genes by dispersion of log values (seurat) or by variance of counts (seurat_v3), as scanpy does; "
+        "auto takes seurat_v3 for counts.",
+        group="Genes and bins",
+    )
+    num_processes: int = option(
+        0, help="Processes that work at once; 0 takes every core.", group="Running", within="[0, inf)"
+    )
+    scheduler: str | None = option(
+        None, help="Address of a Dask scheduler (tcp://...) whose workers do the work.", group="Running"
+    )
+
+    @property
+    def phenotype_columns(self) -> dict[str, str]:
+        """Column of obs for each phenotype, in the order given."""
+        return {name: column or name for name, column in named_values(self.phenotypes, flag="phenotypes").items()}
+
+    def check(self) -> None:
+        super().check()
+        check_not_both(self, "bin_edges", "per_gene_bins")
+        check_no_repeats(self.eval_donors, flag="eval_donors")
+        named_values(self.phenotypes, flag="phenotypes")
+        if self.eval_donors and self.split_by == "cell":
+            raise InputError(
+                "eval_donors needs a split by donor, but split_by is cell. Give the donor column to --split_by."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlmConfig(TrainingConfig):
+    """Settings of `mlm`."""
+
+    verb: ClassVar[str] = "mlm"
+    summary: ClassVar[str] = "Train by masking genes and phenotypes."
+    about: ClassVar[str] = (
+        "Hides some genes' bins and some phenotypes of every cell and learns to tell them from the rest, so that one "
+        "model answers any question: which phenotype, given which others. Every field of "
+        "transformers.TrainingArguments is a flag too (--help-all)."
+    )
+    example: ClassVar[str] = (
+        "perturbgene mlm --corpus corpus --output_dir runs/mlm --model_arch small --num_train_epochs 20"
+    )
+
+    gene_mask_prob: float = option(0.15, help="Share of a cell's expressed genes that are hidden.", within="[0, 1]")
+    phenotype_mask_prob: float = option(
+        0.5, help="Share of the phenotypes in a sequence that are asked (hidden).", within="[0, 1]"
+    )
+    absent_prob: float = option(0.1, help="Share of phenotypes that leave the sequence.", within="[0, 1]")
+    unexpressed_ratio: float = option(
+        0.5,
+        help="Genes not expressed that are asked too, as a share of the hidden expressed ones; the answer is bin_0.",
+        within="[0, inf)",
+    )
+    phenotype_loss_weight: float = option(1.0, help="Weight of the phenotypes' mean loss.", within="[0, inf)")
+    gene_loss_weight: float = option(0.3, help="Weight of the genes' mean loss.", within="[0, inf)")
+
+    def check(self) -> None:
+        super().check()
+        asked = self.phenotype_mask_prob * (1 - self.absent_prob)
+        if not self.phenotype_loss_weight * asked and not self.gene_loss_weight * self.gene_mask_prob:
+            raise InputError(
+                "Nothing is hidden that has a weight, so there is nothing to learn. Raise --phenotype_mask_prob and "
+                "--phenotype_loss_weight, or --gene_mask_prob and --gene_loss_weight."
+            )
+        if not (self.corpus or self.pretrained_model_path or self.vocab_path):
+            raise InputError(
+                "The phenotype vocabulary is missing: a corpus or a pretrained model would bring it, but none is "
+                "given. Give --vocab_path."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClsConfig(TrainingConfig):
+    """Settings of `cls`."""
+
+    verb: ClassVar[str] = "cls"
+    summary: ClassVar[str] = "Train a classifier of one phenotype."
+    about: ClassVar[str] = (
+        "Learns one phenotype from a cell's genes and, if wanted, its other phenotypes; best started from an mlm run. "
+        "Every field of transformers.TrainingArguments is a flag too (--help-all)."
+    )
+    example: ClassVar[str] = (
+        "perturbgene cls --corpus corpus --output_dir runs/cls --phenotype_category cell_type "
+        "--pretrained_model_path runs/mlm"
+    )
+    best_metric: ClassVar[str] = "eval_macro_f1"
+
+    phenotype_category: str = option("", help="Phenotype to classify.", is_required=True)
+    binary_label: str | None = option(None, help="Tell this label from all others, in place of all classes.")
+    balanced_dataset: bool = option(
+        False, help="Classes count as they come; otherwise a class weighs inversely to its training cells."
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.phenotype_category in self.included_phenotypes:
+            raise InputError(
+                f"included_phenotypes holds {self.phenotype_category!r}, which is the phenotype to classify: the model "
+                "would be given the answer. Remove it from --included_phenotypes."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(BaseConfig):
+    """How a trained model is run on cells (evaluate, predict)."""
+
+    run: str = option(
+        "", help="Run folder of mlm or cls.", group="Input and output", is_required=True, is_positional=True
+    )
+    batch_size: int = option(64, help="Cells per batch.", group="Running", within="[1, inf)")
+    device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.", group="Running")
+
+    def check(self) -> None:
+        super().check()
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise InputError(
+                f"device is {self.device!r}, which is none of auto, cpu, mps, cuda and cuda:N. Change --device."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(QuestionOptions):
+    """Settings of `evaluate`."""
+
+    verb: ClassVar[str] = "evaluate"
+    summary: ClassVar[str] = "Score a run on held-out cells, beside its baselines."
+    about: ClassVar[str] = (
+        "Asks each phenotype alone, with the others given and all at once; writes accuracy, macro F1, confusion "
+        "matrices and gene-bin scores beside the majority class and a logistic regression on the same cells."
+    )
+    example: ClassVar[str] = "perturbgene evaluate runs/mlm --corpus corpus"
+
+    corpus: str | None = option(
+        None, help="Corpus whose evaluation cells to use; none means the run's own data.", group="Input and output"
+    )
+    eval_data_paths: list[str] = option(
+        [], help="Evaluation files in place of a corpus: paths, globs, brace patterns.", group="Input and output"
+    )
+    output: str | None = option(None, help="Folder to write; none means RUN/evaluation.", group="Input and output")
+    ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
+    given: list[str] = option([], help="Phenotypes given with each question; none named means every standard set.")
+    baselines: bool = option(True, help="Majority class and logistic regression beside the model.")
+
+    def check(self) -> None:
+        super().check()
+        check_not_both(self, "corpus", "eval_data_paths")
+        check_no_repeats(self.given, flag="given")
+        check_question(self.ask, self.given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(QuestionOptions, MatrixOptions):
+    """Settings of `predict`."""
+
+    verb: ClassVar[str] = "predict"
+    summary: ClassVar[str] = "Fill phenotypes into new cells."
+    about: ClassVar[str] = (
+        "Reads any h5ad whose genes overlap the run's panel, asks for phenotypes and writes the answers with their "
+        "probabilities to obs; no label column is needed and the order of cells stays."
+    )
+    example: ClassVar[str] = (
+        "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
+    )
+
+    input: str = option(
+        "", help="h5ad file with the cells.", group="Input and output", is_required=True, is_positional=True
+    )
+    output: str = option("", help="h5ad file to write.", group="Input and output", is_required=True)
+    overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
+    ask: list[str] = option([], help="Phenotypes to predict; none named means all that are not given.")
+    given: list[str] = option(
+        [], help="Known phenotypes: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    min_gene_coverage: float = option(
+        0.5, help="Stop when the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+    )
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        check_question(self.ask, list(self.given_labels))
+        if Path(self.output).absolute() == Path(self.input).absolute():
+            raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig(BaseConfig):
+    """Settings of `download`."""
+
+    verb: ClassVar[str] = "download"
+    summary: ClassVar[str] = "Fetch data sets, resuming where a download broke off."
+    about: ClassVar[str] = "Fetches a known set of shards, or any URLs; resumes, retries and compares checksums."
+    example: ClassVar[str] = "perturbgene download tabula-sapiens --output_dir data --num_shards 4"
+
+    known_sources: ClassVar[tuple[str, ...]] = ("tabula-sapiens",)
+
+    sources: list[str] = option(
+        [], help="tabula-sapiens, or URLs.", group="Input and output", is_required=True, is_positional=True
+    )
+    output_dir: str = option(".", help="Folder to write.", group="Input and output")
+    base_url: str | None = option(None, help="Where the shards of tabula-sapiens lie, in place of the usual place.")
+    num_shards: int = option(48, help="First shards to fetch of tabula-sapiens.", within="[1, 48]")
+    checksums: str | None = option(None, help="File with lines `SHA256  NAME`.", group="Input and output")
+    retries: int = option(5, help="Attempts after a dropped connection.", within="[0, inf)")
+    overwrite: bool = option(False, help="Fetch again what is already there.", group="Input and output")
+
+    def check(self) -> None:
+        super().check()
+        check_exists(self.checksums, flag="checksums")
+        for source in self.sources:
+            if source not in self.known_sources and "://" not in source:
+                raise InputError(
+                    f"{source!r} is neither a URL nor a known set. {did_you_mean(source, self.known_sources)}"
+                )
+
+
+CONFIGS: dict[str, type[BaseConfig]] = {
+    config_class.verb: config_class
+    for config_class in (PrepareConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, DownloadConfig)
+}
