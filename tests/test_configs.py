@@ -154,11 +154,6 @@ def test_values_have_the_type_of_their_field(tokens, name, expected):
     assert type(value) is type(expected)
 
 
-def test_phenotypes_may_be_renamed():
-    config = parse_args(["prepare", "a.h5ad", "--output", "c", "--phenotypes", "cell_type=bulk_labels", "phase"])
-    assert config.phenotype_columns == {"cell_type": "bulk_labels", "phase": "phase"}
-
-
 # YAML
 
 

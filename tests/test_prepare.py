@@ -25,7 +25,7 @@ from perturbgene.data_utils.read import H5adFile
 from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, measured_genes
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
-from perturbgene.prepare import MANIFEST_FILE, _Work, prepare, read_manifest, shard_paths
+from perturbgene.prepare import MANIFEST_FILE, PrepareOptions, _Work, prepare, read_manifest, shard_paths
 
 GENES = [f"G{i}" for i in range(8)]
 
@@ -500,6 +500,13 @@ def test_the_vocabulary_comes_from_training_cells_and_labels_of_eval_cells_alone
     made = prepare(adata, tmp_path / "corpus", phenotypes=["cell_type"], eval_donors=["a"])
     assert GeneTokenizer.from_pretrained(made).phenotypes == {"cell_type": ("B cell", "NK cell", "T cell")}
     assert "cell_type: 'Monocyte' occur in eval cells only and cannot be predicted" in audit(made)
+
+
+def test_phenotypes_may_be_renamed_but_not_to_nothing() -> None:
+    columns = PrepareOptions(phenotypes=["cell_type=bulk_labels", "phase"]).column_of_phenotype
+    assert columns == {"cell_type": "bulk_labels", "phase": "phase"}
+    with pytest.raises(InputError, match="reads NAME or NAME=VALUE"):
+        _ = PrepareOptions(phenotypes=["cell_type="]).column_of_phenotype
 
 
 def test_phenotypes_are_named_apart_from_their_columns(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from perturbgene.data_utils.read import H5adFile
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.vocab import Vocabulary, is_missing, label_text
 from perturbgene.errors import InputError
+from perturbgene.settings.checks import named_values
 
 SPLITS = ("train", "eval")
 HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
@@ -68,8 +69,7 @@ class PrepareOptions:
     @property
     def column_of_phenotype(self) -> dict[str, str]:
         """Phenotype -> obs column, from entries `name` or `name=column`."""
-        pairs = [entry.partition("=") for entry in self.phenotypes]
-        return {name: column or name for name, _, column in pairs}
+        return {name: column or name for name, column in named_values(self.phenotypes, flag="phenotypes").items()}
 
 
 class Part(NamedTuple):

@@ -71,11 +71,6 @@ class PrepareConfig(BinOptions):
         None, help="Address of a Dask scheduler (tcp://...) whose workers do the work.", group="Running"
     )
 
-    @property
-    def phenotype_columns(self) -> dict[str, str]:
-        """Column of obs for each phenotype, in the order given."""
-        return {name: column or name for name, column in named_values(self.phenotypes, flag="phenotypes").items()}
-
     def check(self) -> None:
         super().check()
         check_not_both(self, "bin_edges", "per_gene_bins")
