@@ -12,7 +12,7 @@ from perturbgene.data_utils.partition import cell_key, mix
 #: Whole counts below this get their bin from a table that is made once per cell.
 TABLE_SIZE = 32
 
-#: Faults of a stored value, by the code that `tokenize_rows` returns.
+#: What `tokenize_rows` returns of a stored value at fault; `tokenization` has the words for each.
 NO_FAULT, NOT_A_NUMBER, INFINITE, NEGATIVE, BAD_COLUMN, REPEATED = range(6)
 
 
@@ -119,7 +119,7 @@ def tokenize_rows(
     cells_n: np.ndarray, first_gene_type: int, first_bin_id: int, max_length: int, rule: int,
     seed: int, epoch: int, ids: np.ndarray, types: np.ndarray, out_offsets: np.ndarray,
 ) -> tuple[int, int, int]:  # fmt: skip  # pragma: no cover
-    """Write the tokens of all rows; return (row, position, fault) of the first bad value, or (-1, 0, 0).
+    """Write the tokens of all rows; return (row, position, fault) of the first bad value, or (-1, 0, NO_FAULT).
 
     `rule` says which genes a cell longer than `max_length` keeps: 0 the first, 1 the highest, 2 a hash of the epoch.
     """
@@ -138,7 +138,7 @@ def tokenize_rows(
             values, columns_l[offsets_n1[row] : offsets_n1[row + 1]], gene_of_column, thresholds_ge, scale_n[row],
             thresholds_e, table, genes, bins, positions,
         )  # fmt: skip
-        if fault:
+        if fault != NO_FAULT:
             return row, count, fault
         if not is_sorted:
             repeated = _sort_genes(genes, bins, positions, count, mark, slot, spare)

@@ -32,7 +32,16 @@ from perturbgene.data_utils.expression import (
     library_sizes,
 )
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene, read_panel
-from perturbgene.data_utils.kernels import gather_rows, tokenize_rows
+from perturbgene.data_utils.kernels import (
+    BAD_COLUMN,
+    INFINITE,
+    NEGATIVE,
+    NO_FAULT,
+    NOT_A_NUMBER,
+    REPEATED,
+    gather_rows,
+    tokenize_rows,
+)
 from perturbgene.data_utils.read import H5adFile, MemoryFile, expand_paths
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.vocab import ABSENT, CLS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, Vocabulary, token_text
@@ -46,14 +55,13 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 RANK_COLUMN = "highly_variable_rank"
 
-_FAULTS = (
-    "",
-    "NaN",
-    "an infinite value",
-    "a negative value",
-    "a column index outside the matrix",
-    "a column twice, again",
-)
+_FAULTS = {
+    NOT_A_NUMBER: "NaN",
+    INFINITE: "an infinite value",
+    NEGATIVE: "a negative value",
+    BAD_COLUMN: "a column index outside the matrix",
+    REPEATED: "a column twice, again",
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
     is_outside_l = (block.columns_l < 0) | (block.columns_l >= len(block.alignment.gene_of_column_c))
     for at in np.flatnonzero(is_outside_l)[:1]:
         row = int(np.searchsorted(block.offsets_n1, at, side="right")) - 1
-        raise _fault_of(block, row, int(at - block.offsets_n1[row]), 4)
+        raise _fault_of(block, row, int(at - block.offsets_n1[row]), BAD_COLUMN)
     gene_l = block.alignment.gene_of_column_c[block.columns_l]
     is_known_l = gene_l >= 0
     known_before = np.concatenate([[0], np.cumsum(is_known_l)])
@@ -421,7 +429,7 @@ class GeneTokenizer:
             self.first_gene_type, self.first_bin_id, self.max_length, TRUNCATIONS.index(self.truncation),
             seed, epoch, ids, types, offsets,
         )  # fmt: skip
-        if fault:
+        if fault != NO_FAULT:
             raise _fault_of(block, row, at, fault)
         return TokenBlock(
             ids[: offsets[-1]],
