@@ -13,7 +13,7 @@ import numpy as np
 
 
 def _inflater() -> Any:
-    """Return ISA-L's module where it is installed (`pip install isal`), else zlib: the same bytes, more slowly."""
+    """Return ISA-L's module where it is installed (extra `fast`), else zlib: the same bytes, more slowly."""
     try:
         return importlib.import_module("isal.isal_zlib")
     except ImportError:
