@@ -3,92 +3,46 @@
 import hashlib
 import json
 import shutil
-import threading
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
 
 from perturbgene.download import HDF5_SIGNATURE, download, plan_files, read_checksums, run_download, shown_url
 from perturbgene.errors import InputError
+from tests.web_server import Handler, Web, serving
 
 CONTENT = HDF5_SIGNATURE + np.random.default_rng(0).bytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serve CONTENT under every name; `server.web` counts requests and keeps their headers."""
-
-    def log_message(self, *args: object) -> None:
-        """Stay quiet."""
-
-    @property
-    def web(self) -> "Web":
-        return cast("Web", self.server.web)  # type: ignore[attr-defined]
-
-    def do_GET(self) -> None:
-        """Answer in the manner that the path's first part names."""
-        manner = self.path.split("/")[1]
-        if self.path.partition("?")[0].endswith(".sha256"):
-            self.answer(200, self.web.sidecar) if self.web.sidecar else self.answer(404, b"")
-            return
-        self.web.seen[manner] += 1
-        self.web.headers.append(dict(self.headers))
-        getattr(self, f"serve_{manner}")(self.web.seen[manner])
-
-    def answer(self, status: int, body: bytes, *, stated: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body) if stated is None else stated))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def ranged(self, content: bytes, *, most: int | None = None, etag: str | None = '"one"') -> None:
-        """Answer with Range and If-Range as RFC 9110 has them, sending at most `most` bytes."""
-        start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
-        headers = {"ETag": etag} if etag else {}
-        if self.headers.get("If-Range", etag) != etag:
-            start = 0
-        if start >= len(content):
-            self.answer(416, b"", Content_Range=f"bytes */{len(content)}")
-            return
-        body = content[start:]
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.answer(206 if start else 200, body[:most], stated=len(body), **headers)
-
-    def serve_good(self, number: int) -> None:
-        self.ranged(CONTENT)
+class BadHandler(Handler):
+    """Serve well or badly, a connection for each request."""
 
     def serve_drops(self, number: int) -> None:
-        self.ranged(CONTENT, most=100_000 if number == 1 else None)
+        self.ranged(most=100_000 if number == 1 else None)
 
     def serve_weak(self, number: int) -> None:
-        self.ranged(CONTENT, most=100_000 if number == 1 else None, etag=None)
+        self.ranged(most=100_000 if number == 1 else None, etag=None)
 
     def serve_drips(self, number: int) -> None:
-        self.ranged(CONTENT, most=30_000)
+        self.ranged(most=30_000)
 
     def serve_changes(self, number: int) -> None:
         if number == 1:
             self.ranged(HDF5_SIGNATURE + bytes(300_000), most=100_000, etag='"old"')
         else:
-            self.ranged(CONTENT, etag='"new"')
+            self.ranged(etag='"new"')
 
     def serve_changes_unsaid(self, number: int) -> None:
         """Change the file, and ignore If-Range as simple servers do; the new length gives it away."""
         if number == 1:
             self.ranged(HDF5_SIGNATURE + bytes(400_000), most=100_000, etag=None)
         else:
-            self.ranged(CONTENT, etag=None)
+            self.ranged(etag=None)
 
     def serve_rangeless(self, number: int) -> None:
         self.answer(200, CONTENT[:100_000] if number == 1 else CONTENT, stated=len(CONTENT), ETag='"one"')
@@ -98,9 +52,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve_busy(self, number: int) -> None:
         if number <= 2:
-            self.answer(503, b"", Retry_After="7")
+            self.answer(503, Retry_After="7")
         else:
-            self.ranged(CONTENT)
+            self.ranged()
 
     def serve_html(self, number: int) -> None:
         self.answer(200, PAGE, Content_Type="text/html")
@@ -114,18 +68,6 @@ class Handler(BaseHTTPRequestHandler):
     def serve_gone(self, number: int) -> None:
         self.answer(404, PAGE)
 
-    def serve_private(self, number: int) -> None:
-        if self.headers.get("Authorization") == "Basic YW5uOnMzY3JldA==":  # ann:s3cret
-            self.ranged(CONTENT)
-        else:
-            self.answer(401, b"")
-
-    def serve_moved(self, number: int) -> None:
-        self.answer(302, b"", Location="/good/a.h5ad")
-
-    def serve_moved_to_disk(self, number: int) -> None:
-        self.answer(302, b"", Location="file:///etc/passwd")
-
     def serve_chunked(self, number: int) -> None:
         """State no length, as servers do that make the file on the way."""
         self.send_response(200)
@@ -133,27 +75,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(CONTENT)
 
 
-@dataclass
-class Web:
-    """A running server: its address, and what it was asked."""
-
-    url: str
-    seen: Counter[str] = field(default_factory=Counter)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    sidecar: bytes = b""
-
-
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.web = Web(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server.web  # type: ignore[attr-defined]
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(BadHandler, content=CONTENT) as running:
+        yield running
 
 
 def fetch(web: Web, manner: str, folder: Path, *, waits: list[float] | None = None, **options: object) -> Path:

@@ -3,18 +3,13 @@
 import gc
 import os
 import pickle
-import re
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,62 +24,16 @@ from perturbgene.data_utils.read import H5adFile, expand_paths
 from perturbgene.data_utils.remote import DiskCache, Version, copy_file, default_cache_dir, open_remote
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.errors import InputError
+from tests.web_server import Handler, Web, serving
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 HALF = len(CONTENT) // 2
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serve `server.web.files` (or CONTENT); `server.web` counts requests and keeps their ranges."""
+class BadHandler(Handler):
+    """Serve well or badly, over connections that stay open."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args: object) -> None:
-        """Stay quiet."""
-
-    @property
-    def web(self) -> "Web":
-        return cast("Web", self.server.web)  # type: ignore[attr-defined]
-
-    def do_GET(self) -> None:
-        """Answer in the manner that the path's first part names."""
-        _, manner, name = self.path.partition("?")[0].split("/", 2)
-        with self.web.lock:
-            self.web.seen[manner] += 1
-            number = self.web.seen[manner]
-            self.web.ranges.append(self.headers.get("Range"))
-        self.content = self.web.files.get(name, CONTENT)
-        getattr(self, f"serve_{manner}")(number)
-
-    def answer(self, status: int, body: bytes = b"", *, stated: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        for header, value in headers.items():
-            self.send_header(header.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body) if stated is None else stated))
-        self.end_headers()
-        self.wfile.write(body)
-        if stated is not None and stated > len(body):
-            self.close_connection = True
-
-    def ranged(self, *, most: int | None = None, etag: str | None = '"one"', content: bytes | None = None) -> None:
-        """Answer a range as RFC 9110 has it, sending at most `most` bytes of what was announced."""
-        content = self.content if content is None else content
-        headers = {"ETag": etag} if etag else {}
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if match is None:
-            self.answer(200, content[:most], stated=len(content), **headers)
-            return
-        start, last = int(match[1]), min(int(match[2]), len(content) - 1)
-        if start >= len(content):
-            self.answer(416, Content_Range=f"bytes */{len(content)}")
-            return
-        body = content[start : last + 1]
-        headers["Content_Range"] = f"bytes {start}-{last}/{len(content)}"
-        self.answer(206, body[:most], stated=len(body), **headers)
-
-    def serve_good(self, number: int) -> None:
-        self.ranged()
 
     def serve_flaky(self, number: int) -> None:
         """Drop the connection, answer 503, or send half a body: two requests of three."""
@@ -125,18 +74,8 @@ class Handler(BaseHTTPRequestHandler):
     def serve_grows(self, number: int) -> None:
         self.ranged(etag=None, content=self.content if number == 1 else self.content + b"more")
 
-    def serve_moved(self, number: int) -> None:
-        self.answer(302, Location="/good/a.h5ad")
-
-    def serve_moved_to_disk(self, number: int) -> None:
-        self.answer(302, Location="file:///etc/passwd")
-
     def serve_circle(self, number: int) -> None:
         self.answer(302, Location=self.path)
-
-    def serve_private(self, number: int) -> None:
-        is_known = self.headers.get("Authorization") == "Basic YW5uOnMzY3JldA=="  # ann:s3cret
-        self.ranged() if is_known else self.answer(401)
 
     def serve_zipped(self, number: int) -> None:
         self.answer(200, b"\x1f\x8b", Content_Encoding="gzip")
@@ -146,29 +85,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(503) if self.web.is_down else self.ranged()
 
 
-@dataclass
-class Web:
-    """A running server: its address, what it serves, and what it was asked."""
-
-    url: str
-    files: dict[str, bytes] = field(default_factory=dict)
-    seen: Counter[str] = field(default_factory=Counter)
-    ranges: list[str | None] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    is_down: bool = False
-
-
 @pytest.fixture
 def web() -> Iterator[Web]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.web = Web(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server.web  # type: ignore[attr-defined]
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(BadHandler, content=CONTENT) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
