@@ -26,7 +26,7 @@ from perturbgene.data_utils.expression import log_matrix
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
 from perturbgene.data_utils.partition import split_rows
 from perturbgene.data_utils.read import expand_paths
-from perturbgene.data_utils.remote import is_url
+from perturbgene.data_utils.remote import is_url, shown_path
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.data_utils.vocab import ABSENT
@@ -50,7 +50,7 @@ from perturbgene.prepare import shard_paths
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from perturbgene.configs import EvaluateConfig, PredictConfig
+    from perturbgene.configs import BaseConfig, EvaluateConfig, PredictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +291,9 @@ def run_predict(config: "PredictConfig") -> str:
         raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
     paths = expand_paths([config.input])
     if len(paths) > 1:
-        raise InputError(f"{config.input} names {len(paths):,} files, but predict writes one file. Name one file.")
+        raise InputError(
+            f"{shown_path(config.input)} names {len(paths):,} files, but predict writes one file. Name one file."
+        )
     path = paths[0]
     if target.exists() and not is_url(path) and os.path.samefile(path, target):
         raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
@@ -421,23 +423,36 @@ def evaluate(
     return results
 
 
+def _settings_of(run: Run) -> "BaseConfig | None":
+    """Return the settings that a run was trained with; None where only weights and tokenizer are left."""
+    path = Path(run.path) / "run.yaml"
+    return load_config(path) if path.exists() else None
+
+
+def _train_paths(config: "EvaluateConfig", trained: "BaseConfig | None", corpus: str | None) -> list[str]:
+    """Return the files that the baselines are fitted on; none when neither they nor the run name any."""
+    if corpus and not config.train_data_paths:
+        return shard_paths(corpus, "train")
+    given = config.train_data_paths or getattr(trained, "train_data_paths", [])
+    return expand_paths(given) if given else []
+
+
 def run_evaluate(config: "EvaluateConfig") -> str:
     """Run the `evaluate` verb on a corpus, on files, or on the data that the run was trained with."""
     run = load_run(config.run, device=config.device)
-    trained = load_config(Path(config.run) / "run.yaml") if (Path(config.run) / "run.yaml").exists() else None
+    trained = _settings_of(run)
     corpus = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
     if corpus:
-        eval_paths, train_paths = shard_paths(corpus, "eval"), shard_paths(corpus, "train")
+        eval_paths = shard_paths(corpus, "eval")
     else:
         eval_paths = expand_paths(config.eval_data_paths or getattr(trained, "eval_data_paths", []))
-        own_paths: list[str] = getattr(trained, "train_data_paths", [])
-        train_paths = expand_paths(own_paths) if own_paths else []
+    train_paths = _train_paths(config, trained, corpus) if config.baselines else []
     reading = {
         name: getattr(trained, name) for name in ("layer", "gene_id_column") if trained is not None and not corpus
     }
     output = Path(config.output) if config.output else Path(config.run) / "evaluation"
     results = evaluate(
-        run, eval_paths, train_paths=(train_paths or None) if config.baselines else None, ask=config.ask,
+        run, eval_paths, train_paths=train_paths or None, ask=config.ask,
         given=config.given, batch_size=config.batch_size, output=output, **reading,
     )  # fmt: skip
     return f"{_table_of(results)}\nwritten to {output}"

@@ -46,6 +46,7 @@ from perturbgene.data_utils.plan import (
     gene_names_of,
 )
 from perturbgene.data_utils.read import expand_paths
+from perturbgene.data_utils.remote import shown_path
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.spool import SPOOL_FOLDER, Layout, finish_shard, hashes_of, spool_part, tasks_of
 from perturbgene.data_utils.statistics import STATISTICS_FOLDER, FileSurvey, Statistics, fit_part, merged, survey_file
@@ -402,7 +403,7 @@ def _unmeasured(tables: GeneTables, survey: Survey) -> list[str]:
 
 
 def _path_of(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else "AnnData"
+    return shown_path(source) if isinstance(source, str | Path) else "AnnData"
 
 
 # -- audit and manifest -------------------------------------------------------------------------------------------

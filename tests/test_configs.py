@@ -22,6 +22,7 @@ from perturbgene.configs import (
     own_flags,
     parse_args,
 )
+from perturbgene.data_utils.read import expand_paths
 from perturbgene.errors import InputError
 
 MLM = ["mlm", "--corpus", "corpus", "--output_dir", "run"]
@@ -222,9 +223,21 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path, tokens):
 
 
 def test_a_dump_holds_neither_tokens_nor_passwords():
-    config = parse_args([*MLM, "--hub_token", "hf_x", "--eval_data_paths", "https://me:secret@host/a.h5ad"])
-    assert "hf_x" not in config.to_yaml()
-    assert yaml.safe_load(config.to_yaml())["eval_data_paths"] == ["https://me:***@host/a.h5ad"]
+    urls = ["https://me:s3cret@host/a.h5ad", "https://host/b_{0..3}.h5ad?X-Signature=s3cret", "s3://bucket/*.h5ad"]
+    text = parse_args([*MLM, "--hub_token", "s3cret", "--eval_data_paths", *urls]).to_yaml()
+    assert "s3cret" not in text
+    shown = ["https://***@host/a.h5ad", "https://host/b_{0..3}.h5ad?***", "s3://bucket/*.h5ad"]
+    assert yaml.safe_load(text)["eval_data_paths"] == shown
+
+
+def test_a_dumped_configuration_with_a_hidden_url_takes_the_whole_url_again(tmp_path):
+    url = "https://host/a.h5ad?token=s3cret"
+    config = parse_args([*MLM, "--eval_data_paths", url])
+    config.save(tmp_path / "run.yaml")
+    again = ["mlm", "--config", str(tmp_path / "run.yaml")]
+    assert parse_args([*again, "--eval_data_paths", url]) == config
+    with pytest.raises(InputError, match="https://host/a.h5ad[?][*]{3} is a URL as it is shown.* Give the whole URL"):
+        expand_paths(parse_args(again).eval_data_paths)
 
 
 def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):

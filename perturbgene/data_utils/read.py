@@ -27,6 +27,7 @@ from perturbgene.data_utils.remote import (
     is_url,
     open_remote,
     shown_path,
+    shown_text,
     url_identity,
 )
 from perturbgene.errors import InputError, did_you_mean, listed
@@ -59,7 +60,7 @@ def expand_braces(pattern: str) -> list[str]:
     pieces = _BRACES.split(pattern)
     options = [[piece] if index % 2 == 0 else _alternatives(piece) for index, piece in enumerate(pieces)]
     if np.prod([float(len(option)) for option in options]) > MOST_PATHS:
-        raise InputError(f"pattern {pattern!r} names more than {MOST_PATHS:,} files. Narrow the ranges.")
+        raise InputError(f"pattern {shown_text(pattern)!r} names more than {MOST_PATHS:,} files. Narrow the ranges.")
     return ["".join(parts) for parts in itertools.product(*options)]
 
 

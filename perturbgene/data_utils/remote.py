@@ -53,6 +53,9 @@ TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 REDIRECT_STATUS = {301, 302, 303, 307, 308}
 URL_SAFE = "/%?:@!$&'()*+,;=~"  # RFC 3986: what may stand in a path or query as it is
 
+#: Stands for what is not shown of a URL.
+MASK = "***"
+
 T = TypeVar("T")
 
 _jitter = random.Random()  # its own, so that waiting never moves the seeded global generator
@@ -75,15 +78,38 @@ def shown_url(url: str) -> str:
         >>> shown_url("https://ann:secret@host/cells.h5ad?token=abc")
         'https://***@host/cells.h5ad?***'
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no host can be told from a password
+        return f"{url.partition('://')[0]}://{MASK}"
     _, at, host = parts.netloc.rpartition("@")
-    masked = SplitResult(parts.scheme, f"***@{host}" if at else host, parts.path, "***" if parts.query else "", "")
+    masked = SplitResult(parts.scheme, f"{MASK}@{host}" if at else host, parts.path, MASK if parts.query else "", "")
     return urlunsplit(masked)
 
 
 def shown_path(path: object) -> str:
     """Give a path or URL for a message."""
     return shown_url(str(path)) if is_url(path) else str(path)
+
+
+def shown_text(text: str) -> str:
+    """Give text that may hold a URL: from the first one on it is shown as `shown_url` has it.
+
+    Example:
+        >>> shown_text("{https://host/a.h5ad?token=1,https://host/b.h5ad?token=2}")
+        '{https://host/a.h5ad?***'
+    """
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://.*", lambda url: shown_url(url[0]), text, flags=re.DOTALL)
+
+
+def is_masked(path: object) -> bool:
+    """True for a URL from which `shown_url` has taken something that is needed to read it.
+
+    Example:
+        >>> is_masked("https://host/cells.h5ad?***"), is_masked("https://host/cells.h5ad?token=abc")
+        (True, False)
+    """
+    return is_url(path) and re.search(r"://\*{3}(@|$)|\?\*{3}$", str(path)) is not None
 
 
 def url_identity(url: str) -> str:
@@ -99,6 +125,11 @@ def url_identity(url: str) -> str:
 
 
 def _parts(url: str) -> SplitResult:
+    if is_masked(url):
+        raise InputError(
+            f"{url} is a URL as it is shown and stored: its user, password and query are not written down. Give the "
+            "whole URL again, by its flag; flags win over --config and over the settings of a run."
+        )
     try:
         parts = urlsplit(url)
         has_host = bool(parts.hostname) and url.isprintable() and (parts.port is None or parts.port > 0)

@@ -4,19 +4,19 @@ Owns checking at construction and writing to YAML; leaves reading to `files` and
 """
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 
+from perturbgene.data_utils.remote import shown_text
 from perturbgene.settings.checks import check_edges, check_exists, check_flag, check_not_both
 from perturbgene.settings.flags import option, own_flags
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]
 
-# Never written to a dump: a run folder is shared, an access token is not.
+# Never written to a dump, like what URLs hold beside their path: a run folder is shared, an access token is not.
 SECRETS = ("hub_token",)
 
 
@@ -42,13 +42,13 @@ class BaseConfig:
             check_flag(getattr(self, flag.name), flag)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings by name, overrides of TrainingArguments beside the verb's own, without secrets."""
+        """All settings by name, overrides of TrainingArguments beside the verb's own; URLs as they may be shown."""
         settings = {name: getattr(self, name) for name in own_flags(type(self))}
         settings.update(getattr(self, "training_overrides", {}))
-        return {name: _without_password(value) for name, value in settings.items() if name not in SECRETS}
+        return {name: _without_secrets(value) for name, value in settings.items() if name not in SECRETS}
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML; ``--config`` on it gives an equal configuration."""
+        """The resolved configuration as YAML; ``--config`` on it gives an equal configuration, but for masked URLs."""
         return yaml.safe_dump({"verb": self.verb, **self.to_dict()}, sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
@@ -58,10 +58,13 @@ class BaseConfig:
         os.replace(temporary, path)
 
 
-def _without_password(value: Any) -> Any:
+def _without_secrets(value: Any) -> Any:
+    """Mask user, password and query of every URL in a value."""
     if isinstance(value, list):
-        return [_without_password(item) for item in value]
-    return re.sub(r"(://[^/\s:@]+):[^/\s@]+@", r"\1:***@", value) if isinstance(value, str) else value
+        return [_without_secrets(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_secrets(item) for name, item in value.items()}
+    return shown_text(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,6 +192,9 @@ class EvaluateConfig(QuestionOptions):
     eval_data_paths: list[str] = option(
         [], help="Evaluation files in place of a corpus: paths, globs, brace patterns.", group="Input and output"
     )
+    train_data_paths: list[str] = option(
+        [], help="Files to fit the baselines on; none named means those of the run.", group="Input and output"
+    )
     output: str | None = option(None, help="Folder to write; none means RUN/evaluation.", group="Input and output")
     ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
     given: list[str] = option([], help="Phenotypes given with each question; none named means every standard set.")
@@ -200,6 +203,7 @@ class EvaluateConfig(QuestionOptions):
     def check(self) -> None:
         super().check()
         check_not_both(self, "corpus", "eval_data_paths")
+        check_not_both(self, "corpus", "train_data_paths")
         check_no_repeats(self.given, flag="given")
         check_question(self.ask, self.given)
 
