@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from perturbgene import __version__
-from perturbgene.configs import check_question, load_config
+from perturbgene.configs import MlmConfig, check_question, load_config
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, block_of, collate_fn_wrapper
 from perturbgene.data_utils.expression import log_matrix
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
@@ -315,10 +315,15 @@ def run_predict(config: "PredictConfig") -> str:
 # -- evaluate -----------------------------------------------------------------------------------------------------
 
 
-def _evaluator(run: Run, questions: Sequence[Question]) -> Evaluator:
+def _evaluator(run: Run, questions: Sequence[Question], mask_rates: Mapping[str, float]) -> Evaluator:
+    """Return what counts the scores; genes are masked as in the run's own evaluation, but for rates given here."""
     if run.is_classifier:
+        if mask_rates:
+            raise InputError(f"{run.path} is a classifier, which hides nothing. Remove {listed(mask_rates)}.")
         return ClassEvaluator(run.class_labels, tokenizer=run.tokenizer, category=run.category)
-    collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True)
+    trained = _settings_of(run)
+    own = {**trained.mask_rates, "seed": trained.seed} if isinstance(trained, MlmConfig) else {}
+    collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True, **{**own, **mask_rates})  # type: ignore[arg-type]
     return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
 
 
@@ -389,7 +394,7 @@ def _table_of(results: Mapping[str, Any]) -> str:
 
 def evaluate(
     run: Run, eval_paths: Any, *, train_paths: Any = None, ask: Sequence[str] = (), given: Sequence[str] = (),
-    batch_size: int = 64, output: Path | None = None, **reading: Any,
+    mask_rates: Mapping[str, float] | None = None, batch_size: int = 64, output: Path | None = None, **reading: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run on labelled cells, beside its baselines.
 
@@ -398,6 +403,8 @@ def evaluate(
         eval_paths: Files (or AnnData) to score on.
         train_paths: The training files, for majority class and logistic regression; None leaves these out.
         ask, given: One question in place of the standard ones.
+        mask_rates: `gene_mask_prob`, `phenotype_mask_prob`, `absent_prob` or `unexpressed_ratio` in place of the run's
+            own, by which cells are masked to score genes.
         output: Folder for `metrics.json`, confusion matrices (CSV, PNG) and per-class scores; None writes nothing.
         reading: `layer`, `gene_id_column`, `min_gene_coverage` of `IterableAnnDataset`.
 
@@ -406,7 +413,7 @@ def evaluate(
     """
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
-    evaluator = _evaluator(run, _own_questions(run, ask, given))
+    evaluator = _evaluator(run, _own_questions(run, ask, given), mask_rates or {})
     category = run.category or None
     options = {"batch_size": batch_size, **reading}
     dataset = IterableAnnDataset(
@@ -453,6 +460,6 @@ def run_evaluate(config: "EvaluateConfig") -> str:
     output = Path(config.output) if config.output else Path(config.run) / "evaluation"
     results = evaluate(
         run, eval_paths, train_paths=train_paths or None, ask=config.ask,
-        given=config.given, batch_size=config.batch_size, output=output, **reading,
+        given=config.given, mask_rates=config.mask_rates, batch_size=config.batch_size, output=output, **reading,
     )  # fmt: skip
     return f"{_table_of(results)}\nwritten to {output}"

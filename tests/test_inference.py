@@ -872,6 +872,30 @@ def test_baselines_see_at_most_so_many_training_cells(trained, mlm, monkeypatch)
     assert baselines(train, held_out, "phase")["logistic_regression"]["n_train"] == 50
 
 
+def test_genes_are_masked_as_in_the_run_s_own_evaluation(trained: Trained, mlm: Run) -> None:
+    own = json.loads((trained.folder / "mlm/metrics.json").read_text())["genes"]["masked"]
+    found = evaluate(mlm, trained.eval_shard)["genes"]["masked"]
+    assert found == pytest.approx(own, nan_ok=True)
+
+
+def test_genes_may_be_masked_at_another_rate(trained: Trained, mlm: Run, tmp_path: Path) -> None:
+    own = json.loads((trained.folder / "mlm/metrics.json").read_text())["genes"]["masked"]["n"]
+    flags = ["--no_baselines", "--ask", "phase", "--gene_mask_prob", "0.6", "--unexpressed_ratio", "0"]
+    assert main(["evaluate", trained.mlm, "--output", str(tmp_path), *flags]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())["genes"]["masked"]["n"]
+    assert found == pytest.approx(own * 0.6 / (0.15 * 1.5), rel=0.1)
+
+
+def test_nothing_need_be_masked(trained: Trained, mlm: Run) -> None:
+    found = evaluate(mlm, trained.eval_shard, mask_rates={"gene_mask_prob": 0.0, "phenotype_mask_prob": 0.0})
+    assert found["genes"]["masked"]["n"] == 0 and found["cell_type"]["alone"]["n"] > 0
+
+
+def test_a_classifier_takes_no_rates_of_masking(trained: Trained) -> None:
+    with pytest.raises(InputError, match="a classifier, which hides nothing. Remove 'gene_mask_prob'"):
+        evaluate(load_run(trained.cls, device="cpu"), trained.eval_shard, mask_rates={"gene_mask_prob": 0.5})
+
+
 def test_baselines_are_left_out_when_not_wanted(trained, tmp_path):
     assert main(["evaluate", trained.mlm, "--output", str(tmp_path), "--no_baselines"]) == 0
     assert "majority" not in json.loads((tmp_path / "metrics.json").read_text())["phase"]

@@ -17,6 +17,9 @@ from perturbgene.settings.training import TrainingConfig
 
 HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
 
+#: Settings of `DataCollatorForPhenotypicMLM` that say how much of a cell is hidden.
+MASK_RATES = ("gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpressed_ratio")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(BinOptions):
@@ -110,6 +113,11 @@ class MlmConfig(TrainingConfig):
     phenotype_loss_weight: float = option(1.0, help="Weight of the phenotypes' mean loss.", within="[0, inf)")
     gene_loss_weight: float = option(0.3, help="Weight of the genes' mean loss.", within="[0, inf)")
 
+    @property
+    def mask_rates(self) -> dict[str, float]:
+        """How much of a cell is hidden, by the names of `DataCollatorForPhenotypicMLM`."""
+        return {name: getattr(self, name) for name in MASK_RATES}
+
     def check(self) -> None:
         super().check()
         asked = self.phenotype_mask_prob * (1 - self.absent_prob)
@@ -199,6 +207,26 @@ class EvaluateConfig(QuestionOptions):
     ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
     given: list[str] = option([], help="Phenotypes given with each question; none named means every standard set.")
     baselines: bool = option(True, help="Majority class and logistic regression beside the model.")
+    gene_mask_prob: float | None = option(
+        None, help="Share of expressed genes that are hidden to score genes; none means the run's own.", within="[0, 1]"
+    )
+    phenotype_mask_prob: float | None = option(
+        None, help="Share of phenotypes that are hidden beside those genes; none means the run's own.", within="[0, 1]"
+    )
+    absent_prob: float | None = option(
+        None, help="Share of phenotypes that leave those sequences; none means the run's own.", within="[0, 1]"
+    )
+    unexpressed_ratio: float | None = option(
+        None,
+        help="Genes not expressed that are asked with them, as a share of the hidden expressed ones; none means the "
+        "run's own.",
+        within="[0, inf)",
+    )
+
+    @property
+    def mask_rates(self) -> dict[str, float]:
+        """Rates that replace the run's own."""
+        return {name: getattr(self, name) for name in MASK_RATES if getattr(self, name) is not None}
 
     def check(self) -> None:
         super().check()
