@@ -21,22 +21,9 @@ from perturbgene.data_utils.data_collators import (
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
 from perturbgene.data_utils.tokenization import TRUNCATIONS, GeneTokenizer
 from perturbgene.errors import InputError
+from tests.nine_genes import GENES, LABELS, a_tokenizer
 
-GENES = [f"G{i}" for i in range(9)]
-LABELS = {"cell_type": ["B", "NK", "T"], "tissue": ["blood", "spleen"]}
 CLS, EOS, MASK, PAD, BIN_0 = 0, 1, 2, 3, 9  # labels have ids 4..8, phenotypes types 1 and 2, genes types 3..11
-
-
-def a_tokenizer(**options: Any) -> GeneTokenizer:
-    """Make a tokenizer of nine genes and two phenotypes."""
-    defaults = {
-        "genes": GENES,
-        "phenotypes": LABELS,
-        "bin_edges": [1.0, 3.0],
-        "normalization": "none",
-        "max_length": 16,
-    }
-    return GeneTokenizer(**{**defaults, "included_phenotypes": ["cell_type", "tissue"], **options})
 
 
 def a_cell(input_ids: Sequence[int], token_type_ids: Sequence[int], index: int = 0, **attributes: Any) -> Cell:
@@ -64,7 +51,7 @@ def random_cells(num_cells: int, num_genes: int, *, seed: int = 0, density: floa
     values_ng = generator.choice([2.0, 4.0], (num_cells, num_genes)) * (
         generator.random((num_cells, num_genes)) < density
     )
-    obs = pd.DataFrame({"cell_type": ["B", "NK", "T", None] * (num_cells // 4), "tissue": ["blood"] * num_cells})
+    obs = pd.DataFrame({"cell_type": [*LABELS["cell_type"], None] * (num_cells // 4), "tissue": ["blood"] * num_cells})
     obs.index = obs.index.astype(str)
     return ad.AnnData(
         values_ng.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(num_genes)])
@@ -402,7 +389,7 @@ def test_a_label_that_is_there_does_not_change_what_is_asked() -> None:
 def test_long_cells_are_asked_the_same_with_and_without_labels_and_stay_within_max_length() -> None:
     tokenizer, adata = a_tokenizer(max_length=7), ad.AnnData(np.full((1, 9), 2.0), var=pd.DataFrame(index=GENES))
     bare = tokenizer(adata)
-    adata.obs["cell_type"], adata.obs["tissue"] = "B", "blood"
+    adata.obs["cell_type"], adata.obs["tissue"] = "B cell", "blood"
     labelled = tokenizer(adata)
     for question in ({"asked": ["cell_type"]}, {"asked": ["cell_type", "tissue"]}):
         batches = [ask(block_of([cell]), tokenizer, **question) for cell in (bare, labelled)]

@@ -17,23 +17,8 @@ from torch.utils.data import DataLoader
 
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
-from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
-
-GENES = [f"G{i}" for i in range(9)]
-LABELS = {"cell_type": ["B cell", "NK cell", "T cell"], "tissue": ["blood", "spleen"]}
-
-
-def a_tokenizer(**options: Any) -> GeneTokenizer:
-    """Make a tokenizer of nine genes and two phenotypes."""
-    defaults = {
-        "genes": GENES,
-        "phenotypes": LABELS,
-        "bin_edges": [1.0, 3.0],
-        "normalization": "none",
-        "max_length": 16,
-    }
-    return GeneTokenizer(**{**defaults, "included_phenotypes": ["cell_type", "tissue"], **options})
+from tests.nine_genes import GENES, LABELS, a_tokenizer
 
 
 def some_cells(num_cells: int, *, first: int = 0, genes: Sequence[str] = GENES) -> ad.AnnData:
