@@ -150,11 +150,34 @@ def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer
         check_fingerprint(loaded, tokenizer, source=path)
         for name, value in {**_kernel(config), **extra}.items():
             setattr(loaded, name, value)
-        return kind.from_pretrained(path, config=loaded)
+        return _load_weights(kind, path, loaded)
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} holds no GeneBERT weights ({error}). Give a run folder of mlm or cls.") from error
+
+
+def _load_weights(kind: type[PreTrainedModel], path: str, config: GeneBertConfig) -> Any:
+    """Load weights, and say in one line which parts start afresh, where transformers prints a table of every weight."""
+    table = logging.getLogger("transformers.modeling_utils")
+    level = table.level
+    table.setLevel(logging.ERROR)
+    try:
+        loaded: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
+    finally:
+        table.setLevel(level)
+    model, report = loaded
+    fresh, unused = (
+        sorted({key.partition(".")[0] for key in report[f"{why}_keys"]}) for why in ("missing", "unexpected")
+    )
+    if fresh or unused:
+        logger.info(
+            "weights from %s; starting afresh: %s; not used: %s",
+            path,
+            listed(fresh) or "none",
+            listed(unused) or "none",
+        )
+    return model
 
 
 # -- run folder ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Trained runs on real cells: what predict writes, what evaluate counts, and which folders and files are refused."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -870,6 +871,22 @@ def test_baselines_see_at_most_so_many_training_cells(trained, mlm, monkeypatch)
     monkeypatch.setattr(inference, "MOST_BASELINE_CELLS", 50)
     train, held_out = (IterableAnnDataset(path, mlm.tokenizer) for path in (trained.train_shard, trained.eval_shard))
     assert baselines(train, held_out, "phase")["logistic_regression"]["n_train"] == 50
+
+
+def test_a_classifier_says_in_one_line_what_it_takes_from_an_mlm_run(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = logging.getLogger("transformers.modeling_utils")
+    table.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger="perturbgene")
+    steps = STEPS.replace("--model_arch tiny --num_hidden_layers 1", "--max_steps 1 --per_device_train_batch_size 32")
+    flags = f"--corpus {trained.corpus} --output_dir {tmp_path}/cls --phenotype_category phase {steps}".split()
+    try:
+        assert main(["cls", *flags, "--pretrained_model_path", trained.mlm]) == 0
+    finally:
+        table.removeHandler(caplog.handler)
+    assert "LOAD REPORT" not in caplog.text
+    assert f"weights from {trained.mlm}; starting afresh: 'classifier'" in caplog.text
 
 
 def test_genes_are_masked_as_in_the_run_s_own_evaluation(trained: Trained, mlm: Run) -> None:
