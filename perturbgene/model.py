@@ -47,7 +47,9 @@ except ImportError:
     varlen_attn = None
 
 ATTENTION_KERNELS = ("auto", "matmul", "sdpa", "varlen", "flash")
-NORM_POSITIONS = ("pre", "post")
+NORM_POSITIONS = ("pre", "post", "branch")
+#: Where the feed-forward branch's LayerNorm gain starts with "branch": quiet against attention, which reads the cell.
+BRANCH_GAIN = 0.1
 IGNORED_LABEL = -100  # Hugging Face's and PyTorch's "no label here"
 GATE_FEATURES = 8  # flash kernels want head sizes in multiples of 8, so the gate's feature brings seven zeros along
 
@@ -70,7 +72,10 @@ class GeneBertConfig(PreTrainedConfig):
         embedding_range: Standard deviation of fresh embeddings; None means ``initializer_range``.
         layer_norm_eps: Epsilon of every LayerNorm.
         norm_position: ``"pre"`` normalises before each branch and once at the end; ``"post"`` is DistilBERT's own
-            order.
+            order; ``"branch"`` normalises what each branch adds and once at the end, and neither embeddings nor the
+            input of attention, so that a gene's vector can stay short when the gene says little.
+        bin_gain_range: 0 adds word and type embedding, as BERT does. Above 0, a gene's type embedding is first scaled
+            by a learnt number of its bin, which starts on a ramp from 1 - range to 1 + range: bins are ordered.
         pad_token_id: Id of ``[PAD]``; only padded batches without an attention mask need it.
         first_bin_id: Id of ``bin_0``; ids below it are special tokens or phenotype labels.
         phenotype_id_ranges: For phenotype type 1, 2, ..., P in order, the ``[start, stop)`` range of its labels' ids.
@@ -103,6 +108,7 @@ class GeneBertConfig(PreTrainedConfig):
     embedding_range: float | None = None
     layer_norm_eps: float = 1e-12
     norm_position: str = "pre"
+    bin_gain_range: float | int = 0.0
     pad_token_id: int = 3
     first_bin_id: int = 4
     phenotype_id_ranges: list[list[int]] = field(default_factory=list)
@@ -126,6 +132,8 @@ class GeneBertConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} attention heads. "
                 "Choose --num_attention_heads that divides it."
             )
+        if not 0 <= self.bin_gain_range <= 1:
+            raise InputError(f"bin_gain_range is {self.bin_gain_range}, but must lie in 0..1. Choose 0 or about 0.8.")
         for start, stop in self.phenotype_id_ranges:
             if not 0 <= start < stop <= self.first_bin_id:
                 raise InputError(
@@ -442,18 +450,37 @@ _KERNELS: dict[str, Callable[..., Tensor]] = {
 
 
 class PositionlessEmbeddings(nn.Module):
-    """Word plus type embedding, LayerNorm, dropout: BERT's embeddings without positions, for tokens have no order."""
+    """Word plus type embedding, LayerNorm, dropout: BERT's embeddings without positions, for tokens have no order.
+
+    With ``bin_gain_range`` the type embedding is scaled by a number of the input id, so that more of a gene weighs more
+    from the first step on (numbers times a vector of the feature, as tabular transformers embed them: Gorishniy et al.
+    2021, arXiv:2106.11959). With ``norm_position="branch"`` there is no LayerNorm.
+    """
 
     def __init__(self, config: GeneBertConfig) -> None:
         super().__init__()
+        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.type_gain = nn.Parameter(torch.ones(config.vocab_size)) if config.bin_gain_range else None
+        is_normed = config.norm_position != "branch"
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if is_normed else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+
+    def reset_gain(self) -> None:
+        """Start the gains afresh, unless they were loaded: bins on their ramp, all others at 1."""
+        if self.type_gain is not None:
+            gains_v, spread = torch.ones_like(self.type_gain, requires_grad=False), self.config.bin_gain_range
+            bins_b = gains_v[self.config.first_bin_id :]
+            bins_b.copy_(torch.linspace(1 - spread, 1 + spread, len(bins_b), device=gains_v.device))
+            init.copy_(self.type_gain, gains_v)
 
     def summed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         """Return word plus type embedding, any shape -> (..., h): what ``inputs_embeds`` takes the place of."""
-        return cast(Tensor, self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids))
+        types = self.token_type_embeddings(token_type_ids)
+        if self.type_gain is not None:
+            types = types * self.type_gain[input_ids][..., None]  # (..., h) * (..., 1)
+        return cast(Tensor, self.word_embeddings(input_ids) + types)
 
     def forward(
         self, input_ids: Tensor | None = None, token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
@@ -466,13 +493,17 @@ class PositionlessEmbeddings(nn.Module):
 
 
 class GeneBertLayer(GradientCheckpointingLayer):
-    """Self-attention and a feed-forward part, each a residual branch with its LayerNorm before ("pre") or after it."""
+    """Self-attention and a feed-forward part, each a residual branch with a LayerNorm.
+
+    It stands before the branch ("pre"), after the sum ("post"), or on what the branch adds ("branch", as in OLMo 2,
+    arXiv:2501.00656, without its normalised queries and keys, which made no difference here).
+    """
 
     def __init__(self, config: GeneBertConfig) -> None:
         super().__init__()
         h = config.hidden_size
         self.config = config
-        self.is_pre_norm = config.norm_position == "pre"
+        self.norm_position = config.norm_position
         self.qkv = nn.Linear(h, 3 * h)
         self.attention_out = nn.Linear(h, h)
         self.attention_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
@@ -490,16 +521,20 @@ class GeneBertLayer(GradientCheckpointingLayer):
         key_log_gate: Tensor | None = None,
     ) -> Tensor:
         """Transform (l, h) -> (l, h), or -> (m, h) at the ascending flat ``read_positions``, shape (m,)."""
-        normed_lh = self.attention_norm(hidden_lh) if self.is_pre_norm else hidden_lh
-        attended = self.dropout(self._attend(normed_lh, packing, read_positions, key_log_gate))
+        is_pre, is_branch = self.norm_position == "pre", self.norm_position == "branch"
+        normed_lh = self.attention_norm(hidden_lh) if is_pre else hidden_lh
+        attended = self._attend(normed_lh, packing, read_positions, key_log_gate)
         residual = (
             hidden_lh if read_positions is None else hidden_lh.index_select(0, read_positions)
         )  # (l, h) -> (m, h)
-        if self.is_pre_norm:
-            hidden = residual + attended
-            return hidden + self._feed_forward(self.ffn_norm(hidden))
-        hidden = self.attention_norm(residual + attended)
-        return cast(Tensor, self.ffn_norm(hidden + self._feed_forward(hidden)))
+        if is_branch:
+            hidden = residual + self.dropout(self.attention_norm(attended))
+            return hidden + self.dropout(self.ffn_norm(self._feed_forward(hidden)))
+        hidden = residual + self.dropout(attended)
+        if is_pre:
+            return hidden + self.dropout(self._feed_forward(self.ffn_norm(hidden)))
+        hidden = self.attention_norm(hidden)
+        return cast(Tensor, self.ffn_norm(hidden + self.dropout(self._feed_forward(hidden))))
 
     def _attend(self, x_lh: Tensor, packing: Packing, read_positions: Tensor | None, gate_l: Tensor | None) -> Tensor:
         q, k, v = self._queries_keys_values(x_lh, read_positions)
@@ -525,7 +560,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
         return q.view(-1, heads, h // heads), k, v
 
     def _feed_forward(self, x_lh: Tensor) -> Tensor:
-        return cast(Tensor, self.dropout(self.ffn_out(self.activation(self.ffn_in(x_lh)))))
+        return cast(Tensor, self.ffn_out(self.activation(self.ffn_in(x_lh))))
 
 
 # --------------------------------------------------------------------------------------------------------------- models
@@ -573,6 +608,10 @@ class GeneBertPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
             init.normal_(module.weight, std=self.config.embedding_range)
+        if isinstance(module, PositionlessEmbeddings):
+            module.reset_gain()
+        if isinstance(module, GeneBertLayer) and self.config.norm_position == "branch":
+            init.constant_(module.ffn_norm.weight, BRANCH_GAIN)
 
 
 class GeneBertModel(GeneBertPreTrainedModel):
@@ -582,7 +621,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = PositionlessEmbeddings(config)
         self.layers = nn.ModuleList([GeneBertLayer(config) for _ in range(config.num_hidden_layers)])
-        has_final_norm = config.norm_position == "pre"
+        has_final_norm = config.norm_position != "post"
         self.final_norm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_final_norm else nn.Identity()
         )

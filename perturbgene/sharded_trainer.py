@@ -62,6 +62,10 @@ class ShardedTrainer(Trainer):
         """Loaders draw their workers' seed from this: from the global generator they would change the dropout."""
         return torch.Generator().manual_seed(self.args.seed)
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Spare the gains of bins from weight decay, as biases and norms are: their rest is at 1, not at 0."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("type_gain")]
+
     def get_train_dataloader(self) -> DataLoader:
         """Return this rank's training batches."""
         assert isinstance(self.train_dataset, IterableAnnDataset)

@@ -105,9 +105,12 @@ def _datasets(
 # -- model --------------------------------------------------------------------------------------------------------
 
 
+_SHAPE = ("norm_position", "bin_gain_range")
+
+
 def _own_sizes(config: "TrainingConfig") -> dict[str, Any]:
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "dropout", "norm_position")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "dropout")
+    return {name: getattr(config, name) for name in (*names, *_SHAPE) if getattr(config, name) is not None}
 
 
 def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> GeneBertConfig:
@@ -305,8 +308,9 @@ def run_mlm(config: "MlmConfig") -> Path:
         seed=arguments.seed,
         pad_to_multiple_of=config.pad_to_multiple_of,
         packed=config.pad_to_multiple_of is None,
+        gene_drop_prob=config.gene_drop_prob,
     )
-    packed = replace(collator, packed=True)
+    packed = replace(collator, packed=True, gene_drop_prob=0.0)  # scores are those of whole cells
     quick = [Question("alone", (category,)) for category in tokenizer.included_phenotypes]
     evaluator = MlmEvaluator(tokenizer, collator=packed, questions=quick)
     final = MlmEvaluator(tokenizer, collator=packed, questions=standard_questions(tokenizer.included_phenotypes))
@@ -366,7 +370,13 @@ def run_cls(config: "ClsConfig") -> Path:
         model = GeneBertForClassification(model_config(config, tokenizer, **head))
     evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=config.phenotype_category)
     is_packed = config.pad_to_multiple_of is None
-    collator = collate_fn_wrapper(tokenizer, config.pad_to_multiple_of, packed=is_packed)
+    collator = collate_fn_wrapper(
+        tokenizer,
+        config.pad_to_multiple_of,
+        packed=is_packed,
+        gene_drop_prob=config.gene_drop_prob,
+        seed=arguments.seed,
+    )
     return _train(
         config, arguments, tokenizer, (evaluator, evaluator),
         model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,

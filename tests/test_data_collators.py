@@ -143,6 +143,55 @@ def test_masks_of_one_cell_never_change_between_versions() -> None:
     assert [batch[name].tolist()[0] for name in ("input_ids", "token_type_ids", "labels")] == GOLDEN
 
 
+@pytest.mark.parametrize("prob", [0.5, 0.9])
+def test_thinning_takes_a_share_of_genes_drawn_anew_for_each_cell_and_epoch(
+    many_cells: list[Cell], prob: float
+) -> None:
+    first = wide_tokenizer().first_gene_type
+
+    def genes_left(batch: dict[str, Any]) -> np.ndarray:
+        is_gene_l = (batch["token_type_ids"] >= first).numpy()
+        return np.add.reduceat(is_gene_l, batch["cu_seqlens"][:-1].numpy(), dtype=np.int64)
+
+    whole = collate_fn_wrapper(wide_tokenizer(), packed=True)(many_cells)
+    left = collate_fn_wrapper(wide_tokenizer(), packed=True, gene_drop_prob=prob, seed=1)(many_cells)
+    share_n = 1 - genes_left(left) / genes_left(whole)
+    assert share_n.mean() == pytest.approx(prob / 2, abs=0.02)
+    assert (share_n < 0.2 * prob).mean() == pytest.approx(0.2, abs=0.06)  # uniform: some cells lose next to nothing
+    assert np.quantile(share_n, 0.95) < prob + 0.15
+    again = [collate_fn_wrapper(wide_tokenizer(), gene_drop_prob=prob, seed=1)([cell]) for cell in many_cells[:50]]
+    assert [int(batch["attention_mask"].sum()) for batch in again] == left["lengths"][:50]
+    for cell in many_cells:
+        cell.epoch = 1
+    other = collate_fn_wrapper(wide_tokenizer(), packed=True, gene_drop_prob=prob, seed=1)(many_cells)
+    for cell in many_cells:
+        cell.epoch = 0
+    assert other["lengths"] != left["lengths"]
+
+
+def test_thinning_never_takes_phenotypes_and_never_calls_a_gene_unexpressed(many_cells: list[Cell]) -> None:
+    collator = DataCollatorForPhenotypicMLM(
+        wide_tokenizer(), gene_mask_prob=0.3, phenotype_mask_prob=0, absent_prob=0, gene_drop_prob=0.9,
+        unexpressed_ratio=1,
+    )  # fmt: skip
+    first = wide_tokenizer().first_gene_type
+    for cell, row in zip(many_cells, rows_of(collator(many_cells)), strict=True):
+        expressed = set(cell["token_type_ids"].tolist())
+        assert {type_ for _, type_, _ in row if 0 < type_ < first} == {t for t in expressed if 0 < t < first}
+        unexpressed = {type_ for _, type_, label in row if label == wide_tokenizer().first_bin_id}
+        assert not unexpressed & expressed
+
+
+def test_without_thinning_masks_are_what_they_were(many_rows: list, many_cells: list[Cell]) -> None:
+    collator = DataCollatorForPhenotypicMLM(wide_tokenizer(), gene_drop_prob=0.0)
+    assert rows_of(collator(many_cells)) == many_rows
+
+
+def test_a_share_of_dropped_genes_beyond_one_is_refused() -> None:
+    with pytest.raises(InputError, match="gene_drop_prob is 1.5"):
+        collate_fn_wrapper(wide_tokenizer(), gene_drop_prob=1.5)
+
+
 @pytest.fixture(scope="module")
 def many_cells() -> list[Cell]:
     """1,200 cells of 60 genes, of which each expresses about 18."""

@@ -158,7 +158,7 @@ def test_post_norm_hidden_states_equal_distilberts_own_layers() -> None:
     torch.testing.assert_close(hidden[is_token_nl], expected[is_token_nl], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("norm_position", ["pre", "post", "branch"])
 def test_packed_hidden_states_equal_padded_ones(norm_position: str) -> None:
     model, cells = build(GeneBertModel, norm_position=norm_position), make_cells()
     batch = padded(cells)
@@ -168,6 +168,49 @@ def test_packed_hidden_states_equal_padded_ones(norm_position: str) -> None:
     is_token_nl = batch["attention_mask"].bool()
     torch.testing.assert_close(hidden_lh, hidden_nlh[is_token_nl], atol=1e-5, rtol=0)
     assert (hidden_nlh[~is_token_nl] == 0).all()
+
+
+def test_branch_norm_leaves_a_short_gene_vector_short_where_pre_norm_does_not() -> None:
+    cells = encoder_inputs(packed(make_cells()))
+    moved = {}
+    for norm_position in ("pre", "branch"):
+        model = build(GeneBertModel, norm_position=norm_position, num_hidden_layers=1)
+        with torch.no_grad():
+            before = model(**cells, read_positions=torch.tensor([0])).last_hidden_state
+            gene = int(cells["token_type_ids"][4])  # a gene of the first cell
+            embeds = model.embeddings.summed(cells["input_ids"], cells["token_type_ids"])
+            embeds[4] *= 1e-3 / embeds[4].norm()
+            cells_of_gene = {name: value for name, value in cells.items() if not name.endswith("_ids")}
+            short = model(**cells_of_gene, inputs_embeds=embeds, read_positions=torch.tensor([0])).last_hidden_state
+            embeds[4] *= -1
+            turned = model(**cells_of_gene, inputs_embeds=embeds, read_positions=torch.tensor([0])).last_hidden_state
+        assert gene >= 3 and not torch.equal(before, short)
+        moved[norm_position] = float((short - turned).norm())
+    assert moved["branch"] < 0.01 * moved["pre"]
+
+
+def test_a_bin_scales_its_gene_and_starts_on_a_ramp() -> None:
+    torch.manual_seed(0)
+    model = GeneBertModel(tiny_config(norm_position="branch", bin_gain_range=0.5))
+    gains = model.embeddings.type_gain.detach()
+    assert torch.equal(gains[:FIRST_BIN], torch.ones(FIRST_BIN))
+    torch.testing.assert_close(gains[FIRST_BIN:], torch.linspace(0.5, 1.5, NUM_IDS - FIRST_BIN))
+    ids, types = torch.tensor([FIRST_BIN, NUM_IDS - 1]), torch.tensor([5, 5])
+    words, gene = model.embeddings.word_embeddings(ids), model.embeddings.token_type_embeddings(types)
+    expected = words + torch.tensor([[0.5], [1.5]]) * gene
+    torch.testing.assert_close(model.embeddings.eval()(ids, types), expected)
+
+
+def test_learnt_gains_survive_saving(tmp_path: Path) -> None:
+    model = GeneBertModel(tiny_config(bin_gain_range=0.5))
+    with torch.no_grad():
+        model.embeddings.type_gain.add_(torch.arange(NUM_IDS) / 7)
+    model.save_pretrained(tmp_path)
+    again = GeneBertModel.from_pretrained(tmp_path)
+    assert torch.equal(again.embeddings.type_gain, model.embeddings.type_gain)
+    assert "type_gain" in dict(
+        GeneBertForClassification.from_pretrained(tmp_path).genebert.embeddings.named_parameters()
+    )
 
 
 def test_left_padding_changes_nothing_because_tokens_have_no_position() -> None:
@@ -202,7 +245,7 @@ def test_lengths_that_are_left_out_are_read_from_cu_seqlens() -> None:
         assert torch.equal(model(**batch).last_hidden_state, model(**bare).last_hidden_state)
 
 
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("norm_position", ["pre", "post", "branch"])
 @pytest.mark.parametrize("positions", [[0, 3, 7, 8, 30, 49], [20], []], ids=["some cells", "one token", "no token"])
 def test_reading_at_positions_equals_reading_everywhere(norm_position: str, positions: list[int]) -> None:
     model, batch = build(GeneBertModel, norm_position=norm_position), encoder_inputs(packed(make_cells()))
@@ -533,7 +576,7 @@ def test_as_many_class_weights_as_classes_are_asked_for() -> None:
         (GeneBertForClassification, AutoModelForSequenceClassification),
     ],
 )
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize("norm_position", ["pre", "post", "branch"])
 def test_a_loaded_model_equals_the_saved_one(
     model_class: type, auto_class: Any, norm_position: str, tmp_path: Path
 ) -> None:
@@ -575,6 +618,7 @@ def test_the_configuration_survives_saving_but_for_the_kernel(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"bin_gain_range": 1.5}, "bin_gain_range is 1.5"),
         ({"norm_position": "middle"}, "norm_position cannot be 'middle'"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "cannot be split into 4 attention heads"),
         ({"phenotype_id_ranges": [[4, 6], [6, 99]]}, "reaches beyond first_bin_id"),

@@ -5,7 +5,7 @@ Owns every change that a sequence undergoes between the dataset and the model. M
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -22,6 +22,11 @@ IGNORED = -100
 
 Example = Mapping[str, torch.Tensor]
 Batch = dict[str, Any]
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} is {value}, but a probability lies in 0..1. Change --{name}.")
 
 
 def _identity(example: Example) -> int:
@@ -99,12 +104,31 @@ def pack(block: TokenBlock, *, labels_l: np.ndarray | None = None) -> Batch:
     return batch
 
 
+def _epochs(block: TokenBlock) -> np.ndarray:
+    return np.zeros(len(block), dtype=np.int64) if block.epochs_n is None else block.epochs_n
+
+
+def thin(block: TokenBlock, tokenizer: GeneTokenizer, *, gene_drop_prob: float, seed: int = 0) -> TokenBlock:
+    """Let each cell lose a share of its genes, drawn from [0, gene_drop_prob) as a function of (seed, epoch, cell)."""
+    ids, types = np.empty_like(block.input_ids_l), np.empty_like(block.token_type_ids_l)
+    offsets = np.zeros(len(block) + 1, dtype=np.int64)
+    _thin_rows(
+        block.input_ids_l, block.token_type_ids_l, block.offsets_n1, block.cells_n, _epochs(block), seed,
+        gene_drop_prob, tokenizer.first_gene_type, ids, types, offsets,
+    )  # fmt: skip
+    stop = offsets[-1]
+    return replace(block, input_ids_l=ids[:stop], token_type_ids_l=types[:stop], offsets_n1=offsets)
+
+
 @dataclass(frozen=True)
 class Collator:
     """Joins cells without masking; made by `collate_fn_wrapper`."""
 
+    tokenizer: GeneTokenizer
     pad_to_multiple_of: int | None = None
     packed: bool = False
+    gene_drop_prob: float = 0.0
+    seed: int = 0
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Join cells; `labels` of classification become shape (n,)."""
@@ -112,6 +136,8 @@ class Collator:
 
     def collate_block(self, block: TokenBlock) -> Batch:
         """Join the cells of a block."""
+        if self.gene_drop_prob:
+            block = thin(block, self.tokenizer, gene_drop_prob=self.gene_drop_prob, seed=self.seed)
         batch = pack(block) if self.packed else pad(block, pad_to_multiple_of=self.pad_to_multiple_of)
         if block.labels_n is not None:
             batch["labels"] = torch.from_numpy(block.labels_n.astype(np.int64))
@@ -119,9 +145,24 @@ class Collator:
 
 
 def collate_fn_wrapper(
-    tokenizer: GeneTokenizer, pad_to_multiple_of: int | None = None, *, packed: bool = False
+    tokenizer: GeneTokenizer,
+    pad_to_multiple_of: int | None = None,
+    *,
+    packed: bool = False,
+    gene_drop_prob: float = 0.0,
+    seed: int = 0,
 ) -> Collator:
     """Return a collator that joins cells without masking; `labels` of classification become shape (n,).
+
+    Args:
+        tokenizer: Gives the layout.
+        pad_to_multiple_of: Round the padded length up.
+        packed: True lays the batch out without padding.
+        gene_drop_prob: For training: each cell loses a share of its genes, drawn anew from [0, this) every epoch.
+        seed: What the thinning depends on, with epoch and cell.
+
+    Raises:
+        InputError: `gene_drop_prob` lies outside 0..1.
 
     Example:
         >>> tokenizer = GeneTokenizer(genes=["A"], phenotypes={}, bin_edges=[1.0], max_length=4)
@@ -130,11 +171,16 @@ def collate_fn_wrapper(
         >>> collate_fn_wrapper(tokenizer)([a, b])["input_ids"].tolist()
         [[0, 5, 1], [0, 1, 3]]
     """
-    return Collator(pad_to_multiple_of=pad_to_multiple_of, packed=packed)
+    _check_probability("gene_drop_prob", gene_drop_prob)
+    return Collator(tokenizer, pad_to_multiple_of, packed, gene_drop_prob, seed)
 
 
 # What each random decision about a cell is for; the numbers are part of the contract and never change.
 _ABSENT, _ASKED, _GENE, _ROUNDING, _UNEXPRESSED, _MASKING = (np.uint64(n) for n in (1, 2, 3, 4, 5, 8))
+_DROP, _DROP_SHARE = np.uint64(9), np.uint64(10)
+
+# What becomes of a token: it stays as it is, is hidden behind [MASK], or leaves the sequence.
+_KEPT, _HIDDEN, _DROPPED = np.uint8(0), np.uint8(1), np.uint8(2)
 
 #: Draws per unexpressed gene that is wanted, before a cell that expresses nearly all of the panel goes without.
 _TRIES = 8
@@ -179,60 +225,88 @@ def _draw_unexpressed(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _mask_genes(types, first_gene_type, probability, key, is_masked):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Choose the masked genes of one cell, at least one; return how many."""
+def _drop_genes(types, first_gene_type, most, key, fate):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Thin one cell: its genes leave with one share, drawn uniformly from [0, most); return how many left."""
+    share, drop_key, count = unit(mix(key, _DROP_SHARE)) * most, mix(key, _DROP), 0
+    for k in range(len(types)):
+        fate[k] = _KEPT
+        if types[k] >= first_gene_type and unit(mix(drop_key, np.uint64(types[k]))) < share:
+            fate[k] = _DROPPED
+            count += 1
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _mask_genes(types, first_gene_type, probability, key, fate):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Choose the hidden genes of one cell among those that are left, at least one; return how many."""
     count, best, lowest = 0, -1, 2.0
     gene_key = mix(key, _GENE)
     for k in range(len(types)):
-        is_masked[k] = False
-        if types[k] < first_gene_type:
+        if types[k] < first_gene_type or fate[k] == _DROPPED:
             continue
         draw = unit(mix(gene_key, np.uint64(types[k])))
         if draw < lowest:
             best, lowest = k, draw
         if draw < probability:
-            is_masked[k] = True
+            fate[k] = _HIDDEN
             count += 1
     if count == 0 and best >= 0 and probability > 0:
-        is_masked[best] = True
+        fate[best] = _HIDDEN
         count = 1
     return count
 
 
 @numba.njit(nogil=True, cache=True)
+def _thin_rows(  # type: ignore[no-untyped-def]
+    ids_l, types_l, offsets_n1, cells_n, epochs_n, seed, most, first_gene_type, out_ids, out_types, out_offsets
+):  # fmt: skip  # pragma: no cover - compiled
+    """Write what `_drop_genes` leaves of every cell."""
+    fate, at = np.zeros(len(types_l) + 1, np.uint8), 0
+    for row in range(len(cells_n)):
+        ids, types = ids_l[offsets_n1[row] : offsets_n1[row + 1]], types_l[offsets_n1[row] : offsets_n1[row + 1]]
+        _drop_genes(types, first_gene_type, most, mix(cell_key(seed, epochs_n[row], cells_n[row]), _MASKING), fate)
+        for k in range(len(types)):
+            if fate[k] == _KEPT:
+                out_ids[at], out_types[at] = ids[k], types[k]
+                at += 1
+        out_offsets[row + 1] = at
+
+
+@numba.njit(nogil=True, cache=True)
 def _mask_rows(  # type: ignore[no-untyped-def]
     ids_l, types_l, offsets_n1, cells_n, epochs_n, order_seeds_n, seed, gene_prob, phenotype_prob, absent_prob,
-    unexpressed_ratio, first_gene_type, first_bin_id, num_genes, max_length, rule, measured_ug, source_n,
+    drop_prob, unexpressed_ratio, first_gene_type, first_bin_id, num_genes, max_length, rule, measured_ug, source_n,
     out_ids, out_types, labels, out_offsets,
 ):  # fmt: skip  # pragma: no cover - compiled
     """Write the masked tokens and labels of all cells; see `DataCollatorForPhenotypicMLM`."""
     stamp = np.full(num_genes, -1, np.int64)
-    is_masked = np.zeros(len(types_l) + 1, np.bool_)
+    fate = np.zeros(len(types_l) + 1, np.uint8)
     extra = np.empty(num_genes, np.int64)
     at = 0
     for row in range(len(cells_n)):
         ids, types = ids_l[offsets_n1[row] : offsets_n1[row + 1]], types_l[offsets_n1[row] : offsets_n1[row + 1]]
         key = mix(cell_key(seed, epochs_n[row], cells_n[row]), _MASKING)
         order_key = cell_key(order_seeds_n[row], epochs_n[row], cells_n[row])
-        masked = _mask_genes(types, first_gene_type, gene_prob, key, is_masked)
+        dropped = _drop_genes(types, first_gene_type, drop_prob, key, fate)
+        masked = _mask_genes(types, first_gene_type, gene_prob, key, fate)
         wanted = min(int(unexpressed_ratio * masked + unit(mix(key, _ROUNDING))), num_genes)
         found = _draw_unexpressed(
             types, wanted, num_genes, first_gene_type, max_length, rule, order_key, order_seeds_n[row] >= 0, key, stamp,
             row, measured_ug[source_n[row]], extra,
         )  # fmt: skip
-        to_drop = max(0, len(types) + found - max_length)
+        to_drop = max(0, len(types) - dropped + found - max_length)
         last_kept = len(types)
         while to_drop > 0 and last_kept > 0:
             last_kept -= 1
-            to_drop -= types[last_kept] >= first_gene_type and not is_masked[last_kept]
+            to_drop -= types[last_kept] >= first_gene_type and fate[last_kept] == _KEPT
         found -= min(found, to_drop)
         for k in range(len(types) - 1):
             type_ = types[k]
             out_ids[at], out_types[at], labels[at] = ids[k], type_, IGNORED
             if type_ >= first_gene_type:
-                if k >= last_kept and not is_masked[k]:
+                if fate[k] == _DROPPED or (k >= last_kept and fate[k] == _KEPT):
                     continue
-                if is_masked[k]:
+                if fate[k] == _HIDDEN:
                     out_ids[at], labels[at] = MASK_ID, ids[k]
             elif type_ > 0:
                 if unit(mix(mix(key, _ABSENT), np.uint64(type_))) < absent_prob:
@@ -266,9 +340,12 @@ class DataCollatorForPhenotypicMLM:
     not measure, or that truncation may have cut, never serve as unexpressed. A full cell gives up its last unmasked
     genes for them, so no sequence grows past `max_length`.
 
+    `gene_drop_prob` thins cells like a shallower sequencing would: each cell loses a share of its genes, drawn anew
+    from [0, `gene_drop_prob`) every epoch, before any gene is hidden. It keeps small data from being learnt by heart.
+
     Args:
         tokenizer: Gives the layout.
-        gene_mask_prob, phenotype_mask_prob, absent_prob: Probabilities in [0, 1].
+        gene_mask_prob, phenotype_mask_prob, absent_prob, gene_drop_prob: Probabilities in [0, 1].
         unexpressed_ratio: Unexpressed genes per masked expressed gene.
         seed: Masks are a pure function of (seed, epoch, cell, token).
         pad_to_multiple_of: Round the padded length up.
@@ -292,11 +369,11 @@ class DataCollatorForPhenotypicMLM:
     unexpressed_ratio: float = 0.5
     pad_to_multiple_of: int | None = None
     packed: bool = False
+    gene_drop_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("gene_mask_prob", "phenotype_mask_prob", "absent_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}, but a probability lies in 0..1. Change --{name}.")
+        for name in ("gene_mask_prob", "phenotype_mask_prob", "absent_prob", "gene_drop_prob"):
+            _check_probability(name, getattr(self, name))
         if self.unexpressed_ratio < 0:
             raise InputError(f"unexpressed_ratio is {self.unexpressed_ratio}, but must be >= 0.")
 
@@ -327,12 +404,12 @@ class DataCollatorForPhenotypicMLM:
         ids, types, labels = np.empty(room, dtype), np.empty(room, dtype), np.empty(room, np.int32)
         offsets = np.zeros(num_cells + 1, dtype=np.int64)
         measured_ug, source_n = _distinct_masks(block.measured or [block.is_measured_g] * num_cells, num_genes)
-        epochs_n = np.zeros(num_cells, dtype=np.int64) if block.epochs_n is None else block.epochs_n
+        epochs_n = _epochs(block)
         seeds_n = np.full(num_cells, -1, dtype=np.int64) if block.seeds_n is None else block.seeds_n
         _mask_rows(
             block.input_ids_l, block.token_type_ids_l, block.offsets_n1, block.cells_n, epochs_n, seeds_n, self.seed,
-            self.gene_mask_prob, self.phenotype_mask_prob, self.absent_prob, self.unexpressed_ratio,
-            tokenizer.first_gene_type, tokenizer.first_bin_id, num_genes, tokenizer.max_length,
+            self.gene_mask_prob, self.phenotype_mask_prob, self.absent_prob, self.gene_drop_prob,
+            self.unexpressed_ratio, tokenizer.first_gene_type, tokenizer.first_bin_id, num_genes, tokenizer.max_length,
             TRUNCATIONS.index(tokenizer.truncation), measured_ug, source_n, ids, types, labels, offsets,
         )  # fmt: skip
         stop = offsets[-1]

@@ -110,8 +110,16 @@ class ModelOptions(BaseConfig):
     dropout: float | None = option(
         None, help="Dropout after embeddings and sublayers; never on attention weights.", group="Model", within="[0, 1)"
     )
-    norm_position: Literal["pre", "post"] | None = option(
-        None, help="LayerNorm before or after each sublayer.", group="Model"
+    norm_position: Literal["pre", "post", "branch"] | None = option(
+        None,
+        help="LayerNorm before each sublayer, after it, or on what it adds (branch; the presets' choice).",
+        group="Model",
+    )
+    bin_gain_range: float | None = option(
+        None,
+        help="Spread of the gains by which a bin scales its gene's vector at the start; 0 only adds, as BERT does.",
+        group="Model",
+        within="[0, 1]",
     )
     attn_implementation: Literal["auto", "matmul", "sdpa", "varlen", "flash"] = option(
         "auto", help="How attention is computed; auto takes the fastest that the device has.", group="Model"
@@ -123,8 +131,8 @@ class ModelOptions(BaseConfig):
         name, heads, hidden = self.pretrained_model_path, self.num_attention_heads, self.hidden_size
         if name and not looks_like_hub_id(name):
             check_exists(name, flag="pretrained_model_path")
-        sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "norm_position")
-        for size in sizes if name else ():
+        sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
+        for size in (*sizes, "norm_position", "bin_gain_range") if name else ():
             if getattr(self, size) is not None:
                 raise InputError(
                     f"{size} is given, but the model of --pretrained_model_path has its own. Remove --{size}."
@@ -232,6 +240,13 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
     best_metric: ClassVar[str] = "eval_loss"
 
     training_overrides: dict[str, Any] = field(default_factory=dict)
+    gene_drop_prob: float = option(
+        0.0,
+        help="Thin training cells: each loses a share of its genes, drawn anew from 0 to this every epoch; high values "
+        "(0.9) keep a model from learning a few hundred cells by heart.",
+        group="Training",
+        within="[0, 1]",
+    )
 
     def check(self) -> None:
         super().check()
