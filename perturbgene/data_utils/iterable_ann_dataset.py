@@ -39,7 +39,7 @@ class Cell(dict[str, torch.Tensor]):
         index: Number of the cell in the data set.
         epoch: Epoch in which it was drawn.
         seed: Seed of the data set, on which random truncation depends; -1 when unknown.
-        is_measured_g: True for genes that its file has, shape (g,); None when it has all.
+        is_measured_g: True for genes that it was measured with, shape (g,); None for all.
     """
 
     index: int = -1
