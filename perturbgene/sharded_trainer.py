@@ -1,22 +1,27 @@
 """`ShardedTrainer`: transformers' Trainer, except that each rank reads its own rows and counts its own tokens.
 
-Owns the few overrides that streaming and two-part losses need; leaves the loop, optimiser, logging and checkpoints to
-transformers and accelerate.
+Owns the few overrides that streaming, two-part losses and resuming without replay need; leaves the loop, optimiser,
+logging and checkpoints to transformers and accelerate.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.errors import InputError
 from perturbgene.eval_utils import Evaluator, run_evaluator
 
 logger = logging.getLogger(__name__)
@@ -24,8 +29,76 @@ logger = logging.getLogger(__name__)
 _PARTS = ("loss_phenotypes", "loss_genes")
 
 
+#: Entry of `trainer_state.json` that says which cells of the epoch are done.
+POSITION_KEY = "StreamPosition"
+
+
+class _KeepPosition(TrainerCallback):
+    """Counts the batches of the running epoch, so that every checkpoint says which cells are done.
+
+    The number of steps would not do: it means other cells once ranks, batch size or accumulation have changed.
+    """
+
+    def __init__(self, cells: IterableAnnDataset) -> None:
+        self.cells, self.num_batches = cells, 0
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.num_batches = 0
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.num_batches += 1
+
+    def on_step_end(self, args: Any, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        self.num_batches += 1
+        position = self.cells.state_after(self.num_batches)
+        _kept_by(state)[POSITION_KEY] = position
+        # Trainer takes the batches of a resumed epoch for a whole epoch.
+        left, whole = self.cells.num_batches(position["consumed"]), self.cells.num_batches()
+        state.epoch = position["epoch"] + (whole - left) / whole
+
+
+def _kept_by(state: TrainerState) -> dict[str, Any]:
+    """Return what a trainer's state keeps for callbacks, a dict whatever its annotation says."""
+    return cast(dict[str, Any], state.stateful_callbacks)
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """Where a checkpoint stands.
+
+    Args:
+        state: Of the data set; see `IterableAnnDataset.state_dict`.
+        step: Optimizer steps done.
+        batches_left: Batches of this rank that are left in the epoch, more than none.
+    """
+
+    state: Mapping[str, Any]
+    step: int
+    batches_left: int
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way."""
+        return int(self.state["epoch"])
+
+
+def trainer_state(checkpoint: str | Path) -> TrainerState:
+    """Read what a checkpoint says of its run.
+
+    Raises:
+        InputError: The checkpoint is not complete.
+    """
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    if not path.exists():
+        raise InputError(f"checkpoint {checkpoint} is not complete ({path.name} is missing). Give an older one.")
+    return TrainerState.load_from_json(str(path))
+
+
 class ShardedTrainer(Trainer):
     """A Trainer for `IterableAnnDataset`s that already hold one rank's share.
+
+    A resumed run reads no cell of those that are done, and continues with the cells that are left when the number of
+    loader workers, ranks, cells per batch or accumulated batches has changed.
 
     Args:
         evaluator: Counts scores batch by batch; its sums are added over ranks.
@@ -36,6 +109,84 @@ class ShardedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.evaluator = evaluator
         self._parts: dict[str, torch.Tensor] = {}
+        self._step_of_last_parts = 0
+        self._resumed: _Resumed | None = None
+        if isinstance(self.train_dataset, IterableAnnDataset):
+            self.add_callback(_KeepPosition(self.train_dataset))
+
+    # -- resuming -------------------------------------------------------------------------------------------------
+
+    def _resumed_at(self, checkpoint: str) -> _Resumed:
+        cells, trained = self._cells, trainer_state(checkpoint)
+        steps = trained.global_step
+        state = _kept_by(trained).get(POSITION_KEY)
+        if state is None:  # a checkpoint of older versions: its ranks and batches are taken to be those of now
+            epoch, steps_of_epoch = divmod(steps, self._updates(cells.num_batches()))
+            consumed = steps_of_epoch * self.args.gradient_accumulation_steps * cells.batch_size * cells.world_size
+            state = {**cells.state_dict(), "epoch": epoch, "consumed": consumed}
+        cells.check_state(state)
+        left = cells.num_batches(state["consumed"])
+        if left == 0:
+            state, left = {**state, "epoch": state["epoch"] + 1, "consumed": 0}, cells.num_batches()
+        return _Resumed(state, steps, left)
+
+    @property
+    def _cells(self) -> IterableAnnDataset:
+        assert isinstance(self.train_dataset, IterableAnnDataset)
+        return self.train_dataset
+
+    def _updates(self, num_batches: int) -> int:
+        return -(-num_batches // self.args.gradient_accumulation_steps)
+
+    def is_finished(self, checkpoint: str) -> bool:
+        """True when a checkpoint has as many steps as this run wants.
+
+        Raises:
+            InputError: The checkpoint is not complete, or was trained on other cells.
+        """
+        self._resumed = self._resumed_at(checkpoint)
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return self._resumed.step >= max_steps
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint on if one is named (True: the newest of the output folder).
+
+        Raises:
+            InputError: The checkpoint is not complete, or was trained on other cells.
+        """
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        self._resumed = self._resumed_at(checkpoint) if checkpoint else None
+        self._step_of_last_parts = 0 if self._resumed is None else self._resumed.step
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        """Count epochs and steps; steps done with other ranks or batches took other cells than steps of now."""
+        num_epochs, per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._resumed is not None:
+            epoch = self._resumed.epoch
+            step_of_next_epoch = self._resumed.step + self._updates(self._resumed.batches_left)
+            is_changed = step_of_next_epoch != (epoch + 1) * per_epoch
+            if is_changed and args.max_steps <= 0:
+                max_steps = step_of_next_epoch + math.ceil((args.num_train_epochs - epoch - 1) * per_epoch)
+            num_epochs = epoch + 1 + max(0, -(-(max_steps - step_of_next_epoch) // per_epoch))
+        return num_epochs, per_epoch, *others, max_steps
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Load the trainer's state; return the epoch to begin with and how many batches to replay: none."""
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        return (epoch, batches) if self._resumed is None else (self._resumed.epoch, 0)
+
+    def _run_epoch(self, **parts: Any) -> None:  # type: ignore[override]
+        """Run an epoch, or what is left of the one in which the checkpoint was saved."""
+        if self._resumed is not None and parts["epoch"] == self._resumed.epoch:
+            self._cells.load_state_dict(self._resumed.state)
+            left = self._resumed.batches_left
+            parts |= {"steps_in_epoch": left, "num_update_steps_per_epoch": self._updates(left)}
+        super()._run_epoch(**parts)
+
+    # -- data -----------------------------------------------------------------------------------------------------
 
     def _loader(self, dataset: IterableAnnDataset, collate_fn: Any) -> DataLoader:
         """Wrap a data set without splitting it again: accelerate's default would deal out cells a second time."""
@@ -68,14 +219,15 @@ class ShardedTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return this rank's training batches."""
-        assert isinstance(self.train_dataset, IterableAnnDataset)
-        return self._loader(self.train_dataset, self.data_collator)
+        return self._loader(self._cells, self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return this rank's evaluation cells, in lists: the evaluator lays batches out for each question."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(dataset, IterableAnnDataset)
         return DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=list, generator=self._own_generator())
+
+    # -- loss and scores ------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Count labelled tokens of the global batch: (phenotypes, genes) for MLM, cells for classes."""
@@ -109,7 +261,7 @@ class ShardedTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each loss part since the last log."""
         if "loss" in logs and self._parts:
-            steps = max(1, self.state.global_step - getattr(self, "_step_of_last_parts", 0))
+            steps = max(1, self.state.global_step - self._step_of_last_parts)
             logs |= {name: round(float(total) / steps, 4) for name, total in self._parts.items()}
             self._parts, self._step_of_last_parts = {}, self.state.global_step
         super().log(logs, *args, **kwargs)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from perturbgene import __version__
@@ -27,7 +26,7 @@ from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Ques
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.plots import loss_figure, save_figure
 from perturbgene.prepare import shard_paths
-from perturbgene.sharded_trainer import ShardedTrainer
+from perturbgene.sharded_trainer import ShardedTrainer, trainer_state
 
 if TYPE_CHECKING:
     from perturbgene.configs import ClsConfig, MlmConfig, TrainingConfig
@@ -211,18 +210,6 @@ def _checkpoint(config: "TrainingConfig") -> str | None:
     return wanted
 
 
-def _steps_done(checkpoint: str) -> int:
-    state = Path(checkpoint) / TRAINER_STATE_NAME
-    if not state.exists():
-        raise InputError(f"checkpoint {checkpoint} is not complete ({state.name} is missing). Give an older one.")
-    return int(TrainerState.load_from_json(str(state)).global_step)
-
-
-def _steps_wanted(arguments: TrainingArguments, num_batches: int) -> int:
-    per_epoch = max(1, num_batches // arguments.gradient_accumulation_steps)
-    return arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
-
-
 def _model_card(config: "TrainingConfig", tokenizer: GeneTokenizer, results: dict[str, Any], num_cells: int) -> str:
     lines = [
         "---", "library_name: transformers", "tags: [single-cell, gene-expression, perturbgene]", "---",
@@ -272,8 +259,9 @@ def _train(
     config.save(Path(config.output_dir) / RUN_FILE)
     tokenizer.save_pretrained(config.output_dir)
     trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], **parts)
-    if checkpoint and _steps_done(checkpoint) >= _steps_wanted(arguments, len(trainer.get_train_dataloader())):
-        logger.info("%s is finished (%d steps): nothing to resume", config.output_dir, _steps_done(checkpoint))
+    if checkpoint and trainer.is_finished(checkpoint):
+        steps = trainer_state(checkpoint).global_step
+        logger.info("%s is finished (%d steps): nothing to resume", config.output_dir, steps)
         return Path(config.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluator = evaluators[1]

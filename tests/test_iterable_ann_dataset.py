@@ -1,9 +1,11 @@
 """The stream of cells: the same for any number of workers, complete over ranks, and labelled by name."""
 
+import itertools
+import json
 import logging
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
+from perturbgene.data_utils.expression import ExpressionBlock
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
+from perturbgene.data_utils.shards import Shard
+from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from tests.nine_genes import GENES, LABELS, a_tokenizer
 
@@ -149,8 +154,8 @@ def test_a_small_buffer_still_gives_every_cell_its_own_tokens(paths: list[str]) 
 
 
 @pytest.mark.parametrize("shuffle", [False, True], ids=["evaluation", "training"])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_batches_are_the_same_for_any_number_of_workers(paths: list[str], num_workers: int, shuffle: bool) -> None:
     dataset = IterableAnnDataset(paths, a_tokenizer(), shuffle=shuffle, batch_size=4)
     assert [*map(indices, loaded(dataset, num_workers=num_workers))] == [*map(indices, loaded(dataset))]
@@ -234,6 +239,263 @@ def test_two_ranks_of_four_see_the_global_batches_of_one_rank_of_eight(paths: li
 def test_more_ranks_than_cells_leave_some_ranks_without_any_in_evaluation() -> None:
     counts = [len(list(IterableAnnDataset(some_cells(2), a_tokenizer(), rank=r, world_size=3))) for r in range(3)]
     assert counts == [1, 1, 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_of_all_ranks_are_alike_in_number_in_training_and_complete_in_evaluation(
+    paths: list[str], world_size: int
+) -> None:
+    tokenizer, collator = a_tokenizer(), Numbers()
+    for shuffle in (False, True):
+        ranks = [
+            [*IterableAnnDataset(paths, tokenizer, shuffle=shuffle, batch_size=4, rank=rank, world_size=world_size)
+             .batches(collator)]
+            for rank in range(world_size)
+        ]  # fmt: skip
+        cells = [index for rank in ranks for batch in rank for index in batch["cells"]]
+        assert len(cells) == len(set(cells)) == (37 // world_size * world_size if shuffle else 37)
+        assert not shuffle or len({len(rank) for rank in ranks}) == 1
+
+
+# -- resuming -----------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A collator that keeps only which cells a batch holds."""
+
+    def collate_block(self, block: TokenBlock) -> dict[str, Any]:
+        return {"cells": block.cells_n.tolist()}
+
+
+def a_stream(paths: Sequence[str], **options: Any) -> IterableAnnDataset:
+    """Make a shuffled data set of several rounds, in batches of 3."""
+    small = {"shuffle": True, "seed": 5, "batch_size": 3, "block_rows": 2, "buffer_rows": 16}
+    return IterableAnnDataset(list(paths), a_tokenizer(), **{**small, **options})
+
+
+def numbers(stream: IterableAnnDataset, **options: Any) -> list[list[int]]:
+    """Return the cells of each finished batch, as a loader gives them."""
+    return [batch["cells"] for batch in DataLoader(stream.batches(Numbers()), batch_size=None, **options)]
+
+
+def stopped_after(stream: IterableAnnDataset, num_batches: int) -> dict[str, Any]:
+    """Use so many batches and return the state, as it comes back from a JSON file."""
+    batches = stream.batches(Numbers())
+    used = list(itertools.islice(batches, num_batches))
+    assert len(used) == num_batches
+    return json.loads(json.dumps(batches.state_dict()))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects the numbers of all cells that are read."""
+    cells: list[int] = []
+    read = Shard.read
+
+    def read_and_note(shard: Shard, rows_m: np.ndarray, *, first_cell: int = 0, **options: Any) -> ExpressionBlock:
+        cells.extend((rows_m + first_cell).tolist())
+        return read(shard, rows_m, first_cell=first_cell, **options)
+
+    monkeypatch.setattr(Shard, "read", read_and_note)
+    return cells
+
+
+@pytest.mark.parametrize("shuffle", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("num_batches", [0, 1, 5, 12, 13])
+def test_a_resumed_stream_goes_on_with_the_next_batch_and_reads_nothing_before(
+    paths: list[str], rows_read: list[int], num_batches: int, shuffle: bool
+) -> None:
+    whole = numbers(a_stream(paths, shuffle=shuffle))
+    state = stopped_after(a_stream(paths, shuffle=shuffle), num_batches)
+    resumed = a_stream(paths, shuffle=shuffle)
+    resumed.load_state_dict(state)
+    rows_read.clear()
+    assert numbers(resumed) == whole[num_batches:]
+    assert sorted(rows_read) == sorted(index for batch in whole[num_batches:] for index in batch)
+
+
+def test_cell_by_cell_a_stream_resumes_within_a_batch(paths: list[str]) -> None:
+    whole = indices(a_stream(paths))
+    first = a_stream(paths)
+    cells = iter(first)
+    assert indices(next(cells) for _ in range(7)) == whole[:7]
+    second = a_stream(paths)
+    second.load_state_dict(first.state_dict())
+    assert indices(second) == whole[7:]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+def test_a_stream_resumes_with_any_number_of_loader_workers(paths: list[str], num_workers: int) -> None:
+    whole = numbers(a_stream(paths))
+    resumed = a_stream(paths)
+    resumed.load_state_dict(a_stream(paths).state_after(4))
+    assert numbers(resumed, num_workers=num_workers) == whole[4:]
+
+
+def test_live_workers_resume_and_then_see_the_whole_next_epoch(paths: list[str]) -> None:
+    stream = a_stream(paths)
+    loader = DataLoader(stream.batches(Numbers()), batch_size=None, num_workers=2, persistent_workers=True)
+    whole = [batch["cells"] for batch in loader]
+    stream.load_state_dict(stream.state_after(9))
+    assert [batch["cells"] for batch in loader] == whole[9:]
+    stream.set_epoch(1)
+    other = a_stream(paths)
+    other.set_epoch(1)
+    assert [batch["cells"] for batch in loader] == numbers(other)
+
+
+@pytest.mark.parametrize("keep_all", [True, False], ids=["evaluation", "training"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2)])
+def test_another_number_of_ranks_shares_exactly_the_cells_that_are_left(
+    paths: list[str], before: int, after: int, keep_all: bool
+) -> None:
+    options = {"keep_all": keep_all, "world_size": before}
+    used = [numbers(a_stream(paths, rank=rank, **options))[:3] for rank in range(before)]
+    state = stopped_after(a_stream(paths, rank=before - 1, **options), 3)
+    ranks = []
+    for rank in range(after):
+        resumed = a_stream(paths, keep_all=keep_all, rank=rank, world_size=after)
+        resumed.load_state_dict(state)
+        ranks.append(numbers(resumed))
+    done = [index for rank in used for batch in rank for index in batch]
+    left = [index for rank in ranks for batch in rank for index in batch]
+    assert len(set(done + left)) == len(done + left)
+    assert len(done) == 9 * before
+    assert len(left) == (37 - len(done) if keep_all else (37 - len(done)) // after * after)
+    assert keep_all or len({len(rank) for rank in ranks}) == 1
+
+
+def test_a_state_survives_several_stops_on_other_ranks(paths: list[str]) -> None:
+    cells, state = [], a_stream(paths).state_dict()
+    for world_size, num_batches in [(2, 2), (1, 3), (3, 1), (1, 9)]:
+        for rank in range(world_size):
+            stream = a_stream(paths, keep_all=True, rank=rank, world_size=world_size)
+            stream.load_state_dict(state)
+            batches = itertools.islice(stream.batches(Numbers()), num_batches)
+            cells += [index for batch in batches for index in batch["cells"]]
+        state = stream.state_after(num_batches)
+    assert sorted(cells) == list(range(37))
+
+
+def test_masks_of_a_resumed_stream_are_those_of_the_uninterrupted_one(paths: list[str]) -> None:
+    collator = DataCollatorForPhenotypicMLM(a_tokenizer(), gene_mask_prob=0.5)
+    whole = list(a_stream(paths).batches(collator))
+    resumed = a_stream(paths)
+    resumed.load_state_dict(a_stream(paths).state_after(6))
+    pairs = list(zip(whole[6:], resumed.batches(collator), strict=True))
+    assert len(pairs) == 7
+    assert all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
+
+
+def test_a_state_brings_its_epoch_along_and_ends_with_it(paths: list[str]) -> None:
+    first = a_stream(paths)
+    first.set_epoch(3)
+    whole = numbers(first)
+    second = a_stream(paths)
+    second.load_state_dict(stopped_after(first, 10))
+    second.set_epoch(3)
+    assert (second.epoch, numbers(second), numbers(second)) == (3, whole[10:], whole)
+    second.load_state_dict(first.state_after(10))
+    second.set_epoch(4)
+    assert len(numbers(second)) == len(whole)
+
+
+def test_a_state_counts_labelled_cells_only() -> None:
+    adata = with_labels(["T cell", None, "B cell", "B cell", None, "B cell", "B cell"])
+    options: dict[str, Any] = {"phenotype_category": "cell_type", "batch_size": 2}
+    first, second = (IterableAnnDataset(adata, a_tokenizer(), **options) for _ in range(2))
+    second.load_state_dict(stopped_after(first, 1))
+    assert indices(second) == [3, 5, 6]
+
+
+def test_a_state_is_tiny(paths: list[str]) -> None:
+    assert len(json.dumps(a_stream(paths).state_dict())) < 200
+
+
+def test_the_length_is_of_the_whole_epoch_after_resuming_too(paths: list[str]) -> None:
+    stream = a_stream(paths)
+    stream.load_state_dict(stream.state_after(5))
+    assert (len(stream), len(stream.batches(Numbers())), stream.num_batches(15)) == (37, 13, 8)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"shuffle": False}, r"another corpus \(37 cells.*shuffle, block_rows or buffer_rows differ. Give the same"),
+        ({"block_rows": 3}, "another corpus"),
+        ({"buffer_rows": 24}, "another corpus"),
+        ({"seed": 6}, "drawn with seed 5, .* Give --seed 5"),
+    ],
+    ids=["order", "blocks", "buffer", "seed"],
+)
+def test_a_state_of_another_order_is_refused(paths: list[str], other: dict[str, Any], message: str) -> None:
+    state = a_stream(paths).state_after(2)
+    with pytest.raises(InputError, match=message):
+        a_stream(paths, **other).load_state_dict(state)
+
+
+def test_a_state_of_other_files_is_refused(paths: list[str]) -> None:
+    state = a_stream(paths).state_after(2)
+    with pytest.raises(InputError, match=r"another corpus \(37 cells, \w+\), not of .* \(37 cells"):
+        a_stream(paths[::-1]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"version": 0}, "no state of this version"), ({"consumed": 38}, "38 of 37 cells done"), ({"consumed": -1}, "-1")],
+)
+def test_a_damaged_state_is_refused(paths: list[str], change: dict[str, int], message: str) -> None:
+    state = {**a_stream(paths).state_dict(), **change}
+    with pytest.raises(InputError, match=message):
+        a_stream(paths).load_state_dict(state)
+
+
+class TwoTurns(IterableDataset[Any]):
+    """In each loader worker: loads the worker's own state, as `StatefulDataLoader` does, and takes two batches."""
+
+    def __init__(self, paths: list[str], states: dict[int, Any]) -> None:
+        self.batches, self.states = a_stream(paths).batches(Numbers()), states
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info().id  # type: ignore[union-attr]
+        if worker in self.states:
+            self.batches.load_state_dict(self.states[worker])
+        for batch in itertools.islice(self.batches, 2):
+            yield worker, batch["cells"], self.batches.state_dict()
+
+
+def test_each_loader_worker_goes_on_with_its_own_turns_of_the_dealing(paths: list[str]) -> None:
+    states: dict[int, Any] = {}
+    seen = []
+    for _ in range(3):
+        for worker, cells, state in DataLoader(TwoTurns(paths, dict(states)), batch_size=None, num_workers=2):
+            states[worker] = state
+            seen.append(cells)
+    assert seen == numbers(a_stream(paths))[:12]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_batches", [1, 5])
+def test_a_stateful_data_loader_resumes_without_replay(
+    paths: list[str], rows_read: list[int], num_workers: int, num_batches: int
+) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def a_loader() -> Any:
+        return torchdata.StatefulDataLoader(
+            a_stream(paths).batches(Numbers()), batch_size=None, num_workers=num_workers
+        )
+
+    whole = [batch["cells"] for batch in a_loader()]
+    first, second = a_loader(), a_loader()
+    used = [batch["cells"] for batch in itertools.islice(first, num_batches)]
+    second.load_state_dict(first.state_dict())
+    del first  # or it would read ahead in the meantime
+    rows_read.clear()
+    assert used + [batch["cells"] for batch in second] == whole
+    assert len(rows_read) == (0 if num_workers else 37 - 3 * num_batches)
+    assert [batch["cells"] for batch in second] == whole
 
 
 # -- labels -------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """The order of cells: complete, disjoint, reproducible, well mixed, and the same however it is cut."""
 
+from dataclasses import replace
+from itertools import zip_longest
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbgene.data_utils.partition import RowPlan, cell_key, cells_of_rank, mix, runs_of, split_rows, unit
+from perturbgene.data_utils.partition import RowPlan, Share, cell_key, cells_of_rank, mix, runs_of, split_rows, unit
 
 PLANS = st.builds(
     RowPlan,
@@ -161,3 +164,63 @@ def test_hashes_of_neighbouring_cells_are_spread_evenly() -> None:
     keys = [np.uint64(cell_key(0, 0, cell)) for cell in range(4000)]
     draws_n = np.array([unit(np.uint64(mix(key, np.uint64(1)))) for key in keys])
     assert np.abs(np.histogram(draws_n, bins=8, range=(0, 1))[0] - 500).max() < 4 * np.sqrt(500 * 7 / 8)
+
+
+# -- shares --------------------------------------------------------------------------------------------------------
+
+DEALS = st.builds(
+    lambda world_size, num_workers, **same: [
+        [Share(rank=r, world_size=world_size, worker=w, num_workers=num_workers, **same) for w in range(num_workers)]
+        for r in range(world_size)
+    ],
+    world_size=st.integers(1, 4),
+    num_workers=st.integers(1, 4),
+    num_cells=st.integers(0, 90),
+    begin=st.integers(0, 95),
+    is_even=st.booleans(),
+    batch_size=st.integers(1, 7),
+)
+
+
+def positions_of(share: Share) -> list[int]:
+    """Return the positions that a worker takes, in order."""
+    return np.flatnonzero(share.holds(np.arange(share.num_cells))).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(deal=DEALS)
+def test_shares_hold_each_position_from_the_begin_on_once(deal: list[list[Share]]) -> None:
+    first = deal[0][0]
+    held = sorted(position for rank in deal for share in rank for position in positions_of(share))
+    left = list(range(first.begin, first.num_cells))
+    assert held == left[: len(left) // len(deal) * len(deal)] if first.is_even else held == left
+    assert [len(rank[0]) for rank in deal] == [sum(len(positions_of(share)) for share in rank) for rank in deal]
+
+
+@settings(max_examples=100, deadline=None)
+@given(deal=DEALS)
+def test_batches_of_workers_in_turn_are_the_batches_of_one_worker(deal: list[list[Share]]) -> None:
+    for rank in deal:
+        size = rank[0].batch_size
+        own = [positions_of(share) for share in rank]
+        batches = [[held[at : at + size] for at in range(0, len(held), size)] for held in own]
+        turns = [batch for turn in zip_longest(*batches, fillvalue=[]) for batch in turn]
+        alone = positions_of(replace(rank[0], worker=0, num_workers=1))
+        assert [position for batch in turns for position in batch] == alone
+
+
+@settings(max_examples=100, deadline=None)
+@given(deal=DEALS)
+def test_the_position_after_some_cells_has_those_cells_before_it(deal: list[list[Share]]) -> None:
+    for share in (share for rank in deal for share in rank):
+        held = positions_of(share)
+        for done in range(len(held) + 1):
+            position = share.position_after(done)
+            assert share.cells_before(position) == done
+            assert all((at < position) == (number < done) for number, at in enumerate(held))
+
+
+def test_a_share_written_out() -> None:
+    share = Share(20, begin=4, rank=1, world_size=2, batch_size=2, worker=1, num_workers=2)
+    assert positions_of(share) == [9, 11, 17, 19]
+    assert [share.position_after(done) for done in range(5)] == [4, 10, 12, 18, 20]

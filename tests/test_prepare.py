@@ -18,11 +18,13 @@ import pandas as pd
 import pytest
 import scanpy as sc
 from scipy import sparse
+from torch.utils.data import DataLoader
 
+from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.journal import Journal
 from perturbgene.data_utils.read import H5adFile
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, measured_genes
+from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, MEASURED_KEY, SOURCE_COLUMN, measured_genes
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 from perturbgene.prepare import MANIFEST_FILE, PrepareOptions, _Work, prepare, read_manifest, shard_paths
@@ -881,6 +883,63 @@ def test_every_cell_knows_which_genes_its_source_measured(tmp_path: Path) -> Non
         assert {gene for gene, is_measured in zip(genes, measured_tg[table], strict=True) if is_measured} == set(
             expected
         )
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of two files: cells x lack genes G6 and G7, cells y lack G0 and G1; zeros are plenty in both."""
+    values = np.random.default_rng(0).poisson(0.4, (60, 6)) + np.eye(6, dtype=int)[np.arange(60) % 6]
+    parts = [cells(values, prefix="x"), cells(values, genes=GENES[2:], prefix="y")]
+    return prepare(parts, tmp_path_factory.mktemp("mixed") / "corpus", shard_size=20)
+
+
+@pytest.mark.parametrize("path", ["blocks", "cells"])
+def test_a_gene_that_its_source_did_not_measure_is_never_shown_as_unexpressed(mixed: Path, path: str) -> None:
+    tokenizer = GeneTokenizer.from_pretrained(mixed)
+    collator = DataCollatorForPhenotypicMLM(tokenizer, gene_mask_prob=1, unexpressed_ratio=9)
+    dataset = IterableAnnDataset(shard_paths(mixed, "train"), tokenizer, batch_size=7)
+    names, shown = split(mixed, "train").obs_names, {"x": set[str](), "y": set[str]()}
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        batches = dataset.batches(collator) if path == "blocks" else DataLoader(dataset, 7, collate_fn=collator)
+        rows = [row for batch in batches for row in zip(batch["labels"], batch["token_type_ids"], strict=True)]
+        for name, (labels_l, types_l) in zip(names, rows, strict=True):
+            types = types_l[labels_l == tokenizer.first_bin_id].tolist()
+            shown[name[0]] |= {tokenizer.type_name(type_) for type_ in types}
+    assert shown == {"x": {*GENES[:6]}, "y": {*GENES[2:]}}
+
+
+def test_cells_of_all_shards_share_one_mask_per_source(mixed: Path) -> None:
+    paths = shard_paths(mixed, "train")
+    stream = list(IterableAnnDataset(paths, GeneTokenizer.from_pretrained(mixed), shuffle=True))
+    assert len(paths) > 1
+    assert len({id(cell.is_measured_g) for cell in stream}) == 2
+
+
+def test_cells_of_a_shard_in_memory_know_what_their_source_measured(mixed: Path) -> None:
+    path, tokenizer = shard_paths(mixed, "train")[0], GeneTokenizer.from_pretrained(mixed)
+    from_file, in_memory = (list(IterableAnnDataset(given, tokenizer)) for given in (path, ad.read_h5ad(path)))
+    masks = [(a.is_measured_g, b.is_measured_g) for a, b in zip(from_file, in_memory, strict=True)]
+    assert all(np.array_equal(ours, theirs) for ours, theirs in masks)
+
+
+def test_cells_of_a_corpus_in_which_all_files_measure_all_carry_no_mask(corpus: Path) -> None:
+    stream = IterableAnnDataset(shard_paths(corpus, "train"), GeneTokenizer.from_pretrained(corpus))
+    assert {id(cell.is_measured_g) for cell in stream} == {id(None)}
+
+
+def test_a_shard_whose_columns_were_changed_is_refused(mixed: Path) -> None:
+    narrow = ad.read_h5ad(shard_paths(mixed, "train")[0])
+    narrow.uns[MEASURED_KEY] = np.zeros((2, 5), dtype=np.uint8)
+    with pytest.raises(InputError, match=r"does not fit 8 columns. Remove it"):
+        next(iter(IterableAnnDataset(narrow, GeneTokenizer.from_pretrained(mixed))))
+
+
+def test_a_shard_that_names_an_unknown_table_of_genes_is_refused(mixed: Path) -> None:
+    odd = ad.read_h5ad(shard_paths(mixed, "train")[0])
+    odd.obs[SOURCE_COLUMN] = 2
+    with pytest.raises(InputError, match=r"names table 2 of 2 tables of genes"):
+        next(iter(IterableAnnDataset(odd, GeneTokenizer.from_pretrained(mixed))))
 
 
 def test_a_file_that_is_no_shard_does_not_say_what_was_measured(tmp_path: Path) -> None:

@@ -1,18 +1,25 @@
-"""`ShardedTrainer` gives one global batch the same step however it is cut, and reads each cell once."""
+"""`ShardedTrainer` gives one global batch the same step however cut, reads each cell once, and resumes exactly."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from perturbgene.configs import parse_args
-from perturbgene.prepare import prepare
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.shards import Shard
+from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.errors import InputError
+from perturbgene.prepare import prepare, shard_paths
 from perturbgene.train import run_mlm
 
 COMMON = (
@@ -77,3 +84,116 @@ def test_the_log_holds_both_loss_parts(uncut: Path) -> None:
 
 def test_training_leaves_no_process_group_behind(uncut: Path) -> None:
     assert not torch.distributed.is_initialized()
+
+
+# -- resuming ------------------------------------------------------------------------------------------------------
+
+# 96 training cells in batches of 8, two accumulated: 6 steps an epoch. Dropout is on: random states must be right too.
+LONG = (
+    "--model_arch tiny --no_bf16 --report_to none --max_length 60 --eval_strategy no --save_total_limit 9 "
+    "--logging_steps 1 --per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulated}"
+)
+STEPS, STEPS_OF_EPOCH = 15, 6
+
+
+def long_run(corpus: Path, out: Path, more: str = "", *, batch: int = 8, accumulated: int = 2) -> Path:
+    text = f"mlm --corpus {corpus} --output_dir {out} {LONG.format(batch=batch, accumulated=accumulated)} {more}"
+    return run_mlm(parse_args(text.split()))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped, with a checkpoint in each epoch and one between two."""
+    return long_run(corpus, tmp_path_factory.mktemp("whole") / "run", f"--max_steps {STEPS} --save_steps 2")
+
+
+@pytest.fixture
+def stopped(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the run, free to be continued from any of its checkpoints."""
+    return Path(shutil.copytree(whole, tmp_path / "stopped"))
+
+
+@pytest.fixture
+def trained_cells(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects the numbers of all training cells that are read, in the order of reading."""
+    numbers: list[int] = []
+    read = Shard.read
+
+    def read_and_note(shard: Shard, rows_m: np.ndarray, **options: Any) -> Any:
+        block = read(shard, rows_m, **options)
+        numbers.extend(block.cells_n.tolist() if "/train/" in shard.path else [])
+        return block
+
+    monkeypatch.setattr(Shard, "read", read_and_note)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [(4, 2), (STEPS_OF_EPOCH, 0), (8, 0), (14, 1)],
+    ids=["first epoch, 2 workers", "between epochs", "second epoch", "third epoch, 1 worker"],
+)
+def test_a_resumed_run_ends_with_the_same_weights_and_the_same_log(
+    corpus: Path, whole: Path, stopped: Path, step: int, workers: int
+) -> None:
+    more = f"--max_steps {STEPS} --save_steps 2 --resume_from_checkpoint {stopped}/checkpoint-{step}"
+    resumed = long_run(corpus, stopped, f"{more} --dataloader_num_workers {workers}")
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [(entry["step"], entry["epoch"], entry["loss"], entry["loss_genes"]) for entry in log_of(resumed)] == [
+        (entry["step"], entry["epoch"], entry["loss"], entry["loss_genes"]) for entry in log_of(whole)
+    ]
+
+
+def test_a_resumed_run_reads_only_cells_that_were_not_trained_on(
+    corpus: Path, stopped: Path, trained_cells: list[int]
+) -> None:
+    more = f"--max_steps {2 * STEPS_OF_EPOCH} --save_strategy no"
+    long_run(corpus, stopped, f"{more} --resume_from_checkpoint {stopped}/checkpoint-8")
+    assert len(trained_cells) == len(set(trained_cells)) == (2 * STEPS_OF_EPOCH - 8) * 16
+
+
+@pytest.mark.parametrize(("batch", "accumulated"), [(4, 1), (12, 3), (7, 2)])
+def test_a_run_resumed_with_other_batches_continues_with_the_cells_that_are_left(
+    corpus: Path, tmp_path: Path, trained_cells: list[int], batch: int, accumulated: int
+) -> None:
+    out = long_run(corpus, tmp_path / "run", "--num_train_epochs 1 --save_steps 2")
+    dataset = IterableAnnDataset(
+        shard_paths(corpus, "train"), GeneTokenizer.from_pretrained(out), shuffle=True, seed=42
+    )
+    left = [cell.index for cell in dataset][4 * 16 :]
+    trained_cells.clear()
+    more = f"--num_train_epochs 1 --save_strategy no --resume_from_checkpoint {out}/checkpoint-4"
+    long_run(corpus, out, more, batch=batch, accumulated=accumulated)
+    assert sorted(trained_cells) == sorted(left)
+    steps = 4 + -(-len(left) // (batch * accumulated))
+    assert (log_of(out)[-1]["step"], log_of(out)[-1]["epoch"]) == (steps, 1.0)
+
+
+def test_a_run_resumed_with_other_batches_still_makes_all_steps(corpus: Path, stopped: Path) -> None:
+    """16 steps of 16 cells were to be 3 epochs; from step 12 on they are of 4 cells, and of 24 an epoch."""
+    more = f"--max_steps 16 --save_strategy no --resume_from_checkpoint {stopped}/checkpoint-12"
+    long_run(corpus, stopped, more, batch=4, accumulated=1)
+    assert log_of(stopped)[-1]["step"] == 16
+    assert log_of(stopped)[-1]["epoch"] == pytest.approx(2 + 4 / 24)
+
+
+def test_a_checkpoint_without_a_position_resumes_as_well(corpus: Path, whole: Path, stopped: Path) -> None:
+    state = json.loads((stopped / "checkpoint-8" / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["StreamPosition"]
+    (stopped / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
+    more = f"--max_steps {STEPS} --save_steps 2 --resume_from_checkpoint {stopped}/checkpoint-8"
+    resumed = long_run(corpus, stopped, more)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_resuming_on_other_cells_is_refused(corpus: Path, stopped: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(corpus, tmp_path / "other"))
+    shutil.copy(shard_paths(other, "eval")[0], shard_paths(other, "train")[0])
+    with pytest.raises(InputError, match=r"another corpus \(96 cells.*Give the same files"):
+        long_run(other, stopped, f"--max_steps 20 --resume_from_checkpoint {stopped}/checkpoint-8")
+
+
+def test_resuming_with_another_seed_is_refused(corpus: Path, stopped: Path) -> None:
+    more = f"--max_steps 20 --resume_from_checkpoint {stopped}/checkpoint-8 --seed 7"
+    with pytest.raises(InputError, match=r"Give --seed \d+"):
+        long_run(corpus, stopped, more)

@@ -4,6 +4,7 @@ Owns recognising counts and the arithmetic of log1p counts per 10,000; knows not
 Letters: n cells, l stored values, e edges.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,8 @@ class ExpressionBlock:
         label_ids_np: Input id of each included phenotype, int32 of shape (n, p), -1 where absent.
         cells_n: Number of each cell in the data set, int64 of shape (n,): the identity that masks hang on.
         source: The file, for messages.
+        measured: For each cell, True for genes of the panel that it was measured with, shape (g,), None for all; cells
+            share these arrays. Empty means that every cell has the genes of the file.
     """
 
     values_l: np.ndarray
@@ -48,6 +51,7 @@ class ExpressionBlock:
     label_ids_np: np.ndarray
     cells_n: np.ndarray
     source: str = "AnnData"
+    measured: Sequence[np.ndarray | None] = ()
 
     def __len__(self) -> int:
         return len(self.offsets_n1) - 1

@@ -1,13 +1,16 @@
 """Cells of many h5ad files as a stream of token dicts, in an order that depends on (seed, epoch) alone.
 
-Owns walking the plan, for one rank and one loader worker; leaves reading to `shards`, tokens to the tokenizer, masks
-and padding to the collators. Letters: n cells, m cells of one round for this worker.
+Owns walking the plan, for one rank and one loader worker, and where it stopped; leaves reading to `shards`, tokens to
+the tokenizer, masks and padding to the collators. Letters: n cells, m cells of one round for this worker.
 """
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from perturbgene.data_utils.expression import ExpressionBlock
-from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, cells_of_rank, split_rows
+from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, Share, split_rows
 from perturbgene.data_utils.read import H5adFile, expand_paths
 from perturbgene.data_utils.remote import shown_path
 from perturbgene.data_utils.shards import Shard, ShardCache
@@ -26,6 +29,8 @@ from perturbgene.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
+STATE_VERSION = 1
+
 
 class Cell(dict[str, torch.Tensor]):
     """One cell's tensors; its identity, on which masks hang, rides along as attributes.
@@ -34,7 +39,7 @@ class Cell(dict[str, torch.Tensor]):
         index: Number of the cell in the data set.
         epoch: Epoch in which it was drawn.
         seed: Seed of the data set, on which random truncation depends; -1 when unknown.
-        is_measured_g: True for genes that its file has, shape (g,); None when it has all.
+        is_measured_g: True for genes that it was measured with, shape (g,); None for all.
     """
 
     index: int = -1
@@ -55,7 +60,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     The order is a pure function of (seed, epoch); ranks take every `world_size`-th cell of it, and loader workers whole
     batches in turn, so batches are the same for any number of workers. Memory holds one round of `buffer_rows`
-    tokenised cells, whatever the size of the files.
+    tokenised cells, whatever the size of the files. `state_dict` says where the stream stands, in the form that
+    torchdata's `StatefulDataLoader` stores; a stream continues there without reading what came before, also with
+    another number of ranks or workers.
 
     Args:
         paths: Files, brace patterns, globs or folders; or AnnData objects.
@@ -109,7 +116,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.rank, self.world_size = rank, world_size
         self.keep_all = not shuffle if keep_all is None else keep_all
         self.block_rows, self.buffer_rows = block_rows, buffer_rows
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        # The epoch, and the position where its stream starts: shared with loader workers that live already.
+        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
+        # A state that was loaded within a loader worker: (epoch, position where dealing began, position done).
+        self._own_start: tuple[int, int, int] | None = None
+        self._begin, self._consumed = 0, 0
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
         self.shards = ShardCache(_as_sources(paths), layer=layer, **options)
@@ -170,35 +181,154 @@ class IterableAnnDataset(IterableDataset[Cell]):
     @property
     def epoch(self) -> int:
         """The epoch, shared with live loader workers."""
-        return int(self._epoch.item())
+        return int(self._start[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order (and random truncation); reaches live workers too."""
-        self._epoch.fill_(epoch)
+        """Choose the epoch's order (and random truncation), from its first cell on; reaches live workers too.
+
+        The present epoch named again leaves a position that was loaded as it is.
+        """
+        if epoch != self.epoch:
+            self._move(epoch, 0)
+
+    def _move(self, epoch: int, position: int) -> None:
+        self._start.copy_(torch.tensor([epoch, position]))
+        self._begin = self._consumed = position
 
     def plan(self) -> RowPlan:
         """The order of all ranks' cells in the present epoch."""
-        rows = None if self._class_n is None or (self._class_n >= 0).all() else np.flatnonzero(self._class_n >= 0)
         return RowPlan(
-            self.sizes, seed=self.seed, epoch=self.epoch, is_shuffled=self.shuffle, rows_n=rows,
+            self.sizes, seed=self.seed, epoch=self.epoch, is_shuffled=self.shuffle, rows_n=self._rows_n,
             block_rows=self.block_rows, buffer_rows=self.buffer_rows,
         )  # fmt: skip
 
-    def __len__(self) -> int:
-        """Cells that this rank yields per epoch."""
-        return cells_of_rank(len(self.plan()), rank=self.rank, world_size=self.world_size, is_even=not self.keep_all)
+    @cached_property
+    def _rows_n(self) -> np.ndarray | None:
+        """Rows that take part, or None for all."""
+        return None if self._class_n is None or (self._class_n >= 0).all() else np.flatnonzero(self._class_n >= 0)
 
-    def _rows_of_worker(self) -> Iterator[np.ndarray]:
+    @property
+    def num_cells(self) -> int:
+        """Cells of an epoch over all ranks."""
+        return sum(self.sizes) if self._rows_n is None else len(self._rows_n)
+
+    def _share(self, begin: int = 0) -> Share:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        length = len(self)
-        for start, rows_n in self.plan().rounds():
-            position = start + np.arange(len(rows_n))
-            local = position // self.world_size
-            is_mine = (position % self.world_size == self.rank) & (local < length)
-            is_mine &= (local // self.batch_size) % num_workers == worker
-            if is_mine.any():
-                yield rows_n[is_mine]
+        return Share(
+            self.num_cells, begin=begin, rank=self.rank, world_size=self.world_size, is_even=not self.keep_all,
+            batch_size=self.batch_size, worker=worker, num_workers=num_workers,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        """Cells that this rank yields per whole epoch."""
+        return len(self._share())
+
+    def num_batches(self, position: int = 0) -> int:
+        """Count the batches of this rank from a position on."""
+        return -(-len(self._share(position)) // self.batch_size)
+
+    # -- where the stream stands ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """A hash of all that the order of an epoch depends on, beside seed and epoch."""
+        facts = [list(self.sizes), self.shuffle, self.block_rows, self.buffer_rows]
+        rows = b"" if self._rows_n is None else self._rows_n.astype(np.int64).tobytes()
+        return hashlib.sha256(json.dumps(facts).encode() + rows).hexdigest()[:16]
+
+    def _state(self, position: int) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "consumed": position,
+            "begin": self._begin,
+            "num_cells": self.num_cells,
+            "fingerprint": self._fingerprint,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the stream stands: numbers and strings only, fit for JSON.
+
+        Returns:
+            `seed` and `epoch`, which fix the order; `consumed`, how many cells of that order are done over all ranks
+            and loader workers; `begin`, where the stream that is under way began; `num_cells` and `fingerprint`, by
+            which another corpus is told apart. Within a loader worker it speaks for that worker alone, as
+            `StatefulDataLoader` wants it; beside a plain loader with workers, which run ahead, use `state_after`.
+        """
+        return self._state(self._consumed)
+
+    def state_after(self, num_batches: int) -> dict[str, Any]:
+        """Say where the stream stands once each rank has used so many batches since it began.
+
+        The stream begins at the first cell of the epoch, or where `load_state_dict` put it.
+        """
+        done = self._begin + num_batches * self.batch_size * self.world_size
+        return self._state(min(done, self.num_cells))
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that this data set cannot continue from.
+
+        Raises:
+            InputError: It was saved for another corpus, another seed or another version, or is no state.
+        """
+        if state.get("version") != STATE_VERSION or not {"seed", "epoch", "consumed", "fingerprint"} <= set(state):
+            raise InputError(
+                f"{dict(state)} is no state of this version ({STATE_VERSION}). Give what `state_dict` returned."
+            )
+        if state["fingerprint"] != self._fingerprint:
+            raise InputError(
+                f"the state is of another corpus ({state.get('num_cells', 0):,} cells, {state['fingerprint']}), not of "
+                f"{listed(self.paths)} ({self.num_cells:,} cells, {self._fingerprint}): sizes, labels, shuffle, "
+                "block_rows or buffer_rows differ. Give the same files in the same order, or start anew."
+            )
+        if state["seed"] != self.seed:
+            raise InputError(
+                f"the state was drawn with seed {state['seed']}, which orders cells differently from seed {self.seed}. "
+                f"Give --seed {state['seed']}, or start anew."
+            )
+        if not 0 <= state["consumed"] <= self.num_cells:
+            raise InputError(f"the state has {state['consumed']:,} of {self.num_cells:,} cells done. Start anew.")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration continue where `state` stands; nothing before is read.
+
+        The position holds for the state's epoch: `set_epoch` of another one starts at its first cell. Ranks and workers
+        may be others than those that saved the state; each cell that is left still comes exactly once (in training, up
+        to `world_size - 1` last cells of the epoch are left out as ever).
+
+        Raises:
+            InputError: It was saved for another corpus, another seed or another version, or is no state.
+        """
+        self.check_state(state)
+        epoch, consumed = int(state["epoch"]), int(state["consumed"])
+        if get_worker_info() is None:
+            self._move(epoch, consumed)
+            return
+        # `StatefulDataLoader` hands each worker its own state: the worker goes on with its own turns of the dealing.
+        self._start[0] = epoch
+        self._begin, self._consumed = int(state.get("begin", consumed)), consumed
+        self._own_start = (epoch, self._begin, consumed)
+
+    def _take_start(self) -> tuple[Share, int]:
+        """Return what this worker takes and before which position all is done; a second iteration starts anew."""
+        own, self._own_start = self._own_start, None
+        if own is not None and own[0] == self.epoch:
+            self._begin, self._consumed = own[1:]
+        else:
+            self._begin = self._consumed = int(self._start[1])
+        if get_worker_info() is None:
+            self._start[1] = 0
+        return self._share(self._begin), self._consumed
+
+    def _rows_of(self, share: Share, skip: int) -> Iterator[np.ndarray]:
+        """Yield the rows of each round that a worker takes, from position `skip` on."""
+        for start, rows_n in self.plan().rounds(skip=skip):
+            position_n = start + np.arange(len(rows_n))
+            is_mine_n = share.holds(position_n) & (position_n >= skip)
+            if is_mine_n.any():
+                yield rows_n[is_mine_n]
 
     # -- the cells ------------------------------------------------------------------------------------------------
 
@@ -226,11 +356,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
             block = replace(block, labels_n=self._class_n[block.cells_n])
         return block, place
 
-    def _rounds(self, epoch: int) -> Iterator[tuple[TokenBlock, np.ndarray]]:
+    def _rounds(self, share: Share, skip: int, epoch: int) -> Iterator[tuple[TokenBlock, np.ndarray]]:
         """Yield rounds, the next one being read in a thread while the present one is used."""
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
             waiting: Future[tuple[TokenBlock, np.ndarray]] | None = None
-            for rows_m in self._rows_of_worker():
+            for rows_m in self._rows_of(share, skip):
                 ahead = pool.submit(self._round, rows_m, epoch)
                 if waiting is not None:
                     yield waiting.result()
@@ -238,11 +368,10 @@ class IterableAnnDataset(IterableDataset[Cell]):
             if waiting is not None:
                 yield waiting.result()
 
-    def blocks(self) -> Iterator[TokenBlock]:
-        """Yield this rank's and worker's cells in blocks of `batch_size`, without a Python step per cell."""
-        epoch, num_empty = self.epoch, 0
+    def _blocks(self, share: Share, skip: int, epoch: int) -> Iterator[TokenBlock]:
+        num_empty = 0
         rest: list[TokenBlock] = []
-        for block, place in self._rounds(epoch):
+        for block, place in self._rounds(share, skip, epoch):
             num_empty += int((block.token_type_ids_l[block.offsets_n1[1:] - 2] < self.tokenizer.first_gene_type).sum())
             first = min(self.batch_size - sum(map(len, rest)), len(place)) if rest else 0
             if rest:
@@ -262,6 +391,15 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if num_empty and epoch == 0:
             logger.warning("%d cells express no gene of the panel; they carry their phenotypes only", num_empty)
 
+    def blocks(self) -> Iterator[TokenBlock]:
+        """Yield this rank's and worker's cells in blocks of `batch_size`, without a Python step per cell."""
+        share, skip = self._take_start()
+        num_done = share.cells_before(skip)
+        for block in self._blocks(share, skip, self.epoch):
+            num_done += len(block)
+            self._consumed = share.position_after(num_done)
+            yield block
+
     def _cell(self, block: TokenBlock, index: int, epoch: int) -> Cell:
         cell = Cell(self.tokenizer.as_tensors(*block.cell(index)))
         cell.index, cell.epoch, cell.seed = int(block.cells_n[index]), epoch, self.seed
@@ -272,9 +410,12 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     def __iter__(self) -> Iterator[Cell]:
         """Yield this rank's and worker's cells: `input_ids`, `token_type_ids`, `attention_mask`, maybe `labels`."""
-        epoch = self.epoch
-        for block in self.blocks():
+        share, skip = self._take_start()
+        epoch, num_done = self.epoch, share.cells_before(skip)
+        for block in self._blocks(share, skip, epoch):
             for index in range(len(block)):
+                num_done += 1
+                self._consumed = share.position_after(num_done)
                 yield self._cell(block, index, epoch)
 
     def batches(self, collator: BlockCollator) -> "Batches":
@@ -294,12 +435,20 @@ class Batches(IterableDataset[dict[str, Any]]):
         self.cells, self.collator = cells, collator
 
     def __len__(self) -> int:
-        """Batches that this rank yields per epoch."""
-        return -(-len(self.cells) // self.cells.batch_size)
+        """Batches that this rank yields per whole epoch."""
+        return self.cells.num_batches()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order and masks; reaches live workers too."""
         self.cells.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the stream stands; see `IterableAnnDataset.state_dict`."""
+        return self.cells.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration continue where `state` stands; see `IterableAnnDataset.load_state_dict`."""
+        self.cells.load_state_dict(state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield what the collator makes of each block."""

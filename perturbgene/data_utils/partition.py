@@ -131,6 +131,61 @@ def cells_of_rank(num_cells: int, *, rank: int, world_size: int, is_even: bool) 
     return max(0, -(-(num_cells - rank) // world_size))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which positions of the order one loader worker of one rank takes.
+
+    From `begin` on, each rank takes every `world_size`-th position, and its workers take whole batches of those in
+    turn. So the cells before a position are the same whatever the numbers of ranks and workers, and a stream that was
+    stopped there continues with any others.
+
+    Args:
+        num_cells: Cells of the epoch over all ranks.
+        begin: First position that is dealt.
+        rank, world_size: Which rank of how many.
+        is_even: True gives all ranks the same number; see `cells_of_rank`.
+        batch_size: Cells of a batch.
+        worker, num_workers: Which loader worker of how many.
+    """
+
+    num_cells: int
+    begin: int = 0
+    rank: int = 0
+    world_size: int = 1
+    is_even: bool = False
+    batch_size: int = 1
+    worker: int = 0
+    num_workers: int = 1
+
+    def __len__(self) -> int:
+        """Cells of the rank, over all its workers."""
+        rest = max(0, self.num_cells - self.begin)
+        return cells_of_rank(rest, rank=self.rank, world_size=self.world_size, is_even=self.is_even)
+
+    def holds(self, position_m: np.ndarray) -> np.ndarray:
+        """True for positions that the worker takes, shape (m,)."""
+        local_m, rank_m = np.divmod(position_m - self.begin, self.world_size)
+        is_own_m = (rank_m == self.rank) & (local_m >= 0) & (local_m < len(self))
+        return is_own_m & (local_m // self.batch_size % self.num_workers == self.worker)
+
+    def cells_before(self, position: int) -> int:
+        """Count the worker's cells before a position."""
+        local = min(len(self), max(0, -(-(position - self.begin - self.rank) // self.world_size)))
+        turns, rest = divmod(local, self.batch_size * self.num_workers)
+        return turns * self.batch_size + min(max(0, rest - self.worker * self.batch_size), self.batch_size)
+
+    def position_after(self, num_cells: int) -> int:
+        """Say before which position all is done, over all ranks and workers, once the worker has so many cells done.
+
+        Ranks go in step, and workers in turn: the batches of other workers before its own count as done.
+        """
+        if num_cells == 0:
+            return self.begin
+        batch, at = divmod(num_cells - 1, self.batch_size)
+        local = (batch * self.num_workers + self.worker) * self.batch_size + at + 1
+        return min(self.num_cells, self.begin + local * self.world_size)
+
+
 def split_rows(rows_m: np.ndarray, *, starts_f: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Group sorted row numbers by file: (file index, row numbers within the file)."""
     files_m = np.searchsorted(starts_f, rows_m, side="right") - 1

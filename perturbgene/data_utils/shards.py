@@ -6,6 +6,7 @@ tokenizer and the order of rows to the plan. Letters: n cells, m rows asked for,
 
 import logging
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -192,6 +193,27 @@ class Shard:
         columns = [self.label_ids(category) for category in self.included_phenotypes]
         return np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), dtype=np.int32)
 
+    @cached_property
+    def _table_masks(self) -> tuple[list[np.ndarray | None], np.ndarray] | None:
+        """Masks (g,) of the corpus's tables of genes, and each cell's table (n,); None where the file has no tables."""
+        measured_tc = _measured_columns(self.source) if self.source.var_frame == "var" else None
+        if measured_tc is None or SOURCE_COLUMN not in self.source.columns_of("obs"):
+            return None
+        table_n = self._one_per_cell(self.source.obs_column(SOURCE_COLUMN).to_numpy(dtype=np.int64))
+        if len(table_n) and not 0 <= table_n.min() <= table_n.max() < len(measured_tc):
+            raise InputError(
+                f"{self.path}: obs[{SOURCE_COLUMN!r}] names table {table_n.max()} of {len(measured_tc)} tables of "
+                "genes. Make the file again with `perturbgene prepare`."
+            )
+        gene_of_column_c = self.alignment.gene_of_column_c
+        masks: list[np.ndarray | None] = []
+        for measured_c in measured_tc:
+            is_measured_g = np.zeros(self.alignment.num_genes, dtype=bool)
+            is_measured_g[gene_of_column_c[measured_c & (gene_of_column_c >= 0)]] = True
+            masks.append(None if is_measured_g.all() else _shared_mask(is_measured_g))
+        used = set(np.unique(table_n).tolist())
+        return (masks, table_n) if any(masks[table] is not None for table in used) else None
+
     def _read_runs(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         values, columns, lengths = [], [], []
         for run in runs_of(rows_m, gap=READ_GAP_ROWS):
@@ -211,11 +233,14 @@ class Shard:
     def read(self, rows_m: np.ndarray, *, first_cell: int = 0) -> ExpressionBlock:
         """Read rows, sorted ascending, as one block.
 
+        A cell of a prepared shard brings along which genes its own source measured, not which columns the shard has.
+
         Args:
             rows_m: Row numbers within the file, int64 of shape (m,), m >= 1.
             first_cell: Number of the file's first cell in the data set.
         """
         values_l, columns_l, offsets_m1 = self._read_runs(rows_m)
+        masks, table_n = self._table_masks or ([], rows_m)
         if self.normalization == "auto":
             check_scale(values_l, is_counts=self.is_counts, source=self._where)
         return ExpressionBlock(
@@ -228,6 +253,7 @@ class Shard:
             label_ids_np=self._label_ids_np[rows_m],
             cells_n=rows_m + first_cell,
             source=self._where,
+            measured=[masks[table] for table in table_n[rows_m].tolist()] if masks else (),
         )
 
 
@@ -305,6 +331,28 @@ def write_shard(
     temporary.replace(path)
 
 
+#: Masks in use, by content: the shards of a corpus repeat the same few.
+_MASKS: "weakref.WeakValueDictionary[bytes, np.ndarray]" = weakref.WeakValueDictionary()
+
+
+def _shared_mask(is_measured_g: np.ndarray) -> np.ndarray:
+    """Return the one array of this content that all shards share."""
+    return _MASKS.setdefault(is_measured_g.tobytes(), is_measured_g)
+
+
+def _measured_columns(source: H5adFile | MemoryFile) -> np.ndarray | None:
+    """Return which columns each table of a corpus measured, bool of shape (t, c), or None where nothing says so."""
+    packed_tb, num_columns = source.uns_array(MEASURED_KEY), source.shape[1]
+    if packed_tb is None:
+        return None
+    if packed_tb.dtype != np.uint8 or packed_tb.ndim != 2 or packed_tb.shape[1] != -(-num_columns // 8):
+        raise InputError(
+            f"{source.path}: uns[{MEASURED_KEY!r}] does not fit {num_columns:,} columns. Remove it if columns were "
+            "changed after `prepare`."
+        )
+    return np.unpackbits(packed_tb, axis=1, count=num_columns).astype(bool)
+
+
 def measured_genes(path: str | Path) -> np.ndarray:
     """Return which genes each source of a corpus measured, bool of shape (t, g); a cell's t is `obs[SOURCE_COLUMN]`.
 
@@ -313,9 +361,10 @@ def measured_genes(path: str | Path) -> np.ndarray:
     """
     file = H5adFile(str(path))
     try:
-        if f"uns/{MEASURED_KEY}" not in file.file:
+        measured_tg = _measured_columns(file)
+        if measured_tg is None:
             raise InputError(f"{path} does not say which genes were measured. Make it with `perturbgene prepare`.")
-        return np.unpackbits(file.file[f"uns/{MEASURED_KEY}"][:], axis=1, count=file.shape[1]).astype(bool)
+        return measured_tg
     finally:
         file.close()
 

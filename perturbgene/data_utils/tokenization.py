@@ -75,7 +75,7 @@ class TokenBlock:
         is_measured_g: True for genes that the file has, shape (g,); None when it has all.
         epochs_n, seeds_n: Epoch in which and seed with which each cell was drawn, int64 of shape (n,); a seed of -1 is
             not known. None means epoch 0 and no known seed.
-        measured: In a block of several files, `is_measured_g` of each cell; empty means that of the block.
+        measured: In a block of several sources, `is_measured_g` of each cell; empty means that of the block.
         labels_n: Class of each cell when classifying, int64 of shape (n,).
     """
 
@@ -412,7 +412,7 @@ class GeneTokenizer:
         library_size = block.library_size_n
         if block.is_counts and library_size is None:
             library_size = library_sizes(block.values_l, block.offsets_n1)
-        measured = block.alignment.is_measured_g
+        is_measured_g, measured = block.alignment.is_measured_g, block.measured
         if block.alignment.duplicated:
             block = _sum_duplicates(block)
         values_l = _plain(block.values_l)
@@ -436,9 +436,10 @@ class GeneTokenizer:
             types[: offsets[-1]],
             offsets,
             block.cells_n,
-            None if measured.all() else measured,
+            None if is_measured_g.all() else is_measured_g,
             epochs_n=np.full(len(block), epoch),
             seeds_n=np.full(len(block), seed),
+            measured=measured,
         )
 
     def __call__(
