@@ -38,7 +38,7 @@ mlm=(
   --gene_loss_weight 0.3              # weight of the genes' mean loss
   --gene_drop_prob 0.9                # thin each cell by a share up to this, anew each epoch: little data, much noise
   --num_hidden_layers 1               # in place of the preset's two: enough for so few cells
-  --num_train_epochs 10               # passes over the training cells; 40 for a good model of so few cells
+  --num_train_epochs 10               # passes over the training cells; 64 for a good model of so few cells
   --per_device_train_batch_size 32    # cells per step
   --learning_rate 1.5e-3              # peak; small models take more
   --weight_decay 1                    # strong, for so few cells; 0.01 for many

@@ -39,7 +39,7 @@ def commands(folder: Path) -> list[str]:
     )
     return [
         f"prepare {folder}/pbmc.h5ad --output {corpus} --layer raw --phenotypes {CATEGORY}=bulk_labels phase",
-        f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_hidden_layers 1 --num_train_epochs 40 "
+        f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_hidden_layers 1 --num_train_epochs 64 "
         "--learning_rate 1.5e-3 --adam_beta2 0.98 --weight_decay 1 --phenotype_mask_prob 0.8 --gene_drop_prob 0.9 "
         "--eval_steps 0.25 --load_best_model_at_end false",  # choosing by the held-out cells would flatter the score
         f"evaluate {mlm}",

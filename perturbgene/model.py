@@ -492,6 +492,10 @@ class PositionlessEmbeddings(nn.Module):
         return cast(Tensor, self.dropout(self.norm(inputs_embeds)))
 
 
+class FeedForwardNorm(nn.LayerNorm):
+    """LayerNorm of a feed-forward branch, told apart so that it can start at ``BRANCH_GAIN``."""
+
+
 class GeneBertLayer(GradientCheckpointingLayer):
     """Self-attention and a feed-forward part, each a residual branch with a LayerNorm.
 
@@ -509,7 +513,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
         self.ffn_in = nn.Linear(h, config.intermediate_size)
         self.ffn_out = nn.Linear(config.intermediate_size, h)
-        self.ffn_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
+        self.ffn_norm = FeedForwardNorm(h, eps=config.layer_norm_eps)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.dropout)
 
@@ -610,8 +614,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.embedding_range)
         if isinstance(module, PositionlessEmbeddings):
             module.reset_gain()
-        if isinstance(module, GeneBertLayer) and self.config.norm_position == "branch":
-            init.constant_(module.ffn_norm.weight, BRANCH_GAIN)
+        if isinstance(module, FeedForwardNorm) and self.config.norm_position == "branch":
+            init.constant_(module.weight, BRANCH_GAIN)
 
 
 class GeneBertModel(GeneBertPreTrainedModel):

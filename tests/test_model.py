@@ -18,6 +18,7 @@ from transformers.models.distilbert.modeling_distilbert import Transformer
 
 from perturbgene.errors import InputError
 from perturbgene.model import (
+    BRANCH_GAIN,
     GeneBertConfig,
     GeneBertForClassification,
     GeneBertForPhenotypicMLM,
@@ -199,6 +200,13 @@ def test_a_bin_scales_its_gene_and_starts_on_a_ramp() -> None:
     words, gene = model.embeddings.word_embeddings(ids), model.embeddings.token_type_embeddings(types)
     expected = words + torch.tensor([[0.5], [1.5]]) * gene
     torch.testing.assert_close(model.embeddings.eval()(ids, types), expected)
+
+
+def test_the_feed_forward_branch_starts_quiet_with_branch_norm_only() -> None:
+    for norm_position, gain in (("branch", BRANCH_GAIN), ("pre", 1.0), ("post", 1.0)):
+        layer = GeneBertModel(tiny_config(norm_position=norm_position)).layers[0]
+        assert (layer.ffn_norm.weight == gain).all()
+        assert (layer.attention_norm.weight == 1).all()
 
 
 def test_learnt_gains_survive_saving(tmp_path: Path) -> None:
