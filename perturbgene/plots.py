@@ -87,7 +87,7 @@ def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     if columns:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
