@@ -928,11 +928,23 @@ def test_cells_of_a_corpus_in_which_all_files_measure_all_carry_no_mask(corpus: 
     assert {id(cell.is_measured_g) for cell in stream} == {id(None)}
 
 
-def test_a_shard_whose_columns_were_changed_is_refused(mixed: Path) -> None:
-    narrow = ad.read_h5ad(shard_paths(mixed, "train")[0])
-    narrow.uns[MEASURED_KEY] = np.zeros((2, 5), dtype=np.uint8)
-    with pytest.raises(InputError, match=r"does not fit 8 columns. Remove it"):
-        next(iter(IterableAnnDataset(narrow, GeneTokenizer.from_pretrained(mixed))))
+def test_what_was_measured_follows_columns_that_are_taken_out_or_moved(mixed: Path) -> None:
+    tokenizer, whole = GeneTokenizer.from_pretrained(mixed), ad.read_h5ad(shard_paths(mixed, "train")[0])
+    generator = np.random.default_rng(0)
+    moved = whole[:, generator.permutation(whole.n_vars)].copy()
+    for ours, theirs in zip(IterableAnnDataset(whole, tokenizer), IterableAnnDataset(moved, tokenizer), strict=True):
+        assert np.array_equal(ours.is_measured_g, theirs.is_measured_g)
+    fewer = whole[:, 1:].copy()
+    for ours, theirs in zip(IterableAnnDataset(whole, tokenizer), IterableAnnDataset(fewer, tokenizer), strict=True):
+        kept_g = np.isin(tokenizer.genes, fewer.var_names)
+        assert np.array_equal(ours.is_measured_g & kept_g, theirs.is_measured_g)
+
+
+def test_a_damaged_table_of_measured_genes_is_refused(mixed: Path) -> None:
+    odd = ad.read_h5ad(shard_paths(mixed, "train")[0])
+    odd.varm[MEASURED_KEY] = np.zeros((odd.n_vars, 2))
+    with pytest.raises(InputError, match=r"does not say which of 8 columns were measured"):
+        next(iter(IterableAnnDataset(odd, tokenizer=GeneTokenizer.from_pretrained(mixed))))
 
 
 def test_a_shard_that_names_an_unknown_table_of_genes_is_refused(mixed: Path) -> None:

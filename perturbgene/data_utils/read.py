@@ -312,9 +312,9 @@ class H5adFile:
             raise InputError(f"{self.path} has no obs column {column!r}. {did_you_mean(column, known)}")
         return self._frame_column("obs", column)
 
-    def uns_array(self, name: str) -> np.ndarray | None:
-        """Read one array of `uns`, or None where there is none of that name."""
-        node = self.file.get(f"uns/{name}")
+    def varm_array(self, name: str) -> np.ndarray | None:
+        """Read one array of `varm`, or None where there is none of that name."""
+        node = self.file.get(f"varm/{name}")
         return node[()] if isinstance(node, h5py.Dataset) and node.shape else None
 
     def _index_of(self, frame: str) -> np.ndarray:
@@ -482,9 +482,9 @@ class MemoryFile:
             )
         return self.adata.obs[column].reset_index(drop=True)
 
-    def uns_array(self, name: str) -> np.ndarray | None:
-        """Return one array of `uns`, or None where there is none of that name."""
-        found = self.adata.uns.get(name)
+    def varm_array(self, name: str) -> np.ndarray | None:
+        """Return one array of `varm`, or None where there is none of that name."""
+        found = self.adata.varm.get(name)
         return found if isinstance(found, np.ndarray) and found.shape else None
 
     @property

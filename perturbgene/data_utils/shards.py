@@ -316,8 +316,8 @@ def write_shard(
     import anndata
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    packed = {MEASURED_KEY: np.packbits(measured_tg, axis=1)}
-    anndata.AnnData(obs=obs, var=var, uns=packed).write_h5ad(temporary)
+    by_column = {MEASURED_KEY: np.ascontiguousarray(measured_tg.T, dtype=np.uint8)}  # varm follows its columns anywhere
+    anndata.AnnData(obs=obs, var=var, varm=by_column).write_h5ad(temporary)
     columns = np.uint16 if matrix.shape[1] <= 1 << 16 else np.int32
     with h5py.File(temporary, "r+") as file:
         if "X" in file:
@@ -342,15 +342,15 @@ def _shared_mask(is_measured_g: np.ndarray) -> np.ndarray:
 
 def _measured_columns(source: H5adFile | MemoryFile) -> np.ndarray | None:
     """Return which columns each table of a corpus measured, bool of shape (t, c), or None where nothing says so."""
-    packed_tb, num_columns = source.uns_array(MEASURED_KEY), source.shape[1]
-    if packed_tb is None:
+    measured_ct, num_columns = source.varm_array(MEASURED_KEY), source.shape[1]
+    if measured_ct is None:
         return None
-    if packed_tb.dtype != np.uint8 or packed_tb.ndim != 2 or packed_tb.shape[1] != -(-num_columns // 8):
+    if measured_ct.dtype != np.uint8 or measured_ct.ndim != 2 or len(measured_ct) != num_columns:
         raise InputError(
-            f"{source.path}: uns[{MEASURED_KEY!r}] does not fit {num_columns:,} columns. Remove it if columns were "
-            "changed after `prepare`."
+            f"{source.path}: varm[{MEASURED_KEY!r}] of shape {measured_ct.shape} and type {measured_ct.dtype} does not "
+            f"say which of {num_columns:,} columns were measured. Make the file again with `perturbgene prepare`."
         )
-    return np.unpackbits(packed_tb, axis=1, count=num_columns).astype(bool)
+    return measured_ct.T.astype(bool)
 
 
 def measured_genes(path: str | Path) -> np.ndarray:
