@@ -53,6 +53,7 @@ FLOORS = {
     "checkpoint": 3,
     "prepare": 3,
     "download": 3,
+    "runs": 3,
     "sharded_trainer": 4,
     "inference": 4,
     "train": 5,

@@ -21,10 +21,11 @@ from perturbgene.data_utils.data_collators import block_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Question, answer, true_labels
-from perturbgene.inference import Run, baselines, choose_device, evaluate, load_run, predict, predict_table
+from perturbgene.inference import baselines, evaluate, predict, predict_table
 from perturbgene.main import main
 from perturbgene.metrics import Confusion, logistic_regression_baseline, majority_baseline
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, load_preset
+from perturbgene.runs import Run, choose_device, load_run
 from perturbgene.train import tokenizer_facts
 
 STEPS = "--model_arch tiny --num_hidden_layers 1 --no_bf16 --report_to none --eval_strategy no --save_strategy no"

@@ -15,10 +15,10 @@ from perturbgene.data_utils.data_collators import collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
-from perturbgene.inference import load_run
 from perturbgene.main import main
 from perturbgene.model import GeneBertForPhenotypicMLM
 from perturbgene.prepare import prepare, shard_paths
+from perturbgene.runs import load_run
 from perturbgene.train import class_weights, run_cls, run_mlm
 
 COMMON = "--model_arch tiny --no_bf16 --report_to none --max_length 130 --logging_steps 1000"
