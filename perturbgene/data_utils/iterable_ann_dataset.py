@@ -5,6 +5,7 @@ the tokenizer, masks and padding to the collators. Letters: n cells, m cells of 
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +24,16 @@ from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_
 from perturbgene.data_utils.read import H5adFile, expand_paths
 from perturbgene.data_utils.remote import shown_path
 from perturbgene.data_utils.shards import Shard, ShardCache
-from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
+from perturbgene.data_utils.tokenization import GeneTokenizer, Room, TokenBlock
 from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+
+#: Rows that are tokenised at once: their values are then still in the processor's cache.
+CHUNK_ROWS = 256
 
 
 class Cell(dict[str, torch.Tensor]):
@@ -335,8 +339,10 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _tokenize(self, rows_m: np.ndarray, epoch: int) -> list[TokenBlock]:
         blocks = []
         for file, rows in split_rows(rows_m, starts_f=self._starts_f):
-            block = self._without_answer(self.shards[file].read(rows, first_cell=int(self._starts_f[file])))
-            blocks.append(self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch))
+            shard, first_cell = self.shards[file], int(self._starts_f[file])
+            for first in range(0, len(rows), CHUNK_ROWS):
+                block = self._without_answer(shard.read(rows[first : first + CHUNK_ROWS], first_cell=first_cell))
+                blocks.append(self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch))
         return blocks
 
     def _without_answer(self, block: ExpressionBlock) -> ExpressionBlock:
@@ -346,10 +352,10 @@ class IterableAnnDataset(IterableDataset[Cell]):
         label_ids_np[:, self.tokenizer.included_phenotypes.index(self.phenotype_category)] = ABSENT
         return replace(block, label_ids_np=label_ids_np)
 
-    def _round(self, rows_m: np.ndarray, epoch: int) -> tuple[TokenBlock, np.ndarray]:
+    def _round(self, rows_m: np.ndarray, epoch: int, room: Room) -> tuple[TokenBlock, np.ndarray]:
         """Read and tokenise one round; return its cells by row, and where each of `rows_m` stands among them."""
         order = np.argsort(rows_m, kind="stable")
-        block = TokenBlock.join(self._tokenize(rows_m[order], epoch))
+        block = TokenBlock.join(self._tokenize(rows_m[order], epoch), room=room)
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         if self._class_n is not None:
@@ -357,11 +363,12 @@ class IterableAnnDataset(IterableDataset[Cell]):
         return block, place
 
     def _rounds(self, share: Share, skip: int, epoch: int) -> Iterator[tuple[TokenBlock, np.ndarray]]:
-        """Yield rounds, the next one being read in a thread while the present one is used."""
+        """Yield rounds, the next one being read in a thread while the present one is used, until the one after it."""
+        rooms = itertools.cycle((Room(), Room()))
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
             waiting: Future[tuple[TokenBlock, np.ndarray]] | None = None
             for rows_m in self._rows_of(share, skip):
-                ahead = pool.submit(self._round, rows_m, epoch)
+                ahead = pool.submit(self._round, rows_m, epoch, next(rooms))
                 if waiting is not None:
                     yield waiting.result()
                 waiting = ahead

@@ -228,6 +228,8 @@ class Shard:
             columns.append(run_columns)
             lengths.append(np.diff(offsets)[wanted])
         offsets_m1 = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        if len(values) == 1:
+            return values[0], columns[0], offsets_m1
         return np.concatenate(values), np.concatenate(columns), offsets_m1
 
     def read(self, rows_m: np.ndarray, *, first_cell: int = 0) -> ExpressionBlock:
