@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from perturbgene.model import GeneBertConfig
 
 #: Side of the square matrices that are multiplied: large enough to reach the peak, small enough for a few milliseconds.
-PEAK_SIDES = {"cpu": 1536, "cuda": 8192}
+PEAK_SIDES = {"cpu": 512, "cuda": 8192}
 
 
 def forward_flops(config: "GeneBertConfig", lengths: Sequence[int], *, num_reads: int) -> float:
