@@ -17,7 +17,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from typing import Any, cast
 
@@ -902,11 +902,19 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             Shape (m, v).
         """
         v = self.config.vocab_size
-        ranges = [[0, v], *self.config.phenotype_id_ranges, [self.config.first_bin_id, v]]
-        bounds = torch.tensor(ranges, device=logits_mv.device)[token_types_m.clamp(max=len(ranges) - 1)]  # (m, 2)
+        ranges = ((0, v), *map(tuple, self.config.phenotype_id_ranges), (self.config.first_bin_id, v))
+        table = _on_device(ranges, logits_mv.device)
+        bounds = table[token_types_m.clamp(max=len(ranges) - 1)]  # (m, 2)
         ids = torch.arange(v, device=logits_mv.device)
         is_foreign_mv = (ids < bounds[:, :1]) | (ids >= bounds[:, 1:])
         return logits_mv.masked_fill(is_foreign_mv, torch.finfo(logits_mv.dtype).min)
+
+
+@lru_cache(maxsize=16)
+def _on_device(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Send a small table once: every copy from the host would let it wait for the GPU."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(rows, device=device)
 
 
 def masked_loss(
