@@ -312,7 +312,7 @@ class Trainee:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # an output that kept itself would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self.loss(batch)  # noqa: F841  # alive until counted, so that no storage is used twice
