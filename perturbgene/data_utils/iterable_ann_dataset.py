@@ -91,8 +91,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
         optional_labels: False refuses a file that lacks the column of an included phenotype.
         block_rows, buffer_rows: Neighbouring rows that travel together, and rows shuffled in memory.
-        tokens_per_batch: Fills batches up to so many tokens in place of `batch_size` cells; see `budget`. Ranks then
-            take whole batches in turn.
+        tokens_per_batch: Fills batches up to so many tokens in place of `batch_size` cells, counted as the tokenizer
+            makes them, before masking and thinning: never more of prepared shards, and of other files, whose lengths
+            are estimates, seldom and little more. Ranks then take whole batches in turn.
         group_by_length: True gives the cells of a batch like lengths, to be padded.
 
     Raises:

@@ -165,8 +165,8 @@ class TrainOptions(BaseConfig):
     )
     tokens_per_batch: int | None = option(
         None,
-        help="Tokens per step and device, in place of a number of cells: packed batches are filled up to this, at "
-        "least --max_length.",
+        help="Most tokens of a device's batch, in place of a number of cells; at least --max_length. Counted before "
+        "masking (which adds some) and thinning.",
         group="Training",
         within="[3, inf)",
     )
