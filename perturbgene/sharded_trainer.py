@@ -111,6 +111,7 @@ class ShardedTrainer(Trainer):
         self._parts: dict[str, torch.Tensor] = {}
         self._step_of_last_parts = 0
         self._resumed: _Resumed | None = None
+        self._updates_by_epoch: dict[int, int] = {}
         if isinstance(self.train_dataset, IterableAnnDataset):
             self.add_callback(_KeepPosition(self.train_dataset))
 
@@ -125,9 +126,10 @@ class ShardedTrainer(Trainer):
             consumed = steps_of_epoch * self.args.gradient_accumulation_steps * cells.batch_size * cells.world_size
             state = {**cells.state_dict(), "epoch": epoch, "consumed": consumed}
         cells.check_state(state)
-        left = cells.num_batches(state["consumed"])
+        left = cells.num_batches(state["consumed"], epoch=state["epoch"])
         if left == 0:
-            state, left = {**state, "epoch": state["epoch"] + 1, "consumed": 0}, cells.num_batches()
+            state = {**state, "epoch": state["epoch"] + 1, "consumed": 0}
+            left = cells.num_batches(epoch=state["epoch"])
         return _Resumed(state, steps, left)
 
     @property
@@ -162,16 +164,31 @@ class ShardedTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
-        """Count epochs and steps; steps done with other ranks or batches took other cells than steps of now."""
-        num_epochs, per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        """Count epochs and steps.
+
+        Steps done with other ranks or batches took other cells than steps of now, and epochs of planned batches differ
+        in length: the steps of all epochs to come are counted one by one.
+        """
+        _, per_epoch, *others, _ = super().set_initial_training_values(args, dataloader)
+        epochs, steps = 0, 0  # whole epochs, and the steps when they will be done
         if self._resumed is not None:
-            epoch = self._resumed.epoch
-            step_of_next_epoch = self._resumed.step + self._updates(self._resumed.batches_left)
-            is_changed = step_of_next_epoch != (epoch + 1) * per_epoch
-            if is_changed and args.max_steps <= 0:
-                max_steps = step_of_next_epoch + math.ceil((args.num_train_epochs - epoch - 1) * per_epoch)
-            num_epochs = epoch + 1 + max(0, -(-(max_steps - step_of_next_epoch) // per_epoch))
-        return num_epochs, per_epoch, *others, max_steps
+            epochs, steps = self._resumed.epoch + 1, self._resumed.step + self._updates(self._resumed.batches_left)
+        if args.max_steps > 0:
+            while steps < args.max_steps:
+                epochs, steps = epochs + 1, steps + self._updates_of(epochs)
+            return epochs, per_epoch, *others, args.max_steps
+        while epochs < math.ceil(args.num_train_epochs):
+            epochs, steps = epochs + 1, steps + self._updates_of(epochs)
+        surplus = math.floor((epochs - args.num_train_epochs) * self._updates_of(epochs - 1))
+        return epochs, per_epoch, *others, steps - surplus
+
+    def _updates_of(self, epoch: int) -> int:
+        """Count the steps of a whole epoch."""
+        if not self._cells.has_planned_batches:
+            return max(1, self._updates(self._cells.num_batches()))
+        if epoch not in self._updates_by_epoch:
+            self._updates_by_epoch[epoch] = max(1, self._updates(self._cells.num_batches(epoch=epoch)))
+        return self._updates_by_epoch[epoch]
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Load the trainer's state; return the epoch to begin with and how many batches to replay: none."""
@@ -180,6 +197,9 @@ class ShardedTrainer(Trainer):
 
     def _run_epoch(self, **parts: Any) -> None:  # type: ignore[override]
         """Run an epoch, or what is left of the one in which the checkpoint was saved."""
+        self._cells.set_epoch(parts["epoch"])
+        steps_in_epoch = len(parts["train_dataloader"])  # of planned batches, another number in each epoch
+        parts |= {"steps_in_epoch": steps_in_epoch, "num_update_steps_per_epoch": self._updates(steps_in_epoch)}
         if self._resumed is not None and parts["epoch"] == self._resumed.epoch:
             self._cells.load_state_dict(self._resumed.state)
             left = self._resumed.batches_left

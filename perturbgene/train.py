@@ -67,6 +67,9 @@ def _dataset(
     if not paths:
         return None
     is_train = split == "train"
+    if is_train:
+        is_grouped = config.train_sampling_strategy == "group_by_length"
+        options |= {"tokens_per_batch": config.tokens_per_batch, "group_by_length": is_grouped}
     return IterableAnnDataset(
         paths,
         tokenizer,
@@ -93,7 +96,12 @@ def _datasets(
         logger.warning(
             "--shard_size says %d, the files hold %s cells; the files are right", config.shard_size, sorted(sizes)[:5]
         )
-    if len(train) < arguments.per_device_train_batch_size:
+    if config.tokens_per_batch and not train.num_batches():
+        raise InputError(
+            f"{train.num_units()} batches of {config.tokens_per_batch} tokens are fewer than the {train.world_size} "
+            "processes. Lower --tokens_per_batch."
+        )
+    if not config.tokens_per_batch and len(train) < arguments.per_device_train_batch_size:
         raise InputError(
             f"{len(train)} training cells per process are fewer than one batch of "
             f"{arguments.per_device_train_batch_size}. Lower --per_device_train_batch_size."

@@ -177,6 +177,67 @@ def test_a_run_resumed_with_other_batches_still_makes_all_steps(corpus: Path, st
     assert log_of(stopped)[-1]["epoch"] == pytest.approx(2 + 4 / 24)
 
 
+# Batches of at most 130 tokens: 14 in some epochs, 15 in others. All 96 cells are read once at the door, to measure how
+# many values become tokens.
+PLANNED = LONG.replace("--per_device_train_batch_size {batch}", "{rule}").format(rule="{rule}", accumulated=2)
+RULES = {
+    "budget": "--tokens_per_batch 130",
+    "like lengths": "--per_device_train_batch_size 6 --pad_to_multiple_of 1 --train_sampling_strategy group_by_length",
+}
+
+
+def planned_run(corpus: Path, out: Path, more: str, *, rule: str) -> Path:
+    text = f"mlm --corpus {corpus} --output_dir {out} {PLANNED.format(rule=RULES[rule])} {more}"
+    return run_mlm(parse_args(text.split()))  # type: ignore[arg-type]
+
+
+def planned_stream(corpus: Path, run: Path) -> IterableAnnDataset:
+    """Make the stream that a run under the budget trained on."""
+    tokenizer, paths = GeneTokenizer.from_pretrained(run), shard_paths(corpus, "train")
+    return IterableAnnDataset(paths, tokenizer, shuffle=True, seed=42, tokens_per_batch=130)
+
+
+@pytest.mark.parametrize(("rule", "workers"), [("budget", 2), ("like lengths", 0)])
+def test_a_run_of_planned_batches_resumes_with_the_same_weights_and_log(
+    corpus: Path, tmp_path: Path, rule: str, workers: int
+) -> None:
+    common = "--num_train_epochs 3 --save_steps 5"
+    whole = planned_run(corpus, tmp_path / "whole", common, rule=rule)
+    stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
+    more = f"{common} --dataloader_num_workers {workers} --resume_from_checkpoint"
+    resumed = planned_run(corpus, stopped, f"{more} {stopped}/checkpoint-10", rule=rule)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [(entry["step"], entry["epoch"], entry["loss"]) for entry in log_of(resumed)] == [
+        (entry["step"], entry["epoch"], entry["loss"]) for entry in log_of(whole)
+    ]
+
+
+def test_every_epoch_of_planned_batches_is_trained_to_its_own_end(
+    corpus: Path, tmp_path: Path, trained_cells: list[int]
+) -> None:
+    run = planned_run(corpus, tmp_path / "run", "--num_train_epochs 4 --save_strategy no", rule="budget")
+    read = trained_cells[96:]
+    stream = planned_stream(corpus, run)
+    batches = [stream.num_batches(epoch=epoch) for epoch in range(4)]
+    assert len(set(batches)) > 1
+    assert log_of(run)[-1]["step"] == sum(-(-count // 2) for count in batches)
+    assert log_of(run)[-1]["epoch"] == 4.0
+    assert log_of(run)[-1]["learning_rate"] < 1e-5  # the schedule ends where training does
+    assert sorted(read) == sorted([*range(96)] * 4)
+
+
+def test_a_run_under_a_budget_resumed_with_other_accumulation_trains_on_what_is_left(
+    corpus: Path, tmp_path: Path, trained_cells: list[int]
+) -> None:
+    out = planned_run(corpus, tmp_path / "run", "--num_train_epochs 1 --save_steps 3", rule="budget")
+    stream = planned_stream(corpus, out)
+    left = list(stream)[int(stream.batch_plan().sizes_b[:6].sum()) :]
+    trained_cells.clear()
+    more = f"--num_train_epochs 1 --save_strategy no --resume_from_checkpoint {out}/checkpoint-3"
+    planned_run(corpus, out, f"{more} --gradient_accumulation_steps 3", rule="budget")
+    assert sorted(trained_cells[96:]) == sorted(cell.index for cell in left)
+
+
 def test_a_checkpoint_without_a_position_resumes_as_well(corpus: Path, whole: Path, stopped: Path) -> None:
     state = json.loads((stopped / "checkpoint-8" / "trainer_state.json").read_text())
     del state["stateful_callbacks"]["StreamPosition"]
