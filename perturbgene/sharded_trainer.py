@@ -1,7 +1,7 @@
 """`ShardedTrainer`: transformers' Trainer, except that each rank reads its own rows and counts its own tokens.
 
-Owns the few overrides that streaming, two-part losses and resuming without replay need; leaves the loop, optimiser,
-logging and checkpoints to transformers and accelerate.
+Owns the few overrides that streaming, two-part losses and resuming without replay need; leaves whole checkpoints and
+signals to `SafeTrainer`, the loop and the optimiser to transformers and accelerate.
 """
 
 import logging
@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Evaluator, run_evaluator
+from perturbgene.safe_trainer import SafeTrainer
+from perturbgene.stopping import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ def trainer_state(checkpoint: str | Path) -> TrainerState:
     return TrainerState.load_from_json(str(path))
 
 
-class ShardedTrainer(Trainer):
+class ShardedTrainer(SafeTrainer):
     """A Trainer for `IterableAnnDataset`s that already hold one rank's share.
 
     A resumed run reads no cell of those that are done, and continues with the cells that are left when the number of
@@ -148,16 +150,14 @@ class ShardedTrainer(Trainer):
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return self._resumed.step >= max_steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint on if one is named (True: the newest of the output folder).
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Train, from a checkpoint on if one is named; one that has all steps is trained no further.
 
         Raises:
             InputError: The checkpoint is not complete, or was trained on other cells.
+            RunFailedError: A checkpoint cannot be written, or a step is no number.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        self._resumed = self._resumed_at(checkpoint) if checkpoint else None
+        self._resumed = self._resumed_at(resume_from_checkpoint) if resume_from_checkpoint else None
         self._step_of_last_parts = 0 if self._resumed is None else self._resumed.step
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -171,6 +171,8 @@ class ShardedTrainer(Trainer):
             if is_changed and args.max_steps <= 0:
                 max_steps = step_of_next_epoch + math.ceil((args.num_train_epochs - epoch - 1) * per_epoch)
             num_epochs = epoch + 1 + max(0, -(-(max_steps - step_of_next_epoch) // per_epoch))
+            if self._resumed.step >= max_steps:
+                num_epochs = epoch  # no epoch is left to run
         return num_epochs, per_epoch, *others, max_steps
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -199,6 +201,7 @@ class ShardedTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             generator=self._own_generator(),
+            worker_init_fn=outlive_signals,
         )
         return prepare_data_loader(
             loader,

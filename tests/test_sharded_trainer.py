@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from perturbgene.checkpoint import seal
 from perturbgene.configs import parse_args
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.shards import Shard
@@ -162,7 +163,7 @@ def test_a_run_resumed_with_other_batches_continues_with_the_cells_that_are_left
     )
     left = [cell.index for cell in dataset][4 * 16 :]
     trained_cells.clear()
-    more = f"--num_train_epochs 1 --save_strategy no --resume_from_checkpoint {out}/checkpoint-4"
+    more = f"--num_train_epochs 1 --save_strategy no --allow_changed --resume_from_checkpoint {out}/checkpoint-4"
     long_run(corpus, out, more, batch=batch, accumulated=accumulated)
     assert sorted(trained_cells) == sorted(left)
     steps = 4 + -(-len(left) // (batch * accumulated))
@@ -171,7 +172,7 @@ def test_a_run_resumed_with_other_batches_continues_with_the_cells_that_are_left
 
 def test_a_run_resumed_with_other_batches_still_makes_all_steps(corpus: Path, stopped: Path) -> None:
     """16 steps of 16 cells were to be 3 epochs; from step 12 on they are of 4 cells, and of 24 an epoch."""
-    more = f"--max_steps 16 --save_strategy no --resume_from_checkpoint {stopped}/checkpoint-12"
+    more = f"--max_steps 16 --save_strategy no --allow_changed --resume_from_checkpoint {stopped}/checkpoint-12"
     long_run(corpus, stopped, more, batch=4, accumulated=1)
     assert log_of(stopped)[-1]["step"] == 16
     assert log_of(stopped)[-1]["epoch"] == pytest.approx(2 + 4 / 24)
@@ -181,6 +182,7 @@ def test_a_checkpoint_without_a_position_resumes_as_well(corpus: Path, whole: Pa
     state = json.loads((stopped / "checkpoint-8" / "trainer_state.json").read_text())
     del state["stateful_callbacks"]["StreamPosition"]
     (stopped / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
+    seal(stopped / "checkpoint-8", world_size=1)
     more = f"--max_steps {STEPS} --save_steps 2 --resume_from_checkpoint {stopped}/checkpoint-8"
     resumed = long_run(corpus, stopped, more)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -190,10 +192,10 @@ def test_resuming_on_other_cells_is_refused(corpus: Path, stopped: Path, tmp_pat
     other = Path(shutil.copytree(corpus, tmp_path / "other"))
     shutil.copy(shard_paths(other, "eval")[0], shard_paths(other, "train")[0])
     with pytest.raises(InputError, match=r"another corpus \(96 cells.*Give the same files"):
-        long_run(other, stopped, f"--max_steps 20 --resume_from_checkpoint {stopped}/checkpoint-8")
+        long_run(other, stopped, f"--max_steps 20 --allow_changed --resume_from_checkpoint {stopped}/checkpoint-8")
 
 
 def test_resuming_with_another_seed_is_refused(corpus: Path, stopped: Path) -> None:
-    more = f"--max_steps 20 --resume_from_checkpoint {stopped}/checkpoint-8 --seed 7"
+    more = f"--max_steps 20 --resume_from_checkpoint {stopped}/checkpoint-8 --seed 7 --allow_changed"
     with pytest.raises(InputError, match=r"Give --seed \d+"):
         long_run(corpus, stopped, more)

@@ -159,6 +159,11 @@ class TrainOptions(BaseConfig):
         group="Input and output",
         bare="latest",
     )
+    allow_changed: bool = option(
+        False,
+        help="Resume although settings differ on which the order of cells or the meaning of a step depends.",
+        group="Input and output",
+    )
     learning_rate: float = option(5e-4, help="Peak learning rate of AdamW.", group="Training", within="(0, inf)")
     per_device_train_batch_size: int = option(
         32, help="Cells per step and device.", group="Training", within="[1, inf)"

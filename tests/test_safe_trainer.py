@@ -1,0 +1,197 @@
+"""Killed at any moment, a run goes on from its last checkpoint and ends with the weights of an undisturbed run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import pytest
+from faults import Killed, plant
+from transformers import TrainerCallback
+
+from perturbgene.main import main
+from perturbgene.prepare import prepare
+from perturbgene.sharded_trainer import ShardedTrainer
+
+# 96 training cells, 16 a step: 6 steps an epoch, so that saves every 4 steps fall into the midst of epochs.
+STEPS = 14
+COMMON = (
+    "--model_arch tiny --num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --no_bf16 --report_to none "
+    "--max_length 40 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 3e-3 "
+    f"--max_steps {STEPS} --save_steps 4 --eval_steps 4 --eval_on_start false --logging_steps 1 --save_total_limit 2"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import scanpy as sc
+
+    whole = sc.datasets.pbmc68k_reduced()
+    cells = ad.AnnData(whole.raw.X.copy(), obs=whole.obs[["bulk_labels", "phase"]], var=whole.raw.var)[:120]
+    folder = tmp_path_factory.mktemp("safe") / "corpus"
+    return prepare(cells.copy(), folder, phenotypes=["cell_type=bulk_labels"], num_top_genes=60)
+
+
+def command(corpus: Path, out: Path, more: str = "") -> list[str]:
+    return f"mlm --corpus {corpus} --output_dir {out} {COMMON} {more}".split()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(command(corpus, out)) == 0
+    return (out / "model.safetensors").read_bytes()
+
+
+def resume(corpus: Path, out: Path, more: str = "") -> int:
+    return main(command(corpus, out, f"--resume_from_checkpoint {more}"))
+
+
+WORKERS = "--dataloader_num_workers 2"
+
+
+def log_of(run: Path) -> list[tuple[int, float]]:
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+FAULTS = [("save:optimizer", 4), ("save:manifest", 8), ("step", 10), ("rotate", 12), ("deliver", 14)]
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_weights_and_log(
+    corpus: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    """Each kill at another phase; what is on disk then is what `kill -9` leaves."""
+    out, more = tmp_path / "run", WORKERS
+    for phase, step in FAULTS:
+        with pytest.raises(Killed), plant(phase, step, raise_killed):
+            main(command(corpus, out, more))
+        more = f"--resume_from_checkpoint {WORKERS}"
+    assert resume(corpus, out, WORKERS) == 0
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+    assert [step for step, _ in log_of(out)] == list(range(1, STEPS + 1))
+    left = [path.name for path in out.glob("*checkpoint*")]
+    assert len(left) == 2  # the newest and the best, and nothing half-done
+    assert "checkpoint-14" in left
+
+
+def raise_killed() -> None:
+    raise Killed
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_run_that_goes_on(
+    corpus: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    """The real thing: the lock stays behind, and the process's loader workers lose their parent."""
+    out = tmp_path / "run"
+    environment = {**os.environ, "PG_FAULT": "save:optimizer@8", "PYTHONPATH": str(Path(__file__).parents[1])}
+    call = [sys.executable, str(Path(__file__).with_name("faults.py")), *command(corpus, out, WORKERS)]
+    done = subprocess.run(call, env=environment, capture_output=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (out / ".lock").exists()
+    assert (out / "tmp-checkpoint-8").exists()
+    assert resume(corpus, out) == 0
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_torn_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    corpus: Path, undisturbed: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 10, raise_killed):
+        main(command(corpus, out))
+    weights = out / "checkpoint-8" / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    assert resume(corpus, out) == 0
+    assert "checkpoint-8 cannot be used: model.safetensors is damaged" in caplog.text
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+    assert (out / "checkpoint-8.incomplete").is_dir()
+
+
+def test_a_torn_checkpoint_given_by_name_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 5, raise_killed):
+        main(command(corpus, out))
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    assert resume(corpus, out, f"{out}/checkpoint-4") == 2
+    assert "checkpoint-4 cannot be used: optimizer.pt is missing" in capsys.readouterr().err
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal during a step."""
+
+    number, step = signal.SIGTERM, 6
+
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        if state.global_step == self.step - 1:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "code"), [("SIGTERM", 3, 143), ("SIGUSR1", 6, 138), ("SIGINT", 8, 130)]
+)  # in the midst of an epoch, at its end, at a step that is saved anyway
+def test_a_signal_ends_the_run_after_its_step_with_everything_saved(
+    name: str, step: int, code: int, corpus: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, before = tmp_path / "run", signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(SignalAt, "number", getattr(signal, name))
+    monkeypatch.setattr(SignalAt, "step", step)
+    make = ShardedTrainer.__init__
+
+    def make_and_add(trainer: ShardedTrainer, *args: object, **kwargs: object) -> None:
+        make(trainer, *args, **kwargs)
+        trainer.add_callback(SignalAt())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardedTrainer, "__init__", make_and_add)
+        assert main(command(corpus, out)) == code
+    message = capsys.readouterr().err
+    assert f"stopped by {name} after step {step} of {STEPS}" in message
+    assert "--resume_from_checkpoint goes on" in message
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert not (out / ".lock").exists()
+    assert resume(corpus, out) == 0
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_older_checkpoints_whole(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with plant("save:optimizer", 8, full):
+        assert main(command(corpus, out)) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: checkpoint")
+    assert "No space left on device" in error
+    assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(("change", "message"), [("--learning_rate 1e-3", "learning_rate was 0.003, is 0.001")])
+def test_other_settings_on_resuming_are_refused(
+    change: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 5, raise_killed):
+        main(command(corpus, out))
+    assert resume(corpus, out, change) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_pickle_of_the_arguments_is_left(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(command(corpus, out, "--max_steps 4")) == 0
+    assert not list(out.rglob("training_args.bin"))
