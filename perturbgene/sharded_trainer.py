@@ -25,6 +25,7 @@ from perturbgene.errors import InputError
 from perturbgene.eval_utils import Evaluator, run_evaluator
 from perturbgene.safe_trainer import SafeTrainer
 from perturbgene.stopping import outlive_signals
+from perturbgene.watch import WithCells
 
 logger = logging.getLogger(__name__)
 
@@ -171,14 +172,15 @@ class ShardedTrainer(SafeTrainer):
             if is_changed and args.max_steps <= 0:
                 max_steps = step_of_next_epoch + math.ceil((args.num_train_epochs - epoch - 1) * per_epoch)
             num_epochs = epoch + 1 + max(0, -(-(max_steps - step_of_next_epoch) // per_epoch))
-            if self._resumed.step >= max_steps:
-                num_epochs = epoch  # no epoch is left to run
         return num_epochs, per_epoch, *others, max_steps
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Load the trainer's state; return the epoch to begin with and how many batches to replay: none."""
-        epoch, batches = super()._init_training_state(*args, **kwargs)
-        return (epoch, batches) if self._resumed is None else (self._resumed.epoch, 0)
+        epoch, batches = super()._init_training_state(max_steps, *args, **kwargs)
+        if self._resumed is None:
+            return epoch, batches
+        is_over = self._resumed.step >= max_steps  # then no epoch is left to run
+        return (self.state.num_train_epochs if is_over else self._resumed.epoch), 0
 
     def _run_epoch(self, **parts: Any) -> None:  # type: ignore[override]
         """Run an epoch, or what is left of the one in which the checkpoint was saved."""
@@ -194,7 +196,7 @@ class ShardedTrainer(SafeTrainer):
         """Wrap a data set without splitting it again: accelerate's default would deal out cells a second time."""
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
-            dataset.batches(collate_fn),
+            dataset.batches(WithCells(collate_fn)),
             batch_size=None,
             num_workers=workers,
             persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
@@ -269,6 +271,13 @@ class ShardedTrainer(SafeTrainer):
             self._parts, self._step_of_last_parts = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
+    def places_of(self, cells_n: np.ndarray) -> list[str]:
+        """Say in which row of which file each cell of training stands."""
+        starts_f = np.concatenate([[0], np.cumsum(self._cells.sizes)])
+        files_n = np.searchsorted(starts_f, cells_n, side="right") - 1
+        rows_n = cells_n - starts_f[files_n]
+        return [f"{self._cells.paths[file]} row {row}" for file, row in zip(files_n, rows_n, strict=True)]
+
     def _sum_over_ranks(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.args.world_size == 1:
             return list(arrays)
@@ -281,7 +290,7 @@ class ShardedTrainer(SafeTrainer):
         """Score each cell of all ranks exactly once, counting batch by batch instead of gathering logits."""
         assert self.evaluator is not None
         model = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.averaged_weights():
             run_evaluator(self.evaluator, model, dataloader)
         self.evaluator.set_numbers(self._sum_over_ranks(self.evaluator.numbers()))
         config = model.config

@@ -293,7 +293,7 @@ def _train(
     folder, is_first = Path(config.output_dir), arguments.process_index == 0
     with claimed(folder) if is_first else nullcontext():
         checkpoint = _checkpoint(config, arguments)
-        trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], **parts)
+        trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], ema_decay=config.ema_decay, **parts)
         is_last = bool(checkpoint) and trainer.is_finished(str(checkpoint))
         if (is_last or config.resume_from_checkpoint == "latest") and trainer.is_delivered():
             logger.info("%s is finished: nothing to resume", folder)

@@ -15,6 +15,7 @@ MOST_LINES = 60
 FLOORS = {
     "errors": 0,
     "model": 0,
+    "flops": 0,
     "plots": 0,
     "data_utils.remote": 0,
     "settings.flags": 0,
@@ -53,6 +54,8 @@ FLOORS = {
     "claim": 1,
     "stopping": 1,
     "checkpoint": 3,
+    "watch": 3,
+    "ema": 3,
     "safe_trainer": 3,
     "prepare": 3,
     "download": 3,

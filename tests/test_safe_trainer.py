@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import anndata as ad
 import pytest
-from faults import Killed, plant
+import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from perturbgene.main import main
 from perturbgene.prepare import prepare
 from perturbgene.sharded_trainer import ShardedTrainer
+from tests.faults import Killed, plant
 
 # 96 training cells, 16 a step: 6 steps an epoch, so that saves every 4 steps fall into the midst of epochs.
 STEPS = 14
@@ -195,3 +198,76 @@ def test_no_pickle_of_the_arguments_is_left(corpus: Path, tmp_path: Path) -> Non
     out = tmp_path / "run"
     assert main(command(corpus, out, "--max_steps 4")) == 0
     assert not list(out.rglob("training_args.bin"))
+
+
+def test_a_step_that_is_no_number_stops_the_run_before_it_is_applied(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, whole = tmp_path / "run", ShardedTrainer.compute_loss
+
+    def broken(trainer: ShardedTrainer, *args: object, **kwargs: object) -> object:
+        loss = whole(trainer, *args, **kwargs)
+        return loss * float("nan") if trainer.state.global_step == 5 else loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardedTrainer, "compute_loss", broken)
+        assert main(command(corpus, out)) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: step 6 gave a gradient of norm nan")
+    assert "shard_00000.h5ad row" in error
+    assert f"Last good checkpoint: {out}/checkpoint-4" in error
+    report = json.loads((out / "nan_report.json").read_text())
+    assert (report["step"], len(report["cells"]), report["loss_of_each_batch"]) == (6, 16, ["nan", "nan"])
+
+
+def test_the_optimizer_leaves_a_step_out_that_is_no_number_without_being_waited_for() -> None:
+    """What the trainer relies on where a look at the norm would stop the device."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    weight.grad = torch.full((2,), float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert weight.tolist() == [1, 1]
+    weight.grad = torch.ones(2)
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.899, 0.899], abs=1e-5)
+
+
+def test_a_device_whose_memory_is_full_hears_of_the_batch_that_fitted(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with plant("step", 2, full):
+        assert main(command(corpus, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"does not hold a batch of \d+ tokens; the largest that fitted had (\d+). .*_batch \1,", error)
+
+
+def test_averaged_weights_are_resumed_and_delivered(corpus: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(command(corpus, whole, "--ema_decay 0.9")) == 0
+    with pytest.raises(Killed), plant("step", 10, raise_killed):
+        main(command(corpus, broken, "--ema_decay 0.9"))
+    assert resume(corpus, broken, "--ema_decay 0.9") == 0
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    averages = [load_file(path) for path in whole.glob("checkpoint-*/ema.safetensors")]
+    final = load_file(whole / "model.safetensors")
+    assert any(all(torch.equal(final[name], average[name]) for name in average) for average in averages)
+
+
+def test_each_log_tells_speed_memory_and_time_left(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    with caplog.at_level("INFO", logger="perturbgene"):
+        assert main(command(corpus, out, "--max_steps 4")) == 0
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    first = next(entry for entry in history if "loss" in entry)
+    wanted = {"grad_norm", "learning_rate", "loss_genes", "loss_phenotypes", "cells_per_second", "tokens_per_second"}
+    assert wanted | {"padding", "flops_per_second", "mfu", "memory_gb", "seconds_left"} <= set(first)
+    assert first["padding"] == 0
+    assert 0 < first["mfu"] < 1.5
+    assert re.search(r"step 4/4 · epoch 0.67 · loss [\d.]+ \(phenotypes [\d.]+, genes [\d.]+\) · grad", caplog.text)

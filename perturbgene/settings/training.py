@@ -187,6 +187,12 @@ class TrainOptions(BaseConfig):
     )
     weight_decay: float = option(0.01, help="Decoupled weight decay.", group="Training", within="[0, inf)")
     max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", group="Training", within="[0, inf)")
+    ema_decay: float | None = option(
+        None,
+        help="Average weights over steps with this decay (0.999), and evaluate and deliver the average.",
+        group="Training",
+        within="(0, 1)",
+    )
     bf16: bool | None = option(
         None, help="Half precision (bfloat16). Unset (`none`): on where the device computes it fast.", group="Training"
     )
