@@ -264,10 +264,11 @@ class ShardedTrainer(SafeTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss part since the last log."""
+        """Add the mean of each loss part since the last log, over all ranks."""
         if "loss" in logs and self._parts:
             steps = max(1, self.state.global_step - self._step_of_last_parts)
-            logs |= {name: round(float(total) / steps, 4) for name, total in self._parts.items()}
+            totals = self._sum_numbers([float(total) for total in self._parts.values()])
+            logs |= {name: round(total / steps, 4) for name, total in zip(self._parts, totals, strict=True)}
             self._parts, self._step_of_last_parts = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
 
