@@ -311,6 +311,8 @@ def _train(
 
 def _stopped(trainer: ShardedTrainer) -> StoppedError:
     number, step = trainer.stop.stopped_by, trainer.state.global_step
+    if not trainer.is_world_process_zero():  # one process tells
+        return StoppedError("", exit_code=128 + number)
     return StoppedError(
         f"stopped by {signal.Signals(number).name} after step {step} of {trainer.state.max_steps}, all of it saved in "
         f"{trainer.folder}/checkpoint-{step}. The same command with --resume_from_checkpoint goes on from there.",
