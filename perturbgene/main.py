@@ -14,7 +14,7 @@ from pathlib import Path
 
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, RunFailedError, StoppedError
 
 VERB_FUNCTIONS = {
     "prepare": "perturbgene.prepare:run_prepare",
@@ -25,6 +25,7 @@ VERB_FUNCTIONS = {
     "download": "perturbgene.download:run_download",
 }
 EXIT_USAGE = 2
+EXIT_FAILED = 3
 # As a shell reports a process that a signal has ended: 128 + SIGINT, 128 + SIGPIPE.
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -39,16 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Tokens after the program's name; those of this process by default.
 
     Returns:
-        Exit code: 0 done, 2 the user's mistake, 130 interrupted, 141 the reader of the output went away.
+        Exit code: 0 done, 2 the user's mistake, 3 the run cannot go on, 128 + n stopped by signal n with everything
+        saved, 130 interrupted, 141 the reader of the output went away.
     """
     tokens, is_debugging = take_debug(sys.argv[1:] if argv is None else argv)
     try:
         return run(tokens)
-    except InputError as error:
+    except (InputError, RunFailedError) as error:
         if is_debugging:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
+    except StoppedError as stop:
+        if str(stop):
+            print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -159,6 +159,11 @@ class TrainOptions(BaseConfig):
         group="Input and output",
         bare="latest",
     )
+    allow_changed: bool = option(
+        False,
+        help="Resume although settings differ on which the order of cells or the meaning of a step depends.",
+        group="Input and output",
+    )
     learning_rate: float = option(5e-4, help="Peak learning rate of AdamW.", group="Training", within="(0, inf)")
     per_device_train_batch_size: int = option(
         32, help="Cells per step and device.", group="Training", within="[1, inf)"
@@ -194,6 +199,12 @@ class TrainOptions(BaseConfig):
     )
     weight_decay: float = option(0.01, help="Decoupled weight decay.", group="Training", within="[0, inf)")
     max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", group="Training", within="[0, inf)")
+    ema_decay: float | None = option(
+        None,
+        help="Average weights over steps with this decay (0.999), and evaluate and deliver the average.",
+        group="Training",
+        within="(0, 1)",
+    )
     bf16: bool | None = option(
         None, help="Half precision (bfloat16). Unset (`none`): on where the device computes it fast.", group="Training"
     )
