@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -104,9 +105,31 @@ def verb_function(verb: str) -> Callable[[BaseConfig], object]:
     return getattr(importlib.import_module(module_name), function_name)
 
 
+class FewOfAKind(logging.Filter):
+    """Lets the first `most` messages of one wording about files pass, then says once that more are left out."""
+
+    def __init__(self, most: int = 20) -> None:
+        super().__init__()
+        self.most, self.counts = most, Counter[tuple[str, str]]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Decide on one message; ten thousand files would otherwise say the same ten thousand times."""
+        if not record.name.startswith("perturbgene.data_utils"):
+            return True
+        kind = (record.name, str(record.msg))
+        self.counts[kind] += 1
+        if self.counts[kind] == self.most + 1:
+            record.msg = f"{record.getMessage()} (and so on: further messages of this wording are left out)"
+            record.args = None
+        return self.counts[kind] <= self.most + 1
+
+
 def set_up_logging() -> None:
     """Send our messages to stderr from INFO on, those of libraries from WARNING on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(known, FewOfAKind) for known in handler.filters):
+            handler.addFilter(FewOfAKind())
     logging.getLogger("perturbgene").setLevel(logging.INFO)
     logging.captureWarnings(True)
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):

@@ -29,7 +29,7 @@ from perturbgene.errors import InputError, StoppedError, listed
 from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Question, results_json, standard_questions
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.plots import loss_figure, save_figure
-from perturbgene.prepare import shard_paths
+from perturbgene.prepare import shard_paths, shard_sizes
 from perturbgene.sharded_trainer import ShardedTrainer
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _dataset(
     if not paths:
         return None
     is_train = split == "train"
+    if config.corpus and not (config.train_data_paths if is_train else config.eval_data_paths):
+        options["known_sizes"] = shard_sizes(config.corpus, split)
     if is_train:
         is_grouped = config.train_sampling_strategy == "group_by_length"
         options |= {"tokens_per_batch": config.tokens_per_batch, "group_by_length": is_grouped}

@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ def test_a_cell_knows_which_genes_its_file_measures(tmp_path: Path) -> None:
     assert whole.is_measured_g is None
     assert part.is_measured_g is not None
     assert np.flatnonzero(part.is_measured_g).tolist() == [0, 1, 2, 4, 5]
+
+
+def test_files_of_known_sizes_are_opened_when_they_are_read(paths: list[str]) -> None:
+    sizes = IterableAnnDataset(paths, a_tokenizer()).sizes
+    lazy = IterableAnnDataset(paths, a_tokenizer(), known_sizes=sizes)
+    assert list(lazy.shards._open) == [0], "the first file speaks for all"
+    assert indices(lazy) == list(range(sum(sizes)))
+
+
+def test_a_file_that_changed_after_it_was_listed_is_refused(paths: list[str]) -> None:
+    sizes = IterableAnnDataset(paths, a_tokenizer()).sizes
+    stale = IterableAnnDataset(paths, a_tokenizer(), known_sizes=[*sizes[:-1], sizes[-1] + 1])
+    with pytest.raises(InputError, match=r"holds \d+ cells, not \d+: it was changed after it was "):
+        list(stale)
+
+
+def test_the_thread_that_reads_ahead_ends_with_its_consumer(paths: list[str]) -> None:
+    stream = iter(IterableAnnDataset(paths, a_tokenizer(), shuffle=True, block_rows=2, buffer_rows=16))
+    next(stream)
+    assert any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    del stream
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
 
 def test_random_truncation_draws_other_genes_in_another_epoch_and_the_same_in_the_same() -> None:

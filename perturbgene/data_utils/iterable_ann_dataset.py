@@ -94,6 +94,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
         obs_columns: Phenotype -> obs column where the names differ.
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
         optional_labels: False refuses a file that lacks the column of an included phenotype.
+        known_sizes: Cells of each file where a manifest says so; then files are opened when they are read, not before,
+            and the genes of the first speak for all.
         block_rows, buffer_rows: Neighbouring rows that travel together, and rows shuffled in memory.
         tokens_per_batch: Fills batches up to so many tokens in place of `batch_size` cells, counted as the tokenizer
             makes them, before masking and thinning: never more of prepared shards, and of other files, whose lengths
@@ -128,6 +130,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         buffer_rows: int = DEFAULT_BUFFER_ROWS,
         tokens_per_batch: int | None = None,
         group_by_length: bool = False,
+        known_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.shuffle, self.seed, self.batch_size = tokenizer, shuffle, seed, batch_size
@@ -150,7 +153,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
         self.shards = ShardCache(_as_sources(paths), layer=layer, **options)
-        self.sizes = tuple(self._check(shard, min_gene_coverage) for shard in self._all_shards())
+        self.sizes = self._checked_sizes(known_sizes, min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
         self._class_n = self._classes() if phenotype_category is not None else None
         if sum(self.sizes) == 0:
@@ -166,6 +169,26 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _all_shards(self) -> Iterator[Shard]:
         for index in range(len(self.shards)):
             yield self.shards[index]
+
+    def _checked_sizes(self, known_sizes: Sequence[int] | None, min_gene_coverage: float) -> tuple[int, ...]:
+        """Count the cells of each file; with known sizes only the first is opened, the others when they are read."""
+        if known_sizes is None:
+            return tuple(self._check(shard, min_gene_coverage) for shard in self._all_shards())
+        assert len(known_sizes) == len(self.shards)
+        if len(known_sizes) > 0:
+            self._check(self.shards[0], min_gene_coverage)
+            logger.info("%d files of one corpus, %d cells", len(known_sizes), sum(known_sizes))
+        return tuple(known_sizes)
+
+    def _shard(self, file: int) -> Shard:
+        """Return an open file, if it still holds the cells that the order was made for."""
+        shard = self.shards[file]
+        if len(shard) != self.sizes[file]:
+            raise InputError(
+                f"{shard.path} holds {len(shard):,} cells, not {self.sizes[file]:,}: it was changed after it was "
+                "listed or during the run. Prepare the corpus again, or start anew."
+            )
+        return shard
 
     @staticmethod
     def _check(shard: Shard, min_gene_coverage: float) -> int:
@@ -416,7 +439,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _tokenize(self, rows_m: np.ndarray, epoch: int) -> list[TokenBlock]:
         blocks = []
         for file, rows in split_rows(rows_m, starts_f=self._starts_f):
-            shard, first_cell = self.shards[file], int(self._starts_f[file])
+            shard, first_cell = self._shard(file), int(self._starts_f[file])
             for first in range(0, len(rows), CHUNK_ROWS):
                 block = self._without_answer(shard.read(rows[first : first + CHUNK_ROWS], first_cell=first_cell))
                 blocks.append(self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch))
