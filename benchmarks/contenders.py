@@ -42,6 +42,7 @@ class Contender:
         limit: Name of the contender that merely reads the same files, or "".
         needs: Packages without which it is skipped.
         workers: Loader workers beside the main process.
+        threads: Threads that read; with more than one it may use every core.
         is_buffered: True measures whole epochs, as such a loader delivers in bursts.
         build: Converts the files into the contender's own format, untimed.
     """
@@ -51,6 +52,7 @@ class Contender:
     limit: str = ""
     needs: tuple[str, ...] = ()
     workers: int = 0
+    threads: int = 1
     is_buffered: bool = True
     build: Callable[[Job], None] | None = None
 
@@ -343,14 +345,15 @@ def _tokenizer(job: Job, *, variant: str, is_masked: bool) -> Any:
     return GeneTokenizer(**settings, **included)
 
 
-def ours(job: Job, *, variant: str, how: str, workers: int = 0, is_cellwise: bool = False) -> Epoch:
+def ours(job: Job, *, variant: str, how: str, workers: int = 0, threads: int = 1, is_cellwise: bool = False) -> Epoch:
     """Stream through IterableAnnDataset at its default settings, shuffled; by whole batches where it can.
 
     Args:
         job: Files and length.
         variant: Which files.
-        how: "padded", "packed" or "masked" (padded, masked for training).
+        how: "padded", "packed", or one of them and "masked" for training.
         workers: Loader workers.
+        threads: Threads that read and tokenise.
         is_cellwise: True goes cell by cell through `DataLoader(dataset, batch_size, collate_fn)`.
     """
     from torch.utils.data import DataLoader
@@ -358,11 +361,12 @@ def ours(job: Job, *, variant: str, how: str, workers: int = 0, is_cellwise: boo
     from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
     from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 
-    tokenizer = _tokenizer(job, variant=variant, is_masked=how == "masked")
-    dataset = IterableAnnDataset(shards(job.home, variant), tokenizer, shuffle=True, batch_size=BATCH)
-    collate = collate_fn_wrapper(tokenizer, packed=how == "packed")
-    if how == "masked":
-        collate = DataCollatorForPhenotypicMLM(tokenizer)
+    tokenizer = _tokenizer(job, variant=variant, is_masked="masked" in how)
+    paths = shards(job.home, variant)
+    dataset = IterableAnnDataset(paths, tokenizer, shuffle=True, batch_size=BATCH, threads=threads)
+    collate = collate_fn_wrapper(tokenizer, packed="packed" in how)
+    if "masked" in how:
+        collate = DataCollatorForPhenotypicMLM(tokenizer, packed="packed" in how)
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
     if hasattr(dataset, "batches") and not is_cellwise:
         loader = DataLoader(dataset.batches(collate), batch_size=None, **options)
@@ -404,10 +408,12 @@ def _contenders() -> Iterator[Contender]:
     yield Contender("ours: gzip h5ad, padded, cell by cell", partial(ours, variant="gzip", how="padded",
                     is_cellwise=True), READS["gzip"])  # fmt: skip
     for variant in ("gzip", "none", "corpus"):
-        for how in ("padded", "packed", "masked"):
+        for how in ("padded", "packed", "padded, masked", "packed, masked"):
             yield Contender(f"ours: {TITLES[variant]}, {how}", partial(ours, variant=variant, how=how), READS[variant])
-        yield Contender(f"ours: {TITLES[variant]}, padded, 2 workers", partial(ours, variant=variant, how="padded",
-                        workers=2), READS[variant], workers=2)  # fmt: skip
+        for several in ({"threads": 2}, {"workers": 2}):
+            (kind, count), how = next(iter(several.items())), "packed, masked"
+            yield Contender(f"ours: {TITLES[variant]}, {how}, {count} {kind}, 2 cores",
+                            partial(ours, variant=variant, how=how, **several), READS[variant], **several)  # fmt: skip
 
 
 CONTENDERS = {contender.name: contender for contender in _contenders()}

@@ -96,7 +96,7 @@ def serve(contender: Contender, job: Job, *, seconds: float, is_checked: bool) -
     if contender.build:
         _build_apart(contender, job)
     epoch = contender.epoch(job)
-    if not contender.workers and hasattr(os, "sched_setaffinity"):
+    if not contender.workers and contender.threads == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
     total = 0
     for number, batch in enumerate(epoch()):

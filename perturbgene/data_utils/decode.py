@@ -94,9 +94,11 @@ class SpanReader:
 
     def _chunk(self, first: int) -> np.ndarray:
         """Return one decompressed chunk; the last one is kept, because neighbouring spans share it."""
-        if self._last[0] != first:
-            self._last = (first, self._inflate(first))
-        return self._last[1]
+        known, chunk = self._last  # read at once: several threads may share a reader
+        if known != first:
+            chunk = self._inflate(first)
+            self._last = (first, chunk)
+        return chunk
 
     def _inflate(self, first: int) -> np.ndarray:
         (length,) = self.dataset.chunks

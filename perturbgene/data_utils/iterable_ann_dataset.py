@@ -37,6 +37,12 @@ STATE_VERSION = 1
 #: Rows that are tokenised at once: their values are then still in the processor's cache.
 CHUNK_ROWS = 256
 
+#: More than two hardly help: the batches themselves are then what takes time.
+DEFAULT_THREADS = 2
+
+#: Files that threads read from at the same time; few enough that the cache of open files closes none of them.
+FILES_AT_ONCE = 16
+
 
 class Cell(dict[str, torch.Tensor]):
     """One cell's tensors; its identity, on which masks hang, rides along as attributes.
@@ -96,6 +102,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
         optional_labels: False refuses a file that lacks the column of an included phenotype.
         known_sizes: Cells of each file where a manifest says so; then files are opened when they are read, not before,
             and the genes of the first speak for all.
+        threads: Threads that read and tokenise local files, beside the one that uses the cells; loader workers have one
+            each. What comes out does not depend on it.
         block_rows, buffer_rows: Neighbouring rows that travel together, and rows shuffled in memory.
         tokens_per_batch: Fills batches up to so many tokens in place of `batch_size` cells, counted as the tokenizer
             makes them, before masking and thinning: never more of prepared shards, and of other files, whose lengths
@@ -131,13 +139,14 @@ class IterableAnnDataset(IterableDataset[Cell]):
         tokens_per_batch: int | None = None,
         group_by_length: bool = False,
         known_sizes: Sequence[int] | None = None,
+        threads: int = DEFAULT_THREADS,
     ) -> None:
         super().__init__()
         self.tokenizer, self.shuffle, self.seed, self.batch_size = tokenizer, shuffle, seed, batch_size
         self.phenotype_category, self.binary_label = phenotype_category, binary_label
         self.rank, self.world_size = rank, world_size
         self.keep_all = not shuffle if keep_all is None else keep_all
-        self.block_rows, self.buffer_rows = block_rows, buffer_rows
+        self.block_rows, self.buffer_rows, self.threads = block_rows, buffer_rows, threads
         self.tokens_per_batch, self.has_planned_batches = tokens_per_batch, bool(tokens_per_batch) or group_by_length
         self._last_plan: BatchPlan | None = None
         if tokens_per_batch is not None and tokens_per_batch < tokenizer.max_length:
@@ -436,14 +445,25 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     # -- the cells ------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, rows_m: np.ndarray, epoch: int) -> list[TokenBlock]:
-        blocks = []
-        for file, rows in split_rows(rows_m, starts_f=self._starts_f):
-            shard, first_cell = self._shard(file), int(self._starts_f[file])
-            for first in range(0, len(rows), CHUNK_ROWS):
-                block = self._without_answer(shard.read(rows[first : first + CHUNK_ROWS], first_cell=first_cell))
-                blocks.append(self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch))
+    def _tokenize(self, rows_m: np.ndarray, epoch: int, pool: ThreadPoolExecutor) -> list[TokenBlock]:
+        """Read and tokenise sorted rows, chunk by chunk, the chunks of a few files at a time in several threads."""
+        files = split_rows(rows_m, starts_f=self._starts_f)
+        blocks: list[TokenBlock] = []
+        for first in range(0, len(files), FILES_AT_ONCE):
+            chunks = [
+                (self._shard(file), int(self._starts_f[file]), rows[start : start + CHUNK_ROWS])
+                for file, rows in files[first : first + FILES_AT_ONCE]
+                for start in range(0, len(rows), CHUNK_ROWS)
+            ]
+            is_local = all(shard.source.is_local for shard, _, _ in chunks)
+            do = pool.map if self.threads > 1 and is_local and get_worker_info() is None else map
+            blocks += do(self._tokenize_chunk, chunks, itertools.repeat(epoch))
         return blocks
+
+    def _tokenize_chunk(self, chunk: tuple[Shard, int, np.ndarray], epoch: int) -> TokenBlock:
+        shard, first_cell, rows_m = chunk
+        block = self._without_answer(shard.read(rows_m, first_cell=first_cell))
+        return self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch)
 
     def _without_answer(self, block: ExpressionBlock) -> ExpressionBlock:
         if self.phenotype_category not in self.tokenizer.included_phenotypes:
@@ -452,11 +472,13 @@ class IterableAnnDataset(IterableDataset[Cell]):
         label_ids_np[:, self.tokenizer.included_phenotypes.index(self.phenotype_category)] = ABSENT
         return replace(block, label_ids_np=label_ids_np)
 
-    def _round(self, taken: _Round, epoch: int, room: Room) -> tuple[TokenBlock, np.ndarray, np.ndarray | None]:
+    def _round(
+        self, taken: _Round, epoch: int, room: Room, pool: ThreadPoolExecutor
+    ) -> tuple[TokenBlock, np.ndarray, np.ndarray | None]:
         """Read and tokenise one round; return its cells by row, where each of `rows_m` stands, and sizes of batches."""
         rows_m, sizes_b = taken
         order = np.argsort(rows_m, kind="stable")
-        block = TokenBlock.join(self._tokenize(rows_m[order], epoch), room=room)
+        block = TokenBlock.join(self._tokenize(rows_m[order], epoch, pool), room=room)
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         if self._class_n is not None:
@@ -468,10 +490,13 @@ class IterableAnnDataset(IterableDataset[Cell]):
     ) -> Iterator[tuple[TokenBlock, np.ndarray, np.ndarray | None]]:
         """Yield rounds, the next one being read in a thread while the present one is used, until the one after it."""
         rooms = itertools.cycle((Room(), Room()))
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        with (
+            ThreadPoolExecutor(max(1, self.threads), thread_name_prefix="tokenize") as tokenizing,
+            ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool,
+        ):
             waiting: Future[tuple[TokenBlock, np.ndarray, np.ndarray | None]] | None = None
             for taken in self._rows_of(share, skip):
-                ahead = pool.submit(self._round, taken, epoch, next(rooms))
+                ahead = pool.submit(self._round, taken, epoch, next(rooms), tokenizing)
                 if waiting is not None:
                     yield waiting.result()
                 waiting = ahead

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -188,6 +188,11 @@ class H5adFile:
         # Left to the end of the program, HDF5 may close a file whose Python stream is gone by then, and crash.
         weakref.finalize(self, _close, file, pid=os.getpid())
         return file
+
+    @property
+    def is_local(self) -> bool:
+        """True for a file of this machine, which several threads may read; one from afar is opened anew at times."""
+        return not is_url(self._place)
 
     def _prefer_cached(self) -> None:
         """Open a remote file again once it lies whole in the cache, where HDF5 reads it without our help."""
@@ -435,6 +440,7 @@ class MemoryFile:
     adata: Any
     layer: str | None = None
     path: str = "AnnData"
+    is_local: ClassVar[bool] = True
     _csr: sparse.csr_matrix | None = field(default=None, repr=False)
 
     @property
