@@ -9,6 +9,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
 
@@ -52,6 +53,18 @@ class Storage:
         return cls("other")
 
 
+@numba.njit(nogil=True, cache=True)
+def copy_spans(
+    bytes_l: np.ndarray, starts_m: np.ndarray, stops_m: np.ndarray, out: np.ndarray
+) -> None:  # pragma: no cover
+    """Copy spans of bytes behind each other."""
+    at = 0
+    for m in range(len(starts_m)):
+        length = stops_m[m] - starts_m[m]
+        out[at : at + length] = bytes_l[starts_m[m] : stops_m[m]]
+        at += length
+
+
 class SpanReader:
     """Reads spans of one data set.
 
@@ -67,7 +80,20 @@ class SpanReader:
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=dataset.dtype))
         if self.storage.kind == "contiguous" and path is not None and len(dataset):
             offset = dataset.id.get_offset()
-            self._map = np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+            self._map = np.asarray(np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape))
+
+    @property
+    def is_mapped(self) -> bool:
+        """True when any span costs the same, whatever lies between."""
+        return self._map is not None
+
+    def gather(self, starts_m: np.ndarray, stops_m: np.ndarray) -> np.ndarray:
+        """Return the values of several spans behind each other, shape (l,), of mapped data."""
+        assert self._map is not None
+        values = np.empty(int((stops_m - starts_m).sum()), dtype=self.dataset.dtype)
+        size = values.itemsize
+        copy_spans(self._map.view(np.uint8), starts_m * size, stops_m * size, values.view(np.uint8))
+        return values
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return values start..stop-1, shape (l,).

@@ -400,6 +400,14 @@ class H5adFile:
             self._readers = (self.file, SpanReader(group["data"], path=local), SpanReader(group["indices"], path=local))
         return self._readers[1], self._readers[2]
 
+    def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Read scattered rows as CSR where that costs no more than neighbouring ones, else return None."""
+        if not self.is_local or self.format != "csr" or not all(span.is_mapped for span in self._spans()):
+            return None
+        starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
+        values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
+        return values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)])
+
     def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read neighbouring rows as CSR: values (l,), columns (l,), offsets from 0 (stop - start + 1,).
 

@@ -223,6 +223,8 @@ class Shard:
         return (masks, table_n) if any(masks[table] is not None for table in used) else None
 
     def _read_runs(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if isinstance(self.source, H5adFile) and (gathered := self.source.gather_rows(rows_m)) is not None:
+            return gathered
         values, columns, lengths = [], [], []
         for run in runs_of(rows_m, gap=READ_GAP_ROWS):
             run_values, run_columns, offsets = self.source.read_rows(int(run[0]), int(run[-1]) + 1)

@@ -236,7 +236,8 @@ class TrainOptions(BaseConfig):
     ] = option(["tensorboard"], help="Where logs go besides the terminal.", group="Training")
     dataloader_num_workers: int = option(
         0,
-        help="Processes that read cells; the cells and masks do not depend on it.",
+        help="Processes that read cells; seldom worth it, as two threads read already and batches are costly to ship. "
+        "The cells and masks do not depend on it.",
         group="Training",
         within="[0, inf)",
     )
