@@ -18,6 +18,7 @@ from benchmarks.training import Row, run_setting
 from benchmarks.training import main as measure_training
 from benchmarks.training import parse as parse_training
 from benchmarks.training import table as training_table
+from benchmarks.trust import swap_labels
 
 TINY = CellSet(shards=2, cells=300, genes=400, expressed=60, cell_types=3, donors=3)
 OURS = "ours: gzip h5ad, padded"
@@ -209,3 +210,12 @@ def test_without_a_cuda_device_the_training_benchmark_says_so(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     measure_training(["--device", "cuda"])
     assert "no CUDA device here: skipped" in capsys.readouterr().out
+
+
+def test_planted_swaps_give_a_share_of_cells_another_label_by_how_common_it_is() -> None:
+    labels = np.repeat(["a", "b", "c"], [500, 400, 100])
+    swapped, is_swapped = swap_labels(labels, share=0.2, seed=0)
+    assert is_swapped.sum() == 200
+    assert (swapped[is_swapped] != labels[is_swapped]).all() and (swapped[~is_swapped] == labels[~is_swapped]).all()
+    of_a = swapped[is_swapped & (labels == "a")]
+    assert 2 < (of_a == "b").sum() / (of_a == "c").sum() < 8

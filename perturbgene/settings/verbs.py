@@ -7,7 +7,7 @@ that is named like the verb.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from perturbgene.errors import InputError, did_you_mean
 from perturbgene.settings.base import BaseConfig, BinOptions, MatrixOptions
@@ -166,12 +166,18 @@ class ClsConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(BaseConfig):
-    """How a trained model is run on cells (evaluate, predict)."""
+    """How a trained model is run on cells (evaluate, predict and all that ask a model)."""
 
     run: str = option(
         "", help="Run folder of mlm or cls.", group="Input and output", is_required=True, is_positional=True
     )
-    batch_size: int = option(64, help="Cells per batch.", group="Running", within="[1, inf)")
+    batch_size: int = option(256, help="Cells per batch at most.", group="Running", within="[1, inf)")
+    batch_tokens: int = option(
+        32768,
+        help="Tokens per batch at most; a longer cell goes alone. Lower it when memory runs out.",
+        group="Running",
+        within="[1, inf)",
+    )
     device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.", group="Running")
 
     def check(self) -> None:
@@ -180,6 +186,25 @@ class QuestionOptions(BaseConfig):
             raise InputError(
                 f"device is {self.device!r}, which is none of auto, cpu, mps, cuda and cuda:N. Change --device."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(QuestionOptions, MatrixOptions):
+    """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
+
+    input: str = option(
+        "", help="h5ad file with the cells, or its URL.", group="Input and output", is_required=True, is_positional=True
+    )
+    output: str = option("", help="File to write.", group="Input and output", is_required=True)
+    overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
+    min_gene_coverage: float = option(
+        0.5, help="Stop when the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if Path(self.output).absolute() == Path(self.input).absolute():
+            raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +232,9 @@ class EvaluateConfig(QuestionOptions):
     ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
     given: list[str] = option([], help="Phenotypes given with each question; none named means every standard set.")
     baselines: bool = option(True, help="Majority class and logistic regression beside the model.")
+    calibrate: bool = option(
+        True, help="Fit temperatures on half of the donors and store them in the run, where predict finds them."
+    )
     gene_mask_prob: float | None = option(
         None, help="Share of expressed genes that are hidden to score genes; none means the run's own.", within="[0, 1]"
     )
@@ -237,7 +265,7 @@ class EvaluateConfig(QuestionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(QuestionOptions, MatrixOptions):
+class PredictConfig(FileOptions):
     """Settings of `predict`."""
 
     verb: ClassVar[str] = "predict"
@@ -250,18 +278,34 @@ class PredictConfig(QuestionOptions, MatrixOptions):
         "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
     )
 
-    input: str = option(
-        "", help="h5ad file with the cells.", group="Input and output", is_required=True, is_positional=True
-    )
-    output: str = option("", help="h5ad file to write.", group="Input and output", is_required=True)
-    overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
     ask: list[str] = option([], help="Phenotypes to predict; none named means all that are not given.")
     given: list[str] = option(
         [], help="Known phenotypes: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
     )
-    min_gene_coverage: float = option(
-        0.5, help="Stop when the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+
+    joint: bool = option(
+        False, help="Ask all phenotypes in one sequence: one forward; otherwise each by itself, whatever else is asked."
     )
+    top_k: int = option(3, help="Labels to write with their probabilities.", within="[1, inf)")
+    abstain: float = option(
+        0.0, help="Write `unknown` where the calibrated probability lies below this.", within="[0, 1]"
+    )
+    calibrate: bool = option(True, help="Divide logits by the temperatures that evaluate fitted.")
+    ood: bool = option(
+        False,
+        help="Write how strange each cell is: energy, and log-likelihood of hidden genes (a second forward), with "
+        "percentiles among the run's evaluation cells.",
+    )
+    ood_draws: int = option(1, help="How often genes are hidden for that; more is steadier.", within="[1, inf)")
+    audit: bool = option(
+        False, help="Write how probable each cell's own label is, given its genes and its other phenotypes."
+    )
+
+    @property
+    def telling(self) -> dict[str, Any]:
+        """What is told of the answers, by the names of `Telling`."""
+        names = ("joint", "top_k", "abstain", "calibrate", "ood", "ood_draws", "audit")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def given_labels(self) -> dict[str, str | None]:
@@ -271,8 +315,6 @@ class PredictConfig(QuestionOptions, MatrixOptions):
     def check(self) -> None:
         super().check()
         check_question(self.ask, list(self.given_labels))
-        if Path(self.output).absolute() == Path(self.input).absolute():
-            raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
 
 
 @dataclass(frozen=True, kw_only=True)
