@@ -22,6 +22,7 @@ VERB_FUNCTIONS = {
     "cls": "perturbgene.train:run_cls",
     "evaluate": "perturbgene.inference:run_evaluate",
     "predict": "perturbgene.inference:run_predict",
+    "embed": "perturbgene.embedding:run_embed",
     "download": "perturbgene.download:run_download",
 }
 EXIT_USAGE = 2

@@ -321,7 +321,67 @@ class DownloadConfig(BaseConfig):
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(FileOptions):
+    """Settings of `embed`."""
+
+    verb: ClassVar[str] = "embed"
+    summary: ClassVar[str] = "Write embeddings of cells, phenotypes or genes."
+    about: ClassVar[str] = (
+        "Copies the file with each cell's embedding in obsm['X_perturbgene'], ready for scanpy; phenotypes are absent "
+        "unless given, so that no label leaks. With --groupby or --network it writes mean embeddings of all genes in "
+        "each group of cells instead, their networks and how they differ between groups."
+    )
+    example: ClassVar[str] = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
+
+    pooling: Literal["cls", "genes"] = option(
+        "cls", help="Final state of [CLS], or the mean of those of a cell's genes."
+    )
+    given: list[str] = option(
+        [], help="Phenotypes in the sequence: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    phenotype: list[str] = option([], help="Phenotypes to ask, one by one; the state of each question goes to obsm.")
+    genes: list[str] = option([], help="Genes, by id or symbol, whose embedding in each cell goes to obsm.")
+    groupby: str | None = option(None, help="Column of obs: write means of all genes in each of its groups.")
+    network: bool = option(False, help="Link genes with similar means within a group; also written as GraphML.")
+    top_k: int = option(10, help="Links that start from a gene at most.", within="[1, inf)")
+    min_similarity: float = option(0.5, help="Least cosine similarity of linked genes.", within="[-1, 1]")
+    min_cells: int = option(
+        10, help="Cells of a group that must express a gene for its links and roles.", within="[1, inf)"
+    )
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    @property
+    def is_of_genes(self) -> bool:
+        """True when means of genes are written in place of embeddings of cells."""
+        return bool(self.groupby or self.network)
+
+    def check(self) -> None:
+        super().check()
+        check_no_repeats(self.genes, flag="genes")
+        check_no_repeats(self.phenotype, flag="phenotype")
+        if self.is_of_genes and (self.genes or self.phenotype):
+            raise InputError(
+                "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
+                "--genes and --phenotype, or ask for them in a call of their own."
+            )
+        if both := sorted(set(self.phenotype) & set(self.given_labels)):
+            raise InputError(f"{both[0]!r} cannot be asked and given at once. Remove it from --phenotype or --given.")
+
+
 CONFIGS: dict[str, type[BaseConfig]] = {
     config_class.verb: config_class
-    for config_class in (PrepareConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, DownloadConfig)
+    for config_class in (
+        PrepareConfig,
+        MlmConfig,
+        ClsConfig,
+        EvaluateConfig,
+        PredictConfig,
+        EmbedConfig,
+        DownloadConfig,
+    )
 }
