@@ -23,6 +23,7 @@ from perturbgene.settings.values import BOOLEAN_WORDS, NONE_WORDS, convert
 from perturbgene.settings.verbs import (
     CONFIGS,
     ClsConfig,
+    CounterfactualConfig,
     DownloadConfig,
     EmbedConfig,
     EvaluateConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "GROUPS",
     "BaseConfig",
     "ClsConfig",
+    "CounterfactualConfig",
     "DownloadConfig",
     "EmbedConfig",
     "EvaluateConfig",

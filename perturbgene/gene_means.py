@@ -27,7 +27,7 @@ from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.networks import centred, link_graph, nearest_genes, role_distances, role_table, unit_rows
 from perturbgene.parts import BATCH_TOKENS, Parts, Ranks, add_up, parts_beside, reading_of, stream
 from perturbgene.runs import Run, provenance
-from perturbgene.states import GeneTokens, as_run, hidden_at, open_cells
+from perturbgene.states import ALL, GeneTokens, as_run, hidden_at, open_cells
 
 if TYPE_CHECKING:
     import networkx
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 NETWORK_KEY = "perturbgene_network"
 
-#: The one group of all cells, where none are told apart.
-ALL = "all"
 #: Sums of more bytes than this are refused: they would come from a column with a value per cell.
 MOST_SUM_BYTES = 16e9
 

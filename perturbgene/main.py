@@ -23,6 +23,7 @@ VERB_FUNCTIONS = {
     "evaluate": "perturbgene.inference:run_evaluate",
     "predict": "perturbgene.inference:run_predict",
     "embed": "perturbgene.embedding:run_embed",
+    "counterfactual": "perturbgene.counterfactuals:run_counterfactual",
     "download": "perturbgene.download:run_download",
 }
 EXIT_USAGE = 2

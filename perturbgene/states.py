@@ -23,7 +23,10 @@ from perturbgene.eval_utils import inference_mode, to_device
 from perturbgene.parts import Ranks
 from perturbgene.runs import Run, load_run
 
+#: A process by itself.
 ALONE = Ranks()
+#: The one group of all cells.
+ALL = "all"
 
 
 def as_run(model: str | Path | Run, *, device: str = "auto") -> Run:
