@@ -135,8 +135,12 @@ def changes_figure(
     hidden = f" ({len(groups) - len(shown)} more groups in the table)" if len(groups) > len(shown) else ""
     figure.suptitle(f"{_plain(title)}{hidden}", fontsize=11)
     if shown:
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        found = {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
@@ -145,7 +149,8 @@ def _draw_changes(axes: Axes, table: pd.DataFrame) -> None:
     height = np.arange(len(table))
     is_hit = (table["q_value"] < 0.05).to_numpy()
     for is_kind, label, color in ((is_hit, "q < 0.05", OKABE_ITO[1]), (~is_hit, "q >= 0.05 or no null", "#BBBBBB")):
-        axes.barh(height[is_kind], table["change"][is_kind], color=color, label=label, height=0.75)
+        if is_kind.any():
+            axes.barh(height[is_kind], table["change"][is_kind], color=color, label=label, height=0.75)
     axes.errorbar(
         table["null_mean"], height, xerr=1.96 * table["null_sd"], fmt="none", ecolor="#000000", elinewidth=0.7,
         label="meaningless change, 95 %",
@@ -155,8 +160,14 @@ def _draw_changes(axes: Axes, table: pd.DataFrame) -> None:
     axes.axvline(0.0, color="#666666", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     low, high = axes.get_xlim()
-    is_inside = table["observed"].between(low, high).to_numpy()
-    axes.plot(table["observed"][is_inside], height[is_inside], "o", color=OKABE_ITO[0], markersize=3, label="observed")
+    margin = 0.03 * (high - low)
+    observed = table["observed"].to_numpy()
+    is_inside = (observed >= low) & (observed <= high)
+    for is_kind, marker in ((observed < low, "<"), (observed > high, ">"), (is_inside, "o")):
+        places = np.clip(observed[is_kind], low - margin, high + margin)
+        (dots,) = axes.plot(places, height[is_kind], marker, color=OKABE_ITO[0], markersize=3.5)
+    dots.set_label("observed (an arrow: beyond the axis)")
+    axes.set_xlim(low - 2 * margin, high + 2 * margin)
 
 
 def _empty_figure(*, width: float, height: float) -> Figure:

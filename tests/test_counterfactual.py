@@ -1,6 +1,7 @@
 """Counterfactuals: what is hidden and predicted, how it is averaged and tested, and which questions are refused."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from untrained import a_run, save, some_cells
 import perturbgene as pg
 from perturbgene import counterfactuals
 from perturbgene.changes import against_null, change_table, pool_groups, weigh_strata
-from perturbgene.configs import MlmConfig
+from perturbgene.configs import MlmConfig, parse_args
 from perturbgene.contrast import Contrast, Predictor, Sums, add_block, bin_values
 from perturbgene.counterfactuals import choose_cells, counterfactual, sum_changes, unseen_combinations
 from perturbgene.data_utils.binning import BinEdges
@@ -32,6 +33,7 @@ from perturbgene.plots import changes_figure
 from perturbgene.runs import Run
 from perturbgene.states import open_cells
 
+DOCS = Path(__file__).parents[1] / "docs/embedding.md"
 SPLEEN = 8  # input id of tissue=spleen
 QUICK: dict[str, Any] = {"num_passes": 2, "num_null": 5, "force": True}
 
@@ -356,6 +358,11 @@ NONSENSE = {
     "--set tissue=spleen": "does not say which cells it was trained on",
     "--num_passes 2": "set is missing",
 }
+
+
+@pytest.mark.parametrize("line", re.findall(r"^perturbgene (.*)$", DOCS.read_text(encoding="utf-8"), flags=re.M))
+def test_every_command_of_the_manual_is_understood(line: str) -> None:
+    assert parse_args(line.split()).verb in ("embed", "counterfactual")
 
 
 @pytest.mark.parametrize("flags", NONSENSE)
