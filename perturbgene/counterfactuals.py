@@ -156,14 +156,14 @@ def choose_cells(
     return Cells(groups, group_n, is_changed_n, has_label_n, is_null_n)
 
 
-def _given_of(data: "AnnData | str", run: Run, category: str, given: Given | None) -> dict[str, str | None]:
+def _given_of(data: "AnnData | str | Path", run: Run, category: str, given: Given | None) -> dict[str, str | None]:
     """Return the other phenotypes that stand in the sequence: those named, or all of the run that `obs` has."""
     if given is not None:
         if category in given:
             raise InputError(f"{category!r} is set, so it cannot be given too. Remove it from --given.")
         return dict(given)
-    if isinstance(data, str):
-        file = H5adFile(data)
+    if isinstance(data, str | Path):
+        file = H5adFile(str(data))
         known = set(file.columns_of("obs"))
         file.close()
     else:
@@ -269,7 +269,7 @@ def _answer(question: Question, parts: Parts, *, gene_mask_prob: float | None, b
 
 
 def counterfactual(
-    adata: "AnnData",
+    adata: "AnnData | str | Path",
     model: str | Path | Run,
     *,
     set: Mapping[str, str],
@@ -288,7 +288,8 @@ def counterfactual(
     """Return how the model expects each gene to change when one phenotype of the cells is set to a label.
 
     Args:
-        adata: Cells with that phenotype in `obs`; those that have the label anyway serve for `observed`.
+        adata: Cells (or the path of an h5ad file) with that phenotype in `obs`; those that have the label anyway serve
+            for `observed`.
         model: Run folder of mlm, or a loaded run.
         set: One phenotype and its label, such as `{"disease": "normal"}`.
         given: Other phenotypes in the sequence -> label of all cells, or None to read `obs`; None in place of the

@@ -26,6 +26,7 @@ from perturbgene.parts import (
     fill,
     has_genes,
     parts_beside,
+    read_cells,
     reading_of,
     stream,
 )
@@ -132,7 +133,7 @@ def wanted_of(
 
 
 def embed(
-    adata: "AnnData",
+    adata: "AnnData | str | Path",
     model: str | Path | Run,
     *,
     pooling: Pooling = "cls",
@@ -146,7 +147,7 @@ def embed(
     """Return a copy of the cells with their embeddings in `obsm`.
 
     Args:
-        adata: Cells; no label column is needed.
+        adata: Cells, or the path of an h5ad file that fits into memory; no label column is needed.
         model: Run folder, or a loaded run.
         pooling: "cls" takes the final state of `[CLS]`, "genes" the mean of those of the cell's genes.
         phenotypes: Asked one by one; `obsm["X_perturbgene_PHENOTYPE"]` holds the state of the question.
@@ -166,10 +167,11 @@ def embed(
     """
     run, given = as_run(model, device=device), dict(given or {})
     wanted = wanted_of(run, pooling=pooling, phenotypes=phenotypes, genes=genes, given=list(given))
-    dataset = open_cells(adata, run, given, **reading)
+    cells = read_cells(adata) if isinstance(adata, str | Path) else adata
+    dataset = open_cells(cells, run, given, **reading)
     batches = stream(dataset, text="embed", ranks=Ranks(), most_tokens=batch_tokens)
     found = fill(Parts(dataset.num_cells), batches, lambda block: embed_block(run, block, wanted))
-    result = adata.to_memory() if adata.isbacked else adata.copy()
+    result = cells.to_memory() if cells.isbacked else cells.copy()
     for key, rows in found.items():
         result.obsm[key] = rows[:]
     for name, column in _presence(wanted, found).items():

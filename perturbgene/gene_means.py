@@ -173,7 +173,7 @@ def _split_half_distances(sums: GeneSums) -> np.ndarray:
 
 
 def gene_embeddings(
-    adata: "AnnData",
+    adata: "AnnData | str | Path",
     model: str | Path | Run,
     *,
     groupby: str | None = None,
@@ -185,7 +185,7 @@ def gene_embeddings(
     """Return the mean contextual embedding of every gene in every group of cells; see `gene_table`.
 
     Args:
-        adata: Cells.
+        adata: Cells, or the path of an h5ad file.
         model: Run folder, or a loaded run.
         groupby: Column of `obs`; None takes all cells as one group.
         given, device, batch_tokens, reading: As for `embed`.

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from perturbgene.asking import constant_labels
 from perturbgene.data_utils.data_collators import Batch
 from perturbgene.data_utils.genes import NOT_IN_PANEL
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.errors import InputError, did_you_mean
 from perturbgene.eval_utils import inference_mode, to_device
 from perturbgene.parts import Ranks
@@ -38,20 +38,6 @@ def check_masked(run: Run, *, what: str) -> None:
     """Refuse a classifier where something hidden must be asked."""
     if run.is_classifier:
         raise InputError(f"{run.path} is a classifier, which cannot be asked for {what}. Give an mlm run.")
-
-
-def constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -> dict[str, int]:
-    """Return the input id of every label that is said of all cells.
-
-    Raises:
-        InputError: The vocabulary lacks one.
-    """
-    constants = {name: tokenizer.vocabulary.label_id(name, label) for name, label in given.items() if label is not None}
-    for name, id_ in constants.items():
-        if id_ == ABSENT:
-            hint = did_you_mean(str(given[name]), tokenizer.phenotypes[name])
-            raise InputError(f"{name}={given[name]} is not in the run's vocabulary. {hint}")
-    return constants
 
 
 def open_cells(

@@ -11,6 +11,7 @@ from untrained import HIDDEN, a_run, save, some_cells
 
 from perturbgene.embedding import KEY, embed
 from perturbgene.errors import InputError
+from perturbgene.gene_means import gene_embeddings
 from perturbgene.main import main
 from perturbgene.runs import Run
 from perturbgene.states import find_genes, label_embeddings
@@ -91,6 +92,13 @@ def test_the_cells_themselves_stay_as_they_were(run: Run, cells: ad.AnnData) -> 
     assert not cells.obsm and "perturbgene" not in cells.uns
 
 
+def test_a_path_may_stand_for_the_cells(run: Run, cells: ad.AnnData, tmp_path: Path) -> None:
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    np.testing.assert_array_equal(embed(tmp_path / "in.h5ad", run).obsm[KEY], embed(cells, run).obsm[KEY])
+    by_path, by_cells = (gene_embeddings(some, run, groupby="donor") for some in (tmp_path / "in.h5ad", cells))
+    np.testing.assert_array_equal(by_path.X, by_cells.X)
+
+
 def test_a_long_cell_keeps_the_same_genes_whatever_is_given(cells: ad.AnnData) -> None:
     run = a_run(max_length=6)  # room for two genes beside both phenotypes
     found = embed(cells, run, genes=GENES, given={"cell_type": None})
@@ -167,7 +175,10 @@ def test_genes_are_found_by_id_version_and_symbol() -> None:
         ({"genes": ["g3"]}, "'g3' is not among the 9 genes of the run's panel. Known: 'G0'"),
         ({"phenotypes": ["age"]}, "phenotype 'age' is not in the vocabulary"),
         ({"given": {"age": None}}, "phenotype 'age' is not in the vocabulary"),
-        ({"given": {"tissue": "splen"}}, "tissue=splen is not in the run's vocabulary. Did you mean 'spleen'"),
+        (
+            {"given": {"tissue": "splen"}},
+            "tissue=splen is not in the run's vocabulary. Choose one of: 'blood', 'spleen'",
+        ),
         ({"given": {"tissue": None}, "phenotypes": ["tissue"]}, "cannot be asked and given at once"),
     ],
 )
