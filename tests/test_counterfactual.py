@@ -3,7 +3,6 @@
 import json
 import re
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -213,49 +212,6 @@ def test_p_values_are_uniform_where_the_change_means_no_more_than_the_null() -> 
 def test_without_a_null_there_is_no_p_value(run: Run, cells: ad.AnnData) -> None:
     table = counterfactual(cells, run, set={"tissue": "spleen"}, num_null=0, force=True)
     assert table[["t", "p_value", "q_value"]].isna().all(axis=None) and table["change"].notna().all()
-
-
-# -- a planted truth ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def planted() -> tuple[Run, Callable[[int], ad.AnnData]]:
-    """A run trained on cells whose G0 is high in the spleen and G1 in the blood; all other genes know no tissue."""
-
-    def cells_of(seed: int) -> ad.AnnData:
-        cells = some_cells(400, seed=seed)
-        values, is_spleen = cells.X.toarray(), (cells.obs["tissue"] == "spleen").to_numpy()
-        values[:, 0], values[:, 1] = np.where(is_spleen, 3.5, 1.5), np.where(is_spleen, 1.5, 3.5)
-        cells.X = values
-        return cells
-
-    run = a_run()
-    collator = DataCollatorForPhenotypicMLM(
-        run.tokenizer, packed=True, gene_mask_prob=0.5, phenotype_mask_prob=0, absent_prob=0
-    )
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-2)
-    block = next(open_cells(cells_of(0), run, {"cell_type": None, "tissue": None}, batch_size=400).blocks())
-    run.model.train()
-    for step in range(200):
-        rows = np.random.default_rng(step).choice(400, 32, replace=False)
-        part = block.take(rows)
-        part.epochs_n[:] = step
-        run.model(**collator.collate_block(part)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    run.model.eval()
-    return run, cells_of
-
-
-def test_planted_genes_rise_and_fall_and_no_other_gene_does(planted: Any) -> None:
-    run, cells_of = planted
-    table = counterfactual(
-        cells_of(1), run, set={"tissue": "spleen"}, num_passes=3, gene_mask_prob=0.5, num_null=0, force=True
-    ).set_index("gene")  # fmt: skip
-    assert table.index[0] == "G0" and table.index[-1] == "G1"
-    assert table["observed"][["G0", "G1"]].tolist() == [2.0, -2.0]  # bins 1 -> 2 and 2 -> 1
-    assert table["change"]["G0"] > 0.5 and table["change"]["G1"] < -0.5  # less: the other gene still says "blood"
-    assert table["change"].drop(["G0", "G1"]).abs().max() < 0.3
 
 
 # -- combinations that were never seen ----------------------------------------------------------------------------
