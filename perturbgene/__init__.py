@@ -15,9 +15,10 @@ _PLACES = {
     "predict_table": "perturbgene.inference:predict_table",
     "evaluate": "perturbgene.inference:evaluate",
     "embed": "perturbgene.embedding:embed",
-    "gene_embeddings": "perturbgene.embedding:gene_embeddings",
-    "gene_network": "perturbgene.embedding:gene_network",
-    "counterfactual": "perturbgene.counterfactual:counterfactual",
+    "gene_embeddings": "perturbgene.gene_means:gene_embeddings",
+    "gene_network": "perturbgene.gene_means:gene_network",
+    "gene_roles": "perturbgene.gene_means:gene_roles",
+    "counterfactual": "perturbgene.counterfactuals:counterfactual",  # the verb would hide a module of its name
     "perturb": "perturbgene.perturbation:perturb",
     "attribute": "perturbgene.attribution:attribute",
 }

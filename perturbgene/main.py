@@ -23,6 +23,8 @@ VERB_FUNCTIONS = {
     "cls": "perturbgene.train:run_cls",
     "evaluate": "perturbgene.inference:run_evaluate",
     "predict": "perturbgene.inference:run_predict",
+    "embed": "perturbgene.embedding:run_embed",
+    "counterfactual": "perturbgene.counterfactuals:run_counterfactual",
     "download": "perturbgene.download:run_download",
 }
 EXIT_USAGE = 2

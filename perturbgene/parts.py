@@ -318,3 +318,20 @@ def fill(
 def reading_of(config: Any) -> dict[str, Any]:
     """Return the arguments of `IterableAnnDataset` that a verb's settings hold."""
     return {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}
+
+
+def add_up(arrays: Sequence[np.ndarray], parts: Parts) -> list[np.ndarray]:
+    """Add arrays over all ranks, in the order of the ranks; ranks other than the first get their own back."""
+    if parts.ranks.size == 1:
+        return list(arrays)
+    assert parts.folder is not None  # several processes meet on disk
+    for number, array in enumerate(arrays):
+        np.save(parts.folder / f"sum{number:03d}.{parts.ranks.rank:05d}.npy", array)
+    parts.ranks.barrier()
+    if not parts.ranks.is_main:
+        return list(arrays)
+    added = []
+    for number in range(len(arrays)):
+        of_ranks = (np.load(parts.folder / f"sum{number:03d}.{rank:05d}.npy") for rank in range(parts.ranks.size))
+        added.append(sum(of_ranks, start=np.zeros_like(arrays[number])))
+    return added

@@ -107,6 +107,69 @@ def save_figure(figure: Figure, path: Path | str, *, dots_per_inch: int = 150) -
     return target
 
 
+def changes_figure(
+    table: pd.DataFrame, *, title: str, value: str, most_genes: int = 15, most_groups: int = 6
+) -> Figure:
+    """Draw the genes that rise and fall most as bars, with what chance would do and what was observed.
+
+    Args:
+        table: Columns `group`, `symbol`, `change`, `null_mean`, `null_sd`, `q_value` and `observed`, as
+            `counterfactual` returns.
+        title: First line of the title.
+        value: What a change is, with its unit.
+        most_genes: So many of the largest rises and falls each.
+        most_groups: So many groups get a panel; the title counts the others.
+    """
+    groups = list(dict.fromkeys(table["group"]))
+    shown = groups[:most_groups]
+    columns = max(1, min(3, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure = _empty_figure(width=1.0 + 4.6 * columns, height=1.6 + 0.19 * 2 * most_genes * rows)
+    for index, group in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        part = table[table["group"] == group].sort_values("change")
+        is_many = len(part) > 2 * most_genes
+        _draw_changes(axes, pd.concat([part.head(most_genes), part.tail(most_genes)]) if is_many else part)
+        axes.set_title(f"{_shortened(group)}, n = {len(part):,} genes", fontsize=9)
+        axes.set_xlabel(value, fontsize=9)
+    hidden = f" ({len(groups) - len(shown)} more groups in the table)" if len(groups) > len(shown) else ""
+    figure.suptitle(f"{_plain(title)}{hidden}", fontsize=11)
+    if shown:
+        found = {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_changes(axes: Axes, table: pd.DataFrame) -> None:
+    """Draw bars of changes, grey where q >= 0.05, with the null's 95 % range and the observed difference."""
+    height = np.arange(len(table))
+    is_hit = (table["q_value"] < 0.05).to_numpy()
+    for is_kind, label, color in ((is_hit, "q < 0.05", OKABE_ITO[1]), (~is_hit, "q >= 0.05 or no null", "#BBBBBB")):
+        if is_kind.any():
+            axes.barh(height[is_kind], table["change"][is_kind], color=color, label=label, height=0.75)
+    axes.errorbar(
+        table["null_mean"], height, xerr=1.96 * table["null_sd"], fmt="none", ecolor="#000000", elinewidth=0.7,
+        label="meaningless change, 95 %",
+    )  # fmt: skip
+    axes.set_yticks(height, labels=[_shortened(name) for name in table["symbol"]], fontsize=7)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.axvline(0.0, color="#666666", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    low, high = axes.get_xlim()
+    margin = 0.03 * (high - low)
+    observed = table["observed"].to_numpy()
+    is_inside = (observed >= low) & (observed <= high)
+    for is_kind, marker in ((observed < low, "<"), (observed > high, ">"), (is_inside, "o")):
+        places = np.clip(observed[is_kind], low - margin, high + margin)
+        (dots,) = axes.plot(places, height[is_kind], marker, color=OKABE_ITO[0], markersize=3.5)
+    dots.set_label("observed (an arrow: beyond the axis)")
+    axes.set_xlim(low - 2 * margin, high + 2 * margin)
+
+
 def _empty_figure(*, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -348,7 +348,120 @@ class DownloadConfig(BaseConfig):
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(FileOptions):
+    """Settings of `embed`."""
+
+    verb: ClassVar[str] = "embed"
+    summary: ClassVar[str] = "Write embeddings of cells, phenotypes or genes."
+    about: ClassVar[str] = (
+        "Copies the file with each cell's embedding in obsm['X_perturbgene'], ready for scanpy; phenotypes are absent "
+        "unless given, so that no label leaks. With --groupby or --network it writes mean embeddings of all genes in "
+        "each group of cells instead, their networks and how they differ between groups."
+    )
+    example: ClassVar[str] = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
+
+    pooling: Literal["cls", "genes"] = option(
+        "cls", help="Final state of [CLS], or the mean of those of a cell's genes."
+    )
+    given: list[str] = option(
+        [], help="Phenotypes in the sequence: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    phenotype: list[str] = option([], help="Phenotypes to ask, one by one; the state of each question goes to obsm.")
+    genes: list[str] = option([], help="Genes, by id or symbol, whose embedding in each cell goes to obsm.")
+    groupby: str | None = option(None, help="Column of obs: write means of all genes in each of its groups.")
+    network: bool = option(False, help="Link genes with similar means within a group; also written as GraphML.")
+    top_k: int = option(10, help="Links that start from a gene at most.", within="[1, inf)")
+    min_similarity: float = option(0.5, help="Least cosine similarity of linked genes.", within="[-1, 1]")
+    min_cells: int = option(
+        10, help="Cells of a group that must express a gene for its links and roles.", within="[1, inf)"
+    )
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    @property
+    def is_of_genes(self) -> bool:
+        """True when means of genes are written in place of embeddings of cells."""
+        return bool(self.groupby or self.network)
+
+    def check(self) -> None:
+        super().check()
+        check_no_repeats(self.genes, flag="genes")
+        check_no_repeats(self.phenotype, flag="phenotype")
+        if self.is_of_genes and (self.genes or self.phenotype):
+            raise InputError(
+                "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
+                "--genes and --phenotype, or ask for them in a call of their own."
+            )
+        if both := sorted(set(self.phenotype) & set(self.given_labels)):
+            raise InputError(f"{both[0]!r} cannot be asked and given at once. Remove it from --phenotype or --given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CounterfactualConfig(FileOptions):
+    """Settings of `counterfactual`."""
+
+    verb: ClassVar[str] = "counterfactual"
+    summary: ClassVar[str] = "Change one phenotype of cells and see which genes should change."
+    about: ClassVar[str] = (
+        "Predicts hidden genes of each cell with its own label and with the one that is set, all else equal; writes "
+        "the mean change of every gene beside a null of meaningless changes and the observed difference, as h5ad, CSV "
+        "and PNG. It says what the model has learnt to go with a label, not what causes what."
+    )
+    example: ClassVar[str] = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
+
+    set: str = option("", help="Phenotype and label to set, as NAME=LABEL.", is_required=True, keeps_commas=True)
+    given: list[str] = option(
+        [],
+        help="Other phenotypes in the sequence: NAME reads obs, NAME=LABEL says it of all cells, `nothing` leaves all "
+        "out; none named means all of the run that obs has.",
+        keeps_commas=True,
+    )
+    groupby: str | None = option(None, help="Column of obs whose groups get changes of their own.")
+    num_passes: int = option(4, help="Masks per cell.", within="[1, inf)")
+    gene_mask_prob: float | None = option(
+        None,
+        help="Share of genes that are hidden; none means the run's own. The more is hidden, the more the label counts.",
+        within="(0, 1]",
+    )
+    num_null: int = option(20, help="Meaningless changes that the null is made of; 0 means none.", within="[0, inf)")
+    null_cells: int = option(256, help="Cells of each group that the null is computed on.", within="[1, inf)")
+    force: bool = option(False, help="Ask about combinations of phenotypes that the run has never seen.")
+    seed: int = option(0, help="Fixes the masks and the null.", within="[0, 4294967295]", group="Running")
+
+    @property
+    def set_label(self) -> dict[str, str]:
+        """The phenotype and its label."""
+        return {name: str(label) for name, label in named_values([self.set], flag="set").items()}
+
+    @property
+    def given_labels(self) -> dict[str, str | None] | None:
+        """Label of each given phenotype, None where it is read from obs; None in its place means all of the run."""
+        return None if not self.given else {} if self.given == ["nothing"] else named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        if "=" not in self.set:
+            raise InputError(f"set is {self.set!r}, but reads NAME=LABEL, such as disease=normal. Correct --set.")
+        if 0 < self.num_null < 5:
+            raise InputError(f"num_null is {self.num_null}, too few to know their spread. Give 0, or 5 or more.")
+        if self.set_label.keys() & (self.given_labels or {}).keys():
+            raise InputError(f"set and given both hold {next(iter(self.set_label))!r}. Remove it from --given.")
+
+
 CONFIGS: dict[str, type[BaseConfig]] = {
     config_class.verb: config_class
-    for config_class in (PrepareConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, DownloadConfig)
+    for config_class in (
+        PrepareConfig,
+        MlmConfig,
+        ClsConfig,
+        EvaluateConfig,
+        PredictConfig,
+        EmbedConfig,
+        CounterfactualConfig,
+        DownloadConfig,
+    )
 }
