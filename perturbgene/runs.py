@@ -1,14 +1,18 @@
 """A trained run, loaded: the model with the tokenizer it was trained with, on its device.
 
-Owns what a run folder must hold and which device is meant; leaves asking it anything to the verbs.
+Owns what a run folder must hold, which device is meant and what an answer says of its origin; leaves asking it
+anything to the verbs.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from perturbgene import __version__
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
@@ -89,3 +93,21 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
             "Restore the folder as training wrote it."
         )
     return Run(model.to(choose_device(device)).eval(), tokenizer, str(path))
+
+
+def provenance(run: Run, question: Mapping[str, Any], *, coverage: float) -> dict[str, Any]:
+    """Say where an answer came from, for `uns["perturbgene"]`.
+
+    Args:
+        run: That answered.
+        question: What was asked: text, numbers and lists of text as they are; anything else becomes JSON, as h5ad
+            files hold no nested None.
+        coverage: Share of the run's genes that the cells' file has, in 0..1.
+    """
+    facts = {"version": __version__, "run": run.path, "tokenizer_fingerprint": run.tokenizer.fingerprint}
+    plain = {
+        name: list(value) if isinstance(value, list | tuple) else value
+        if isinstance(value, str | int | float) else json.dumps(value)
+        for name, value in question.items()
+    }  # fmt: skip
+    return {**facts, "gene_coverage": coverage, **plain}

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "perturbgene"
 MOST_LINES = 60
 FLOORS = {
     "errors": 0,
+    "lazy": 0,
     "model": 0,
     "plots": 0,
     "data_utils.remote": 0,
@@ -46,6 +47,7 @@ FLOORS = {
     "data_utils.statistics": 2,
     "data_utils.spool": 2,
     "data_utils.tokenization": 2,
+    "parts": 2,
     "report": 2,
     "data_utils.iterable_ann_dataset": 3,
     "data_utils.data_collators": 3,

@@ -176,6 +176,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
         num_classes = 2 if self.binary_label else len(self.tokenizer.phenotypes[self.phenotype_category])
         return np.bincount(self._class_n[self._class_n >= 0], minlength=num_classes)
 
+    @property
+    def coverage(self) -> float:
+        """Share of the panel's genes that the files have, in 0..1: of several files, the least."""
+        return min(shard.alignment.coverage for shard in self._all_shards())
+
     # -- the order ------------------------------------------------------------------------------------------------
 
     @property

@@ -50,6 +50,9 @@ READ_GAP_ROWS = 32
 #: Open files per process.
 MOST_OPEN_FILES = 64
 
+#: Rows of a matrix that are in memory while it is written.
+COPIED_ROWS = 4096
+
 _SAMPLE_ROWS = 64
 _SEARCH_ROWS = 1024
 
@@ -369,16 +372,26 @@ def measured_genes(path: str | Path) -> np.ndarray:
         file.close()
 
 
-def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: Mapping[str, Any]) -> None:
-    """Copy an h5ad file and add columns to its `obs` and entries to `uns["perturbgene"]`.
+def write_h5ad_copy(
+    source: str,
+    target: str | Path,
+    *,
+    uns: Mapping[str, Any],
+    obs: Mapping[str, Any] | pd.DataFrame | None = None,
+    obsm: Mapping[str, Any] | None = None,
+) -> None:
+    """Copy an h5ad file and add columns to its `obs`, matrices to its `obsm` and entries to `uns["perturbgene"]`.
 
     The matrix is never read: the file is copied to a temporary name beside the target, changed there and renamed.
+    Memory holds one column of `obs`, or a block of rows of a matrix, at a time.
 
     Args:
         source: The file to copy, or its URL.
         target: Where the result goes.
-        obs: New columns (same-named ones are replaced), one row per cell in the file's order.
         uns: Entries, e.g. which run answered which question.
+        obs: Name -> new column (a same-named one is replaced), one value per cell in the file's order: an array, a
+            categorical, or a function that returns one when its turn has come.
+        obsm: Name -> matrix with `shape`, `dtype` and slices of rows (an array, a memmap, a `RowArray`).
 
     Raises:
         InputError: The target cannot be written.
@@ -390,7 +403,10 @@ def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: 
         temporary.parent.mkdir(parents=True, exist_ok=True)
         copy_file(source, temporary)
         with h5py.File(temporary, "r+") as file:
-            _add_columns(file, obs, source=source)
+            if obs is not None and len(obs.keys()):
+                _add_columns(file, obs, source=source)
+            for name, matrix in (obsm or {}).items():
+                _add_matrix(file, str(name), matrix, source=source)
             if "uns" not in file:
                 write_elem(file, "uns", {})
             write_elem(file["uns"], "perturbgene", dict(uns))
@@ -402,26 +418,52 @@ def write_h5ad_copy(source: str, target: str | Path, *, obs: pd.DataFrame, uns: 
             temporary.unlink(missing_ok=True)
 
 
-def _add_columns(file: h5py.File, columns: pd.DataFrame, *, source: str) -> None:
+def _check_rows(count: int, known: H5adFile) -> None:
+    if count != known.shape[0]:
+        raise InputError(
+            f"{count:,} answers do not fit the {known.shape[0]:,} cells of {shown_path(known.path)}. Ask again."
+        )
+
+
+def _as_column(column: Any, known: H5adFile) -> Any:
+    """Return a new column as anndata writes it."""
+    values = column() if callable(column) else column
+    if isinstance(values, pd.Series):
+        values = values.array if values.dtype == "category" else values.to_numpy()
+    _check_rows(len(values), known)
+    return values
+
+
+def _add_matrix(file: h5py.File, name: str, matrix: Any, *, source: str) -> None:
+    """Write a matrix into `obsm`, a block of rows at a time."""
+    from anndata.io import write_elem
+
+    known = H5adFile(source)
+    _check_rows(matrix.shape[0], known)
+    known.close()
+    if "obsm" not in file:
+        write_elem(file, "obsm", {})
+    node = file["obsm"]
+    if name in node:
+        del node[name]
+    stored = node.create_dataset(name, shape=matrix.shape, dtype=matrix.dtype)
+    stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    for start in range(0, matrix.shape[0], COPIED_ROWS):
+        stored[start : start + COPIED_ROWS] = matrix[start : start + COPIED_ROWS]
+
+
+def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, source: str) -> None:
     """Write columns into `obs`; what it holds already is not rewritten, so odd columns stay as they are."""
     import anndata
     from anndata.io import read_elem, write_elem
 
     known = H5adFile(source)
-    num_rows = len(known.obs_names)
-    if num_rows != len(columns):
-        raise InputError(
-            f"{len(columns):,} answers do not fit the {num_rows:,} cells of {shown_path(source)}. Run predict again."
-        )
-    values = {
-        name: column.array if column.dtype == "category" else column.to_numpy() for name, column in columns.items()
-    }
     node = file["obs"]
     if isinstance(node, h5py.Group) and node.attrs.get("encoding-version") == "0.2.0":
-        order = [name for name in known.columns_of("obs") if name not in values]
-        for name, column in values.items():
-            write_elem(node, str(name), column)
-        node.attrs.create("column-order", [*order, *values], dtype=h5py.string_dtype())
+        order = [name for name in known.columns_of("obs") if name not in columns]
+        for name, column in columns.items():
+            write_elem(node, str(name), _as_column(column, known))
+        node.attrs.create("column-order", [*order, *columns], dtype=h5py.string_dtype())
     else:
         # Older anndata kept obs as one table, or categories apart from their columns: such an obs is written anew.
         if isinstance(node, h5py.Group):
@@ -431,5 +473,5 @@ def _add_columns(file: h5py.File, columns: pd.DataFrame, *, source: str) -> None
             table = pd.DataFrame(old, index=known.obs_names)
         del file["obs"]
         with anndata.settings.override(allow_write_nullable_strings=True):
-            write_elem(file, "obs", table.assign(**values))
+            write_elem(file, "obs", table.assign(**{name: _as_column(c, known) for name, c in columns.items()}))
     known.close()

@@ -166,12 +166,18 @@ class ClsConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(BaseConfig):
-    """How a trained model is run on cells (evaluate, predict)."""
+    """How a trained model is run on cells (evaluate, predict and all that ask a model)."""
 
     run: str = option(
         "", help="Run folder of mlm or cls.", group="Input and output", is_required=True, is_positional=True
     )
-    batch_size: int = option(64, help="Cells per batch.", group="Running", within="[1, inf)")
+    batch_size: int = option(256, help="Cells per batch at most.", group="Running", within="[1, inf)")
+    batch_tokens: int = option(
+        32768,
+        help="Tokens per batch at most; a longer cell goes alone. Lower it when memory runs out.",
+        group="Running",
+        within="[1, inf)",
+    )
     device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.", group="Running")
 
     def check(self) -> None:
@@ -180,6 +186,25 @@ class QuestionOptions(BaseConfig):
             raise InputError(
                 f"device is {self.device!r}, which is none of auto, cpu, mps, cuda and cuda:N. Change --device."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(QuestionOptions, MatrixOptions):
+    """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
+
+    input: str = option(
+        "", help="h5ad file with the cells, or its URL.", group="Input and output", is_required=True, is_positional=True
+    )
+    output: str = option("", help="File to write.", group="Input and output", is_required=True)
+    overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
+    min_gene_coverage: float = option(
+        0.5, help="Stop when the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if Path(self.output).absolute() == Path(self.input).absolute():
+            raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +262,7 @@ class EvaluateConfig(QuestionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(QuestionOptions, MatrixOptions):
+class PredictConfig(FileOptions):
     """Settings of `predict`."""
 
     verb: ClassVar[str] = "predict"
@@ -250,17 +275,9 @@ class PredictConfig(QuestionOptions, MatrixOptions):
         "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
     )
 
-    input: str = option(
-        "", help="h5ad file with the cells.", group="Input and output", is_required=True, is_positional=True
-    )
-    output: str = option("", help="h5ad file to write.", group="Input and output", is_required=True)
-    overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
     ask: list[str] = option([], help="Phenotypes to predict; none named means all that are not given.")
     given: list[str] = option(
         [], help="Known phenotypes: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
-    )
-    min_gene_coverage: float = option(
-        0.5, help="Stop when the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
     )
 
     @property
@@ -271,8 +288,6 @@ class PredictConfig(QuestionOptions, MatrixOptions):
     def check(self) -> None:
         super().check()
         check_question(self.ask, list(self.given_labels))
-        if Path(self.output).absolute() == Path(self.input).absolute():
-            raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
 
 
 @dataclass(frozen=True, kw_only=True)
