@@ -26,6 +26,7 @@ from perturbgene.settings.verbs import (
     DownloadConfig,
     EvaluateConfig,
     MlmConfig,
+    PerturbConfig,
     PredictConfig,
     PrepareConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "EvaluateConfig",
     "HelpRequested",
     "MlmConfig",
+    "PerturbConfig",
     "PredictConfig",
     "PrepareConfig",
     "TrainingConfig",

@@ -98,7 +98,9 @@ def _new_id(tokenizer: GeneTokenizer, kind: str, level: int | None) -> int:
     if kind not in KINDS:
         raise InputError(f"kind {kind!r} is unknown. {did_you_mean(kind, KINDS)}")
     if (kind == "set_bin") != (level is not None):
-        raise InputError(f"--kind {kind} and --bin {level} do not fit: a bin belongs to --kind set_bin, and only there.")
+        raise InputError(
+            f"--kind {kind} and --bin {level} do not fit: a bin belongs to --kind set_bin, and only there."
+        )
     if level is not None and not 1 <= level <= top:
         raise InputError(
             f"--bin is {level}, but the run's bins go from 1 to {top} (bin 0 is a knock-out). Change --bin."
@@ -120,7 +122,9 @@ def _types_of(entry: str, tokenizer: GeneTokenizer) -> list[int]:
         if panel.find(part) < 0:
             known = [*panel.genes, *panel.symbols]
             near = difflib.get_close_matches(part, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It has {len(panel):,} genes, e.g. {listed(known, most=3)}."
+            hint = (
+                f"Did you mean {near[0]!r}?" if near else f"It has {len(panel):,} genes, e.g. {listed(known, most=3)}."
+            )
             raise InputError(f"gene {part!r} is not in the run's panel. {hint} Change --genes.")
     types = sorted(tokenizer.first_gene_type + panel.find(part) for part in parts)
     if len(set(types)) < len(types):

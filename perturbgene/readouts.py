@@ -29,7 +29,9 @@ TOKEN_BUDGET = {"cpu": 16_384, "cuda": 262_144}
 class Readout(Protocol):
     """What is compared before and after; `LabelReadout` and `StateReadout`."""
 
-    given: tuple[str, ...]
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Phenotypes whose tokens stand in the sequence."""
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -69,10 +71,10 @@ class LabelReadout:
     def logits(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Return the calibrated logits of the phenotype's labels, (n, k)."""
         if self.first_id is None:
-            return model(**batch).logits.float() / self.temperature  # type: ignore[no-any-return]
+            return model(**batch).logits.float() / self.temperature
         positions_n = batch["cu_seqlens"][:-1].long() + 1  # the asked slot follows [CLS]
         logits_nv = model(**batch, label_positions=positions_n).logits.float()
-        return logits_nv[:, self.first_id : self.first_id + self.num_labels] / self.temperature  # type: ignore[no-any-return]
+        return logits_nv[:, self.first_id : self.first_id + self.num_labels] / self.temperature
 
     def log_odds(self, logits_nk: Tensor, *, towards_n: Tensor | None = None) -> Tensor:
         """Turn logits into log-odds, (n, k) -> (n,); `towards_n` names another label for each cell."""
@@ -107,7 +109,7 @@ class StateReadout:
         base = getattr(model, "genebert")  # noqa: B009 - typed as a module otherwise
         starts_n = batch["cu_seqlens"][:-1].long()
         if self.pooling == "cls":
-            return base(**batch, read_positions=starts_n).last_hidden_state.float()  # type: ignore[no-any-return]
+            return base(**batch, read_positions=starts_n).last_hidden_state.float()
         reads_m = is_counted_l.nonzero().squeeze(1)
         hidden_mh = base(**batch, read_positions=reads_m).last_hidden_state.float()
         cell_m = torch.searchsorted(batch["cu_seqlens"][1:].long(), reads_m, right=True)

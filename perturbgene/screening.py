@@ -1,11 +1,11 @@
-"""What removing every gene of a cell would do, to first order: one forward and few backward passes instead of a run each.
+"""What removing every gene of a cell would do, to first order: one forward and few backward passes for all genes.
 
 Owns the gradient screen; leaves what is compared to `readouts`. docs/perturbation.md derives it. Letters: n cells, l
 tokens, a queries, h hidden size, d size of a head, r directions.
 
 In one layer and head, a query with weights p over the keys has the output o = sum_j p_j v_j. Without key i the softmax
-renormalises, and the output is exactly (o - p_i v_i) / (1 - p_i), which differs by p_i / (1 - p_i) (o - v_i). The screen
-adds up, over queries, heads and layers, the product of that difference with the gradient at o.
+renormalises, and the output is exactly (o - p_i v_i) / (1 - p_i), which differs by p_i / (1 - p_i) (o - v_i). The
+screen adds up, over queries, heads and layers, the product of that difference with the gradient at o.
 """
 
 from collections.abc import Iterator
