@@ -249,7 +249,7 @@ class PartFolder:
     def load(self, stage: str, part: int) -> dict[str, np.ndarray] | None:
         """Read the sums of a part; None when they are not there or damaged, so that it is made again."""
         try:
-            with np.load(self.path(stage, part)) as arrays:
+            with open(self.path(stage, part), "rb") as stream, np.load(stream) as arrays:
                 return {name: arrays[name] for name in ("keys", "sums")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None

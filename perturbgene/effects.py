@@ -7,6 +7,7 @@ keys of sums.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -90,11 +91,24 @@ class Null:
     num_cells_z: np.ndarray
     gene_z: np.ndarray
 
+    @cached_property
+    def _order_z(self) -> np.ndarray:
+        """Genes by frequency; those of one frequency in random order, so that each meets other neighbours."""
+        shuffled = np.random.default_rng(0).permutation(len(self.gene_z))
+        return shuffled[np.argsort(self.num_cells_z[shuffled], kind="stable")]
+
+    @cached_property
+    def _place_of_gene(self) -> dict[int, int]:
+        return {int(gene): place for place, gene in enumerate(self.gene_z[self._order_z])}
+
     def matched(self, num_cells: float, *, gene: int) -> np.ndarray:
-        """Return the effects of the `NUM_MATCHED` genes nearest in frequency, without the gene itself."""
-        others = np.flatnonzero(self.gene_z != gene)
-        distance = np.abs(np.log1p(self.num_cells_z[others]) - np.log1p(num_cells))
-        return np.asarray(self.effect_z[others[np.argsort(distance, kind="stable")[:NUM_MATCHED]]])
+        """Return the effects of the `NUM_MATCHED` genes nearest in order of frequency, without the gene itself."""
+        place = self._place_of_gene.get(gene)
+        center = np.searchsorted(self.num_cells_z[self._order_z], num_cells) if place is None else place
+        most = NUM_MATCHED + (place is not None)
+        start = int(np.clip(center - most // 2, 0, max(0, len(self.gene_z) - most)))
+        window = self._order_z[start : start + most]
+        return np.asarray(self.effect_z[window[self.gene_z[window] != gene]])
 
 
 def mean_over_donors(means_dq: np.ndarray, counts_dq: np.ndarray, *, min_cells: int) -> pd.DataFrame:
@@ -128,10 +142,10 @@ def mean_over_donors(means_dq: np.ndarray, counts_dq: np.ndarray, *, min_cells: 
 def held_against_null(table: pd.DataFrame, null: Null, *, gene_q: Sequence[int]) -> pd.DataFrame:
     """Ask of every effect whether it is an outlier among random genes of the same expression frequency.
 
-    Welch's t of the donors' mean against the matched genes: `t = (effect - mean_z) / sqrt(se^2 + s_z^2)`, where `se` is
-    the standard error over donors and `s_z` the standard deviation over the matched genes' effects. It is not divided
-    by their number: the question is whether the gene is unlike a random one, not whether it is unlike their mean. The
-    degrees of freedom are Welch's, with d - 1 and z - 1.
+    Welch's t of the donors' mean against one more draw from the matched genes:
+    `t = (effect - mean_z) / sqrt(se^2 + s_z^2 (1 + 1 / z))`, where `se` is the standard error over donors and `s_z` the
+    standard deviation over the z matched genes' effects. The question is whether the gene is unlike a random one, not
+    whether it is unlike their mean. The degrees of freedom are Welch's, with d - 1 and z - 1.
 
     Args:
         table: From `mean_over_donors`.
@@ -150,7 +164,7 @@ def held_against_null(table: pd.DataFrame, null: Null, *, gene_q: Sequence[int])
         if donors < 2 or len(matched_z) < LEAST_MATCHED:
             rows.append((np.nan, np.nan))
             continue
-        spread = (error**2, matched_z.var(ddof=1))
+        spread = (error**2, matched_z.var(ddof=1) * (1 + 1 / len(matched_z)))
         freedom = sum(spread) ** 2 / (spread[0] ** 2 / (donors - 1) + spread[1] ** 2 / (len(matched_z) - 1) + 1e-300)
         t = (effect - matched_z.mean()) / np.sqrt(sum(spread) + 1e-300)
         rows.append((matched_z.mean(), 2 * stats.t.sf(abs(t), max(freedom, 1))))
