@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from perturbgene.data_utils.data_collators import (
     Batch,
+    Collator,
     DataCollatorForPhenotypicMLM,
     Example,
     ask,
@@ -31,6 +32,9 @@ from perturbgene.metrics import Confusion, Scores, confusion_table, per_class_sc
 from perturbgene.plots import confusion_figure, save_figure
 
 logger = logging.getLogger(__name__)
+
+#: A batch of unmasked cells: one by one, as a loader joins them, or as a block.
+Cells = Sequence[Cell] | TokenBlock
 
 
 def model_device(model: torch.nn.Module) -> torch.device:
@@ -88,6 +92,21 @@ def standard_questions(categories: Sequence[str]) -> list[Question]:
     return [*questions, Question("together", tuple(categories))] if len(categories) > 1 else questions
 
 
+def question_logits(
+    model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, question: Question
+) -> dict[str, np.ndarray]:
+    """Ask an MLM model one question about every cell.
+
+    Returns:
+        For each asked phenotype the logits of its labels alone, float32 of shape (n, k).
+    """
+    batch = to_device(ask(block, tokenizer, asked=question.asked, given=question.given), model_device(model))
+    with inference_mode(model):
+        logits = model(**batch).logits.float().view(len(block), len(question.asked), -1)  # (n, a, v)
+    ranges = {category: slice(*tokenizer.vocabulary.id_range(category)) for category in question.asked}
+    return {category: logits[:, index, ids].cpu().numpy() for index, (category, ids) in enumerate(ranges.items())}
+
+
 def answer(
     model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, question: Question
 ) -> dict[str, np.ndarray]:
@@ -97,14 +116,59 @@ def answer(
         For each asked phenotype the probability of its labels, float32 of shape (n, k): a softmax over that phenotype's
         labels only.
     """
-    batch = to_device(ask(block, tokenizer, asked=question.asked, given=question.given), model_device(model))
+    return {name: softmax(logits_nk) for name, logits_nk in question_logits(model, block, tokenizer, question).items()}
+
+
+def softmax(logits_nk: np.ndarray) -> np.ndarray:
+    """Turn logits into probabilities, (n, k)."""
+    return torch.softmax(torch.from_numpy(logits_nk), dim=-1).numpy()
+
+
+def class_logits(model: torch.nn.Module, block: TokenBlock, collate: Collator) -> np.ndarray:
+    """Ask a classifier about every cell: logits of its classes, float32 of shape (n, k)."""
+    batch = to_device(collate.collate_block(replace(block, labels_n=None)), model_device(model))
     with inference_mode(model):
-        logits = model(**batch).logits.float().view(len(block), len(question.asked), -1)  # (n, a, v)
-    answers = {}
-    for index, category in enumerate(question.asked):
-        start, stop = tokenizer.vocabulary.id_range(category)
-        answers[category] = torch.softmax(logits[:, index, start:stop], dim=-1).cpu().numpy()
-    return answers
+        return model(**batch).logits.float().cpu().numpy()
+
+
+def gene_log_likelihood(
+    model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, *, num_draws: int = 1
+) -> np.ndarray:
+    """Return how well an MLM model tells each cell's hidden genes from the rest, with no phenotype in sight.
+
+    As in training, 15 % of the expressed genes are hidden, joined by half as many that are not expressed. Which ones
+    depends on the cell's own genes and bins, not on its row, so a cell scores alike in any file.
+
+    Args:
+        num_draws: How many times other genes are hidden; more steady the score.
+
+    Returns:
+        Mean log-probability of the true bins, in nats, float32 of shape (n,); NaN for cells without genes.
+    """
+    block = replace(block, cells_n=_content_hash(block, tokenizer), epochs_n=None)
+    sums_n, counts_n = np.zeros(len(block)), np.zeros(len(block))
+    for draw in range(num_draws):
+        collator = DataCollatorForPhenotypicMLM(
+            tokenizer, packed=True, gene_mask_prob=0.15, phenotype_mask_prob=0, absent_prob=1, seed=draw
+        )
+        batch = to_device(collator.collate_block(block), model_device(model))
+        labels_m = batch.pop("labels")
+        with inference_mode(model):
+            losses_m = torch.nn.functional.cross_entropy(model(**batch).logits.float(), labels_m, reduction="none")
+        cells_m = np.searchsorted(batch["cu_seqlens"].cpu().numpy(), batch["label_positions"].cpu().numpy(), "right")
+        sums_n -= np.bincount(cells_m - 1, weights=losses_m.double().cpu().numpy(), minlength=len(block))
+        counts_n += np.bincount(cells_m - 1, minlength=len(block))
+    return np.divide(sums_n, counts_n, out=np.full(len(block), np.nan), where=counts_n > 0).astype(np.float32)
+
+
+def _content_hash(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
+    """Return a number that depends on a cell's genes and bins alone, int64 >= 0 of shape (n,)."""
+    types_l = block.token_type_ids_l.astype(np.uint64)
+    is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
+    pair_l = types_l * np.uint64(0x9E3779B97F4A7C15) + block.input_ids_l.astype(np.uint64) + np.uint64(1)
+    pair_l = (pair_l ^ (pair_l >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    sums_l1 = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(np.where(is_gene_l, pair_l, np.uint64(0)))])
+    return ((sums_l1[block.offsets_n1[1:]] - sums_l1[block.offsets_n1[:-1]]) >> np.uint64(1)).astype(np.int64)
 
 
 def true_labels(block: TokenBlock, tokenizer: GeneTokenizer, category: str) -> np.ndarray:
@@ -160,6 +224,42 @@ class MaskedTally:
         return {"loss_phenotypes": float(means[0]), "loss_genes": float(means[1])}
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Logits of one phenotype under one question, for cells whose number divides evenly.
+
+    Args:
+        cells_n, logits_nk, true_n: Number, logits and true label (-1: none) of each cell.
+    """
+
+    cells_n: np.ndarray
+    logits_nk: np.ndarray
+    true_n: np.ndarray
+
+    @classmethod
+    def join(cls, pieces: "Sequence[Kept]") -> "Kept":
+        """Put batches behind each other, by cell number."""
+        cells, logits, true = (
+            np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("cells_n", "logits_nk", "true_n")
+        )
+        order = np.argsort(cells, kind="stable")
+        return cls(cells[order], logits[order], true[order])
+
+
+class Keeper:
+    """Keeps the logits of every `stride`-th cell that an evaluator sees."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+        self.pieces: dict[tuple[str, Question], list[Kept]] = {}
+
+    def add(self, category: str, question: Question, block: TokenBlock, logits_nk: np.ndarray, true_n: Any) -> None:
+        """Keep what is to be kept of a batch."""
+        rows = np.flatnonzero(block.cells_n % self.stride == 0)
+        kept = Kept(block.cells_n[rows], logits_nk[rows], np.asarray(true_n)[rows])
+        self.pieces.setdefault((category, question), []).append(kept)
+
+
 class MlmEvaluator:
     """Scores an MLM model: masked tokens as in training, and phenotypes under each question.
 
@@ -173,6 +273,8 @@ class MlmEvaluator:
         self, tokenizer: GeneTokenizer, *, collator: DataCollatorForPhenotypicMLM | None, questions: Sequence[Question]
     ) -> None:
         self.tokenizer, self.collator, self.questions = tokenizer, collator, list(questions)
+        self.keeper: Keeper | None = None
+        self.all_questions = self.questions
         self.reset()
 
     def reset(self) -> None:
@@ -186,16 +288,18 @@ class MlmEvaluator:
         self.masked = MaskedTally(Confusion([f"bin_{b}" for b in range(self.tokenizer.bin_edges.num_edges + 1)]))
         self.num_cells = 0
 
-    def add(self, model: torch.nn.Module, cells: Sequence[Cell]) -> None:
+    def add(self, model: torch.nn.Module, cells: Cells) -> None:
         """Score one batch of unmasked cells."""
-        block = block_of(cells)
+        block = cells if isinstance(cells, TokenBlock) else block_of(cells)
         self.num_cells += len(block)
         for question in self.questions:
-            for category, probability_nk in answer(model, block, self.tokenizer, question).items():
+            for category, logits_nk in question_logits(model, block, self.tokenizer, question).items():
                 true_n = true_labels(block, self.tokenizer, category)
-                self.tallies[category, question.name].add(probability_nk, true_n)
+                self.tallies[category, question.name].add(softmax(logits_nk), true_n)
+                if self.keeper is not None:
+                    self.keeper.add(category, question, block, logits_nk, true_n)
         if self.collator is not None:
-            batch = to_device(self.collator(cells), model_device(model))
+            batch = to_device(self.collator.collate_block(block), model_device(model))
             labels_m = batch.pop("labels")
             with inference_mode(model):
                 self.masked.add(model(**batch).logits, labels_m, first_bin_id=self.tokenizer.first_bin_id)
@@ -261,6 +365,9 @@ class ClassEvaluator:
     def __init__(self, labels: Sequence[str], *, tokenizer: GeneTokenizer, category: str) -> None:
         self.labels, self.category = tuple(labels), category
         self.collate = collate_fn_wrapper(tokenizer, packed=True)
+        self.question = Question("classifier", (category,), tokenizer.included_phenotypes)
+        self.all_questions = [self.question]
+        self.keeper: Keeper | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -272,13 +379,14 @@ class ClassEvaluator:
         """Cells counted so far."""
         return int(self.tally.confusion.counts_kk.sum())
 
-    def add(self, model: torch.nn.Module, cells: Sequence[Cell]) -> None:
+    def add(self, model: torch.nn.Module, cells: Cells) -> None:
         """Score one batch of labelled cells."""
-        batch = to_device(self.collate(cells), model_device(model))
-        labels_n = batch.pop("labels").cpu().numpy()
-        with inference_mode(model):
-            probability_nk = torch.softmax(model(**batch).logits.float(), dim=-1).cpu().numpy()
-        self.tally.add(probability_nk, labels_n)
+        block = cells if isinstance(cells, TokenBlock) else block_of(cells)
+        assert block.labels_n is not None, "a classifier is scored on labelled cells"
+        logits_nk = class_logits(model, block, self.collate)
+        self.tally.add(softmax(logits_nk), block.labels_n)
+        if self.keeper is not None:
+            self.keeper.add(self.category, self.question, block, logits_nk, block.labels_n)
 
     def numbers(self) -> list[np.ndarray]:
         """All running sums, as arrays that add up over ranks."""
@@ -310,7 +418,9 @@ class ClassEvaluator:
 Evaluator = MlmEvaluator | ClassEvaluator
 
 
-def run_evaluator(evaluator: Evaluator, model: torch.nn.Module, batches: Iterable[Sequence[Example]]) -> Evaluator:
+def run_evaluator(
+    evaluator: Evaluator, model: torch.nn.Module, batches: Iterable[Sequence[Example] | TokenBlock]
+) -> Evaluator:
     """Score all batches of cells from zero; raise an InputError when there is none."""
     evaluator.reset()
     for cells in batches:

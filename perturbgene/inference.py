@@ -1,50 +1,67 @@
 """A trained run put to use: `predict` fills phenotypes into new cells, `evaluate` scores a run beside its baselines.
 
-Owns streaming cells through a run; leaves loading it to `runs`, questions and counting to `eval_utils`.
+Owns the two verbs; leaves loading a run to `runs`, questions to `asking`, counting to `eval_utils`, temperatures to
+`calibration`, and what all verbs share to `parts`.
 Letters: n cells, k classes, g genes.
 """
 
-import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from perturbgene import __version__
+from perturbgene.asking import Asker, Columns, Telling, question_of_classifier
+from perturbgene.calibration import (
+    MOST_CELLS,
+    Calibration,
+    fit,
+    quantiles,
+    read_calibration,
+    split_halves,
+    weights_hash,
+)
 from perturbgene.configs import MlmConfig, check_question, load_config
-from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, block_of, collate_fn_wrapper
+from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.expression import log_matrix
-from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.partition import split_rows
+from perturbgene.data_utils.plan import BY_CELL
 from perturbgene.data_utils.read import expand_paths
-from perturbgene.data_utils.remote import is_url, shown_path
 from perturbgene.data_utils.shards import write_h5ad_copy
-from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
     ClassEvaluator,
     Evaluator,
+    Keeper,
+    Kept,
     MlmEvaluator,
     Question,
-    answer,
-    inference_mode,
+    gene_log_likelihood,
     run_evaluator,
     standard_questions,
-    to_device,
     write_results,
-)  # fmt: skip
+)
 from perturbgene.metrics import logistic_regression_baseline, majority_baseline
-from perturbgene.prepare import shard_paths
-from perturbgene.runs import Run, load_run
+from perturbgene.parts import (
+    BATCH_CELLS,
+    BATCH_TOKENS,
+    Parts,
+    Ranks,
+    check_target,
+    fill,
+    parts_beside,
+    read_cells,
+    reading_of,
+    stream,
+)
+from perturbgene.prepare import read_manifest, shard_paths
+from perturbgene.runs import Run, load_run, provenance
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -60,175 +77,106 @@ MOST_BASELINE_CELLS = 20_000
 # -- predict ------------------------------------------------------------------------------------------------------
 
 
-def _question_of_classifier(run: Run, ask: Sequence[str], given: Sequence[str]) -> Question:
-    """Return the one question that a classifier answers: its own phenotype, given what it was trained with."""
-    known = run.tokenizer.included_phenotypes
-    wrong = [name for name in ask if name != run.category]
-    if wrong:
-        raise InputError(
-            f"{run.path} classifies {run.category!r} only, not {listed(wrong)}. Ask an mlm run, or drop --ask."
-        )
-    strange = [name for name in given if name not in known]
-    if strange:
-        raise InputError(
-            f"{run.path} classifies {run.category!r} only and was trained without {listed(strange)}, which cannot be "
-            f"given. Give {listed(known) or 'nothing'}, or ask an mlm run."
-        )
-    return Question("asked", (run.category,), known)
-
-
-def _question(run: Run, ask: Sequence[str], given: Mapping[str, str | None]) -> Question:
-    check_question(list(ask), list(given))
-    if run.is_classifier:
-        return _question_of_classifier(run, ask, list(given))
-    for category in [*ask, *given]:
-        run.tokenizer.vocabulary.check_category(category)
-    asked = tuple(ask) or tuple(name for name in run.tokenizer.included_phenotypes if name not in given)
-    if not asked:
-        raise InputError("nothing is asked: every phenotype of the run is given. Name one with --ask.")
-    return Question("asked", asked, tuple(given))
-
-
-def _constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -> dict[str, int]:
-    constants = {name: tokenizer.vocabulary.label_id(name, label) for name, label in given.items() if label is not None}
-    for name, id_ in constants.items():
-        if id_ == ABSENT:
-            known = listed(tokenizer.phenotypes[name], most=12)
-            raise InputError(f"{name}={given[name]} is not in the run's vocabulary. Choose one of: {known}.")
-    return constants
-
-
-def _tokenizer_of(run: Run, question: Question) -> GeneTokenizer:
-    """Return a tokenizer that reads given labels only, and keeps the genes of a long cell that `evaluate` keeps.
-
-    Slots of phenotypes that are not read leave no room for more genes: otherwise the answer of a long cell would depend
-    on which labels its file happens to have.
-    """
-    if run.is_classifier:
-        return run.tokenizer
-    num_given = len(question.given)
-    slots = max(len(run.tokenizer.included_phenotypes), len(question.asked) + num_given)
-    max_length = max(3 + num_given, run.tokenizer.max_length - slots + num_given)
-    return run.tokenizer.with_settings(included=list(question.given), max_length=max_length)
-
-
-def _check_given_columns(dataset: IterableAnnDataset, given: Mapping[str, str | None]) -> None:
-    """Refuse a file that lacks the column of a phenotype that is to be read from obs."""
-    for index in range(len(dataset.shards)):
-        for name in [name for name, label in given.items() if label is None]:
-            dataset.shards[index].source.obs_column(name)
-
-
-def _probabilities(run: Run, cells: Sequence[Cell], question: Question) -> dict[str, np.ndarray]:
-    """Answer one batch: phenotype -> probabilities of its labels, (n, k)."""
-    if not run.is_classifier:
-        return answer(run.model, block_of(cells), run.tokenizer, question)
-    batch = to_device(collate_fn_wrapper(run.tokenizer, packed=True)(cells), run.model.device)
-    with inference_mode(run.model):
-        logits_nk = run.model(**batch).logits.float()
-    return {question.asked[0]: torch.softmax(logits_nk, dim=-1).cpu().numpy()}
-
-
-def _batches(dataset: IterableAnnDataset, *, text: str) -> Iterator[list[Cell]]:
-    with tqdm(total=len(dataset), desc=text, unit=" cells", unit_scale=True, disable=None) as bar:
-        for cells in DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=list):
-            yield cells
-            bar.update(len(cells))
+def _ask_all(asker: Asker, dataset: IterableAnnDataset, parts: Parts, *, ranks: Ranks, most_tokens: int) -> Columns:
+    """Answer every cell of this rank; rank 0 gets the columns of all, the others nothing."""
+    merged = fill(parts, stream(dataset, text="predict", ranks=ranks, most_tokens=most_tokens), asker.answer)
+    return asker.columns(merged) if ranks.is_main else {}
 
 
 def predict_table(
-    data: Any, run: Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None, **reading: Any
-) -> pd.DataFrame:
+    data: Any, run: Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None,
+    telling: Telling | None = None, batch_tokens: int = BATCH_TOKENS, **reading: Any,
+) -> pd.DataFrame:  # fmt: skip
     """Predict phenotypes of cells as a table.
 
     Args:
-        data: Path of an h5ad file, or an AnnData.
+        data: Path or URL of an h5ad file, or an AnnData.
         run: A loaded run.
         ask: Phenotypes to predict; none named means all that are not given.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
+        telling: What is told of each answer; see `Telling`.
+        batch_tokens: Tokens per batch at most.
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage` of `IterableAnnDataset`.
 
     Returns:
-        For each asked phenotype `predicted_X` (category) and `predicted_X_probability` (float32), a row per cell in the
-        order of the input. A cell that expresses no gene of the panel has no prediction (missing).
+        For each asked phenotype X, a row per cell in the order of the input: `predicted_X` (category),
+        `predicted_X_probability` (float32), `predicted_X_entropy` (nats), and for the next labels `predicted_X_2`,
+        `predicted_X_2_probability`, ... A cell that expresses no gene of the panel has no prediction (missing).
+        `Telling` says what else may come.
     """
-    given = dict(given or {})
-    question = _question(run, ask, given)
-    tokenizer = _tokenizer_of(run, question)
-    dataset = IterableAnnDataset(data, tokenizer, constant_labels=_constant_labels(tokenizer, given), **reading)
-    _check_given_columns(dataset, given)
-    chosen: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
-    probability: dict[str, list[np.ndarray]] = {name: [] for name in question.asked}
-    for cells in _batches(dataset, text="predict"):
-        has_genes_n = np.array([int(cell["token_type_ids"][-2]) >= tokenizer.first_gene_type for cell in cells])
-        for name, probability_nk in _probabilities(run, cells, question).items():
-            chosen[name].append(np.where(has_genes_n, probability_nk.argmax(axis=1), -1))
-            probability[name].append(np.where(has_genes_n, probability_nk.max(axis=1), np.nan))
-    columns: dict[str, Any] = {}
-    for name in question.asked:
-        labels = run.class_labels if run.is_classifier else list(tokenizer.phenotypes[name])
-        columns[f"predicted_{name}"] = pd.Categorical.from_codes(np.concatenate(chosen[name]), categories=labels)
-        columns[f"predicted_{name}_probability"] = np.concatenate(probability[name]).astype(np.float32)
-    return pd.DataFrame(columns)
+    return _predict(data, run, ask, given, telling, batch_tokens, reading)[0]
+
+
+def _predict(
+    data: Any, run: Run, ask: Sequence[str], given: Mapping[str, str | None] | None, telling: Telling | None,
+    batch_tokens: int, reading: Mapping[str, Any],
+) -> tuple[pd.DataFrame, dict[str, Any]]:  # fmt: skip
+    """Return the table and where it came from."""
+    asker = Asker(run, ask, given or {}, telling or Telling())
+    dataset = asker.open(data, **{"batch_size": BATCH_CELLS, **reading})
+    columns = _ask_all(asker, dataset, Parts(dataset.num_cells), ranks=Ranks(), most_tokens=batch_tokens)
+    table = pd.DataFrame({name: values() for name, values in columns.items()})
+    return table, provenance(run, asker.facts(dataset), coverage=dataset.coverage)
 
 
 def predict(
-    adata: "AnnData",
-    model: str | Path | Run,
-    *,
-    ask: Sequence[str] = (),
-    given: Mapping[str, str | None] | None = None,
-    device: str = "auto",
-    **reading: Any,
-) -> "AnnData":
-    """Return a copy of the cells with `obs["predicted_X"]` and `obs["predicted_X_probability"]` filled.
+    adata: "AnnData | str | Path", model: str | Path | Run, *, ask: Sequence[str] = (),
+    given: Mapping[str, str | None] | None = None, top_k: int = 3, joint: bool = False, abstain: float = 0.0,
+    ood: bool = False, audit: bool = False, calibrate: bool = True, device: str = "auto",
+    batch_tokens: int = BATCH_TOKENS, **reading: Any,
+) -> "AnnData":  # fmt: skip
+    """Return a copy of the cells with the answers in `obs` and where they came from in `uns["perturbgene"]`.
 
     Args:
-        adata: Cells; no label column is needed.
+        adata: Cells, in memory or backed, or the path or URL of an h5ad file; no label column is needed.
         model: Run folder, or a loaded run.
-        ask, given, reading: See `predict_table`.
+        ask, given, batch_tokens, reading: See `predict_table`.
+        top_k, joint, abstain, ood, audit, calibrate: See `Telling`.
         device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        InputError: The run cannot answer this question, or the cells cannot be read.
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
-    table = predict_table(adata, run, ask=ask, given=given, **reading)
-    result = adata.to_memory() if adata.isbacked else adata.copy()
+    telling = Telling(top_k=top_k, joint=joint, abstain=abstain, ood=ood, audit=audit, calibrate=calibrate)
+    cells = read_cells(adata) if isinstance(adata, str | Path) else adata
+    table, facts = _predict(cells, run, ask, given, telling, batch_tokens, reading)
+    result = cells.to_memory() if cells.isbacked else cells.copy()
     for name in table:
         result.obs[name] = table[name].array
-    result.uns["perturbgene"] = _provenance(run, ask, given or {})
+    result.uns["perturbgene"] = facts
     return result
 
 
-def _provenance(run: Run, ask: Sequence[str], given: Mapping[str, str | None]) -> dict[str, Any]:
-    facts = {"version": __version__, "run": run.path, "tokenizer_fingerprint": run.tokenizer.fingerprint}
-    return {**facts, "ask": list(ask), "given": json.dumps(dict(given))}
+def run_predict(config: "PredictConfig") -> str | None:
+    """Run the `predict` verb: copy the file and fill its `obs`; of several processes, the first reports."""
+    path, target = check_target(config.input, config.output, overwrite=config.overwrite, verb="predict")
+    ranks = Ranks.join(config.device)
+    run = load_run(config.run, device=ranks.device(config.device))
+    asker = Asker(run, config.ask, config.given_labels, Telling(**config.telling))
+    dataset = asker.open(path, rank=ranks.rank, world_size=ranks.size, **reading_of(config))
+    with parts_beside(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
+        columns = _ask_all(asker, dataset, parts, ranks=ranks, most_tokens=config.batch_tokens)
+        if not ranks.is_main:
+            return None
+        facts = provenance(run, asker.facts(dataset), coverage=dataset.coverage)
+        write_h5ad_copy(path, target, obs=columns, uns=facts)
+        lines = [f"{dataset.num_cells:,} cells predicted by {config.run}, written to {target}"]
+        return "\n".join([*lines, *(_summary(name, columns, asker) for name in asker.asked)])
 
 
-def run_predict(config: "PredictConfig") -> str:
-    """Run the `predict` verb: copy the file and fill its `obs`."""
-    target = Path(config.output).expanduser()
-    if target.exists() and not config.overwrite:
-        raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
-    paths = expand_paths([config.input])
-    if len(paths) > 1:
-        raise InputError(
-            f"{shown_path(config.input)} names {len(paths):,} files, but predict writes one file. Name one file."
-        )
-    path = paths[0]
-    if target.exists() and not is_url(path) and os.path.samefile(path, target):
-        raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
-    run = load_run(config.run, device=config.device)
-    reading = {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}
-    table = predict_table(path, run, ask=config.ask, given=config.given_labels, **reading)
-    write_h5ad_copy(path, target, obs=table, uns=_provenance(run, config.ask, config.given_labels))
-    lines = [f"{len(table):,} cells predicted by {config.run}, written to {target}"]
-    for name in table.columns[::2]:
-        counts = table[name].value_counts().head(5)
-        shown = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
-        mean = table[f"{name}_probability"].mean()
-        lines.append(
-            f"{name}: {shown} (mean probability {mean:.2f}, {int(table[name].isna().sum())} cells without genes)"
-        )
-    return "\n".join(lines)
+def _summary(phenotype: str, columns: Columns, asker: Asker) -> str:
+    """Say in one line what was answered about a phenotype."""
+    answers = pd.Series(columns[f"predicted_{phenotype}"]())
+    probability_n = columns[f"predicted_{phenotype}_probability"]()
+    counts = answers.value_counts().head(5)
+    shown = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
+    mean = np.nanmean(probability_n) if answers.notna().any() else np.nan
+    how = asker.describe_calibration()[phenotype]
+    return (
+        f"predicted_{phenotype}: {shown} (mean probability {mean:.2f}, {how}; "
+        f"{int(answers.isna().sum())} cells without genes)"
+    )
 
 
 # -- evaluate -----------------------------------------------------------------------------------------------------
@@ -249,7 +197,7 @@ def _evaluator(run: Run, questions: Sequence[Question], mask_rates: Mapping[str,
 def _own_questions(run: Run, ask: Sequence[str], given: Sequence[str]) -> list[Question]:
     check_question(list(ask), list(given))
     if run.is_classifier:
-        return [_question_of_classifier(run, ask, given)]
+        return [question_of_classifier(run, ask, given)]
     known = run.tokenizer.included_phenotypes
     for name in [*ask, *given]:
         if name not in known:
@@ -305,15 +253,58 @@ def baselines(
 def _table_of(results: Mapping[str, Any]) -> str:
     rows = [
         {"phenotype": category, "question": name, "cells": scores["n"],
-         **{key: scores.get(key, np.nan) for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")}}
+         **{key: scores.get(key, np.nan) for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")},
+         "temperature": scores.get("calibration", {}).get("temperature", np.nan)}
         for category, questions in results.items() for name, scores in questions.items()
     ]  # fmt: skip
     return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
 
 
+def _units(dataset: IterableAnnDataset, column: str | None) -> np.ndarray | None:
+    """Return the donor of every cell, shape (n,), None where the files do not say."""
+    shards = [dataset.shards[index].source for index in range(len(dataset.shards))]
+    if column is None or any(column not in shard.columns_of("obs") for shard in shards):
+        return None
+    return np.concatenate([shard.obs_column(column).astype(str).to_numpy(dtype=object) for shard in shards])
+
+
+def _calibrate(
+    run: Run, keeper: Keeper, dataset: IterableAnnDataset, *, donor_column: str | None, genes_n: Sequence[np.ndarray]
+) -> Calibration:
+    """Fit the temperatures of all questions on half of the donors, and the quantiles of strangeness on all cells."""
+    units_n, fitted, how = _units(dataset, donor_column), [], "cells"
+    for (category, question), pieces in keeper.pieces.items():
+        kept = Kept.join(pieces)
+        of_cells = None if units_n is None else units_n[kept.cells_n]
+        is_fitted_n, how = split_halves(of_cells, num_cells=len(kept.cells_n))
+        fitted.append(
+            fit(
+                kept.logits_nk, kept.true_n, is_fitted_n, phenotype=category, asked=question.asked, given=question.given
+            )
+        )
+    if how == "cells":
+        logger.warning(
+            "the evaluation cells name fewer than two donors: temperatures are fitted on half of the cells and scored "
+            "on the other half, whose donors they share"
+        )
+    return Calibration(
+        tuple(fitted), quantiles(np.concatenate(genes_n)) if genes_n else (), how, weights_hash(run.path)
+    )
+
+
+def _add_calibration(results: dict[str, Any], calibration: Calibration, questions: Sequence[Question]) -> None:
+    """Put what was fitted beside the scores of its question."""
+    names = {(question.asked, question.given): question.name for question in questions}
+    for entry in calibration.temperatures:
+        scores = results[entry.phenotype][names[entry.asked, entry.given]]
+        split = {"temperature": entry.temperature, "n_fitted": entry.num_cells, "split_by": calibration.split}
+        scores["calibration"] = {**split, **entry.scores}
+
+
 def evaluate(
     run: Run, eval_paths: Any, *, train_paths: Any = None, ask: Sequence[str] = (), given: Sequence[str] = (),
-    mask_rates: Mapping[str, float] | None = None, batch_size: int = 64, output: Path | None = None, **reading: Any,
+    mask_rates: Mapping[str, float] | None = None, calibrate: bool = False, donor_column: str | None = "donor_id",
+    batch_size: int = BATCH_CELLS, batch_tokens: int = BATCH_TOKENS, output: Path | None = None, **reading: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run on labelled cells, beside its baselines.
 
@@ -324,6 +315,9 @@ def evaluate(
         ask, given: One question in place of the standard ones.
         mask_rates: `gene_mask_prob`, `phenotype_mask_prob`, `absent_prob` or `unexpressed_ratio` in place of the run's
             own, by which cells are masked to score genes.
+        calibrate: True fits temperatures, adds what they do to each question's scores, and stores them in the run.
+        donor_column: Column of obs whose values are not split between fitting and scoring temperatures.
+        batch_size, batch_tokens: Cells and tokens per batch at most.
         output: Folder for `metrics.json`, confusion matrices (CSV, PNG) and per-class scores; None writes nothing.
         reading: `layer`, `gene_id_column`, `min_gene_coverage` of `IterableAnnDataset`.
 
@@ -333,13 +327,21 @@ def evaluate(
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
     evaluator = _evaluator(run, _own_questions(run, ask, given), mask_rates or {})
-    category = run.category or None
     options = {"batch_size": batch_size, **reading}
     dataset = IterableAnnDataset(
-        eval_paths, run.tokenizer, phenotype_category=category, binary_label=run.binary_label, **options
+        eval_paths, run.tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
     )
-    run_evaluator(evaluator, run.model, _batches(dataset, text="evaluate"))
+    blocks = stream(dataset, text="evaluate", ranks=Ranks(), most_tokens=batch_tokens)
+    genes_n: list[np.ndarray] = []
+    if calibrate:
+        evaluator.keeper = Keeper(-(-dataset.num_cells // MOST_CELLS))
+        blocks = _with_gene_scores(blocks, run, genes_n)
+    run_evaluator(evaluator, run.model, blocks)
     results = evaluator.results()
+    if evaluator.keeper is not None:
+        calibration = _calibrate(run, evaluator.keeper, dataset, donor_column=donor_column, genes_n=genes_n)
+        _add_calibration(results, calibration, evaluator.all_questions)
+        (read_calibration(run.path) or Calibration()).joined(calibration).save(run.path)
     if train_paths is not None:
         train = IterableAnnDataset(train_paths, run.tokenizer, **options)
         for name in [name for name in results if name != "genes" and run.binary_label is None]:
@@ -347,6 +349,14 @@ def evaluate(
     if output is not None:
         write_results(results, evaluator.confusions(), output, text="held-out cells")
     return results
+
+
+def _with_gene_scores(blocks: Iterator[TokenBlock], run: Run, genes_n: list[np.ndarray]) -> Iterator[TokenBlock]:
+    """Pass blocks on and note how well a masked model tells their hidden genes."""
+    for block in blocks:
+        if not run.is_classifier:
+            genes_n.append(gene_log_likelihood(run.model, block, run.tokenizer))
+        yield block
 
 
 def _settings_of(run: Run) -> "BaseConfig | None":
@@ -361,6 +371,12 @@ def _train_paths(config: "EvaluateConfig", trained: "BaseConfig | None", corpus:
         return shard_paths(corpus, "train")
     given = config.train_data_paths or getattr(trained, "train_data_paths", [])
     return expand_paths(given) if given else []
+
+
+def _donor_column(corpus: str | None) -> str:
+    """Return the column that a corpus was split by."""
+    by = str(read_manifest(corpus)["split"]["by"]) if corpus else BY_CELL
+    return by if by != BY_CELL else "donor_id"
 
 
 def run_evaluate(config: "EvaluateConfig") -> str:
@@ -378,7 +394,8 @@ def run_evaluate(config: "EvaluateConfig") -> str:
     }
     output = Path(config.output) if config.output else Path(config.run) / "evaluation"
     results = evaluate(
-        run, eval_paths, train_paths=train_paths or None, ask=config.ask,
-        given=config.given, mask_rates=config.mask_rates, batch_size=config.batch_size, output=output, **reading,
+        run, eval_paths, train_paths=train_paths or None, ask=config.ask, given=config.given,
+        mask_rates=config.mask_rates, calibrate=config.calibrate, donor_column=_donor_column(corpus),
+        batch_size=config.batch_size, batch_tokens=config.batch_tokens, output=output, **reading,
     )  # fmt: skip
     return f"{_table_of(results)}\nwritten to {output}"

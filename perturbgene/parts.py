@@ -14,20 +14,26 @@ The road of a verb, types at the arrows:
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from perturbgene.data_utils.read import expand_paths
-from perturbgene.data_utils.remote import is_url, shown_path
+from perturbgene.data_utils.remote import copy_file, is_url, shown_path
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: Cells of a batch at most, where a caller names no other number.
+BATCH_CELLS = 256
 #: Tokens of a batch at most, where a caller names no other number: about 0.4 GB of activations at width 512.
 BATCH_TOKENS = 32_768
 
@@ -103,6 +109,29 @@ def check_target(source: str, target: str | Path, *, overwrite: bool, verb: str)
     if target.exists() and not is_url(paths[0]) and os.path.samefile(paths[0], target):
         raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
     return paths[0], target
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written ({error}). Choose another --output.")
+
+
+def read_cells(path: str | Path) -> "AnnData":
+    """Read a whole h5ad file, or what a URL leads to, into memory: for notebooks, not for a million cells.
+
+    Raises:
+        InputError: There is no such file, or several.
+    """
+    import anndata
+
+    paths = expand_paths([str(path)])
+    if len(paths) > 1:
+        raise InputError(f"{shown_path(str(path))} names {len(paths):,} files, but one is read here. Name one file.")
+    if not is_url(paths[0]):
+        return anndata.read_h5ad(paths[0])
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "cells.h5ad"
+        copy_file(paths[0], copy)
+        return anndata.read_h5ad(copy)
 
 
 def token_batches(block: TokenBlock, *, most_tokens: int = BATCH_TOKENS) -> Iterator[tuple[slice, TokenBlock]]:
@@ -207,7 +236,15 @@ class Parts:
         self._arrays[name] = np.empty(0)  # takes its number, by which its file is called
         if self.folder is None or not num_rows:
             return np.zeros(shape, dtype=dtype)
-        return np.lib.format.open_memmap(self._path(name, self.ranks.rank), mode="w+", dtype=dtype, shape=shape)
+        path = self._path(name, self.ranks.rank)
+        try:
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and would be a dead process later
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return array
 
     def write(self, cells_m: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         """Keep results of some cells; the first call fixes names, types and shapes.
@@ -254,12 +291,13 @@ def parts_beside(target: str | Path, *, num_cells: int, ranks: Ranks = Ranks()) 
     try:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-            folder.mkdir(parents=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise _unwritable(target, error) from error
         ranks.barrier()
         yield Parts(num_cells, ranks, folder)
         ranks.barrier()
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)

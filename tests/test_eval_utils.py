@@ -17,6 +17,7 @@ from perturbgene.eval_utils import (
     PhenotypeTally,
     Question,
     answer,
+    gene_log_likelihood,
     inference_mode,
     run_evaluator,
     standard_questions,
@@ -132,6 +133,38 @@ def test_a_model_in_training_returns_to_training(model):
     with inference_mode(model):
         assert not model.training
     assert model.training
+
+
+# -- how well hidden genes are told -------------------------------------------------------------------------------
+
+
+def test_hidden_genes_are_scored_by_the_log_probability_of_their_bins(model, make_adata, four_gene_tokenizer):
+    """A cell of one gene hides that gene and, in some draws, one that it does not express."""
+    cell = make_adata([[0, 2.5, 0, 0]], obs={"sex": ["male"]})
+    block = block_of(list(IterableAnnDataset(cell, four_gene_tokenizer)))
+    possible = []
+    for extra in (None, 3, 5, 6):  # types of the other genes
+        types = torch.tensor([[0, 4, extra, 0] if extra else [0, 4, 0]])
+        ids = torch.tensor([[0, 2, 2, 1] if extra else [0, 2, 1]])
+        with torch.no_grad():
+            logits_lv = model(input_ids=ids, token_type_ids=types, attention_mask=torch.ones_like(ids)).logits[0]
+        log_probability_lv = torch.log_softmax(logits_lv, dim=1)
+        told = [log_probability_lv[1, 11], *([log_probability_lv[2, 8]] if extra else [])]  # bin_3, bin_0
+        possible.append(float(torch.stack(told).mean()))
+    found = gene_log_likelihood(model, block, four_gene_tokenizer)[0]
+    assert min(abs(found - value) for value in possible) < 1e-5
+
+
+def test_more_draws_are_averaged_over_all_their_genes(model, cells, four_gene_tokenizer):
+    scores = [gene_log_likelihood(model, block_of(cells), four_gene_tokenizer, num_draws=n) for n in (1, 400)]
+    again = gene_log_likelihood(model, block_of(cells[3:]), four_gene_tokenizer, num_draws=400)
+    assert not np.allclose(*scores, atol=1e-3)
+    np.testing.assert_allclose(scores[1][3:], again, atol=1e-5)
+
+
+def test_a_cell_without_genes_has_no_score(model, make_adata, four_gene_tokenizer):
+    cells = list(IterableAnnDataset(make_adata([[0, 0, 0, 0], [0, 1.0, 0, 0]]), four_gene_tokenizer))
+    assert np.isnan(gene_log_likelihood(model, block_of(cells), four_gene_tokenizer)).tolist() == [True, False]
 
 
 # -- counts -------------------------------------------------------------------------------------------------------

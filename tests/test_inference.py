@@ -3,8 +3,10 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata as ad
@@ -14,13 +16,15 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from sklearn.metrics import roc_auc_score
 
 from perturbgene import inference
+from perturbgene.asking import Asker, Telling
 from perturbgene.data_utils import shards
 from perturbgene.data_utils.data_collators import block_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
-from perturbgene.eval_utils import Question, answer, true_labels
+from perturbgene.eval_utils import Question, answer, question_logits, true_labels
 from perturbgene.inference import baselines, evaluate, predict, predict_table
 from perturbgene.main import main
 from perturbgene.metrics import Confusion, logistic_regression_baseline, majority_baseline
@@ -30,6 +34,7 @@ from perturbgene.train import tokenizer_facts
 
 STEPS = "--model_arch tiny --num_hidden_layers 1 --no_bf16 --report_to none --eval_strategy no --save_strategy no"
 COLUMN, PROBABILITY = "predicted_cell_type", "predicted_cell_type_probability"
+ENTROPY = "predicted_cell_type_entropy"
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def test_categories_of_the_answer_are_the_labels_of_the_vocabulary(written, mlm)
 
 def test_everything_else_in_the_file_stays_as_it_was(written, held_out):
     rest = written.copy()
-    rest.obs = rest.obs.drop(columns=[COLUMN, PROBABILITY])
+    rest.obs = rest.obs.drop(columns=[name for name in rest.obs if name.startswith("predicted_")])
     del rest.uns["perturbgene"]
     assert rest.X.dtype == held_out.X.dtype
     assert (rest.X != held_out.X).nnz == 0
@@ -187,13 +192,16 @@ def test_the_function_takes_cells_that_lie_on_disk(trained, mlm, expected):
 
 
 def test_nothing_asked_means_every_phenotype(cells, mlm):
-    assert list(predict_table(cells, mlm)) == [
-        COLUMN, PROBABILITY, "predicted_phase", "predicted_phase_probability",
+    table = predict_table(cells, mlm, telling=Telling(top_k=1))
+    assert list(table) == [
+        COLUMN, PROBABILITY, ENTROPY, "predicted_phase", "predicted_phase_probability", "predicted_phase_entropy",
     ]  # fmt: skip
 
 
 def test_nothing_asked_means_what_is_not_given(cells, mlm):
-    assert list(predict_table(cells, mlm, given={"phase": "S"})) == [COLUMN, PROBABILITY]
+    assert list(predict_table(cells, mlm, given={"phase": "S"}, telling=Telling(top_k=1))) == [
+        COLUMN, PROBABILITY, ENTROPY,
+    ]  # fmt: skip
 
 
 def test_no_label_column_is_needed(cells, mlm, expected):
@@ -712,10 +720,11 @@ def test_a_device_that_is_not_there_is_refused():
 
 @pytest.fixture(scope="module")
 def evaluation(trained: Trained, tmp_path_factory) -> Path:
-    """What `evaluate` writes about the mlm run."""
+    """What `evaluate` writes about a copy of the mlm run, which it calibrates; the run itself stays as trained."""
     folder = tmp_path_factory.mktemp("evaluation")
-    assert main(["evaluate", trained.mlm, "--output", str(folder)]) == 0
-    return folder
+    shutil.copytree(trained.mlm, folder / "mlm")
+    assert main(["evaluate", str(folder / "mlm")]) == 0
+    return folder / "mlm/evaluation"
 
 
 @pytest.fixture(scope="module")
@@ -898,7 +907,8 @@ def test_genes_are_masked_as_in_the_run_s_own_evaluation(trained: Trained, mlm: 
 
 def test_genes_may_be_masked_at_another_rate(trained: Trained, mlm: Run, tmp_path: Path) -> None:
     own = json.loads((trained.folder / "mlm/metrics.json").read_text())["genes"]["masked"]["n"]
-    flags = ["--no_baselines", "--ask", "phase", "--gene_mask_prob", "0.6", "--unexpressed_ratio", "0"]
+    flags = ["--no_baselines", "--no_calibrate", "--ask", "phase"]
+    flags += ["--gene_mask_prob", "0.6", "--unexpressed_ratio", "0"]
     assert main(["evaluate", trained.mlm, "--output", str(tmp_path), *flags]) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())["genes"]["masked"]["n"]
     assert found == pytest.approx(own * 0.6 / (0.15 * 1.5), rel=0.1)
@@ -915,7 +925,7 @@ def test_a_classifier_takes_no_rates_of_masking(trained: Trained) -> None:
 
 
 def test_baselines_are_left_out_when_not_wanted(trained, tmp_path):
-    assert main(["evaluate", trained.mlm, "--output", str(tmp_path), "--no_baselines"]) == 0
+    assert main(["evaluate", trained.mlm, "--output", str(tmp_path), "--no_baselines", "--no_calibrate"]) == 0
     assert "majority" not in json.loads((tmp_path / "metrics.json").read_text())["phase"]
 
 
@@ -933,6 +943,264 @@ def test_a_confusion_adds_up_to_the_cells_that_were_scored(evaluation, metrics):
     table = pd.read_csv(evaluation / "confusion.phase.together.csv", index_col="true")
     confusion = Confusion(list(table.index), counts_kk=table.to_numpy())
     assert confusion.scores()["accuracy"] == metrics["phase"]["together"]["accuracy"]
+
+
+# -- predict: what is told of an answer ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(evaluation: Path) -> Run:
+    """A copy of the mlm run with the temperatures that `evaluate` fitted on the held-out cells."""
+    return load_run(evaluation.parent, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def logits(mlm: Run, held_out: ad.AnnData) -> np.ndarray:
+    """Logits of the cell types of the held-out cells, nothing given, (140, k)."""
+    block = block_of(list(IterableAnnDataset(held_out, mlm.tokenizer)))
+    return question_logits(mlm.model, block, mlm.tokenizer, Question("alone", ("cell_type",)))["cell_type"]
+
+
+def test_the_best_labels_follow_with_their_probabilities(expected, logits, mlm):
+    order = np.argsort(-logits, axis=1)
+    labels = np.array(mlm.tokenizer.phenotypes["cell_type"])
+    probabilities = np.sort(torch.softmax(torch.from_numpy(logits), dim=1).numpy(), axis=1)[:, ::-1]
+    for rank in (2, 3):
+        assert expected[f"{COLUMN}_{rank}"].tolist() == labels[order[:, rank - 1]].tolist()
+        np.testing.assert_allclose(expected[f"{COLUMN}_{rank}_probability"], probabilities[:, rank - 1], atol=1e-6)
+
+
+def test_entropy_is_in_nats(expected, logits):
+    probability_nk = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
+    np.testing.assert_allclose(expected[ENTROPY], -(probability_nk * np.log(probability_nk)).sum(axis=1), atol=1e-5)
+
+
+def test_there_are_no_more_labels_than_the_phenotype_has(cells, mlm):
+    table = predict_table(cells, mlm, ask=["phase"], telling=Telling(top_k=9))
+    assert list(table)[-1] == f"predicted_phase_{len(mlm.tokenizer.phenotypes['phase'])}_probability"
+
+
+def test_one_by_one_an_answer_does_not_depend_on_what_else_is_asked(cells, mlm, expected):
+    table = predict_table(cells, mlm, ask=["phase", "cell_type"])
+    np.testing.assert_allclose(table[PROBABILITY], expected[PROBABILITY][:12], atol=1e-6)
+
+
+def test_jointly_all_are_asked_in_one_sequence(cells, mlm):
+    block = block_of(list(IterableAnnDataset(cells, mlm.tokenizer)))
+    together = answer(mlm.model, block, mlm.tokenizer, Question("together", ("cell_type", "phase")))
+    table = predict_table(cells, mlm, telling=Telling(joint=True))
+    for name, probability_nk in together.items():
+        np.testing.assert_allclose(table[f"predicted_{name}_probability"], probability_nk.max(axis=1), atol=1e-6)
+
+
+def test_batches_of_few_tokens_answer_like_large_ones(held_out, mlm, expected):
+    table = predict_table(held_out, mlm, ask=["cell_type"], batch_tokens=100)
+    np.testing.assert_allclose(table[PROBABILITY], expected[PROBABILITY], atol=1e-5)
+
+
+def test_a_given_label_that_the_vocabulary_lacks_counts_as_absent_and_is_reported(cells, mlm, expected, caplog):
+    cells.obs["phase"] = ["mitosis"] * 11 + ["S"]
+    result = predict(cells, mlm, ask=["cell_type"], given={"phase": None})
+    assert "11 cells have a phase that the vocabulary lacks ('mitosis')" in caplog.text
+    assert json.loads(result.uns["perturbgene"]["unknown_labels_count_as_absent"]) == {"phase": {"mitosis": 11}}
+    np.testing.assert_allclose(result.obs[PROBABILITY][:11], expected[PROBABILITY][:11], atol=1e-6)
+
+
+def test_provenance_says_what_share_of_the_genes_the_cells_have(cells, mlm):
+    assert predict(cells[:, 25:].copy(), mlm).uns["perturbgene"]["gene_coverage"] == 0.75
+
+
+def test_a_path_is_read_like_the_cells_in_it(trained, mlm, expected):
+    assert predict(trained.eval_shard, mlm, ask=["cell_type"]).obs[COLUMN].tolist() == expected[COLUMN].tolist()
+
+
+def test_two_processes_write_what_one_writes(trained, written, tmp_path):
+    """Real processes under torchrun, gloo on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "perturbgene.main", "predict", trained.mlm, trained.eval_shard, "--device", "cpu"]
+    flags = ["--ask", "cell_type", "--output", str(tmp_path / "out.h5ad")]
+    outcome = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.count("140 cells predicted") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5ad"]
+    found = ad.read_h5ad(tmp_path / "out.h5ad").obs
+    assert found[COLUMN].tolist() == written.obs[COLUMN].tolist()
+    np.testing.assert_allclose(found[PROBABILITY], written.obs[PROBABILITY], atol=1e-5)
+
+
+# -- calibration --------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_fits_a_temperature_for_each_question_and_scores_it_on_other_cells(metrics, held_out):
+    for name in ("cell_type", "phase"):
+        for question in ("alone", "given_others", "together"):
+            found = metrics[name][question]["calibration"]
+            assert found["n_fitted"] + found["n"] == held_out.n_obs
+            assert found["temperature"] != 1 and found["split_by"] == "cells"
+            assert 0 <= found["ece_after"] <= 1
+
+
+def test_predict_divides_logits_by_the_temperature_of_the_question(metrics, calibrated, held_out, logits):
+    table = predict_table(held_out, calibrated, ask=["cell_type"])
+    softened = torch.from_numpy(logits) / metrics["cell_type"]["alone"]["calibration"]["temperature"]
+    np.testing.assert_allclose(table[PROBABILITY], torch.softmax(softened, dim=1).amax(dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "joint", "question"),
+    [({}, False, "alone"), ({"phase": "S"}, False, "given_others"), ({}, True, "together")],
+)
+def test_the_file_says_which_temperature_was_taken(given, joint, question, metrics, calibrated, cells):
+    ask = [] if joint else ["cell_type"]
+    facts = predict(cells, calibrated, ask=ask, given=given, joint=joint).uns["perturbgene"]
+    said = json.loads(facts["calibration"])["cell_type"]
+    assert f"temperature {metrics['cell_type'][question]['calibration']['temperature']:.3f}" in said
+    assert "nearest" not in said
+
+
+def test_a_question_that_was_not_fitted_takes_the_nearest_and_says_so(calibrated, cells):
+    asker = Asker(calibrated, ["cell_type"], {"phase": None}, Telling())
+    lacking = replace(asker.calibration, temperatures=asker.calibration.temperatures[:1])
+    asker.calibration = lacking
+    assert "the nearest question that was fitted" in asker.describe_calibration()["cell_type"]
+
+
+def test_without_evaluate_the_file_says_that_nothing_is_calibrated(cells, mlm, calibrated, expected):
+    assert "run `perturbgene evaluate` first" in predict(cells, mlm).uns["perturbgene"]["calibration"]
+    table = predict_table(cells, calibrated, ask=["cell_type"], telling=Telling(calibrate=False))
+    np.testing.assert_allclose(table[PROBABILITY], expected[PROBABILITY][:12], atol=1e-6)
+
+
+def test_a_classifier_is_calibrated_too(copied_run, held_out):
+    folder = copied_run("cls")
+    before = predict_table(held_out, load_run(folder, device="cpu"))
+    assert main(["evaluate", str(folder), "--no_baselines"]) == 0
+    after = predict_table(held_out, load_run(folder, device="cpu"))
+    assert after[COLUMN].tolist() == before[COLUMN].tolist()
+    assert not np.allclose(after[PROBABILITY], before[PROBABILITY], atol=1e-4)
+
+
+def test_donors_are_not_split_between_fitting_and_scoring(copied_run, held_out):
+    cells = held_out.copy()
+    cells.obs["patient"] = ["a"] * 100 + ["b"] * 40
+    run = load_run(copied_run(), device="cpu")
+    found = evaluate(run, cells, calibrate=True, donor_column="patient")["phase"]["alone"]["calibration"]
+    assert found["split_by"] == "donors" and {found["n_fitted"], found["n"]} == {100, 40}
+
+
+def test_a_split_by_cells_is_warned_of(copied_run, held_out, caplog):
+    evaluate(load_run(copied_run(), device="cpu"), held_out, calibrate=True)
+    assert "fewer than two donors" in caplog.text
+
+
+def test_an_answer_that_is_not_sure_enough_becomes_unknown(held_out, mlm, expected):
+    table = predict_table(held_out, mlm, ask=["cell_type"], telling=Telling(abstain=0.5))
+    is_sure = expected[PROBABILITY] >= 0.5
+    assert 0 < is_sure.sum() < len(is_sure)
+    assert table[COLUMN].tolist() == expected[COLUMN].astype(object).where(is_sure, "unknown").tolist()
+    assert list(table[COLUMN].cat.categories) == [*expected[COLUMN].cat.categories, "unknown"]
+    assert table[f"{COLUMN}_1"].tolist() == expected[COLUMN].tolist()
+
+
+def test_a_cell_without_genes_is_missing_and_not_unknown(cells, mlm):
+    cells.X = cells.X * 0
+    cells.X.eliminate_zeros()
+    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(abstain=0.9, ood=True))
+    assert table[[COLUMN, "ood_gene_log_likelihood", "ood_cell_type_energy"]].isna().all(axis=None)
+
+
+# -- strange cells and wrong labels -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strangeness(held_out: ad.AnnData, calibrated: Run) -> pd.DataFrame:
+    """How strange the calibrated run finds the held-out cells."""
+    return predict_table(held_out, calibrated, ask=["cell_type"], telling=Telling(ood=True))
+
+
+def test_energy_is_that_of_the_logits(strangeness, logits):
+    energy_n = -torch.logsumexp(torch.from_numpy(logits), dim=1).numpy()
+    np.testing.assert_allclose(strangeness["ood_cell_type_energy"], energy_n, atol=1e-5)
+
+
+def test_percentiles_are_shares_of_the_evaluation_cells_and_high_for_strange_ones(strangeness):
+    for name, sign in (("ood_cell_type_energy", 1), ("ood_gene_log_likelihood", -1)):
+        ranks = 100 * np.argsort(np.argsort(sign * strangeness[name].to_numpy())) / 139
+        np.testing.assert_allclose(strangeness[f"{name}_percentile"], ranks, atol=1.5)
+
+
+def test_how_strange_a_cell_is_does_not_depend_on_its_row(strangeness, held_out, calibrated):
+    rows = [120, 3, 77]
+    found = predict_table(held_out[rows], calibrated, ask=["cell_type"], telling=Telling(ood=True))
+    for name in ("ood_gene_log_likelihood", "ood_cell_type_energy"):
+        np.testing.assert_allclose(found[name], strangeness[name].to_numpy()[rows], atol=1e-5)
+
+
+def test_strangeness_without_calibration_has_no_percentile(cells, mlm):
+    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(ood=True, ood_draws=2))
+    assert [name for name in table if name.startswith("ood_")] == ["ood_cell_type_energy", "ood_gene_log_likelihood"]
+
+
+def test_a_classifier_tells_energy_only(cells, cls):
+    table = predict_table(cells, cls, telling=Telling(ood=True))
+    assert [name for name in table if name.startswith("ood_")] == ["ood_cell_type_energy"]
+
+
+def test_an_audit_gives_the_probability_of_the_own_label_given_the_others(cells, mlm):
+    block = block_of(list(IterableAnnDataset(cells, mlm.tokenizer)))
+    others = Question("given_others", ("cell_type",), ("phase",))
+    probability_nk = answer(mlm.model, block, mlm.tokenizer, others)["cell_type"]
+    own_n = true_labels(block, mlm.tokenizer, "cell_type")
+    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    found_n = table["audit_cell_type_probability"]
+    np.testing.assert_allclose(found_n, probability_nk[np.arange(12), own_n], atol=1e-6)
+    assert table["audit_cell_type_rank"].tolist() == found_n.rank().astype(int).tolist()
+
+
+def test_an_audit_does_not_change_the_answers(held_out, mlm, expected):
+    table = predict_table(held_out, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    np.testing.assert_allclose(table[PROBABILITY], expected[PROBABILITY], atol=1e-6)
+
+
+def test_swapped_labels_are_improbable(held_out, mlm):
+    cells, is_swapped = held_out.copy(), np.arange(140) % 20 == 0
+    labels = cells.obs["cell_type"].astype(str).to_numpy()
+    labels[is_swapped] = np.where(labels[is_swapped] == "Dendritic", "CD19+ B", "Dendritic")
+    cells.obs["cell_type"] = labels
+    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    assert roc_auc_score(is_swapped, -table["audit_cell_type_probability"]) > 0.75
+
+
+@pytest.mark.parametrize("kind", ["cls", "binary"])
+def test_a_classifier_audits_its_own_phenotype(kind, cells, trained):
+    table = predict_table(cells, load_run(getattr(trained, kind), device="cpu"), telling=Telling(top_k=20, audit=True))
+    own = cells.obs["cell_type"].astype(str).to_numpy()
+    if kind == "binary":
+        own = np.where(own == "Dendritic", "Dendritic", "not Dendritic")
+    ranked = [COLUMN, *(name for name in table if name.removeprefix(f"{COLUMN}_").isdigit())]
+    for row, label in enumerate(own):
+        (column,) = [name for name in ranked if table[name][row] == label]
+        assert table["audit_cell_type_probability"][row] == table[f"{column}_probability"][row]
+
+
+def test_cells_without_a_label_are_not_audited(cells, mlm):
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(object)
+    cells.obs.iloc[3, cells.obs.columns.get_loc("cell_type")] = None
+    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    assert table.index[table["audit_cell_type_probability"].isna()].tolist() == [3]
+    assert sorted(table["audit_cell_type_rank"]) == list(range(12))
+
+
+def test_an_audit_without_labels_is_refused(cells, mlm):
+    cells.obs = cells.obs.drop(columns="cell_type")
+    with pytest.raises(InputError, match="no obs column 'cell_type'"):
+        predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"abstain": 1.5}, {"ood_draws": 0}], ids=str)
+def test_a_telling_out_of_range_is_refused(wrong):
+    with pytest.raises(InputError, match=f"Change --{next(iter(wrong))}"):
+        Telling(**wrong)
 
 
 # -- command lines ------------------------------------------------------------------------------------------------

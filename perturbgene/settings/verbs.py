@@ -7,7 +7,7 @@ that is named like the verb.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from perturbgene.errors import InputError, did_you_mean
 from perturbgene.settings.base import BaseConfig, BinOptions, MatrixOptions
@@ -232,6 +232,9 @@ class EvaluateConfig(QuestionOptions):
     ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
     given: list[str] = option([], help="Phenotypes given with each question; none named means every standard set.")
     baselines: bool = option(True, help="Majority class and logistic regression beside the model.")
+    calibrate: bool = option(
+        True, help="Fit temperatures on half of the donors and store them in the run, where predict finds them."
+    )
     gene_mask_prob: float | None = option(
         None, help="Share of expressed genes that are hidden to score genes; none means the run's own.", within="[0, 1]"
     )
@@ -279,6 +282,30 @@ class PredictConfig(FileOptions):
     given: list[str] = option(
         [], help="Known phenotypes: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
     )
+
+    joint: bool = option(
+        False, help="Ask all phenotypes in one sequence: one forward; otherwise each by itself, whatever else is asked."
+    )
+    top_k: int = option(3, help="Labels to write with their probabilities.", within="[1, inf)")
+    abstain: float = option(
+        0.0, help="Write `unknown` where the calibrated probability lies below this.", within="[0, 1]"
+    )
+    calibrate: bool = option(True, help="Divide logits by the temperatures that evaluate fitted.")
+    ood: bool = option(
+        False,
+        help="Write how strange each cell is: energy, and log-likelihood of hidden genes (a second forward), with "
+        "percentiles among the run's evaluation cells.",
+    )
+    ood_draws: int = option(1, help="How often genes are hidden for that; more is steadier.", within="[1, inf)")
+    audit: bool = option(
+        False, help="Write how probable each cell's own label is, given its genes and its other phenotypes."
+    )
+
+    @property
+    def telling(self) -> dict[str, Any]:
+        """What is told of the answers, by the names of `Telling`."""
+        names = ("joint", "top_k", "abstain", "calibrate", "ood", "ood_draws", "audit")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def given_labels(self) -> dict[str, str | None]:
