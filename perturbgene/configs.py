@@ -22,6 +22,7 @@ from perturbgene.settings.training import TrainingConfig
 from perturbgene.settings.values import BOOLEAN_WORDS, NONE_WORDS, convert
 from perturbgene.settings.verbs import (
     CONFIGS,
+    AttributeConfig,
     ClsConfig,
     DownloadConfig,
     EvaluateConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "CONFIGS",
     "GONE_IN_V5",
     "GROUPS",
+    "AttributeConfig",
     "BaseConfig",
     "ClsConfig",
     "DownloadConfig",

@@ -17,18 +17,18 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from perturbgene.asking import constant_labels
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.edits import Perturbations, changed_pairs
 from perturbgene.effects import Tally
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import InputError
 from perturbgene.parts import Ranks
 from perturbgene.readouts import Readout, exact_effects, most_genes, sequences
 from perturbgene.runs import Run
@@ -74,8 +74,12 @@ class Cells:
         Raises:
             InputError: A column is missing, a given label is unknown, or the genes do not cover the panel.
         """
+        for name in given:
+            run.tokenizer.vocabulary.check_category(name)
         tokenizer = _tokenizer_of(run, readout)
-        dataset = IterableAnnDataset(source, tokenizer, constant_labels=_constant_labels(run, given), **reading)
+        dataset = IterableAnnDataset(
+            source, tokenizer, constant_labels=constant_labels(run.tokenizer, given), **reading
+        )
         shard = dataset.shards[0]
         for name in [name for name, label in given.items() if label is None]:
             shard.source.obs_column(name)
@@ -90,8 +94,11 @@ class Cells:
         """Yield the cells of a range of rows, `batch_size` at a time; those without donor or group are left out."""
         rows_n = start + np.flatnonzero((self.donor_n[start:stop] >= 0) & (self.group_n[start:stop] >= 0))
         for first in range(0, len(rows_n), self.dataset.batch_size):
-            rows = rows_n[first : first + self.dataset.batch_size]
-            yield self.dataset.tokenizer.tokenize_block(self.dataset.shards[0].read(rows))
+            yield self.read(rows_n[first : first + self.dataset.batch_size])
+
+    def read(self, rows_m: np.ndarray) -> TokenBlock:
+        """Tokenise some cells, ascending."""
+        return self.dataset.tokenizer.tokenize_block(self.dataset.shards[0].read(rows_m))
 
     def cells_per_donor(self, group: int) -> np.ndarray:
         """Count the cells of each donor in a group, shape (d,)."""
@@ -103,19 +110,6 @@ def _tokenizer_of(run: Run, readout: Readout) -> GeneTokenizer:
     """Return a tokenizer that reads given labels only and cuts long cells where `data_utils.ask` cuts them."""
     max_length = max(3, most_genes(run.tokenizer, readout) + 2) + len(readout.given)
     return run.tokenizer.with_settings(included=list(readout.given), max_length=max_length)
-
-
-def _constant_labels(run: Run, given: Mapping[str, str | None]) -> dict[str, int]:
-    """Return the input id of each label that is said of all cells."""
-    ids = {}
-    for category, label in given.items():
-        run.tokenizer.vocabulary.check_category(category)
-        if label is not None:
-            ids[category] = run.tokenizer.vocabulary.label_id(category, label)
-            if ids[category] == ABSENT:
-                known = listed(run.tokenizer.phenotypes[category], most=12)
-                raise InputError(f"{category}={label} is not in the run's vocabulary. Choose one of: {known}.")
-    return ids
 
 
 def _codes(dataset: IterableAnnDataset, column: str | None) -> tuple[tuple[str, ...], np.ndarray]:
@@ -156,6 +150,11 @@ class Stage:
     num_directions: int = 32
     budget: int = 16_384
 
+    @property
+    def num_effects(self) -> int:
+        """q."""
+        return len(self.perturbations)
+
     def effects(self, block: TokenBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return cell (row of the block), perturbation and effect of whatever changes, each of shape (m,)."""
         tokenizer = self.run.tokenizer
@@ -175,14 +174,30 @@ class Stage:
         return cell_l[is_gene_l], gene_m, estimate_l[is_gene_l]
 
 
-def _tally(stage: Stage, cells: Cells, start: int, stop: int, *, table: Path | None) -> Tally:
+class Pass(Protocol):
+    """What `run_stage` runs on every block of cells: a `Stage`, or another pass whose effects are added up."""
+
+    @property
+    def name(self) -> str:
+        """Of its parts."""
+
+    @property
+    def num_effects(self) -> int:
+        """How many sums are kept."""
+
+    def effects(self, block: TokenBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return cell (row of the block), which sum, and effect, each of shape (m,)."""
+
+
+def _tally(stage: Pass, cells: Cells, start: int, stop: int, *, table: Path | None) -> Tally:
     """Add up the effects of a range of cells; with `table` also write each of them there."""
-    tally, frames = Tally(len(stage.perturbations)), []
+    tally, frames = Tally(stage.num_effects), []
     for block in cells.blocks(start, stop):
         cell_m, perturbation_m, effects_m = stage.effects(block)
         row_m = block.cells_n[cell_m]
         tally.add(effects_m, donor_m=cells.donor_n[row_m], group_m=cells.group_n[row_m], perturbation_m=perturbation_m)
         if table is not None:
+            assert isinstance(stage, Stage)
             names = np.asarray(stage.perturbations.names, dtype=object)[perturbation_m]
             frames.append(pd.DataFrame({"cell": row_m, "perturbation": names, "effect": effects_m}))
     if table is not None:
@@ -268,7 +283,7 @@ class PartFolder:
 
 
 def run_stage(
-    stage: Stage, cells: Cells, *, part_cells: int, parts: PartFolder | None = None, ranks: Ranks = ALONE
+    stage: Pass, cells: Cells, *, part_cells: int, parts: PartFolder | None = None, ranks: Ranks = ALONE
 ) -> Tally:
     """Add up the effects of all cells, part by part, every rank its share; all ranks get the whole sum.
 
@@ -308,8 +323,8 @@ def _loaded(parts: PartFolder, stage: str, count: int) -> Iterator[Mapping[str, 
         yield arrays
 
 
-def _summed(stage: Stage, all_arrays: Sequence[Mapping[str, np.ndarray]] | Iterator[Mapping[str, np.ndarray]]) -> Tally:
-    total = Tally(len(stage.perturbations))
+def _summed(stage: Pass, all_arrays: Sequence[Mapping[str, np.ndarray]] | Iterator[Mapping[str, np.ndarray]]) -> Tally:
+    total = Tally(stage.num_effects)
     for arrays in all_arrays:
         total.add_arrays(arrays["keys"], arrays["sums"])
     return total

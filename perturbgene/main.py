@@ -22,6 +22,7 @@ VERB_FUNCTIONS = {
     "cls": "perturbgene.train:run_cls",
     "evaluate": "perturbgene.inference:run_evaluate",
     "predict": "perturbgene.inference:run_predict",
+    "attribute": "perturbgene.attribution:run_attribute",
     "perturb": "perturbgene.perturbation:run_perturb",
     "download": "perturbgene.download:run_download",
 }

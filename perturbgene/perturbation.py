@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from perturbgene.data_utils.journal import sha256_of
+from perturbgene.calibration import read_calibration, weights_hash
 from perturbgene.data_utils.remote import is_url, shown_path
 from perturbgene.edits import ALL_GENES, Kind, Perturbations, perturbations_of
 from perturbgene.effect_parts import ALONE, Cells, PartFolder, Stage, run_stage, write_table
 from perturbgene.effects import Agreement, Null, Tally, agreement, held_against_null, mean_over_donors
 from perturbgene.errors import InputError
-from perturbgene.parts import Ranks, check_target
+from perturbgene.parts import Ranks, check_target, reading_of
 from perturbgene.plots import effects_figure, save_figure
 from perturbgene.readouts import LabelReadout, Pooling, Readout, StateReadout, label_readout, token_budget
 from perturbgene.runs import Run, load_run, provenance
@@ -229,7 +229,7 @@ def agreement_of(results: Results, cells: Cells, *, choice: Choice, first_gene_t
 def readout_of(
     run: Run, *, towards: str | None, away: str | None, given: Mapping[str, str | None], embedding: Pooling
 ) -> Readout:
-    """Return what is compared: the state, or with `towards` the log-odds of a label.
+    """Return what is compared: the state, or with `towards` the log-odds of a label, calibrated if `evaluate` ran.
 
     Raises:
         InputError: The label is unknown, or `away` stands without `towards`.
@@ -239,7 +239,10 @@ def readout_of(
             raise InputError("--from names a label to leave, but no label to go to. Give --towards as well.")
         return StateReadout(embedding, tuple(given))
     names = tuple(run.tokenizer.included_phenotypes) if run.is_classifier else tuple(given)
-    return label_readout(run, towards=towards, away=away, given=names)
+    readout = label_readout(run, towards=towards, away=away, given=names)
+    fitted = read_calibration(run.path)
+    nearest = fitted.nearest(readout.category, asked=(readout.category,), given=names) if fitted else None
+    return replace(readout, temperature=nearest.temperature) if nearest else readout
 
 
 def _in_precision(run: Run, precision: str) -> Run:
@@ -317,12 +320,10 @@ def run_perturb(config: "PerturbConfig") -> str | None:
         run, towards=config.towards, away=config.from_, given=config.given_labels, embedding=config.embedding
     )
     asked = perturbations_of(config.genes, run.tokenizer, kind=config.kind, level=config.bin)
-    reading = {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}
-    cells = Cells.open(
-        path, run, readout, given=config.given_labels, donor=config.donor, groupby=config.groupby, **reading
-    )
+    columns: dict[str, Any] = {"given": config.given_labels, "donor": config.donor, "groupby": config.groupby}
+    cells = Cells.open(path, run, readout, **columns, **reading_of(config))
     choice = Choice(config.exact, config.top_k, config.num_controls, config.min_cells)
-    facts = {**config.to_dict(), "source": _identity(path), "model": _identity(Path(run.path) / "model.safetensors")}
+    facts = {**config.to_dict(), "source": file_identity(path), "weights": weights_hash(run.path)}
     facts |= {"readout": readout, "fingerprint": run.tokenizer.fingerprint}
     tables = target.with_name(f"{target.stem}.cells") if config.per_cell else None
     parts = PartFolder.beside(target, facts, tables=tables)
@@ -348,12 +349,10 @@ def _check_writable(target: Path) -> None:
             raise InputError("a .parquet table needs pyarrow, which is not installed. Name a .csv instead.") from error
 
 
-def _identity(path: str | Path) -> Any:
-    """Return what changes when a file does: its size and time, or for weights their checksum."""
+def file_identity(path: str | Path) -> Any:
+    """Return what changes when a file does: its size and time."""
     if is_url(str(path)):
         return shown_path(str(path))
-    if str(path).endswith(".safetensors"):
-        return sha256_of(path) if os.path.exists(path) else None
     status = os.stat(path)
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 

@@ -365,8 +365,7 @@ class PerturbConfig(FileOptions):
         "strongest and a random control set are computed exactly. An interrupted run goes on where it stopped."
     )
     example: ClassVar[str] = (
-        "perturbgene perturb runs/mlm cells.h5ad --output knock_outs.csv --genes all --towards disease=normal "
-        "--from disease=COVID-19"
+        "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal --donor donor_id"
     )
 
     genes: list[str] = option(
@@ -423,6 +422,35 @@ class PerturbConfig(FileOptions):
             raise InputError("from names a label to leave, but none to go to is given. Give --towards as well.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttributeConfig(FileOptions):
+    """Settings of `attribute`."""
+
+    verb: ClassVar[str] = "attribute"
+    summary: ClassVar[str] = "Tell from which genes the model reads a label."
+    about: ClassVar[str] = (
+        "Scores each gene of every cell by what it adds to the log-odds of the label that the model gives the cell, "
+        "averages by label (the model's marker genes), and checks the scores by removing genes in their order."
+    )
+    example: ClassVar[str] = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
+
+    ask: str = option("", help="Phenotype whose labels are explained.", is_required=True)
+    given: list[str] = option(
+        [], help="Phenotypes to tell the model: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    num_check_cells: int = option(50, help="Cells from which genes are removed as a check.", within="[1, inf)")
+    part_cells: int = option(1000, help="Cells of a part, which is done once.", group="Running", within="[1, inf)")
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        check_question([self.ask], list(self.given_labels))
+
+
 CONFIGS: dict[str, type[BaseConfig]] = {
     config_class.verb: config_class
     for config_class in (
@@ -432,6 +460,7 @@ CONFIGS: dict[str, type[BaseConfig]] = {
         EvaluateConfig,
         PredictConfig,
         PerturbConfig,
+        AttributeConfig,
         DownloadConfig,
     )
 }
