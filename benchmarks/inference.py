@@ -3,8 +3,8 @@
     python -m benchmarks.inference RUN CELLS.h5ad --towards "cell_type=B cell" --lengths 200 500 1000
 
 Cells are cut to a number of genes, so that speed at several lengths is measured on the same model. Exact knock-outs are
-timed on a sample of genes and scaled: `x` is against one edited cell at a time, `x ours` against our exact runs. Seconds
-are processor seconds of one thread on the CPU (other work on the machine does not count), else seconds by the clock.
+timed on a sample of genes and scaled: `x` is against one edited cell at a time, `x ours` against our exact runs.
+Seconds are processor seconds of one thread on the CPU (other work on the machine does not count), else by the clock.
 """
 
 import argparse
