@@ -379,8 +379,13 @@ def _donor_column(corpus: str | None) -> str:
     return by if by != BY_CELL else "donor_id"
 
 
-def run_evaluate(config: "EvaluateConfig") -> str:
-    """Run the `evaluate` verb on a corpus, on files, or on the data that the run was trained with."""
+def run_evaluate(config: "EvaluateConfig") -> str | None:
+    """Run the `evaluate` verb on a corpus, on files, or on the data that the run was trained with.
+
+    Of several processes the first does it all.
+    """
+    if not Ranks.join(config.device).is_main:
+        return None
     run = load_run(config.run, device=config.device)
     trained = _settings_of(run)
     corpus = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)

@@ -13,6 +13,7 @@ from benchmarks.cells import CellSet, build, build_corpus, draw_csr
 from benchmarks.contenders import CONTENDERS, PLAIN, READS, Job
 from benchmarks.loading import Result, checksum, num_cells, table
 from benchmarks.mixing import linked, mean_entropy, mixing
+from benchmarks.trust import swap_labels
 
 TINY = CellSet(shards=2, cells=300, genes=400, expressed=60, cell_types=3, donors=3)
 OURS = "ours: gzip h5ad, padded"
@@ -111,3 +112,12 @@ def test_linked_names_are_further_names_of_the_same_files(tmp_path: Path) -> Non
     names = linked([str(tmp_path / "a.h5ad")], tmp_path / "linked", copies=3)
     assert len(set(names)) == 3
     assert all(Path(name).samefile(tmp_path / "a.h5ad") for name in names)
+
+
+def test_planted_swaps_give_a_share_of_cells_another_label_by_how_common_it_is() -> None:
+    labels = np.repeat(["a", "b", "c"], [500, 400, 100])
+    swapped, is_swapped = swap_labels(labels, share=0.2, seed=0)
+    assert is_swapped.sum() == 200
+    assert (swapped[is_swapped] != labels[is_swapped]).all() and (swapped[~is_swapped] == labels[~is_swapped]).all()
+    of_a = swapped[is_swapped & (labels == "a")]
+    assert 2 < (of_a == "b").sum() / (of_a == "c").sum() < 8

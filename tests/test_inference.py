@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -749,6 +750,12 @@ def test_predict_and_evaluate_agree_to_the_last_cell(metrics, held_out, expected
     assert metrics["cell_type"]["alone"]["accuracy"] == is_right_n.mean()
 
 
+def test_predict_is_as_right_as_training_said_at_its_end(trained, held_out, expected):
+    at_the_end = json.loads((trained.folder / "mlm/metrics.json").read_text())["cell_type"]["alone"]
+    is_right_n = expected[COLUMN].astype(str).to_numpy() == held_out.obs["cell_type"].astype(str).to_numpy()
+    assert at_the_end["accuracy"] == is_right_n.mean() and at_the_end["n"] == len(is_right_n)
+
+
 @pytest.mark.parametrize("truncation", ["variable", "expressed", "random"])
 def test_predict_and_evaluate_agree_on_cells_that_are_too_long(truncation, copied_run, held_out):
     folder = copied_run()
@@ -1014,6 +1021,7 @@ def test_a_path_is_read_like_the_cells_in_it(trained, mlm, expected):
     assert predict(trained.eval_shard, mlm, ask=["cell_type"]).obs[COLUMN].tolist() == expected[COLUMN].tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(trained, written, tmp_path):
     """Real processes under torchrun, gloo on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -1217,6 +1225,10 @@ NONSENSE = {
     "predict {mlm} {cells} --output {out} --gene_id_column nothing": "no var column",
     "predict {mlm} {cells} --output {out} --batch_size 0": "batch_size",
     "predict {mlm} {cells} --output {out} --min_gene_coverage 2": "min_gene_coverage",
+    "predict {mlm} {cells} --output {out} --abstain 2": "abstain",
+    "predict {mlm} {cells} --output {out} --top_k 0": "top_k",
+    "predict {mlm} {bare} --output {out} --ask cell_type --audit": "no obs column 'cell_type'",
+    "predict {mlm} {bare} --output {out} --given phase": "no obs column 'phase'",
     "predict {corpus} {cells} --output {out}": "no finished run",
     "evaluate nowhere": "does not exist",
     "evaluate {mlm} --ask tissue --output {out}": "'tissue'",
@@ -1230,6 +1242,25 @@ NONSENSE = {
 @pytest.mark.parametrize("line", NONSENSE)
 def test_nonsense_ends_with_code_2_and_one_line(line, trained, small, tmp_path, capsys):
     names = {name: getattr(trained, name) for name in ("mlm", "cls", "corpus")}
-    assert main(line.format(**names, cells=small, out=tmp_path / "out").split()) == 2
+    bare = _rewrite(small, tmp_path / "bare.h5ad", _no_columns)
+    assert main(line.format(**names, cells=small, bare=bare, out=tmp_path / "out").split()) == 2
     assert NONSENSE[line] in error_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def _commands_of(page: str) -> list[str]:
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8").replace("tissue=lung", "phase=S")
+    bash = "".join(re.findall(r"```bash\n(.*?)```", text.replace("tissue", "phase"), flags=re.S))
+    return re.findall(r"^perturbgene ((?:predict|evaluate) .*)$", bash, flags=re.M)
+
+
+def test_every_command_of_the_page_on_asking_runs(trained, cells, held_out, tmp_path, monkeypatch):
+    shutil.copytree(trained.mlm, tmp_path / "runs/mlm")
+    held_out.write_h5ad(tmp_path / "labelled.h5ad")
+    cells.obs = cells.obs[[]]
+    cells.write_h5ad(tmp_path / "new_cells.h5ad")
+    monkeypatch.chdir(tmp_path)
+    commands = _commands_of("docs/asking.md")
+    assert len(commands) == 8
+    for command in commands:
+        assert main(command.split()) == 0, command
