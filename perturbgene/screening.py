@@ -29,6 +29,10 @@ from perturbgene.runs import Run
 NUM_DIRECTIONS = 32
 #: Below this share of attention left, a query looked at nothing but the removed token and its output is undefined.
 LEAST_REST = 1e-3
+#: Attention weights of one cell that are held at once; more heads wait their turn.
+MOST_WEIGHTS = 1 << 26
+#: Bytes of gradients at the layers' outputs that are held at once.
+MOST_GRADIENT_BYTES = 1 << 30
 
 
 @dataclass
@@ -93,7 +97,7 @@ def screen_removals(
     Returns:
         float32 of shape (l,); missing (NaN) at tokens that are no genes.
     """
-    budget = token_budget(run.model) if budget is None else budget
+    budget = min(_most_tokens(run, readout, num_directions), token_budget(run.model) if budget is None else budget)
     scores = []
     for piece in in_budget(np.diff(block.offsets_n1), budget=budget):
         rows = np.arange(piece.start, piece.stop)
@@ -102,6 +106,13 @@ def screen_removals(
         scores.append(_screen_batch(run, batch, readout, num_directions=num_directions, towards_n=wanted))
     estimate_l = np.concatenate(scores).astype(np.float32)
     return np.where(block.token_type_ids_l >= run.tokenizer.first_gene_type, estimate_l, np.nan)
+
+
+def _most_tokens(run: Run, readout: Readout, num_directions: int) -> int:
+    """Return how many tokens' gradients fit into memory, one set for each backward pass."""
+    config = run.model.config
+    num_passes = 1 if isinstance(readout, LabelReadout) else num_directions
+    return max(1, MOST_GRADIENT_BYTES // (4 * num_passes * config.num_hidden_layers * config.hidden_size))
 
 
 def _screen_batch(
@@ -178,17 +189,30 @@ def _queries_keys_values(trace: _Trace, heads: int) -> tuple[Tensor, Tensor, Ten
 def _downdate(
     q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, out_ahd: Tensor, gradient_arhd: Tensor, *, own_key_a: Tensor
 ) -> Tensor:
-    """Return the first-order change without each key of one cell, (l, r).
+    """Return the first-order change without each key of one cell, (l, r), some heads at a time."""
+    at_once = max(1, MOST_WEIGHTS // (len(q_ahd) * len(k_lhd)))
+    change_lr = torch.zeros(len(k_lhd), gradient_arhd.shape[1], device=q_ahd.device)
+    for start in range(0, q_ahd.shape[1], at_once):
+        few = slice(start, start + at_once)
+        part = (q_ahd[:, few], k_lhd[:, few], v_lhd[:, few], out_ahd[:, few], gradient_arhd[:, :, few])
+        change_lr += _downdate_heads(*part, own_key_a=own_key_a)
+    return change_lr
+
+
+def _downdate_heads(
+    q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, out_ahd: Tensor, gradient_arhd: Tensor, *, own_key_a: Tensor
+) -> Tensor:
+    """Sum p / (1 - p) (G . o - G . v) over queries and heads: two products with the matrix of p / (1 - p).
 
     A query's own key is left out: when the token goes, so does what it asked, and nobody reads its output any more.
     """
-    weight_hal = (q_ahd.transpose(0, 1) @ k_lhd.permute(1, 2, 0) * q_ahd.shape[-1] ** -0.5).softmax(dim=-1)
-    odds_hal = weight_hal / (1 - weight_hal).clamp(min=LEAST_REST)
-    odds_hal[:, torch.arange(len(own_key_a)), own_key_a] = 0
-    along_arh = (gradient_arhd * out_ahd[:, None]).sum(dim=-1)  # gradient . o
-    summed_hlr = odds_hal.transpose(1, 2) @ along_arh.permute(2, 0, 1)
     a, r, heads, d = gradient_arhd.shape
-    weighed_hlrd = (odds_hal.transpose(1, 2) @ gradient_arhd.permute(2, 0, 1, 3).reshape(heads, a, r * d)).view(
-        heads, -1, r, d
-    )
-    return (summed_hlr - torch.einsum("hlrd,lhd->hlr", weighed_hlrd, v_lhd)).sum(dim=0)
+    scaled_had = (q_ahd * d**-0.5).transpose(0, 1)
+    weight_hal = (scaled_had @ k_lhd.permute(1, 2, 0)).softmax(dim=-1)
+    odds_hal = weight_hal.div_((1 - weight_hal).clamp_(min=LEAST_REST))
+    odds_hal[:, torch.arange(a), own_key_a] = 0
+    along_har = (gradient_arhd * out_ahd[:, None]).sum(dim=-1).permute(2, 0, 1)  # G . o
+    gradient_haf = gradient_arhd.permute(2, 0, 1, 3).reshape(heads, a, r * d)
+    summed_hlf = odds_hal.transpose(1, 2) @ torch.cat([gradient_haf, along_har], dim=2)
+    across_hlr = (summed_hlf[..., : r * d].unflatten(2, (r, d)) * v_lhd.transpose(0, 1)[:, :, None]).sum(dim=-1)
+    return (summed_hlf[..., r * d :] - across_hlr).sum(dim=0).float()

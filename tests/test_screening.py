@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from perturbgene import screening
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.edits import Perturbations, changed_pairs, perturbations_of
 from perturbgene.errors import InputError
@@ -194,3 +195,13 @@ def test_a_classifier_is_screened_and_rerun_too():
 def test_labels_that_cannot_be_followed_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         label_readout(a_run(), **options)
+
+
+def test_long_cells_are_screened_some_heads_at_a_time(monkeypatch):
+    run = a_run()
+    readout = READOUTS["mean"](run)
+    asked = sequences(CELLS, TOKENIZER, readout)
+    at_once = screen_removals(run, asked, readout)
+    monkeypatch.setattr(screening, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(screening, "MOST_GRADIENT_BYTES", 1)
+    np.testing.assert_allclose(screen_removals(run, asked, readout), at_once, atol=1e-6, equal_nan=True)
