@@ -8,6 +8,7 @@ A part is a fixed range of cells, so its sums do not depend on processes or inte
 their order, and an interrupted run ends with the same table.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -243,7 +244,8 @@ class PartFolder:
         Raises:
             InputError: It cannot be written.
         """
-        text = json.dumps(facts, sort_keys=True, default=str)
+        relevant = {name: value for name, value in facts.items() if name not in ("overwrite", "output")}
+        text = json.dumps(relevant, sort_keys=True, default=str)
         folder = output.with_name(f".{output.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.parts")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -278,8 +280,9 @@ class PartFolder:
         os.replace(temporary, path)
 
     def remove(self) -> None:
-        """Remove the parts, once the table is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the parts, once the table is written; those of this output with other settings too."""
+        for folder in self.folder.parent.glob(f"{glob.escape(self.folder.name.rsplit('.', 2)[0])}.*.parts"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_stage(
@@ -312,7 +315,9 @@ def run_stage(
     if num_kept:
         logger.info("%s: %d of %d parts were finished before", stage.name, num_kept, len(starts))
     ranks.barrier()
-    return _summed(stage, in_memory if parts is None else _loaded(parts, stage.name, len(starts)))
+    total = _summed(stage, in_memory if parts is None else _loaded(parts, stage.name, len(starts)))
+    ranks.barrier()  # the first rank removes the parts at the end, which all must have read by then
+    return total
 
 
 def _loaded(parts: PartFolder, stage: str, count: int) -> Iterator[Mapping[str, np.ndarray]]:

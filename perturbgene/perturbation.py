@@ -264,7 +264,10 @@ def perturb(
     embedding: Pooling = "cls",
     donor: str | None = None,
     groupby: str | None = None,
-    choice: Choice = Choice(),
+    exact: bool = False,
+    top_k: int = 64,
+    num_controls: int = 64,
+    min_cells: int = 5,
     device: str = "auto",
     precision: str = "float32",
     batch_tokens: int | None = None,
@@ -283,7 +286,7 @@ def perturb(
         embedding: State: "cls", or "mean" over gene tokens other than the perturbed gene's.
         donor: Column of `obs` with donors; None takes `donor_id` where there is one.
         groupby: Column of `obs`: effects of each of its groups.
-        choice: What is computed exactly.
+        exact, top_k, num_controls, min_cells: See `Choice`.
         device, precision, batch_tokens: How the model runs: "auto", "cpu", "cuda"; "float32" or "bfloat16".
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage` of `IterableAnnDataset`.
 
@@ -294,7 +297,10 @@ def perturb(
     run = _in_precision(model if isinstance(model, Run) else load_run(model, device=device), precision)
     given = dict(given or {})
     names = [genes] if isinstance(genes, str) else list(genes)
-    asked = perturbations_of(names, run.tokenizer, kind=kind, level=bin)
+    asked, choice = (
+        perturbations_of(names, run.tokenizer, kind=kind, level=bin),
+        Choice(exact, top_k, num_controls, min_cells),
+    )
     readout = readout_of(run, towards=towards, away=away, given=given, embedding=embedding)
     reading = {"batch_size": 256, **reading}
     cells = Cells.open(adata, run, readout, given=given, donor=donor, groupby=groupby, **reading)

@@ -16,7 +16,7 @@ from scipy import sparse
 from perturbgene.errors import InputError
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
-from perturbgene.perturbation import Choice, perturb
+from perturbgene.perturbation import perturb
 from perturbgene.runs import Run
 from perturbgene.train import tokenizer_facts
 from tests.nine_genes import a_tokenizer
@@ -66,8 +66,8 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_all_genes_are_screened_and_the_strongest_and_controls_are_exact(run, cells):
-    table = perturb(cells, run, towards=TOWARDS, choice=Choice(top_k=4, num_controls=12, min_cells=1))
-    exact = perturb(cells, run, towards=TOWARDS, choice=Choice(exact=True, min_cells=1))
+    table = perturb(cells, run, towards=TOWARDS, top_k=4, num_controls=12, min_cells=1)
+    exact = perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1)
     assert set(table["perturbation"]) == set(GENES[1:])  # nobody expresses G0
     assert 12 <= (table["method"] == "exact").sum() <= 16
     merged = table.merge(exact, on="perturbation", suffixes=("", "_all_exact"))
@@ -126,9 +126,7 @@ def test_without_donors_there_is_an_effect_and_no_p_value(run, cells, folder, tm
 
 
 def test_over_expression_is_exact_and_has_random_genes_for_a_null(run, cells):
-    table = perturb(
-        cells, run, genes=["G0", "G5"], kind="over_express", towards=TOWARDS, choice=Choice(num_controls=20)
-    )
+    table = perturb(cells, run, genes=["G0", "G5"], kind="over_express", towards=TOWARDS, num_controls=20)
     assert table.set_index("perturbation")["num_cells"]["G0"] == 60  # it comes into every cell
     assert set(table["perturbation"]) == {"G0", "G5"}
     assert table["p_value"].notna().all()
@@ -151,15 +149,13 @@ def test_given_phenotypes_stand_in_the_sequence(run, cells):
 
 def test_the_state_moves_by_a_distance(run, cells):
     for embedding in ("cls", "mean"):
-        table = perturb(cells, run, embedding=embedding, choice=Choice(top_k=4, num_controls=12, min_cells=1))
+        table = perturb(cells, run, embedding=embedding, top_k=4, num_controls=12, min_cells=1)
         assert (table["effect"] > 0).all()
 
 
 def test_bfloat16_is_near_float32(run, cells):
     first, second = (
-        perturb(cells, run, towards=TOWARDS, choice=Choice(exact=True, min_cells=1), precision=precision).set_index(
-            "perturbation"
-        )
+        perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1, precision=precision).set_index("perturbation")
         for precision in ("float32", "bfloat16")
     )
     assert np.corrcoef(first["effect"], second["effect"][first.index])[0, 1] > 0.9
