@@ -6,6 +6,7 @@ Letters: n cells, k classes, g genes.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -326,6 +327,11 @@ def evaluate(
     """
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
+    if calibrate and not os.access(run.path, os.W_OK):
+        raise InputError(
+            f"{run.path} cannot be written, but what calibrates a run is stored in it. Copy the run to where you may "
+            "write, or pass --no_calibrate."
+        )
     evaluator = _evaluator(run, _own_questions(run, ask, given), mask_rates or {})
     options = {"batch_size": batch_size, **reading}
     dataset = IterableAnnDataset(

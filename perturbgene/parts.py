@@ -11,6 +11,7 @@ The road of a verb, types at the arrows:
 4. `Parts.merge()` waits for all ranks -> `RowArray` per name, in row order, read slice by slice; rank 0 writes.
 """
 
+import datetime
 import logging
 import os
 import shutil
@@ -32,6 +33,7 @@ from perturbgene.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
+LONGEST_WAIT = datetime.timedelta(days=2)
 #: Cells of a batch at most, where a caller names no other number.
 BATCH_CELLS = 256
 #: Tokens of a batch at most, where a caller names no other number: about 0.4 GB of activations at width 512.
@@ -58,7 +60,8 @@ class Ranks:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        # A process that ends early ends the others, so waiting long for one that writes a large file harms nobody.
+        state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
         if state.process_index:
             logging.getLogger("perturbgene").setLevel(logging.ERROR)  # rank 0 says it for all
         return cls(state.process_index, state.num_processes, state.local_process_index)

@@ -1101,6 +1101,11 @@ def test_a_split_by_cells_is_warned_of(copied_run, held_out, caplog):
     assert "fewer than two donors" in caplog.text
 
 
+def test_a_run_without_a_folder_cannot_be_calibrated(mlm, cells):
+    with pytest.raises(InputError, match="cannot be written.*pass --no_calibrate"):
+        evaluate(replace(mlm, path="nowhere"), cells, calibrate=True)
+
+
 def test_an_answer_that_is_not_sure_enough_becomes_unknown(held_out, mlm, expected):
     table = predict_table(held_out, mlm, ask=["cell_type"], telling=Telling(abstain=0.5))
     is_sure = expected[PROBABILITY] >= 0.5
