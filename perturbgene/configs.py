@@ -22,12 +22,14 @@ from perturbgene.settings.training import TrainingConfig
 from perturbgene.settings.values import BOOLEAN_WORDS, NONE_WORDS, convert
 from perturbgene.settings.verbs import (
     CONFIGS,
+    AttributeConfig,
     ClsConfig,
     CounterfactualConfig,
     DownloadConfig,
     EmbedConfig,
     EvaluateConfig,
     MlmConfig,
+    PerturbConfig,
     PredictConfig,
     PrepareConfig,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "CONFIGS",
     "GONE_IN_V5",
     "GROUPS",
+    "AttributeConfig",
     "BaseConfig",
     "ClsConfig",
     "CounterfactualConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "EvaluateConfig",
     "HelpRequested",
     "MlmConfig",
+    "PerturbConfig",
     "PredictConfig",
     "PrepareConfig",
     "TrainingConfig",

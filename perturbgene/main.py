@@ -25,6 +25,8 @@ VERB_FUNCTIONS = {
     "predict": "perturbgene.inference:run_predict",
     "embed": "perturbgene.embedding:run_embed",
     "counterfactual": "perturbgene.counterfactuals:run_counterfactual",
+    "attribute": "perturbgene.attribution:run_attribute",
+    "perturb": "perturbgene.perturbation:run_perturb",
     "download": "perturbgene.download:run_download",
 }
 EXIT_USAGE = 2

@@ -91,6 +91,113 @@ def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
+def effects_figure(
+    table: pd.DataFrame, *, title: str, effect: str, most_names: int = 12, most_groups: int = 6
+) -> Figure:
+    """Draw effects of perturbations: a volcano where there are p-values, else effects by rank.
+
+    Args:
+        table: Columns `perturbation`, `group`, `effect`, `method` ("exact" or "screened"), `p_value` and `q_value`.
+        title: Title; the number of perturbations is added.
+        effect: What the effect is, with its unit.
+        most_names: So many of the strongest are named in each panel.
+        most_groups: So many groups get a panel; the title counts the others.
+    """
+    groups = list(dict.fromkeys(table["group"]))
+    shown = groups[:most_groups] or ["all"]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _empty_figure(width=2.0 + 5.0 * columns, height=1.4 + 3.8 * rows)
+    for index, group in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        part = table[table["group"] == group]
+        (_volcano if part["p_value"].notna().any() else _by_rank)(axes, part, effect=effect, most_names=most_names)
+        axes.set_title(f"{_shortened(group)}, n = {len(part):,}" if len(groups) > 1 else "", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    hidden = f" ({len(groups) - len(shown)} more groups in the table)" if len(groups) > len(shown) else ""
+    figure.suptitle(
+        f"{_plain(title)}\nn = {table.loc[table['effect'].notna(), 'perturbation'].nunique():,} perturbations{hidden}",
+        fontsize=11,
+    )
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _volcano(axes: Axes, table: pd.DataFrame, *, effect: str, most_names: int) -> None:
+    """Draw -log10 p against the effect; colour says which are significant, shape which are exact."""
+    table = table[table["p_value"].notna()]
+    height = -np.log10(np.maximum(table["p_value"].to_numpy(), 1e-30))
+    is_hit = (table["q_value"] < 0.05).to_numpy()
+    for is_kind, name, color in ((~is_hit, "q >= 0.05", "#999999"), (is_hit, "q < 0.05", OKABE_ITO[1])):
+        for method, marker in (("screened", "x"), ("exact", "o")):
+            chosen = is_kind & (table["method"] == method).to_numpy()
+            if chosen.any():
+                label = f"{name}, {method}"
+                axes.scatter(table["effect"][chosen], height[chosen], s=14, marker=marker, color=color, label=label)
+    _name_strongest(axes, table, height, most_names=most_names)
+    axes.set(xlabel=effect, ylabel="-log10 p")
+
+
+def _by_rank(axes: Axes, table: pd.DataFrame, *, effect: str, most_names: int) -> None:
+    """Draw sorted effects; colour and shape say which are exact."""
+    table = table[table["effect"].notna()].sort_values("effect", ascending=False)
+    rank = np.arange(1, len(table) + 1)
+    for method, marker, color in (("screened", "x", OKABE_ITO[5]), ("exact", "o", OKABE_ITO[0])):
+        chosen = (table["method"] == method).to_numpy()
+        if chosen.any():
+            axes.scatter(rank[chosen], table["effect"][chosen], s=14, marker=marker, color=color, label=method)
+    _name_strongest(axes, table.assign(rank=rank), table["effect"].to_numpy(), most_names=most_names, across="rank")
+    axes.axhline(0.0, color="#999999", linewidth=0.6)
+    axes.set(xlabel="rank", ylabel=effect)
+
+
+def _name_strongest(
+    axes: Axes, table: pd.DataFrame, height: np.ndarray, *, most_names: int, across: str = "effect"
+) -> None:
+    """Write names beside the strongest effects, each on the free side of its dot, without one over another."""
+    order = np.argsort(-table["effect"].abs().to_numpy(), kind="stable")[:most_names]
+    x, names = table[across].to_numpy(dtype=np.float64), table["perturbation"].to_numpy()
+    middle = (x.min() + x.max()) / 2 if len(x) else 0.0
+    low, high = (float(height.min()), float(height.max())) if len(height) else (0.0, 1.0)
+    for is_left in (True, False):
+        rows = [row for row in order[np.argsort(-height[order], kind="stable")] if bool(x[row] < middle) == is_left]
+        for row, y in zip(rows, _spread(height[rows], low=low, step=max(high - low, 1e-12) / 22), strict=True):
+            axes.annotate(
+                _shortened(names[row]), (x[row], height[row]), xytext=(14 if is_left else -14, y), fontsize=7,
+                textcoords=("offset points", "data"), ha="left" if is_left else "right", va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "#666666"},
+            )  # fmt: skip
+
+
+def _spread(height_k: np.ndarray, *, low: float, step: float) -> np.ndarray:
+    """Move falling heights apart by at least `step`, downwards, but those that would fall below `low` up again."""
+    placed_k = height_k.astype(np.float64)
+    for k in range(1, len(placed_k)):
+        placed_k[k] = min(placed_k[k], placed_k[k - 1] - step)
+    return np.maximum(placed_k, low + step * np.arange(len(placed_k))[::-1])
+
+
+def deletion_figure(curves: pd.DataFrame, *, title: str) -> Figure:
+    """Draw what is left of a label's log-odds while genes are removed, strongest first and at random.
+
+    Args:
+        curves: Columns `share_removed` (0..1), `attributed` and `random`: mean log-odds in nats.
+        title: Title, with the number of cells.
+    """
+    figure = _empty_figure(width=6.0, height=4.2)
+    axes = figure.add_subplot()
+    for name, color, style in (("attributed", OKABE_ITO[1], "-"), ("random", OKABE_ITO[0], "--")):
+        label = {"attributed": "most supporting genes first", "random": "random order"}[name]
+        axes.plot(
+            curves["share_removed"], curves[name], color=color, linestyle=style, marker="o", markersize=3, label=label
+        )
+    axes.set(xlabel="share of the cell's genes removed", ylabel="mean log-odds of the predicted label (nats)")
+    axes.set_title(_plain(title), fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path | str, *, dots_per_inch: int = 150) -> Path:
     """Write the figure to a temporary name and rename it, so that a half picture never lies under `path`."""
     target = Path(path)

@@ -464,7 +464,7 @@ def test_a_manual_page_names_every_own_flag_with_its_default(verb):
     text = str(page.value)
     assert CONFIGS[verb].example in text
     for flag in own_flags(CONFIGS[verb]).values():
-        assert f"\n  --{flag.name}" in text
+        assert f"\n  --{flag.spelling}" in text
     assert max(map(len, text.splitlines())) <= 125
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from perturbgene.plots import confusion_figure, loss_figure, save_figure
+from perturbgene.plots import confusion_figure, deletion_figure, effects_figure, loss_figure, save_figure
 
 
 def table_of(num_classes: int, *, names: list[str] | None = None) -> pd.DataFrame:
@@ -129,3 +129,44 @@ def test_a_failed_picture_leaves_the_older_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_figure(figure, tmp_path / "a.png")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.png", "older")]
+
+
+def effects(*, p_value: float | None, groups: tuple[str, ...] = ("all",)) -> pd.DataFrame:
+    """Make effects of 30 genes in each group, the last the strongest."""
+    rows = [
+        {"perturbation": f"G{i}", "group": group, "effect": i / 10 - 1, "method": "exact" if i % 2 else "screened"}
+        for group in groups
+        for i in range(30)
+    ]
+    return pd.DataFrame(rows).assign(p_value=p_value, q_value=p_value)
+
+
+@pytest.mark.parametrize(("p_value", "label"), [(0.01, "-log10 p"), (None, "distance")])
+def test_effects_are_a_volcano_with_p_values_and_a_rank_plot_without(p_value, label) -> None:
+    table = effects(p_value=np.nan if p_value is None else p_value)
+    axes = effects_figure(table, title="knock out", effect="distance").axes[0]
+    assert axes.get_ylabel() == label
+    names = [text.get_text() for text in axes.texts]
+    assert len(names) == 12 and "G29" in names
+
+
+def test_each_group_has_a_panel_and_the_title_counts_those_left_out() -> None:
+    table = effects(p_value=np.nan, groups=tuple(f"type {i}" for i in range(8)))
+    figure = effects_figure(table, title="knock out", effect="distance")
+    assert len(figure.axes) == 6
+    assert "n = 30 perturbations (2 more groups in the table)" in figure.get_suptitle()
+
+
+def test_names_of_near_effects_do_not_lie_over_each_other() -> None:
+    table = effects(p_value=np.nan).assign(effect=np.repeat([1.0, -1.0], 15))
+    axes = effects_figure(table, title="knock out", effect="distance").axes[0]
+    heights = sorted(text.xyann[1] for text in axes.texts if text.get_ha() == "left")
+    assert len(heights) > 2 and np.diff(heights).min() > 0.01
+
+
+def test_a_deletion_curve_shows_both_orders() -> None:
+    curves = pd.DataFrame(
+        {"share_removed": [0.0, 0.5, 1.0], "attributed": [3.0, -2.0, -3.0], "random": [3.0, 2.0, -3.0]}
+    )
+    axes = deletion_figure(curves, title="50 cells").axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, -2.0, -3.0], [3.0, 2.0, -3.0]]

@@ -54,6 +54,11 @@ class Flag:
     bare: Any = None
 
     @property
+    def spelling(self) -> str:
+        """The name as users write it: a field that Python's grammar keeps from its name ends in "_"."""
+        return self.name.rstrip("_")
+
+    @property
     def is_list(self) -> bool:
         """Whether the flag takes all values up to the next flag."""
         return any(get_origin(kind) is list or kind is list for kind in members(self.kind))

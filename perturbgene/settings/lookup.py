@@ -45,7 +45,8 @@ def find_flag(name: str, config_class: type[BaseConfig], *, where: str) -> Flag:
     Raises:
         InputError: It is of another verb, gone, or unknown; says what comes nearest.
     """
-    known = {CONFIG_FLAG.name: CONFIG_FLAG, **own_flags(config_class)}
+    own = {flag.spelling: flag for flag in own_flags(config_class).values()}
+    known = {CONFIG_FLAG.name: CONFIG_FLAG, **own_flags(config_class), **own}
     if name in known:
         return known[name]
     if issubclass(config_class, TrainingConfig):

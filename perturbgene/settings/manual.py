@@ -27,7 +27,7 @@ def describe_flag(flag: Flag) -> str:
         notes.append(f"one of {value.replace('|', ', ')}")
         value = "NAME"
     text = flag.help + (f" ({'; '.join(notes)})" if notes else "")
-    title = f"  --{flag.name} {value}".rstrip()
+    title = f"  --{flag.spelling} {value}".rstrip()
     lead = " " * 8
     return f"{title}\n" + textwrap.fill(text, HELP_WIDTH, initial_indent=lead, subsequent_indent=lead)
 

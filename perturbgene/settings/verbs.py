@@ -452,6 +452,109 @@ class CounterfactualConfig(FileOptions):
             raise InputError(f"set and given both hold {next(iter(self.set_label))!r}. Remove it from --given.")
 
 
+PerturbationKind = Literal["knock_out", "over_express", "set_bin"]
+Precision = Literal["float32", "bfloat16"]
+Pooling = Literal["cls", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbConfig(FileOptions):
+    """Settings of `perturb`."""
+
+    verb: ClassVar[str] = "perturb"
+    summary: ClassVar[str] = "Knock genes out, or raise them, in silico."
+    about: ClassVar[str] = (
+        "Removes or changes genes in every cell and writes how far that moves the cell's state, or the log-odds of a "
+        "label: a table with statistics over donors, and a picture. All genes are screened by gradients; the "
+        "strongest and a random control set are computed exactly. An interrupted run goes on where it stopped."
+    )
+    example: ClassVar[str] = (
+        "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal --donor donor_id"
+    )
+
+    genes: list[str] = option(
+        [], help="Genes by id or symbol, A+B together; or `all` that a cell expresses.", is_required=True
+    )
+    kind: PerturbationKind = option(
+        "knock_out", help="Remove the token, set it to the highest bin, or set it to --bin; absent genes come in."
+    )
+    bin: int | None = option(None, help="Bin for set_bin.", within="[1, inf)")
+    towards: str | None = option(
+        None, help="PHENOTYPE=LABEL whose log-odds are followed; none means the cell's state (cosine distance)."
+    )
+    from_: str | None = option(
+        None, help="PHENOTYPE=LABEL that --towards is held against; none means all other labels together."
+    )
+    given: list[str] = option(
+        [], help="Phenotypes to tell the model: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    embedding: Pooling = option("cls", help="State: [CLS], or the mean over genes other than the perturbed one.")
+    exact: bool = option(False, help="Compute every effect exactly instead of screening.")
+    top_k: int = option(64, help="Strongest genes of the screen that are computed exactly.", within="[0, inf)")
+    num_controls: int = option(
+        64, help="Random genes computed exactly: they judge the screen, or are the null of named genes.",
+        within="[0, inf)",
+    )  # fmt: skip
+    donor: str | None = option(
+        None, help="Column of obs with donors, the unit of statistics; none means donor_id where there is one."
+    )
+    groupby: str | None = option(None, help="Column of obs whose groups get effects of their own.")
+    min_cells: int = option(
+        5, help="Cells of a donor that a gene must change for the donor to count.", within="[1, inf)"
+    )
+    per_cell: bool = option(
+        False, help="Also write every cell's effects, in parts, to a folder beside.", group="Input and output"
+    )
+    part_cells: int = option(1000, help="Cells of a part, which is done once.", group="Running", within="[1, inf)")
+    precision: Precision = option("float32", help="bfloat16 is faster where the machine has it.", group="Running")
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        named_values(self.given, flag="given")
+        check_no_repeats(self.genes, flag="genes")
+        if (self.kind == "set_bin") != (self.bin is not None):
+            raise InputError(
+                f"kind is {self.kind} and bin is {self.bin}, but a bin belongs to set_bin and only there. "
+                "Change --kind or --bin."
+            )
+        if self.from_ and not self.towards:
+            raise InputError("from names a label to leave, but none to go to is given. Give --towards as well.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeConfig(FileOptions):
+    """Settings of `attribute`."""
+
+    verb: ClassVar[str] = "attribute"
+    summary: ClassVar[str] = "Tell from which genes the model reads a label."
+    about: ClassVar[str] = (
+        "Scores each gene of every cell by what it adds to the log-odds of the label that the model gives the cell, "
+        "averages by label (the model's marker genes), and checks the scores by removing genes in their order."
+    )
+    example: ClassVar[str] = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
+
+    ask: str = option("", help="Phenotype whose labels are explained.", is_required=True)
+    given: list[str] = option(
+        [], help="Phenotypes to tell the model: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    num_check_cells: int = option(50, help="Cells from which genes are removed as a check.", within="[1, inf)")
+    part_cells: int = option(1000, help="Cells of a part, which is done once.", group="Running", within="[1, inf)")
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        check_question([self.ask], list(self.given_labels))
+
+
 CONFIGS: dict[str, type[BaseConfig]] = {
     config_class.verb: config_class
     for config_class in (
@@ -462,6 +565,8 @@ CONFIGS: dict[str, type[BaseConfig]] = {
         PredictConfig,
         EmbedConfig,
         CounterfactualConfig,
+        PerturbConfig,
+        AttributeConfig,
         DownloadConfig,
     )
 }

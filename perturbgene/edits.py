@@ -1,0 +1,266 @@
+"""Perturbations as edits of token sequences: a gene's token leaves, changes its bin, or comes in.
+
+Owns what a perturbation is, which cells it changes and the edited sequences; knows nothing of models or effects.
+Letters: n cells, l tokens, q perturbations, m edited sequences, j genes of all perturbations.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numba
+import numpy as np
+
+from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
+from perturbgene.errors import InputError, did_you_mean, listed
+
+Kind = Literal["knock_out", "over_express", "set_bin"]
+KINDS: tuple[Kind, ...] = ("knock_out", "over_express", "set_bin")
+ALL_GENES = "all"
+REMOVED = -1  # in place of an input id
+
+
+@dataclass(frozen=True)
+class Perturbations:
+    """What is done to cells, one entry for each of q perturbations.
+
+    Args:
+        names: Genes by symbol (or id), those of a combination joined by "+".
+        types_j: Token types of the genes, ascending within a perturbation, int64 of shape (j,).
+        offsets_q1: Perturbation q owns `types_j[offsets_q1[q]:offsets_q1[q + 1]]`, int64 of shape (q + 1,).
+        new_id: Input id that the genes get; `REMOVED` takes their tokens away.
+        inserts: True puts a token where the cell does not express the gene.
+    """
+
+    names: tuple[str, ...]
+    types_j: np.ndarray
+    offsets_q1: np.ndarray
+    new_id: int
+    inserts: bool
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def is_single(self) -> bool:
+        """True when every perturbation is of one gene."""
+        return len(self.types_j) == len(self.names)
+
+    def take(self, rows: np.ndarray) -> "Perturbations":
+        """Return some of the perturbations, in the order named."""
+        parts = [self.types_j[self.offsets_q1[row] : self.offsets_q1[row + 1]] for row in rows]
+        offsets = np.cumsum([0, *map(len, parts)]).astype(np.int64)
+        types = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+        return replace(self, names=tuple(self.names[row] for row in rows), types_j=types, offsets_q1=offsets)
+
+
+def perturbations_of(
+    genes: Sequence[str], tokenizer: GeneTokenizer, *, kind: Kind = "knock_out", level: int | None = None
+) -> Perturbations:
+    """Read perturbations from their names.
+
+    Args:
+        genes: Ids or symbols of the panel, those of a combination joined by "+"; or "all" alone for every gene that a
+            cell expresses.
+        tokenizer: Of the model.
+        kind: "knock_out" removes the token, "over_express" sets the highest bin, "set_bin" the bin `level`; the last
+            two put the gene into cells that do not express it, unless "all" is asked.
+        level: Bin for "set_bin", from 1 to the number of edges.
+
+    Raises:
+        InputError: A gene is not in the panel, comes twice, or the bin does not exist.
+
+    Example:
+        >>> tokenizer = GeneTokenizer(genes=["A", "B"], phenotypes={}, bin_edges=[1.0], max_length=4)
+        >>> perturbations_of(["B", "B+A"], tokenizer).types_j.tolist()
+        [2, 1, 2]
+    """
+    new_id = _new_id(tokenizer, kind, level)
+    if not genes:
+        raise InputError("no gene is named. Give genes to --genes, or `--genes all`.")
+    if list(genes) == [ALL_GENES]:
+        types = tokenizer.first_gene_type + np.arange(len(tokenizer.panel), dtype=np.int64)
+        names = tuple(tokenizer.type_name(int(type_)) for type_ in types)
+        return Perturbations(_distinct(names, tokenizer), types, np.arange(len(types) + 1), new_id, inserts=False)
+    parts = [_types_of(entry, tokenizer) for entry in genes]
+    names = tuple("+".join(tokenizer.type_name(type_) for type_ in part) for part in parts)
+    if len(set(map(tuple, parts))) < len(parts):
+        raise InputError(f"genes name a perturbation twice: {list(names)}. Name each once in --genes.")
+    offsets = np.cumsum([0, *map(len, parts)]).astype(np.int64)
+    types = np.array([type_ for part in parts for type_ in part], dtype=np.int64)
+    return Perturbations(names, types, offsets, new_id, inserts=kind != "knock_out")
+
+
+def _new_id(tokenizer: GeneTokenizer, kind: str, level: int | None) -> int:
+    top = tokenizer.bin_edges.num_edges
+    if kind not in KINDS:
+        raise InputError(f"kind {kind!r} is unknown. {did_you_mean(kind, KINDS)}")
+    if (kind == "set_bin") != (level is not None):
+        raise InputError(
+            f"--kind {kind} and --bin {level} do not fit: a bin belongs to --kind set_bin, and only there."
+        )
+    if level is not None and not 1 <= level <= top:
+        raise InputError(
+            f"--bin is {level}, but the run's bins go from 1 to {top} (bin 0 is a knock-out). Change --bin."
+        )
+    return REMOVED if kind == "knock_out" else tokenizer.first_bin_id + (top if level is None else level)
+
+
+def _distinct(names: tuple[str, ...], tokenizer: GeneTokenizer) -> tuple[str, ...]:
+    """Return symbols, but ids where several genes share a symbol."""
+    count = Counter(names)
+    return tuple(gene if count[name] > 1 else name for name, gene in zip(names, tokenizer.genes, strict=True))
+
+
+def _types_of(entry: str, tokenizer: GeneTokenizer) -> list[int]:
+    """Return the ascending token types of one perturbation, e.g. of "A+B"; a name may itself hold a "+"."""
+    panel = tokenizer.panel
+    parts = [entry] if panel.find(entry) >= 0 else [part.strip() for part in entry.split("+")]
+    for part in parts:
+        if panel.find(part) < 0:
+            known = [*panel.genes, *panel.symbols]
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = (
+                f"Did you mean {near[0]!r}?" if near else f"It has {len(panel):,} genes, e.g. {listed(known, most=3)}."
+            )
+            raise InputError(f"gene {part!r} is not in the run's panel. {hint} Change --genes.")
+    types = sorted(tokenizer.first_gene_type + panel.find(part) for part in parts)
+    if len(set(types)) < len(types):
+        raise InputError(f"genes hold {entry!r}, which names a gene twice. Name each gene once in --genes.")
+    return types
+
+
+# -- which cells change ---------------------------------------------------------------------------------------------
+
+
+def changed_pairs(
+    block: TokenBlock, perturbations: Perturbations, tokenizer: GeneTokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cell, perturbation) of every edit that changes a sequence, cell by cell, each int64 of shape (m,).
+
+    All others have an effect of exactly zero by definition and are never run: a knock-out of a gene that the cell does
+    not express, or a bin that the gene has already.
+    """
+    num_pairs = len(block) * len(perturbations)
+    cell_m, perturbation_m = np.empty(num_pairs, dtype=np.int64), np.empty(num_pairs, dtype=np.int64)
+    id_of_type = np.full(tokenizer.type_vocab_size, -1, dtype=np.int64)
+    count = _find_pairs(
+        block.input_ids_l, block.token_type_ids_l, block.offsets_n1, perturbations.types_j, perturbations.offsets_q1,
+        perturbations.new_id, perturbations.inserts, tokenizer.first_gene_type, id_of_type, cell_m, perturbation_m,
+    )  # fmt: skip
+    return cell_m[:count].copy(), perturbation_m[:count].copy()
+
+
+@numba.njit(nogil=True, cache=True)
+def _find_pairs(  # type: ignore[no-untyped-def]
+    ids_l, types_l, offsets_n1, types_j, offsets_q1, new_id, inserts, first_gene_type, id_of_type, cell_m,
+    perturbation_m,
+):  # fmt: skip  # pragma: no cover - compiled
+    """Write the pairs that change something; `id_of_type` is -1 everywhere on entry and exit."""
+    count = 0
+    for cell in range(len(offsets_n1) - 1):
+        for k in range(offsets_n1[cell], offsets_n1[cell + 1]):
+            if types_l[k] >= first_gene_type:
+                id_of_type[types_l[k]] = ids_l[k]
+        for row in range(len(offsets_q1) - 1):
+            for j in range(offsets_q1[row], offsets_q1[row + 1]):
+                present = id_of_type[types_j[j]]
+                if (present >= 0 and present != new_id) or (present < 0 and inserts):
+                    cell_m[count], perturbation_m[count] = cell, row
+                    count += 1
+                    break
+        for k in range(offsets_n1[cell], offsets_n1[cell + 1]):
+            id_of_type[types_l[k]] = -1
+    return count
+
+
+# -- the edited sequences -------------------------------------------------------------------------------------------
+
+
+def edit(
+    block: TokenBlock,
+    perturbations: Perturbations,
+    tokenizer: GeneTokenizer,
+    *,
+    pairs: tuple[np.ndarray, np.ndarray],
+    most_genes: int,
+) -> tuple[TokenBlock, np.ndarray]:
+    """Apply perturbations to cells.
+
+    A gene that comes in stands at its place in the panel's order. A cell that is full gives up the last genes that are
+    not perturbed for it. A gene that leaves a cell makes no room: genes that truncation had cut stay out, for otherwise
+    the effect of one gene would be mixed with that of another.
+
+    Args:
+        block: Sequences as the model reads them.
+        perturbations: What is done.
+        tokenizer: Of the model.
+        pairs: Cell and perturbation of each edited sequence, each of shape (m,).
+        most_genes: How many genes a sequence holds at most.
+
+    Returns:
+        The m edited sequences, and True for tokens of perturbed genes, shape (l,).
+    """
+    cell_m, perturbation_m = pairs
+    longest = int(np.diff(perturbations.offsets_q1).max(initial=0)) if perturbations.inserts else 0
+    room = int(np.diff(block.offsets_n1)[cell_m].sum()) + longest * len(cell_m)
+    ids, types = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
+    is_own, offsets = np.zeros(room, dtype=bool), np.zeros(len(cell_m) + 1, dtype=np.int64)
+    _edit_rows(
+        block.input_ids_l, block.token_type_ids_l, block.offsets_n1, cell_m, perturbation_m, perturbations.types_j,
+        perturbations.offsets_q1, perturbations.new_id, perturbations.inserts, tokenizer.first_gene_type, most_genes,
+        ids, types, is_own, offsets,
+    )  # fmt: skip
+    stop = offsets[-1]
+    return TokenBlock(ids[:stop], types[:stop], offsets, block.cells_n[cell_m]), is_own[:stop]
+
+
+@numba.njit(nogil=True, cache=True)
+def _first_spare(types, genes, first_gene_type, most_genes):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Return from which token on unperturbed genes leave, so that the absent ones of `genes` find room."""
+    present, num_genes = 0, 0
+    for k in range(len(types)):
+        num_genes += types[k] >= first_gene_type
+        for gene in genes:
+            present += types[k] == gene
+    over, at = num_genes + len(genes) - present - most_genes, len(types)
+    while over > 0 and at > 0:
+        at -= 1
+        is_perturbed = False
+        for gene in genes:
+            is_perturbed |= types[at] == gene
+        over -= types[at] >= first_gene_type and not is_perturbed
+    return at
+
+
+@numba.njit(nogil=True, cache=True)
+def _edit_rows(  # type: ignore[no-untyped-def]
+    ids_l, types_l, offsets_n1, cell_m, perturbation_m, types_j, offsets_q1, new_id, inserts, first_gene_type,
+    most_genes, out_ids, out_types, out_own, out_offsets,
+):  # fmt: skip  # pragma: no cover - compiled
+    """Write every edited sequence by merging the cell's tokens with the genes of its perturbation."""
+    at = 0
+    for m in range(len(cell_m)):
+        start, stop = offsets_n1[cell_m[m]], offsets_n1[cell_m[m] + 1]
+        ids, types = ids_l[start:stop], types_l[start:stop]
+        genes = types_j[offsets_q1[perturbation_m[m]] : offsets_q1[perturbation_m[m] + 1]]
+        spare = _first_spare(types, genes, first_gene_type, most_genes) if inserts else len(types)
+        j = 0
+        for k in range(len(types)):
+            is_end = k == len(types) - 1
+            while j < len(genes) and (is_end or (types[k] >= first_gene_type and genes[j] < types[k])):
+                if inserts:
+                    out_ids[at], out_types[at], out_own[at] = new_id, genes[j], True
+                    at += 1
+                j += 1
+            if j < len(genes) and genes[j] == types[k]:
+                j += 1
+                if new_id >= 0:
+                    out_ids[at], out_types[at], out_own[at] = new_id, types[k], True
+                    at += 1
+            elif k < spare or types[k] < first_gene_type:
+                out_ids[at], out_types[at], out_own[at] = ids[k], types[k], False
+                at += 1
+        out_offsets[m + 1] = at

@@ -1,0 +1,207 @@
+"""Exact effects are what re-running an edited cell gives, and the gradient screen estimates them."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from perturbgene import screening
+from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.edits import Perturbations, changed_pairs, perturbations_of
+from perturbgene.errors import InputError
+from perturbgene.eval_utils import inference_mode
+from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
+from perturbgene.readouts import StateReadout, exact_effects, label_readout, sequences
+from perturbgene.runs import Run
+from perturbgene.screening import screen_removals
+from perturbgene.train import tokenizer_facts
+from tests.nine_genes import a_tokenizer
+
+TOKENIZER = a_tokenizer()
+
+
+def a_run(num_layers: int = 2, norm_position: str = "branch", *, classifier: bool = False) -> Run:
+    """Make a run with random weights, large enough that attention differs between genes."""
+    torch.manual_seed(0)
+    config = GeneBertConfig(
+        **tokenizer_facts(TOKENIZER), hidden_size=16, num_hidden_layers=num_layers, num_attention_heads=2,
+        intermediate_size=32, norm_position=norm_position, initializer_range=0.3, embedding_range=0.5,
+    )  # fmt: skip
+    if not classifier:
+        return Run(GeneBertForPhenotypicMLM(config).eval(), TOKENIZER, "memory")
+    config.num_labels, config.phenotype_category = 3, "cell_type"
+    config.id2label = dict(enumerate(TOKENIZER.phenotypes["cell_type"]))
+    return Run(GeneBertForClassification(config).eval(), TOKENIZER, "memory")
+
+
+def cells(*genes: list[int]) -> TokenBlock:
+    """Make cells that express some of the nine genes, all at bin 1."""
+    ids = [[0, *[10] * len(row), 1] for row in genes]
+    types = [[0, *[3 + gene for gene in row], 0] for row in genes]
+    offsets = np.cumsum([0, *map(len, ids)])
+    return TokenBlock(np.concatenate(ids), np.concatenate(types), offsets, np.arange(len(genes)))
+
+
+def effects(run: Run, block: TokenBlock, readout, genes: list[str], **options) -> tuple[Perturbations, np.ndarray]:
+    asked = sequences(block, TOKENIZER, readout)
+    perturbations = perturbations_of(genes, TOKENIZER)
+    pairs = changed_pairs(asked, perturbations, TOKENIZER)
+    return pairs, exact_effects(run, asked, perturbations, readout, pairs=pairs, **options)
+
+
+CELLS = cells([0, 2, 4, 7], [1, 2, 3, 5, 6, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8])
+READOUTS = {
+    "label": lambda run: label_readout(run, towards="cell_type=B cell"),
+    "two_labels": lambda run: label_readout(run, towards="cell_type=B cell", away="cell_type=T cell"),
+    "cls": lambda run: StateReadout("cls"),
+    "mean": lambda run: StateReadout("mean"),
+}
+
+
+def test_the_effect_on_a_label_is_the_change_of_its_log_odds():
+    run = a_run()
+    _, found = effects(run, cells([0, 2]), READOUTS["label"](run), ["G2"])
+    log_odds = []
+    for types in ([0, 1, 3, 5, 0], [0, 1, 3, 0]):
+        ids = torch.tensor([[0, 2, *[10] * (len(types) - 3), 1]])
+        with inference_mode(run.model):
+            logits = run.model(ids, torch.tensor([types])).logits[0, 1]
+        chance = torch.softmax(logits[4:7], 0)[0]  # the labels of cell_type have ids 4, 5, 6
+        log_odds.append(float(torch.log(chance / (1 - chance))))
+    assert found[0] == pytest.approx(log_odds[1] - log_odds[0], abs=1e-5)
+
+
+def test_between_two_labels_their_log_odds_are_compared():
+    run = a_run()
+    _, both = effects(run, CELLS, READOUTS["two_labels"](run), ["G2"])
+    swapped = label_readout(run, towards="cell_type=T cell", away="cell_type=B cell")
+    np.testing.assert_allclose(effects(run, CELLS, swapped, ["G2"])[1], -both, atol=1e-6)
+
+
+def test_a_temperature_divides_the_effect_between_two_labels():
+    run = a_run()
+    warm = label_readout(run, towards="cell_type=B cell", away="cell_type=T cell", temperature=2.0)
+    found = [effects(run, CELLS, readout, ["G2"])[1] for readout in (READOUTS["two_labels"](run), warm)]
+    np.testing.assert_allclose(found[1], found[0] / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_effect_on_the_state_is_a_cosine_distance_without_the_genes_own_token(pooling):
+    run = a_run()
+    _, found = effects(run, cells([0, 2, 4]), StateReadout(pooling), ["G2"])
+    states = []
+    for types in ([0, 3, 5, 7, 0], [0, 3, 7, 0]):
+        ids = torch.tensor([[0, *[10] * (len(types) - 2), 1]])
+        with inference_mode(run.model):
+            hidden_lh = run.model.genebert(ids, torch.tensor([types])).last_hidden_state[0]
+        kept = [0] if pooling == "cls" else [at for at, type_ in enumerate(types) if type_ in (3, 7)]
+        states.append(hidden_lh[kept].mean(0))
+    assert found[0] == pytest.approx(float(1 - torch.cosine_similarity(*states, dim=0)), abs=1e-5)
+
+
+def test_the_mean_state_of_a_cells_only_gene_has_no_effect_to_speak_of():
+    run = a_run()
+    assert np.isnan(effects(run, cells([2]), StateReadout("mean"), ["G2"])[1]).all()
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_effects_do_not_depend_on_how_cells_are_batched(name):
+    run = a_run()
+    readout = READOUTS[name](run)
+    pairs, together = effects(run, CELLS, readout, ["all"], budget=10_000)
+    alone = effects(run, CELLS, readout, ["all"], budget=1)[1]
+    assert len(pairs[0]) == 19
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post", "branch"])
+@pytest.mark.parametrize("name", READOUTS)
+def test_small_removals_are_screened_to_first_order(name, norm_position):
+    """With queries and keys that hardly tell genes apart, one of many genes weighs little and the estimate is near."""
+    run = a_run(num_layers=2, norm_position=norm_position)
+    readout = READOUTS[name](run)
+    asked = sequences(cells(list(range(9))), TOKENIZER, readout)
+    _, exact = effects(run, cells(list(range(9))), readout, ["all"])
+    screened = screen_removals(run, asked, readout, num_directions=16)
+    screened = screened[np.isfinite(screened)]
+    assert len(screened) == 9
+    assert spearmanr(screened, exact).statistic > 0.6
+    assert (np.sign(screened) == np.sign(exact)).mean() > 0.7
+
+
+def test_with_one_layer_and_one_read_the_screen_is_the_gradient_times_the_exact_change():
+    """One layer, one read token: the screen is the gradient at attention's output times its exact change."""
+    run = a_run(num_layers=1)
+    readout = READOUTS["label"](run)
+    asked = sequences(cells([0, 2, 4, 7]), TOKENIZER, readout)
+    screened = screen_removals(run, asked, readout)
+    outs: list[torch.Tensor] = []
+    handle = run.model.genebert.layers[0].attention_out.register_forward_pre_hook(
+        lambda _, arguments: outs.append(arguments[0])
+    )
+    log_odds = []
+    for types in ([0, 1, 3, 5, 7, 10, 0], [0, 1, 5, 7, 10, 0]):  # with G0 and without
+        batch = {
+            "input_ids": torch.tensor([0, 2, *[10] * (len(types) - 3), 1]),
+            "token_type_ids": torch.tensor(types),
+            "cu_seqlens": torch.tensor([0, len(types)]),
+        }
+        log_odds.append(readout.log_odds(readout.logits(run.model, batch))[0])
+    handle.remove()
+    gradient = torch.autograd.grad(log_odds[0], outs[0])[0]
+    expected = (gradient * (outs[1] - outs[0])).sum().item()
+    assert screened[2] == pytest.approx(expected, rel=1e-3)
+
+
+def test_cells_are_screened_alike_in_any_batch():
+    run = a_run()
+    for readout in (READOUTS["label"](run), READOUTS["mean"](run)):
+        asked = sequences(CELLS, TOKENIZER, readout)
+        together = screen_removals(run, asked, readout, num_directions=4, budget=10_000)
+        alone = screen_removals(run, asked, readout, num_directions=4, budget=1)
+        np.testing.assert_allclose(together, alone, atol=1e-5, equal_nan=True)
+
+
+def test_screening_leaves_the_model_as_it_was():
+    run = a_run()
+    run.model.train()
+    readout = READOUTS["label"](run)
+    screen_removals(run, sequences(CELLS, TOKENIZER, readout), readout)
+    assert run.model.training
+    assert all(weight.grad is None for weight in run.model.parameters())
+    assert not run.model.genebert.layers[0]._forward_pre_hooks
+
+
+def test_a_classifier_is_screened_and_rerun_too():
+    run = a_run(classifier=True)
+    readout = label_readout(run, towards="cell_type=T cell")
+    asked = sequences(CELLS, TOKENIZER, readout)
+    assert (asked.token_type_ids_l != 1).all()  # no slot is asked
+    screened = screen_removals(run, asked, readout)
+    assert np.isfinite(screened).sum() == 19
+    assert np.isfinite(effects(run, CELLS, readout, ["all"])[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"towards": "cell_type"}, "--towards is 'cell_type', but reads PHENOTYPE=LABEL"),
+        ({"towards": "cell_type=Bcell"}, "cell_type=Bcell is no label of the run. Choose one of: 'B cell'"),
+        ({"towards": "organ=lung"}, "organ"),
+        ({"towards": "cell_type=B cell", "away": "tissue=blood"}, "are not two labels of one phenotype"),
+        ({"towards": "cell_type=B cell", "given": ("cell_type",)}, "given and asked at once"),
+    ],
+)
+def test_labels_that_cannot_be_followed_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        label_readout(a_run(), **options)
+
+
+def test_long_cells_are_screened_some_heads_and_queries_at_a_time(monkeypatch):
+    run = a_run()
+    readout = READOUTS["mean"](run)
+    asked = sequences(CELLS, TOKENIZER, readout)
+    at_once = screen_removals(run, asked, readout)
+    monkeypatch.setitem(screening.MOST_WEIGHTS, "cpu", 1)
+    monkeypatch.setattr(screening, "MOST_GRADIENT_BYTES", 1)
+    np.testing.assert_allclose(screen_removals(run, asked, readout), at_once, atol=1e-6, equal_nan=True)
