@@ -130,10 +130,9 @@ class FewOfAKind(logging.Filter):
 
 def set_up_logging() -> None:
     """Send our messages to stderr from INFO on, those of libraries from WARNING on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        if not any(isinstance(known, FewOfAKind) for known in handler.filters):
-            handler.addFilter(FewOfAKind())
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger().handlers[0].addFilter(FewOfAKind())
     logging.getLogger("perturbgene").setLevel(logging.INFO)
     logging.captureWarnings(True)
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
