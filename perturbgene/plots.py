@@ -119,7 +119,10 @@ def effects_figure(
         f"{_plain(title)}\nn = {table.loc[table['effect'].notna(), 'perturbation'].nunique():,} perturbations{hidden}",
         fontsize=11,
     )
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    named = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

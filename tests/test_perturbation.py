@@ -1,10 +1,8 @@
 """`perturb` end to end: files in, table out; screened beside exact, donors as units, interrupted and resumed."""
 
-import _thread
 import json
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from perturbgene.effect_parts import PartFolder
 from perturbgene.errors import InputError
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
@@ -179,35 +178,29 @@ def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):
     assert row["effect"] == pytest.approx(own.groupby("donor")["effect"].mean().mean(), abs=1e-6)
 
 
-def interrupt_after_parts(folder: Path, count: int, done: threading.Event) -> None:
-    """Press Ctrl-C as soon as so many parts lie in a hidden folder."""
-    while not done.is_set():
-        if len(list(folder.glob(".out.csv.*.parts/*.npz"))) >= count:
-            _thread.interrupt_main()
-            return
-        time.sleep(0.002)
-
-
-def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog):
-    more = ("--part_cells", "3", "--batch_size", "3")
+def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog, monkeypatch):
+    """Ctrl-C comes when the fifth part has been written; a part that was damaged since is made again."""
+    more = ("--part_cells", "6", "--batch_size", "3")
     assert main(command(folder, tmp_path / "whole.csv", *more)) == 0
-    done = threading.Event()
-    watcher = threading.Thread(target=interrupt_after_parts, args=(tmp_path, 4, done))
-    watcher.start()
-    try:
+    save, written = PartFolder.save, []
+
+    def save_and_interrupt(*arguments: Any) -> None:
+        save(*arguments)
+        written.append(arguments)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFolder, "save", save_and_interrupt)
         code = main(command(folder, tmp_path / "out.csv", *more))
-    finally:
-        done.set()
-        watcher.join()
     assert code == 130
     assert not (tmp_path / "out.csv").exists()
-    kept = len(list(tmp_path.glob(".out.csv.*.parts/screened.*.npz")))
-    assert 4 <= kept < 20 + 20
+    assert len(list(tmp_path.glob(".out.csv.*.parts/screened.*.npz"))) == 5
     damaged = next(iter(sorted(tmp_path.glob(".out.csv.*.parts/screened.*.npz"))))
     damaged.write_bytes(damaged.read_bytes()[:100])
     with caplog.at_level("INFO", logger="perturbgene"):
         assert main(command(folder, tmp_path / "out.csv", *more)) == 0
-    assert "parts were finished before" in caplog.text
+    assert "screened: 4 of 10 parts were finished before" in caplog.text
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not list(tmp_path.glob(".out.csv.*"))
 
