@@ -408,11 +408,11 @@ def test_own_settings_reach_the_training_arguments():
         (MLM, 64, 2e-3),
         (MLM, 256, 5e-4),
         (MLM, 768, 1.67e-4),
-        ([*MLM, "--pretrained_model_path", "."], 64, 5e-4),
+        ([*MLM, "--pretrained_model_path", "."], 64, 1e-3),
         ([*MLM, "--learning_rate", "3e-4"], 64, 3e-4),
     ],
 )
-def test_the_learning_rate_falls_with_the_width_and_is_a_quarter_on_given_weights(tokens, hidden_size, expected):
+def test_the_learning_rate_falls_with_the_width_and_is_halved_on_given_weights(tokens, hidden_size, expected):
     assert parse_args(tokens).with_learning_rate(hidden_size).learning_rate == expected
 
 
