@@ -1,6 +1,6 @@
-"""The one error a user may see, and the helpers that raise it.
+"""The errors a user may see, and the helpers that raise them.
 
-Owns `InputError` and the small checks shared by every floor; knows nothing of cells, files or models.
+Owns `InputError`, its two siblings and the small checks shared by every floor; knows nothing of cells, files or models.
 """
 
 import difflib
@@ -12,6 +12,26 @@ class InputError(ValueError):
 
     The command line prints it in one line without a traceback and exits with code 2.
     """
+
+
+class RunFailedError(RuntimeError):
+    """A run that cannot go on for a reason that is no setting: a full disk, a loss that is no number.
+
+    The command line prints it in one line without a traceback and exits with code 3.
+    """
+
+
+class StoppedError(Exception):
+    """A run ended early because it was told to, with everything saved.
+
+    Args:
+        message: Where it stopped and how it is continued.
+        exit_code: 128 + the number of the signal.
+    """
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def listed(items: Iterable[object], *, most: int = 5) -> str:

@@ -9,12 +9,13 @@ import os
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, RunFailedError, StoppedError
 
 VERB_FUNCTIONS = {
     "prepare": "perturbgene.prepare:run_prepare",
@@ -25,6 +26,7 @@ VERB_FUNCTIONS = {
     "download": "perturbgene.download:run_download",
 }
 EXIT_USAGE = 2
+EXIT_FAILED = 3
 # As a shell reports a process that a signal has ended: 128 + SIGINT, 128 + SIGPIPE.
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -39,16 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Tokens after the program's name; those of this process by default.
 
     Returns:
-        Exit code: 0 done, 2 the user's mistake, 130 interrupted, 141 the reader of the output went away.
+        Exit code: 0 done, 2 the user's mistake, 3 the run cannot go on, 128 + n stopped by signal n with everything
+        saved, 130 interrupted, 141 the reader of the output went away.
     """
     tokens, is_debugging = take_debug(sys.argv[1:] if argv is None else argv)
     try:
         return run(tokens)
-    except InputError as error:
+    except (InputError, RunFailedError) as error:
         if is_debugging:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
+    except StoppedError as stop:
+        if str(stop):
+            print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -98,9 +105,31 @@ def verb_function(verb: str) -> Callable[[BaseConfig], object]:
     return getattr(importlib.import_module(module_name), function_name)
 
 
+class FewOfAKind(logging.Filter):
+    """Lets the first `most` messages of one wording about files pass, then says once that more are left out."""
+
+    def __init__(self, most: int = 20) -> None:
+        super().__init__()
+        self.most, self.counts = most, Counter[tuple[str, str]]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Decide on one message; ten thousand files would otherwise say the same ten thousand times."""
+        if not record.name.startswith("perturbgene.data_utils"):
+            return True
+        kind = (record.name, str(record.msg))
+        self.counts[kind] += 1
+        if self.counts[kind] == self.most + 1:
+            record.msg = f"{record.getMessage()} (and so on: further messages of this wording are left out)"
+            record.args = None
+        return self.counts[kind] <= self.most + 1
+
+
 def set_up_logging() -> None:
     """Send our messages to stderr from INFO on, those of libraries from WARNING on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(known, FewOfAKind) for known in handler.filters):
+            handler.addFilter(FewOfAKind())
     logging.getLogger("perturbgene").setLevel(logging.INFO)
     logging.captureWarnings(True)
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):

@@ -753,4 +753,9 @@ def shard_paths(corpus: str | Path, split: str) -> list[str]:
     return [str(Path(corpus) / entry["file"]) for entry in read_manifest(corpus)["shards"][split]]
 
 
-__all__ = ["PrepareOptions", "prepare", "read_manifest", "run_prepare", "shard_paths"]
+def shard_sizes(corpus: str | Path, split: str) -> list[int]:
+    """Return the number of cells of each of `shard_paths`."""
+    return [int(entry["cells"]) for entry in read_manifest(corpus)["shards"][split]]
+
+
+__all__ = ["PrepareOptions", "prepare", "read_manifest", "run_prepare", "shard_paths", "shard_sizes"]

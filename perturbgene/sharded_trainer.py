@@ -1,7 +1,7 @@
 """`ShardedTrainer`: transformers' Trainer, except that each rank reads its own rows and counts its own tokens.
 
-Owns the few overrides that streaming, two-part losses and resuming without replay need; leaves the loop, optimiser,
-logging and checkpoints to transformers and accelerate.
+Owns the few overrides that streaming, two-part losses and resuming without replay need; leaves whole checkpoints and
+signals to `SafeTrainer`, the loop and the optimiser to transformers and accelerate.
 """
 
 import logging
@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Evaluator, run_evaluator
+from perturbgene.safe_trainer import SafeTrainer
+from perturbgene.stopping import outlive_signals
+from perturbgene.watch import WithCells
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +97,7 @@ def trainer_state(checkpoint: str | Path) -> TrainerState:
     return TrainerState.load_from_json(str(path))
 
 
-class ShardedTrainer(Trainer):
+class ShardedTrainer(SafeTrainer):
     """A Trainer for `IterableAnnDataset`s that already hold one rank's share.
 
     A resumed run reads no cell of those that are done, and continues with the cells that are left when the number of
@@ -111,6 +114,7 @@ class ShardedTrainer(Trainer):
         self._parts: dict[str, torch.Tensor] = {}
         self._step_of_last_parts = 0
         self._resumed: _Resumed | None = None
+        self._updates_by_epoch: dict[int, int] = {}
         if isinstance(self.train_dataset, IterableAnnDataset):
             self.add_callback(_KeepPosition(self.train_dataset))
 
@@ -125,9 +129,10 @@ class ShardedTrainer(Trainer):
             consumed = steps_of_epoch * self.args.gradient_accumulation_steps * cells.batch_size * cells.world_size
             state = {**cells.state_dict(), "epoch": epoch, "consumed": consumed}
         cells.check_state(state)
-        left = cells.num_batches(state["consumed"])
+        left = cells.num_batches(state["consumed"], epoch=state["epoch"])
         if left == 0:
-            state, left = {**state, "epoch": state["epoch"] + 1, "consumed": 0}, cells.num_batches()
+            state = {**state, "epoch": state["epoch"] + 1, "consumed": 0}
+            left = cells.num_batches(epoch=state["epoch"])
         return _Resumed(state, steps, left)
 
     @property
@@ -148,38 +153,57 @@ class ShardedTrainer(Trainer):
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return self._resumed.step >= max_steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint on if one is named (True: the newest of the output folder).
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Train, from a checkpoint on if one is named; one that has all steps is trained no further.
 
         Raises:
             InputError: The checkpoint is not complete, or was trained on other cells.
+            RunFailedError: A checkpoint cannot be written, or a step is no number.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        self._resumed = self._resumed_at(checkpoint) if checkpoint else None
+        self._resumed = self._resumed_at(resume_from_checkpoint) if resume_from_checkpoint else None
         self._step_of_last_parts = 0 if self._resumed is None else self._resumed.step
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
-        """Count epochs and steps; steps done with other ranks or batches took other cells than steps of now."""
-        num_epochs, per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
-        if self._resumed is not None:
-            epoch = self._resumed.epoch
-            step_of_next_epoch = self._resumed.step + self._updates(self._resumed.batches_left)
-            is_changed = step_of_next_epoch != (epoch + 1) * per_epoch
-            if is_changed and args.max_steps <= 0:
-                max_steps = step_of_next_epoch + math.ceil((args.num_train_epochs - epoch - 1) * per_epoch)
-            num_epochs = epoch + 1 + max(0, -(-(max_steps - step_of_next_epoch) // per_epoch))
-        return num_epochs, per_epoch, *others, max_steps
+        """Count epochs and steps.
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        Steps done with other ranks or batches took other cells than steps of now, and epochs of planned batches differ
+        in length: the steps of all epochs to come are counted one by one.
+        """
+        _, per_epoch, *others, _ = super().set_initial_training_values(args, dataloader)
+        epochs, steps = 0, 0  # whole epochs, and the steps when they will be done
+        if self._resumed is not None:
+            epochs, steps = self._resumed.epoch + 1, self._resumed.step + self._updates(self._resumed.batches_left)
+        if args.max_steps > 0:
+            while steps < args.max_steps:
+                epochs, steps = epochs + 1, steps + self._updates_of(epochs)
+            return epochs, per_epoch, *others, args.max_steps
+        while epochs < math.ceil(args.num_train_epochs):
+            epochs, steps = epochs + 1, steps + self._updates_of(epochs)
+        surplus = math.floor((epochs - args.num_train_epochs) * self._updates_of(epochs - 1))
+        return epochs, per_epoch, *others, steps - surplus
+
+    def _updates_of(self, epoch: int) -> int:
+        """Count the steps of a whole epoch."""
+        if not self._cells.has_planned_batches:
+            return max(1, self._updates(self._cells.num_batches()))
+        if epoch not in self._updates_by_epoch:
+            self._updates_by_epoch[epoch] = max(1, self._updates(self._cells.num_batches(epoch=epoch)))
+        return self._updates_by_epoch[epoch]
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Load the trainer's state; return the epoch to begin with and how many batches to replay: none."""
-        epoch, batches = super()._init_training_state(*args, **kwargs)
-        return (epoch, batches) if self._resumed is None else (self._resumed.epoch, 0)
+        epoch, batches = super()._init_training_state(max_steps, *args, **kwargs)
+        if self._resumed is None:
+            return epoch, batches
+        is_over = self._resumed.step >= max_steps  # then no epoch is left to run
+        return (self.state.num_train_epochs if is_over else self._resumed.epoch), 0
 
     def _run_epoch(self, **parts: Any) -> None:  # type: ignore[override]
         """Run an epoch, or what is left of the one in which the checkpoint was saved."""
+        self._cells.set_epoch(parts["epoch"])
+        steps_in_epoch = len(parts["train_dataloader"])  # of planned batches, another number in each epoch
+        parts |= {"steps_in_epoch": steps_in_epoch, "num_update_steps_per_epoch": self._updates(steps_in_epoch)}
         if self._resumed is not None and parts["epoch"] == self._resumed.epoch:
             self._cells.load_state_dict(self._resumed.state)
             left = self._resumed.batches_left
@@ -192,13 +216,14 @@ class ShardedTrainer(Trainer):
         """Wrap a data set without splitting it again: accelerate's default would deal out cells a second time."""
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
-            dataset.batches(collate_fn),
+            dataset.batches(WithCells(collate_fn)),
             batch_size=None,
             num_workers=workers,
             persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             generator=self._own_generator(),
+            worker_init_fn=outlive_signals,
         )
         return prepare_data_loader(
             loader,
@@ -259,12 +284,20 @@ class ShardedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss part since the last log."""
+        """Add the mean of each loss part since the last log, over all ranks."""
         if "loss" in logs and self._parts:
             steps = max(1, self.state.global_step - self._step_of_last_parts)
-            logs |= {name: round(float(total) / steps, 4) for name, total in self._parts.items()}
+            totals = self._sum_numbers([float(total) for total in self._parts.values()])
+            logs |= {name: round(total / steps, 4) for name, total in zip(self._parts, totals, strict=True)}
             self._parts, self._step_of_last_parts = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
+
+    def places_of(self, cells_n: np.ndarray) -> list[str]:
+        """Say in which row of which file each cell of training stands."""
+        starts_f = np.concatenate([[0], np.cumsum(self._cells.sizes)])
+        files_n = np.searchsorted(starts_f, cells_n, side="right") - 1
+        rows_n = cells_n - starts_f[files_n]
+        return [f"{self._cells.paths[file]} row {row}" for file, row in zip(files_n, rows_n, strict=True)]
 
     def _sum_over_ranks(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.args.world_size == 1:
@@ -278,7 +311,7 @@ class ShardedTrainer(Trainer):
         """Score each cell of all ranks exactly once, counting batch by batch instead of gathering logits."""
         assert self.evaluator is not None
         model = self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.averaged_weights():
             run_evaluator(self.evaluator, model, dataloader)
         self.evaluator.set_numbers(self._sum_over_ranks(self.evaluator.numbers()))
         config = model.config

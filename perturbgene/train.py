@@ -6,28 +6,31 @@ Owns putting the parts together and what a run folder holds (a Hugging Face mode
 
 import logging
 import math
+import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from perturbgene import __version__
+from perturbgene.checkpoint import changed_settings, check_whole, clean_up, manifest_of, newest_sealed, newest_whole
+from perturbgene.claim import claimed
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.read import expand_paths
 from perturbgene.data_utils.tokenization import GeneTokenizer
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import InputError, StoppedError, listed
 from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Question, results_json, standard_questions
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.plots import loss_figure, save_figure
-from perturbgene.prepare import shard_paths
-from perturbgene.sharded_trainer import ShardedTrainer, trainer_state
+from perturbgene.prepare import shard_paths, shard_sizes
+from perturbgene.sharded_trainer import ShardedTrainer
 
 if TYPE_CHECKING:
     from perturbgene.configs import ClsConfig, MlmConfig, TrainingConfig
@@ -68,6 +71,11 @@ def _dataset(
     if not paths:
         return None
     is_train = split == "train"
+    if config.corpus and not (config.train_data_paths if is_train else config.eval_data_paths):
+        options["known_sizes"] = shard_sizes(config.corpus, split)
+    if is_train:
+        is_grouped = config.train_sampling_strategy == "group_by_length"
+        options |= {"tokens_per_batch": config.tokens_per_batch, "group_by_length": is_grouped}
     return IterableAnnDataset(
         paths,
         tokenizer,
@@ -94,7 +102,12 @@ def _datasets(
         logger.warning(
             "--shard_size says %d, the files hold %s cells; the files are right", config.shard_size, sorted(sizes)[:5]
         )
-    if len(train) < arguments.per_device_train_batch_size:
+    if config.tokens_per_batch and not train.num_batches():
+        raise InputError(
+            f"{train.num_units()} batches of {config.tokens_per_batch} tokens are fewer than the {train.world_size} "
+            "processes. Lower --tokens_per_batch."
+        )
+    if not config.tokens_per_batch and len(train) < arguments.per_device_train_batch_size:
         raise InputError(
             f"{len(train)} training cells per process are fewer than one batch of "
             f"{arguments.per_device_train_batch_size}. Lower --per_device_train_batch_size."
@@ -207,8 +220,11 @@ def _load_weights(kind: type[PreTrainedModel], path: str, config: GeneBertConfig
 # -- run folder ---------------------------------------------------------------------------------------------------
 
 
-def _check_output(config: "TrainingConfig") -> None:
+def _check_output(config: "TrainingConfig", arguments: TrainingArguments) -> None:
+    """Refuse a folder in use; by the first rank only, as others come when it may have written there already."""
     folder = Path(config.output_dir)
+    if arguments.process_index:
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not config.resume_from_checkpoint:
         raise InputError(
             f"{folder} exists and is not empty: an older run's checkpoints would be mixed with this one's. Choose "
@@ -220,16 +236,43 @@ def _check_output(config: "TrainingConfig") -> None:
         raise InputError(f"{folder} cannot be written ({error}). Choose another --output_dir.") from error
 
 
-def _checkpoint(config: "TrainingConfig") -> str | None:
-    wanted = config.resume_from_checkpoint
-    if wanted in (None, "latest"):
-        newest = get_last_checkpoint(config.output_dir) if wanted else None
-        if wanted and newest is None:
-            logger.warning("%s holds no checkpoint yet: starting from the beginning", config.output_dir)
-        return newest
-    if not Path(str(wanted)).is_dir():
-        raise InputError(f"checkpoint {wanted} does not exist. Give a folder, or --resume_from_checkpoint alone.")
-    return wanted
+def _checkpoint(config: "TrainingConfig", arguments: TrainingArguments) -> str | None:
+    """Return the checkpoint to continue from; the first rank looks it through and clears up before others look."""
+    wanted, is_first = config.resume_from_checkpoint, arguments.process_index == 0
+    with arguments.main_process_first(local=False):
+        if is_first:
+            clean_up(config.output_dir)
+        if wanted is None:
+            return None
+        if wanted != "latest":
+            if is_first:
+                check_whole(wanted)
+            found: str | None = wanted
+        else:
+            newest = newest_whole(config.output_dir) if is_first else newest_sealed(config.output_dir)
+            found = None if newest is None else str(newest)
+        if found and is_first:
+            _check_settings(config, arguments, Path(found))
+    if found is None and is_first:
+        logger.warning("%s holds no checkpoint yet: starting from the beginning", config.output_dir)
+    return found
+
+
+def _check_settings(config: "TrainingConfig", arguments: TrainingArguments, checkpoint: Path) -> None:
+    """Compare the settings with those of the checkpoint's run; refuse those that would make it another run."""
+    path = checkpoint.parent / RUN_FILE
+    if not path.is_file():
+        return
+    then, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml())
+    ranks = (int(manifest_of(checkpoint).get("world_size", 1)), arguments.world_size)
+    grave, noted = changed_settings(then, now, ranks=ranks)
+    if noted or grave:
+        logger.warning("settings differ from those of %s: %s", path, "; ".join([*grave, *noted]))
+    if grave and not config.allow_changed:
+        raise InputError(
+            f"{checkpoint} was trained with other settings: {'; '.join(grave)}. The result would be that of neither. "
+            "Give the settings of then, or --allow_changed."
+        )
 
 
 def _model_card(config: "TrainingConfig", tokenizer: GeneTokenizer, results: dict[str, Any], num_cells: int) -> str:
@@ -250,23 +293,24 @@ def _model_card(config: "TrainingConfig", tokenizer: GeneTokenizer, results: dic
 
 def _finish(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer, evaluator: Evaluator) -> Path:
     """Score the final (best) weights and write the run folder."""
-    folder = Path(config.output_dir)
     results: dict[str, Any] = {}
     if trainer.eval_dataset is not None:
         trainer.evaluate()
         results = evaluator.results()
-    if trainer.is_world_process_zero():
-        trainer.save_model(str(folder))
+
+    def write_more(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
-        trainer.save_state()
         (folder / METRICS_FILE).write_text(results_json(results), encoding="utf-8")
         assert isinstance(trainer.train_dataset, IterableAnnDataset)
         card = _model_card(config, tokenizer, results, sum(trainer.train_dataset.sizes))
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         history = pd.DataFrame(trainer.state.log_history).drop(columns="train_loss", errors="ignore")
         if "loss" in history:
-            save_figure(loss_figure(history, title=f"{config.verb}: {folder.name}"), folder / "loss.png")
-    return folder
+            figure = loss_figure(history, title=f"{config.verb}: {Path(config.output_dir).name}")
+            save_figure(figure, folder / "loss.png")
+
+    trainer.deliver(write_more)
+    return Path(config.output_dir)
 
 
 def _train(
@@ -276,18 +320,35 @@ def _train(
     evaluators: tuple[Evaluator, Evaluator],
     **parts: Any,
 ) -> Path:
-    """Train with the first evaluator, score the best weights with the second."""
-    checkpoint = _checkpoint(config)
-    config.save(Path(config.output_dir) / RUN_FILE)
-    tokenizer.save_pretrained(config.output_dir)
-    trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], **parts)
-    if checkpoint and trainer.is_finished(checkpoint):
-        steps = trainer_state(checkpoint).global_step
-        logger.info("%s is finished (%d steps): nothing to resume", config.output_dir, steps)
-        return Path(config.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.evaluator = evaluators[1]
-    return _finish(trainer, config, tokenizer, evaluators[1])
+    """Train with the first evaluator, score the best weights with the second; nobody else may write there."""
+    folder, is_first = Path(config.output_dir), arguments.process_index == 0
+    with claimed(folder) if is_first else nullcontext():
+        checkpoint = _checkpoint(config, arguments)
+        trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], ema_decay=config.ema_decay, **parts)
+        is_last = bool(checkpoint) and trainer.is_finished(str(checkpoint))
+        if (is_last or config.resume_from_checkpoint == "latest") and trainer.is_delivered():
+            logger.info("%s is finished: nothing to resume", folder)
+            return folder
+        if is_first:
+            trainer.withdraw()
+            config.save(folder / RUN_FILE)
+            tokenizer.save_pretrained(folder)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stop.stopped_by:
+            raise _stopped(trainer)
+        trainer.evaluator = evaluators[1]
+        return _finish(trainer, config, tokenizer, evaluators[1])
+
+
+def _stopped(trainer: ShardedTrainer) -> StoppedError:
+    number, step = trainer.stop.stopped_by, trainer.state.global_step
+    if not trainer.is_world_process_zero():  # one process tells
+        return StoppedError("", exit_code=128 + number)
+    return StoppedError(
+        f"stopped by {signal.Signals(number).name} after step {step} of {trainer.state.max_steps}, all of it saved in "
+        f"{trainer.folder}/checkpoint-{step}. The same command with --resume_from_checkpoint goes on from there.",
+        exit_code=128 + number,
+    )
 
 
 # -- verbs --------------------------------------------------------------------------------------------------------
@@ -300,8 +361,8 @@ def run_mlm(config: "MlmConfig") -> Path:
         InputError: Data, weights or settings do not fit together.
     """
     config = _with_learning_rate(config)
-    _check_output(config)
     arguments = config.training_arguments()
+    _check_output(config, arguments)
     set_seed(arguments.seed)
     tokenizer = GeneTokenizer.from_config(config)
     train, evaluation = _datasets(config, tokenizer, arguments)
@@ -354,8 +415,8 @@ def run_cls(config: "ClsConfig") -> Path:
         InputError: Data, weights or settings do not fit together, or the training cells have one class only.
     """
     config = _with_learning_rate(config)
-    _check_output(config)
     arguments = config.training_arguments()
+    _check_output(config, arguments)
     set_seed(arguments.seed)
     full = GeneTokenizer.from_config(config)
     full.vocabulary.check_category(config.phenotype_category)

@@ -13,6 +13,11 @@ from benchmarks.cells import CellSet, build, build_corpus, draw_csr
 from benchmarks.contenders import CONTENDERS, PLAIN, READS, Job
 from benchmarks.loading import Result, checksum, num_cells, table
 from benchmarks.mixing import linked, mean_entropy, mixing
+from benchmarks.trainees import RECIPES, SIZES, USUAL, Trainee, draw_batches, draw_cell, draw_lengths
+from benchmarks.training import Row, run_setting
+from benchmarks.training import main as measure_training
+from benchmarks.training import parse as parse_training
+from benchmarks.training import table as training_table
 
 TINY = CellSet(shards=2, cells=300, genes=400, expressed=60, cell_types=3, donors=3)
 OURS = "ours: gzip h5ad, padded"
@@ -111,3 +116,96 @@ def test_linked_names_are_further_names_of_the_same_files(tmp_path: Path) -> Non
     names = linked([str(tmp_path / "a.h5ad")], tmp_path / "linked", copies=3)
     assert len(set(names)) == 3
     assert all(Path(name).samefile(tmp_path / "a.h5ad") for name in names)
+
+
+# training
+
+
+@pytest.fixture
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size and a gene table that train in milliseconds."""
+    monkeypatch.setitem(SIZES, "1x16", (1, 16, 2))
+    monkeypatch.setattr("benchmarks.trainees.GENES", 1_200)
+    monkeypatch.setattr("benchmarks.trainees.NUM_TYPES", 1_206)
+
+
+def test_lengths_of_cells_are_near_500_on_average_and_under_the_maximum() -> None:
+    drawn = np.array(draw_lengths("~500", 4_000, seed=0))
+    assert drawn.mean() == pytest.approx(480, abs=25)  # the mean was 500 before long cells were cut
+    assert drawn.max() == 1024 and drawn.std() > 150
+    assert draw_lengths("full 512", 3, seed=0) == [512, 512, 512]
+
+
+def test_a_drawn_cell_has_every_slot_once_and_hides_what_it_asks() -> None:
+    cell = draw_cell(400, np.random.default_rng(0))
+    types, ids, labels = (cell[name].numpy() for name in ("token_type_ids", "input_ids", "labels"))
+    assert types[:6].tolist() == [0, 1, 2, 3, 4, 5] and (np.diff(types[:-1]) > 0).all() and types[-1] == 0
+    assert ((ids == 2) == (labels != -100)).all()
+    assert 30 < (labels != -100).sum() < 100
+
+
+def test_padded_and_packed_batches_hold_the_same_tokens_and_labels() -> None:
+    (batch,), _ = draw_batches("~500", cells=3, batches=1, device="cpu")
+    is_token = batch.padded["attention_mask"].bool()
+    for name in ("input_ids", "token_type_ids"):
+        assert (batch.padded[name][is_token] == batch.packed[name]).all()
+    labels = batch.padded["labels"][is_token]
+    assert (labels[batch.packed["label_positions"]] == batch.packed["labels"]).all()
+    assert batch.num_reads == (labels != -100).sum()
+
+
+def test_bucketed_batches_are_padded_less() -> None:
+    def share_of_padding(batches: list) -> float:  # type: ignore[type-arg]
+        return 1 - sum(sum(b.lengths) for b in batches) / sum(len(b.cells) * max(b.lengths) for b in batches)
+
+    mixed, bucketed = draw_batches("~500", cells=8, batches=4, device="cpu")
+    assert share_of_padding(bucketed) < 0.1 < 0.3 < share_of_padding(mixed)
+
+
+@pytest.mark.usefixtures("small_sizes")
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_lowers_its_loss_and_answers(name: str) -> None:
+    batches = draw_batches("full 512", cells=1, batches=1, device="cpu")
+    trainee = Trainee(name, size="1x16", batches=batches, is_training=True)
+    (batch,) = trainee.batches
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = 0.02
+    before = trainee.loss(batch).item()
+    for _ in range(4):
+        trainee.train(batch)
+    assert trainee.loss(batch).item() < before
+    trainee.infer(batch)
+
+
+@pytest.mark.usefixtures("small_sizes")
+def test_packed_cells_keep_less_for_the_backward_pass_than_the_usual_recipe() -> None:
+    batches = draw_batches("~500", cells=2, batches=1, device="cpu")
+    kept = {
+        name: Trainee(name, size="1x16", batches=batches, is_training=True).kept_bytes(batches[0][0])
+        for name in (USUAL, "ours: packed, bf16")
+    }
+    assert 0 < kept["ours: packed, bf16"] < kept[USUAL] / 2
+
+
+@pytest.mark.usefixtures("small_sizes")
+def test_contenders_take_turns_for_the_asked_rounds() -> None:
+    options = parse_training(["--rounds", "2", "--cells", "1", "--recipes", "ours: packed, bf16"])
+    rows = run_setting("1x16", "full 512", "inference", options)
+    assert [row.name for row in rows] == [USUAL, "ours: packed, bf16"]
+    assert all(len(row.seconds) == 2 and min(row.seconds) > 0 and row.tokens == 512 for row in rows)
+
+
+def test_the_training_table_divides_by_the_first_row_round_by_round() -> None:
+    slow = Row("slow", tokens=100, flops=4e9, is_bf16=False, seconds=[1.0, 2.0, 4.0], kept_kib=10.0)
+    fast = Row("fast", tokens=50, flops=2e9, is_bf16=True, seconds=[0.1, 0.25, 0.5])
+    lines = training_table([slow, fast], title="x", peaks={"fp32": 4e9, "bf16": 16e9}).splitlines()
+    assert lines[4] == "| slow | 50 | 1.0 | 2 | 50% | 10 |  |"
+    assert lines[5] == "| fast | 200 | 4.0 | 8 | 50% |  |  |"
+
+
+def test_without_a_cuda_device_the_training_benchmark_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    measure_training(["--device", "cuda"])
+    assert "no CUDA device here: skipped" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ def test_a_cell_knows_which_genes_its_file_measures(tmp_path: Path) -> None:
     assert whole.is_measured_g is None
     assert part.is_measured_g is not None
     assert np.flatnonzero(part.is_measured_g).tolist() == [0, 1, 2, 4, 5]
+
+
+def test_files_of_known_sizes_are_opened_when_they_are_read(paths: list[str]) -> None:
+    sizes = IterableAnnDataset(paths, a_tokenizer()).sizes
+    lazy = IterableAnnDataset(paths, a_tokenizer(), known_sizes=sizes)
+    assert list(lazy.shards._open) == [0], "the first file speaks for all"
+    assert indices(lazy) == list(range(sum(sizes)))
+
+
+def test_a_file_that_changed_after_it_was_listed_is_refused(paths: list[str]) -> None:
+    sizes = IterableAnnDataset(paths, a_tokenizer()).sizes
+    stale = IterableAnnDataset(paths, a_tokenizer(), known_sizes=[*sizes[:-1], sizes[-1] + 1])
+    with pytest.raises(InputError, match=r"holds \d+ cells, not \d+: it was changed after it was "):
+        list(stale)
+
+
+def test_the_thread_that_reads_ahead_ends_with_its_consumer(paths: list[str]) -> None:
+    stream = iter(IterableAnnDataset(paths, a_tokenizer(), shuffle=True, block_rows=2, buffer_rows=16))
+    next(stream)
+    assert any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    del stream
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
 
 def test_random_truncation_draws_other_genes_in_another_epoch_and_the_same_in_the_same() -> None:
@@ -496,6 +519,154 @@ def test_a_stateful_data_loader_resumes_without_replay(
     assert used + [batch["cells"] for batch in second] == whole
     assert len(rows_read) == (0 if num_workers else 37 - 3 * num_batches)
     assert [batch["cells"] for batch in second] == whole
+
+
+# -- planned batches ----------------------------------------------------------------------------------------------
+
+PLANNED: dict[str, dict[str, Any]] = {
+    "budget": {"tokens_per_batch": 24},
+    "like lengths": {"batch_size": 4, "group_by_length": True},
+}
+planned = pytest.mark.parametrize("rule", PLANNED.values(), ids=list(PLANNED))
+
+
+class Lengths:
+    """A collator that keeps only the tokens of each cell."""
+
+    def collate_block(self, block: TokenBlock) -> dict[str, Any]:
+        return {"lengths": np.diff(block.offsets_n1).tolist()}
+
+
+@planned
+def test_planned_batches_hold_every_cell_once_in_another_order_each_epoch(
+    paths: list[str], rule: dict[str, Any]
+) -> None:
+    stream = a_stream(paths, **rule)
+    orders = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        orders.append(numbers(stream))
+        assert len(orders[-1]) == len(stream.batches(Numbers())) == stream.num_batches(epoch=epoch)
+        assert sorted(index for batch in orders[-1] for index in batch) == list(range(37))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_no_batch_has_more_tokens_than_its_budget_and_most_are_full(paths: list[str]) -> None:
+    stream = a_stream(paths, tokens_per_batch=24, buffer_rows=64)
+    sums = [sum(batch["lengths"]) for batch in stream.batches(Lengths())]
+    assert max(sums) <= 24
+    assert len(sums) <= 1 + -(-sum(sums) // 24)
+    assert sum(sums) == sum(len(cell["input_ids"]) for cell in a_stream(paths))
+
+
+def test_cells_of_like_length_share_a_batch(paths: list[str]) -> None:
+    def padded(stream: IterableAnnDataset) -> int:
+        return sum(max(batch["lengths"]) * len(batch["lengths"]) for batch in stream.batches(Lengths()))
+
+    plain, grouped = (a_stream(paths, batch_size=4, group_by_length=is_grouped) for is_grouped in (False, True))
+    assert padded(grouped) < padded(plain)
+
+
+@planned
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_planned_batches_are_the_same_for_any_number_of_workers(
+    paths: list[str], num_workers: int, rule: dict[str, Any]
+) -> None:
+    assert numbers(a_stream(paths, **rule), num_workers=num_workers) == numbers(a_stream(paths, **rule))
+
+
+@planned
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_take_planned_batches_in_turn_and_as_many_each(
+    paths: list[str], world_size: int, rule: dict[str, Any]
+) -> None:
+    alone = numbers(a_stream(paths, **rule))
+    ranks = [a_stream(paths, rank=rank, world_size=world_size, **rule) for rank in range(world_size)]
+    for rank, stream in enumerate(ranks):
+        own = alone[rank::world_size][: len(alone) // world_size]
+        assert numbers(stream) == own
+        assert len(stream) == sum(map(len, own))
+        assert stream.num_batches() == len(own)
+
+
+@planned
+@pytest.mark.parametrize("num_batches", [0, 1, 7])
+def test_a_planned_stream_resumes_with_the_next_batch_and_reads_nothing_before(
+    paths: list[str], rows_read: list[int], num_batches: int, rule: dict[str, Any]
+) -> None:
+    whole = numbers(a_stream(paths, **rule))
+    state = stopped_after(a_stream(paths, **rule), num_batches)
+    assert state == {**a_stream(paths, **rule).state_after(num_batches), "begin": 0}
+    resumed = a_stream(paths, **rule)
+    resumed.load_state_dict(state)
+    len(resumed)
+    rows_read.clear()
+    assert numbers(resumed) == whole[num_batches:]
+    assert sorted(rows_read) == sorted(index for batch in whole[num_batches:] for index in batch)
+
+
+@planned
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("before", "after", "workers"), [(1, 2, 0), (2, 1, 2), (2, 3, 1), (3, 2, 0)])
+def test_planned_batches_that_are_left_come_on_other_ranks_and_workers(
+    paths: list[str], before: int, after: int, workers: int, rule: dict[str, Any]
+) -> None:
+    whole = numbers(a_stream(paths, **rule))
+    state = a_stream(paths, world_size=before, **rule).state_after(2)
+    ranks = []
+    for rank in range(after):
+        resumed = a_stream(paths, rank=rank, world_size=after, keep_all=True, **rule)
+        resumed.load_state_dict(state)
+        ranks.append(numbers(resumed, num_workers=workers))
+    left = [batch for turn in itertools.zip_longest(*ranks) for batch in turn if batch is not None]
+    assert left == whole[2 * before :]
+
+
+def test_cell_by_cell_a_planned_stream_resumes_at_the_batch_under_way(paths: list[str]) -> None:
+    whole = numbers(a_stream(paths, tokens_per_batch=24))
+    first = a_stream(paths, tokens_per_batch=24)
+    used = len(whole[0]) + len(whole[1]) + 1
+    assert indices(itertools.islice(iter(first), used)) == [index for batch in whole for index in batch][:used]
+    second = a_stream(paths, tokens_per_batch=24)
+    second.load_state_dict(first.state_dict())
+    assert numbers(second) == whole[2:]
+
+
+def test_cells_without_a_label_are_in_no_planned_batch() -> None:
+    adata = with_labels(["T cell", None, "B cell", "B cell", None, "B cell", "B cell"])
+    cells = IterableAnnDataset(adata, a_tokenizer(), shuffle=True, phenotype_category="cell_type", tokens_per_batch=16)
+    assert sorted(indices(cells)) == [0, 2, 3, 5, 6]
+    assert all(cell["labels"] >= 0 for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded_by", "message"),
+    [
+        ({}, PLANNED["budget"], "counts cells, so it does not say which batches of 24 tokens are done"),
+        (PLANNED["budget"], {}, "counts batches of 24 tokens, so it does not say which cells are done"),
+        (PLANNED["budget"], {"tokens_per_batch": 32}, "which batches of 32 tokens are done. Give --tokens_per_batch"),
+        (PLANNED["budget"], PLANNED["like lengths"], "which batches of 4 cells of like length"),
+    ],
+)
+def test_a_position_among_other_batches_is_refused(
+    paths: list[str], saved: dict[str, Any], loaded_by: dict[str, Any], message: str
+) -> None:
+    state = a_stream(paths, **saved).state_after(2)
+    with pytest.raises(InputError, match=message):
+        a_stream(paths, **loaded_by).load_state_dict(state)
+
+
+def test_planned_batches_of_other_values_are_refused_although_the_files_are_alike_in_size(tmp_path: Path) -> None:
+    first, other = some_cells(12), some_cells(12, first=5)
+    state = IterableAnnDataset(first, a_tokenizer(), shuffle=True, tokens_per_batch=24).state_after(1)
+    with pytest.raises(InputError, match="another corpus"):
+        IterableAnnDataset(other, a_tokenizer(), shuffle=True, tokens_per_batch=24).load_state_dict(state)
+
+
+def test_a_budget_that_may_not_hold_a_single_cell_is_refused(paths: list[str]) -> None:
+    with pytest.raises(InputError, match=r"tokens_per_batch is 15, but one cell may have max_length 16. Raise --tok"):
+        a_stream(paths, tokens_per_batch=15)
 
 
 # -- labels -------------------------------------------------------------------------------------------------------

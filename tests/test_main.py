@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import logging
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from perturbgene import __version__
 from perturbgene.configs import CONFIGS
-from perturbgene.main import VERB_FUNCTIONS, main, take_debug
+from perturbgene.main import VERB_FUNCTIONS, FewOfAKind, main, take_debug
 
 DOWNLOAD = ["download", "https://host/a.h5ad"]
 
@@ -173,3 +174,14 @@ def test_the_function_of_a_verb_exists(target):
         pytest.skip(f"{module_name} is not written yet")
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     assert function_name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_ten_thousand_files_do_not_say_the_same_ten_thousand_times() -> None:
+    few = FewOfAKind(most=2)
+    records = [
+        logging.LogRecord("perturbgene.data_utils.shards", logging.INFO, "", 0, "%s has no sex", (name,), None)
+        for name in "abcd"
+    ]
+    shown = [record.getMessage() for record in records if few.filter(record)]
+    assert shown[:2] == ["a has no sex", "b has no sex"]
+    assert shown[2:] == ["c has no sex (and so on: further messages of this wording are left out)"]

@@ -19,6 +19,7 @@ from transformers.models.distilbert.modeling_distilbert import Transformer
 from perturbgene.errors import InputError
 from perturbgene.model import (
     BRANCH_GAIN,
+    Dropout,
     GeneBertConfig,
     GeneBertForClassification,
     GeneBertForPhenotypicMLM,
@@ -323,6 +324,53 @@ def test_explicit_matmuls_equal_sdpa() -> None:
         torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=0)
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, queries: list[int], keys: list[int]) -> Tensor:
+    """Attention of each cell by its formula, left to autograd."""
+    outs = []
+    for q_chd, k_chd, v_chd in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        logits = torch.einsum("qhd,khd->hqk", q_chd, k_chd) / q.shape[-1] ** 0.5
+        outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v_chd))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("queries", [[3, 1, 5], [1, 0, 2]], ids=["every token asks", "some tokens ask, one cell none"])
+def test_the_backward_pass_of_explicit_matmuls_is_that_of_the_formula(queries: list[int]) -> None:
+    keys = [3, 1, 5]
+    _, k, v = (part.double().requires_grad_() for part in random_qkv(keys, head_size=4))
+    q = torch.randn(sum(queries), 2, 4, dtype=torch.double, requires_grad=True)
+    gate = torch.randn(sum(keys), dtype=torch.double, requires_grad=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        asks, knows = packing_of(queries), packing_of(keys)
+        return attention(q, k, v, queries=asks, keys=knows, kernel="matmul", key_log_gate_l=gate)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v, gate))
+    ours = torch.autograd.grad(attend(q, k, v, torch.zeros_like(gate)).square().sum(), (q, k, v))
+    theirs = torch.autograd.grad(plain_attention(q, k, v, queries=queries, keys=keys).square().sum(), (q, k, v))
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_explicit_matmuls_equal_those_of_sdpa(dtype: torch.dtype) -> None:
+    parts, where = [part.to(dtype).requires_grad_() for part in random_qkv(LENGTHS)], packing_of(LENGTHS)
+    by_kernel = []
+    for kernel in ("matmul", "sdpa"):
+        out = attention(*parts, queries=where, keys=where, kernel=kernel)
+        by_kernel.append(torch.autograd.grad(out.square().sum(), parts))
+    for ours, theirs in zip(*by_kernel, strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+
+
+def test_a_gate_alone_gets_its_gradient_from_explicit_matmuls() -> None:
+    (q, k, v), where = random_qkv(LENGTHS), packing_of(LENGTHS)
+    gate = torch.zeros(sum(LENGTHS), requires_grad=True)
+    out = attention(q, k, v, queries=where, keys=where, kernel="matmul", key_log_gate_l=gate)
+    (screen,) = torch.autograd.grad(out.square().sum(), gate)
+    assert screen.shape == gate.shape and screen.abs().sum() > 0
+
+
 def test_attention_of_one_cell_by_hand() -> None:
     q = torch.tensor([[[1.0]]])
     k = torch.tensor([[[0.0]], [[2.0]]]).log1p()  # logits log(1) and log(3)
@@ -422,6 +470,37 @@ def test_varlen_on_a_gpu_equals_sdpa(gated: bool) -> None:
         for kernel in ("varlen", "sdpa")
     ]
     torch.testing.assert_close(outs[0], outs[1], atol=2e-2, rtol=2e-2)
+
+
+# dropout
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ones = torch.ones(301, 1001, dtype=dtype)
+    dropped = Dropout(rate)(ones)
+    values, counts = dropped.unique(return_counts=True)
+    assert len(values) == 2 and values[0] == 0 and dropped.dtype == dtype
+    assert float(values[1]) == pytest.approx(1 / (1 - rate), rel=0.02)
+    assert counts[0].item() / ones.numel() == pytest.approx(rate, abs=5 * (rate * (1 - rate) / ones.numel()) ** 0.5)
+
+
+def test_dropout_is_fresh_each_time_the_same_for_a_seed_and_shared_with_the_gradient() -> None:
+    ones, dropout = torch.ones(50, 7, requires_grad=True), Dropout(0.3)
+    torch.manual_seed(5)
+    first, second = dropout(ones), dropout(ones)
+    torch.manual_seed(5)
+    assert torch.equal(dropout(ones), first) and not torch.equal(first, second)
+    (grad,) = torch.autograd.grad(first.sum(), ones)
+    assert torch.equal(grad, first)
+
+
+def test_dropout_passes_values_when_asked_or_without_a_rate() -> None:
+    values = torch.randn(4, 3)
+    assert torch.equal(Dropout(0.5).eval()(values), values)
+    assert torch.equal(Dropout(0.0)(values), values)
 
 
 # the masked head

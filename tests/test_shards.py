@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.data_utils.read import H5adFile, MemoryFile
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, MOST_OPEN_FILES, Shard, ShardCache
+from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
 from perturbgene.data_utils.vocab import Vocabulary
 from perturbgene.errors import InputError
 
@@ -229,6 +229,22 @@ def test_a_cache_of_many_files_keeps_few_open(write_h5ad: Write, tmp_path: Path)
     assert totals == [7.0] * len(paths)
     assert open_h5ad_files() - open_before <= MOST_OPEN_FILES
     assert cache[0].read(np.array([2])).values_l.sum() == 7.0
+
+
+def test_files_that_name_the_same_columns_share_one_alignment(write_h5ad: Write) -> None:
+    same = [write_h5ad(COUNTS, name=f"{name}.h5ad") for name in "ab"]
+    other = write_h5ad(COUNTS[:, ::-1], name="c.h5ad", genes=PANEL.genes[::-1])
+    cache = ShardCache([*same, other], panel=PANEL, vocabulary=VOCABULARY)
+    assert cache[0].alignment is cache[1].alignment
+    assert cache[2].alignment.gene_of_column_c.tolist() == cache[0].alignment.gene_of_column_c.tolist()[::-1]
+
+
+def test_few_files_compressed_by_columns_are_kept_in_memory_at_a_time(write_h5ad: Write) -> None:
+    paths = [write_h5ad(sparse.csc_matrix(COUNTS), name=f"{number}.h5ad") for number in range(4)]
+    cache = ShardCache(paths, panel=PANEL, vocabulary=VOCABULARY)
+    shards = [cache[index] for index in range(4)]
+    assert [shard.read(np.array([2])).values_l.sum() for shard in shards] == [7.0] * 4
+    assert len(cache._open) == MOST_WHOLE_FILES
 
 
 class _Rows(IterableDataset[float]):

@@ -4,6 +4,7 @@ Owns every change that a sequence undergoes between the dataset and the model. M
 (seed, epoch, cell, token), so they do not depend on batches, workers or ranks. Letters: n cells, l tokens, m labels.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from perturbgene.data_utils.kernels import pad_rows
 from perturbgene.data_utils.partition import cell_key, mix, unit
-from perturbgene.data_utils.tokenization import TRUNCATIONS, GeneTokenizer, TokenBlock
+from perturbgene.data_utils.tokenization import TRUNCATIONS, GeneTokenizer, Room, TokenBlock
 from perturbgene.data_utils.vocab import MASK_ID, PAD_ID
 from perturbgene.errors import InputError
 
@@ -65,21 +66,15 @@ def _padded_length(longest: int, multiple: int | None) -> int:
 def pad(block: TokenBlock, *, pad_to_multiple_of: int | None = None, labels_l: np.ndarray | None = None) -> Batch:
     """Lay a ragged block out as tensors (n, l): ids padded with [PAD], types and mask with 0, labels with -100."""
     lengths_n = np.diff(block.offsets_n1)
-    shape = (len(block), _padded_length(int(lengths_n.max()), pad_to_multiple_of))
-    batch: Batch = {}
-    columns = {
-        "input_ids": (block.input_ids_l, PAD_ID),
-        "token_type_ids": (block.token_type_ids_l, 0),
-        "labels": (labels_l, IGNORED),
-    }
-    for name, (values_l, filler) in columns.items():
-        if values_l is not None:
-            padded_nl = np.empty(shape, dtype=np.int64)
-            pad_rows(values_l, block.offsets_n1, filler, padded_nl)
-            batch[name] = torch.from_numpy(padded_nl)
-    is_token_nl = np.arange(shape[1]) < lengths_n[:, None]
-    batch["attention_mask"] = torch.from_numpy(is_token_nl.astype(np.int64))
-    return batch
+    length = _padded_length(int(lengths_n.max()), pad_to_multiple_of)
+    columns = [("input_ids", block.input_ids_l, PAD_ID), ("token_type_ids", block.token_type_ids_l, 0)]
+    columns += [("labels", labels_l, IGNORED)] if labels_l is not None else []
+    padded_cnl = np.empty((len(columns) + 1, len(block), length), dtype=np.int64)  # one piece, see `pack`
+    for padded_nl, (_, values_l, filler) in zip(padded_cnl, columns, strict=False):
+        pad_rows(values_l, block.offsets_n1, filler, padded_nl)
+    padded_cnl[-1] = np.arange(length) < lengths_n[:, None]
+    names = [name for name, _, _ in columns] + ["attention_mask"]
+    return dict(zip(names, torch.from_numpy(padded_cnl), strict=True))
 
 
 def pack(block: TokenBlock, *, labels_l: np.ndarray | None = None) -> Batch:
@@ -90,9 +85,12 @@ def pack(block: TokenBlock, *, labels_l: np.ndarray | None = None) -> Batch:
         labels also `label_positions` (m,) and `labels` (m,).
     """
     lengths_n = np.diff(block.offsets_n1)
+    # One piece of memory: large ones come from huge pages, and filling fresh small pages costs ten times as much.
+    tokens_2l = np.empty((2, len(block.input_ids_l)), dtype=np.int64)
+    tokens_2l[0], tokens_2l[1] = block.input_ids_l, block.token_type_ids_l
     batch: Batch = {
-        "input_ids": torch.from_numpy(block.input_ids_l.astype(np.int64)),
-        "token_type_ids": torch.from_numpy(block.token_type_ids_l.astype(np.int64)),
+        "input_ids": torch.from_numpy(tokens_2l[0]),
+        "token_type_ids": torch.from_numpy(tokens_2l[1]),
         "cu_seqlens": torch.from_numpy(block.offsets_n1.astype(np.int32)),
         "max_seqlen": int(lengths_n.max()),
         "lengths": lengths_n.tolist(),
@@ -175,6 +173,15 @@ def collate_fn_wrapper(
     return Collator(tokenizer, pad_to_multiple_of, packed, gene_drop_prob, seed)
 
 
+class _Scratch(threading.local):
+    """Memory of this thread for tokens on their way into a batch, used again for every batch."""
+
+    def __init__(self) -> None:
+        self.tokens, self.labels = Room(), Room()
+
+
+_SCRATCH = _Scratch()
+
 # What each random decision about a cell is for; the numbers are part of the contract and never change.
 _ABSENT, _ASKED, _GENE, _ROUNDING, _UNEXPRESSED, _MASKING = (np.uint64(n) for n in (1, 2, 3, 4, 5, 8))
 _DROP, _DROP_SHARE = np.uint64(9), np.uint64(10)
@@ -227,9 +234,11 @@ def _draw_unexpressed(  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True, cache=True)
 def _drop_genes(types, first_gene_type, most, key, fate):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Thin one cell: its genes leave with one share, drawn uniformly from [0, most); return how many left."""
+    fate[: len(types)] = _KEPT
+    if most == 0:
+        return 0
     share, drop_key, count = unit(mix(key, _DROP_SHARE)) * most, mix(key, _DROP), 0
     for k in range(len(types)):
-        fate[k] = _KEPT
         if types[k] >= first_gene_type and unit(mix(drop_key, np.uint64(types[k]))) < share:
             fate[k] = _DROPPED
             count += 1
@@ -237,23 +246,27 @@ def _drop_genes(types, first_gene_type, most, key, fate):  # type: ignore[no-unt
 
 
 @numba.njit(nogil=True, cache=True)
-def _mask_genes(types, first_gene_type, probability, key, fate):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Choose the hidden genes of one cell among those that are left, at least one; return how many."""
-    count, best, lowest = 0, -1, 2.0
-    gene_key = mix(key, _GENE)
+def _mask_genes(types, first_gene_type, probability, key, fate, draws):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Choose the hidden genes of one cell among those that are left, at least one; return how many.
+
+    Loops without branches: compilers then draw for eight tokens at once.
+    """
+    gene_key, count = mix(key, _GENE), 0
     for k in range(len(types)):
-        if types[k] < first_gene_type or fate[k] == _DROPPED:
-            continue
-        draw = unit(mix(gene_key, np.uint64(types[k])))
-        if draw < lowest:
-            best, lowest = k, draw
-        if draw < probability:
-            fate[k] = _HIDDEN
-            count += 1
-    if count == 0 and best >= 0 and probability > 0:
+        draws[k] = unit(mix(gene_key, np.uint64(types[k])))
+    for k in range(len(types)):
+        is_hidden = (draws[k] < probability) & (types[k] >= first_gene_type) & (fate[k] != _DROPPED)
+        fate[k] = _HIDDEN if is_hidden else fate[k]
+        count += is_hidden
+    if count > 0 or probability <= 0:
+        return count
+    best, lowest = -1, 2.0
+    for k in range(len(types)):
+        if types[k] >= first_gene_type and fate[k] != _DROPPED and draws[k] < lowest:
+            best, lowest = k, draws[k]
+    if best >= 0:
         fate[best] = _HIDDEN
-        count = 1
-    return count
+    return int(best >= 0)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -273,22 +286,39 @@ def _thin_rows(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
+def _write_all(ids, types, fate, out_ids, out_types, labels, at):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Write the genes of a cell that loses none, a few at once; return the end."""
+    stop = at + len(ids)
+    to_ids, to_types, to_labels = out_ids[at:stop], out_types[at:stop], labels[at:stop]
+    for k in range(len(ids)):
+        to_ids[k] = MASK_ID if fate[k] == _HIDDEN else ids[k]
+    for k in range(len(ids)):
+        to_types[k] = types[k]
+    for k in range(len(ids)):
+        to_labels[k] = np.int32(ids[k]) if fate[k] == _HIDDEN else np.int32(IGNORED)
+    return stop
+
+
+@numba.njit(nogil=True, cache=True)
 def _mask_rows(  # type: ignore[no-untyped-def]
     ids_l, types_l, offsets_n1, cells_n, epochs_n, order_seeds_n, seed, gene_prob, phenotype_prob, absent_prob,
     drop_prob, unexpressed_ratio, first_gene_type, first_bin_id, num_genes, max_length, rule, measured_ug, source_n,
     out_ids, out_types, labels, out_offsets,
 ):  # fmt: skip  # pragma: no cover - compiled
     """Write the masked tokens and labels of all cells; see `DataCollatorForPhenotypicMLM`."""
-    stamp = np.full(num_genes, -1, np.int64)
-    fate = np.zeros(len(types_l) + 1, np.uint8)
-    extra = np.empty(num_genes, np.int64)
+    stamp = np.full(num_genes, -1, np.int32)
+    longest = 0
+    for row in range(len(cells_n)):
+        longest = max(longest, offsets_n1[row + 1] - offsets_n1[row])
+    fate, draws = np.zeros(longest, np.uint8), np.empty(longest)
+    extra = np.empty(min(num_genes, int(unexpressed_ratio * longest) + 1), np.int64)
     at = 0
     for row in range(len(cells_n)):
         ids, types = ids_l[offsets_n1[row] : offsets_n1[row + 1]], types_l[offsets_n1[row] : offsets_n1[row + 1]]
         key = mix(cell_key(seed, epochs_n[row], cells_n[row]), _MASKING)
         order_key = cell_key(order_seeds_n[row], epochs_n[row], cells_n[row])
         dropped = _drop_genes(types, first_gene_type, drop_prob, key, fate)
-        masked = _mask_genes(types, first_gene_type, gene_prob, key, fate)
+        masked = _mask_genes(types, first_gene_type, gene_prob, key, fate, draws)
         wanted = min(int(unexpressed_ratio * masked + unit(mix(key, _ROUNDING))), num_genes)
         found = _draw_unexpressed(
             types, wanted, num_genes, first_gene_type, max_length, rule, order_key, order_seeds_n[row] >= 0, key, stamp,
@@ -300,20 +330,27 @@ def _mask_rows(  # type: ignore[no-untyped-def]
             last_kept -= 1
             to_drop -= types[last_kept] >= first_gene_type and fate[last_kept] == _KEPT
         found -= min(found, to_drop)
-        for k in range(len(types) - 1):
-            type_ = types[k]
-            out_ids[at], out_types[at], labels[at] = ids[k], type_, IGNORED
-            if type_ >= first_gene_type:
-                if fate[k] == _DROPPED or (k >= last_kept and fate[k] == _KEPT):
-                    continue
-                if fate[k] == _HIDDEN:
-                    out_ids[at], labels[at] = MASK_ID, ids[k]
-            elif type_ > 0:
+        first_gene, end = 0, len(types) - 1
+        while first_gene < end and types[first_gene] < first_gene_type:
+            type_, first_gene = types[first_gene], first_gene + 1
+            out_ids[at], out_types[at], labels[at] = ids[first_gene - 1], type_, IGNORED
+            if type_ > 0:
                 if unit(mix(mix(key, _ABSENT), np.uint64(type_))) < absent_prob:
                     continue
                 if unit(mix(mix(key, _ASKED), np.uint64(type_))) < phenotype_prob:
-                    out_ids[at], labels[at] = MASK_ID, ids[k]
+                    out_ids[at], labels[at] = MASK_ID, ids[first_gene - 1]
             at += 1
+        if dropped == 0:
+            sure = max(first_gene, min(last_kept, end))  # before here all genes stay
+            genes = slice(first_gene, sure)
+            at = _write_all(ids[genes], types[genes], fate[genes], out_ids, out_types, labels, at)
+            first_gene = sure
+        for k in range(first_gene, end):
+            if fate[k] != _DROPPED and not (k >= last_kept and fate[k] == _KEPT):
+                is_hidden = fate[k] == _HIDDEN
+                out_ids[at], out_types[at] = MASK_ID if is_hidden else ids[k], types[k]
+                labels[at] = ids[k] if is_hidden else IGNORED
+                at += 1
         for k in range(found):
             out_ids[at], out_types[at], labels[at] = MASK_ID, extra[k], first_bin_id
             at += 1
@@ -387,7 +424,7 @@ class DataCollatorForPhenotypicMLM:
 
     def collate_block(self, block: TokenBlock) -> Batch:
         """Mask and join the cells of a block."""
-        masked, labels_l = self.mask(block)
+        masked, labels_l = self._mask(block, _SCRATCH.tokens, _SCRATCH.labels)
         if self.packed:
             return pack(masked, labels_l=labels_l)
         return pad(masked, pad_to_multiple_of=self.pad_to_multiple_of, labels_l=labels_l)
@@ -398,10 +435,14 @@ class DataCollatorForPhenotypicMLM:
         A full cell whose seed of random truncation is not known gets no unexpressed genes, as nobody can say which
         genes it lost.
         """
+        return self._mask(block, Room(), Room())
+
+    def _mask(self, block: TokenBlock, tokens_room: Room, labels_room: Room) -> tuple[TokenBlock, np.ndarray]:
         tokenizer, num_cells = self.tokenizer, len(block)
         num_genes, dtype = len(tokenizer.panel), block.input_ids_l.dtype
         room = int(len(block.input_ids_l) * (1 + self.unexpressed_ratio)) + 2 * num_cells
-        ids, types, labels = np.empty(room, dtype), np.empty(room, dtype), np.empty(room, np.int32)
+        ids, types = tokens_room.of(room, dtype)
+        labels = labels_room.of(room, np.dtype(np.int32))[0]
         offsets = np.zeros(num_cells + 1, dtype=np.int64)
         measured_ug, source_n = _distinct_masks(block.measured or [block.is_measured_g] * num_cells, num_genes)
         epochs_n = _epochs(block)

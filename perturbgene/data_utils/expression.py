@@ -12,6 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from perturbgene.data_utils.genes import GeneAlignment
+from perturbgene.data_utils.kernels import scan_values, sum_rows
 from perturbgene.errors import InputError
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]
@@ -57,16 +58,25 @@ class ExpressionBlock:
         return len(self.offsets_n1) - 1
 
 
+#: Types of values that the compiled loops take as they are; any other is brought to float64 first.
+KERNEL_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.float64))
+
+
+def native(values_l: np.ndarray) -> np.ndarray:
+    """Return values in a type that the compiled loops take."""
+    return values_l if values_l.dtype in KERNEL_DTYPES else values_l.astype(np.float64)
+
+
 def library_sizes(values_l: np.ndarray, offsets_n1: np.ndarray) -> np.ndarray:
     """Sum the values of each cell, in float64, shape (n,); a cell without values has 0."""
-    padded = np.append(values_l, 0).astype(np.float64)
-    sums_n = np.add.reduceat(padded, offsets_n1[:-1]) if len(offsets_n1) > 1 else np.zeros(0)
-    return np.where(np.diff(offsets_n1) > 0, sums_n, 0.0)
+    sums_n = np.zeros(len(offsets_n1) - 1)
+    sum_rows(native(values_l), offsets_n1, sums_n)
+    return sums_n
 
 
 def check_values(values_l: np.ndarray, *, source: str) -> None:
     """Raise an InputError when a value is NaN, infinite or negative."""
-    if values_l.dtype.kind in "bu" or not values_l.size:
+    if values_l.dtype.kind in "bu" or not values_l.size or scan_values(native(values_l))[0]:
         return
     if values_l.dtype.kind == "f" and not np.isfinite(values_l).all():
         raise InputError(
@@ -89,7 +99,7 @@ def looks_like_counts(values_l: np.ndarray, *, source: str) -> bool:
     check_values(values_l, source=source)
     if values_l.dtype.kind in "bui" or not values_l.size:
         return True
-    if (values_l == np.floor(values_l)).all():
+    if scan_values(native(values_l))[1]:
         return True
     if values_l.max() > HIGHEST_LOG_VALUE:
         raise InputError(
@@ -110,6 +120,8 @@ def needs_normalizing(values_l: np.ndarray, *, normalization: Normalization, sou
 def check_scale(values_l: np.ndarray, *, is_counts: bool, source: str) -> None:
     """Raise an InputError when values contradict what `auto` decided for their file."""
     if values_l.dtype.kind != "f" or not values_l.size:
+        return
+    if is_counts and all(scan_values(native(values_l))):  # as nearly every block of counts
         return
     if is_counts == looks_like_counts(values_l, source=source) or not is_counts:
         return

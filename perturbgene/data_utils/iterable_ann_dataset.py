@@ -5,6 +5,7 @@ the tokenizer, masks and padding to the collators. Letters: n cells, m cells of 
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,24 +13,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from perturbgene.data_utils.budget import BatchPlan
 from perturbgene.data_utils.expression import ExpressionBlock
+from perturbgene.data_utils.lengths import gene_counts
 from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, Share, split_rows
 from perturbgene.data_utils.read import H5adFile, expand_paths
 from perturbgene.data_utils.remote import shown_path
 from perturbgene.data_utils.shards import Shard, ShardCache
-from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
+from perturbgene.data_utils.tokenization import GeneTokenizer, Room, TokenBlock
 from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+
+#: Rows that are tokenised at once: their values are then still in the processor's cache.
+CHUNK_ROWS = 256
 
 
 class Cell(dict[str, torch.Tensor]):
@@ -46,6 +52,13 @@ class Cell(dict[str, torch.Tensor]):
     epoch: int = 0
     seed: int = -1
     is_measured_g: np.ndarray | None = None
+
+
+class _Round(NamedTuple):
+    """Rows of one round that a worker takes, and the sizes of their batches where these are not all alike."""
+
+    rows_m: np.ndarray
+    sizes_b: np.ndarray | None
 
 
 class BlockCollator(Protocol):
@@ -81,11 +94,17 @@ class IterableAnnDataset(IterableDataset[Cell]):
         obs_columns: Phenotype -> obs column where the names differ.
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
         optional_labels: False refuses a file that lacks the column of an included phenotype.
+        known_sizes: Cells of each file where a manifest says so; then files are opened when they are read, not before,
+            and the genes of the first speak for all.
         block_rows, buffer_rows: Neighbouring rows that travel together, and rows shuffled in memory.
+        tokens_per_batch: Fills batches up to so many tokens in place of `batch_size` cells, counted as the tokenizer
+            makes them, before masking and thinning: never more of prepared shards, and of other files, whose lengths
+            are estimates, seldom and little more. Ranks then take whole batches in turn.
+        group_by_length: True gives the cells of a batch like lengths, to be padded.
 
     Raises:
         InputError: A path does not exist or cannot be read, its genes do not cover the panel, a label column is
-            missing, or no cell carries a label.
+            missing, no cell carries a label, or `tokens_per_batch` may not hold a single cell.
     """
 
     def __init__(
@@ -109,6 +128,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
         optional_labels: bool = True,
         block_rows: int = DEFAULT_BLOCK_ROWS,
         buffer_rows: int = DEFAULT_BUFFER_ROWS,
+        tokens_per_batch: int | None = None,
+        group_by_length: bool = False,
+        known_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.shuffle, self.seed, self.batch_size = tokenizer, shuffle, seed, batch_size
@@ -116,6 +138,13 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.rank, self.world_size = rank, world_size
         self.keep_all = not shuffle if keep_all is None else keep_all
         self.block_rows, self.buffer_rows = block_rows, buffer_rows
+        self.tokens_per_batch, self.has_planned_batches = tokens_per_batch, bool(tokens_per_batch) or group_by_length
+        self._last_plan: BatchPlan | None = None
+        if tokens_per_batch is not None and tokens_per_batch < tokenizer.max_length:
+            raise InputError(
+                f"tokens_per_batch is {tokens_per_batch}, but one cell may have max_length {tokenizer.max_length}. "
+                "Raise --tokens_per_batch, or lower --max_length."
+            )
         # The epoch, and the position where its stream starts: shared with loader workers that live already.
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
         # A state that was loaded within a loader worker: (epoch, position where dealing began, position done).
@@ -124,7 +153,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
         self.shards = ShardCache(_as_sources(paths), layer=layer, **options)
-        self.sizes = tuple(self._check(shard, min_gene_coverage) for shard in self._all_shards())
+        self.sizes = self._checked_sizes(known_sizes, min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
         self._class_n = self._classes() if phenotype_category is not None else None
         if sum(self.sizes) == 0:
@@ -140,6 +169,26 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _all_shards(self) -> Iterator[Shard]:
         for index in range(len(self.shards)):
             yield self.shards[index]
+
+    def _checked_sizes(self, known_sizes: Sequence[int] | None, min_gene_coverage: float) -> tuple[int, ...]:
+        """Count the cells of each file; with known sizes only the first is opened, the others when they are read."""
+        if known_sizes is None:
+            return tuple(self._check(shard, min_gene_coverage) for shard in self._all_shards())
+        assert len(known_sizes) == len(self.shards)
+        if len(known_sizes) > 0:
+            self._check(self.shards[0], min_gene_coverage)
+            logger.info("%d files of one corpus, %d cells", len(known_sizes), sum(known_sizes))
+        return tuple(known_sizes)
+
+    def _shard(self, file: int) -> Shard:
+        """Return an open file, if it still holds the cells that the order was made for."""
+        shard = self.shards[file]
+        if len(shard) != self.sizes[file]:
+            raise InputError(
+                f"{shard.path} holds {len(shard):,} cells, not {self.sizes[file]:,}: it was changed after it was "
+                "listed or during the run. Prepare the corpus again, or start anew."
+            )
+        return shard
 
     @staticmethod
     def _check(shard: Shard, min_gene_coverage: float) -> int:
@@ -195,12 +244,27 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self._start.copy_(torch.tensor([epoch, position]))
         self._begin = self._consumed = position
 
-    def plan(self) -> RowPlan:
-        """The order of all ranks' cells in the present epoch."""
+    def plan(self, epoch: int | None = None) -> RowPlan:
+        """The order of all ranks' cells in an epoch, the present one unless told."""
         return RowPlan(
-            self.sizes, seed=self.seed, epoch=self.epoch, is_shuffled=self.shuffle, rows_n=self._rows_n,
-            block_rows=self.block_rows, buffer_rows=self.buffer_rows,
+            self.sizes, seed=self.seed, epoch=self.epoch if epoch is None else epoch, is_shuffled=self.shuffle,
+            rows_n=self._rows_n, block_rows=self.block_rows, buffer_rows=self.buffer_rows,
         )  # fmt: skip
+
+    @cached_property
+    def _genes_n(self) -> np.ndarray:
+        """Genes that each cell's sequence will have, as far as its file tells without its values, shape (n,)."""
+        return np.concatenate(
+            [gene_counts(shard, self.tokenizer, budget=self.tokens_per_batch) for shard in self._all_shards()]
+        )
+
+    def batch_plan(self, epoch: int | None = None) -> BatchPlan:
+        """The batches of all ranks in an epoch, where they are planned: under a budget, or of like lengths."""
+        epoch = self.epoch if epoch is None else epoch
+        if self._last_plan is None or self._last_plan.rows.epoch != epoch:
+            length_n = self._genes_n + (2 + len(self.tokenizer.included_phenotypes))
+            self._last_plan = BatchPlan(self.plan(epoch), length_n, self.batch_size, self.tokens_per_batch)
+        return self._last_plan
 
     @cached_property
     def _rows_n(self) -> np.ndarray | None:
@@ -212,21 +276,34 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """Cells of an epoch over all ranks."""
         return sum(self.sizes) if self._rows_n is None else len(self._rows_n)
 
-    def _share(self, begin: int = 0) -> Share:
+    def num_units(self, epoch: int | None = None) -> int:
+        """Count what is dealt out to ranks in an epoch: cells, or batches where they are planned."""
+        return len(self.batch_plan(epoch)) if self.has_planned_batches else self.num_cells
+
+    @property
+    def units_per_batch(self) -> int:
+        """By how many units a batch moves the position on."""
+        return 1 if self.has_planned_batches else self.batch_size
+
+    def _share(self, begin: int = 0, *, epoch: int | None = None) -> Share:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         return Share(
-            self.num_cells, begin=begin, rank=self.rank, world_size=self.world_size, is_even=not self.keep_all,
-            batch_size=self.batch_size, worker=worker, num_workers=num_workers,
+            self.num_units(epoch), begin=begin, rank=self.rank, world_size=self.world_size, is_even=not self.keep_all,
+            batch_size=self.units_per_batch, worker=worker, num_workers=num_workers,
         )  # fmt: skip
 
     def __len__(self) -> int:
-        """Cells that this rank yields per whole epoch."""
-        return len(self._share())
+        """Cells that this rank yields in the present epoch, were it to yield all of it."""
+        share = self._share()
+        if not self.has_planned_batches:
+            return len(share)
+        own = slice(self.rank, self.rank + len(share) * self.world_size, self.world_size)
+        return int(self.batch_plan().sizes_b[own].sum())
 
-    def num_batches(self, position: int = 0) -> int:
-        """Count the batches of this rank from a position on."""
-        return -(-len(self._share(position)) // self.batch_size)
+    def num_batches(self, position: int = 0, *, epoch: int | None = None) -> int:
+        """Count the batches of this rank from a position on, in an epoch, the present one unless told."""
+        return -(-len(self._share(position, epoch=epoch)) // self.units_per_batch)
 
     # -- where the stream stands ----------------------------------------------------------------------------------
 
@@ -235,7 +312,16 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """A hash of all that the order of an epoch depends on, beside seed and epoch."""
         facts = [list(self.sizes), self.shuffle, self.block_rows, self.buffer_rows]
         rows = b"" if self._rows_n is None else self._rows_n.astype(np.int64).tobytes()
+        rows += self._genes_n.tobytes() if self.has_planned_batches else b""
         return hashlib.sha256(json.dumps(facts).encode() + rows).hexdigest()[:16]
+
+    @property
+    def _rule(self) -> str:
+        """What a position counts."""
+        if not self.has_planned_batches:
+            return "cells"
+        budget = self.tokens_per_batch
+        return f"batches of {budget} tokens" if budget else f"batches of {self.batch_size} cells of like length"
 
     def _state(self, position: int) -> dict[str, Any]:
         return {
@@ -246,6 +332,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
             "begin": self._begin,
             "num_cells": self.num_cells,
             "fingerprint": self._fingerprint,
+            **({"rule": self._rule} if self.has_planned_batches else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,9 +340,10 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
         Returns:
             `seed` and `epoch`, which fix the order; `consumed`, how many cells of that order are done over all ranks
-            and loader workers; `begin`, where the stream that is under way began; `num_cells` and `fingerprint`, by
-            which another corpus is told apart. Within a loader worker it speaks for that worker alone, as
-            `StatefulDataLoader` wants it; beside a plain loader with workers, which run ahead, use `state_after`.
+            and loader workers, or how many batches, where `rule` says how these are planned; `begin`, where the stream
+            that is under way began; `num_cells` and `fingerprint`, by which another corpus is told apart. Within a
+            loader worker it speaks for that worker alone, as `StatefulDataLoader` wants it; beside a plain loader with
+            workers, which run ahead, use `state_after`.
         """
         return self._state(self._consumed)
 
@@ -264,8 +352,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
         The stream begins at the first cell of the epoch, or where `load_state_dict` put it.
         """
-        done = self._begin + num_batches * self.batch_size * self.world_size
-        return self._state(min(done, self.num_cells))
+        done = self._begin + num_batches * self.units_per_batch * self.world_size
+        return self._state(min(done, self.num_units()))
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that this data set cannot continue from.
@@ -276,6 +364,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if state.get("version") != STATE_VERSION or not {"seed", "epoch", "consumed", "fingerprint"} <= set(state):
             raise InputError(
                 f"{dict(state)} is no state of this version ({STATE_VERSION}). Give what `state_dict` returned."
+            )
+        if state.get("rule", "cells") != self._rule:
+            raise InputError(
+                f"the state counts {state.get('rule', 'cells')}, so it does not say which {self._rule} are done. Give "
+                "--tokens_per_batch and --train_sampling_strategy as before, or start anew."
             )
         if state["fingerprint"] != self._fingerprint:
             raise InputError(
@@ -288,8 +381,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
                 f"the state was drawn with seed {state['seed']}, which orders cells differently from seed {self.seed}. "
                 f"Give --seed {state['seed']}, or start anew."
             )
-        if not 0 <= state["consumed"] <= self.num_cells:
-            raise InputError(f"the state has {state['consumed']:,} of {self.num_cells:,} cells done. Start anew.")
+        num_units = self.num_units(state["epoch"])
+        if not 0 <= state["consumed"] <= num_units:
+            raise InputError(f"the state has {state['consumed']:,} of {num_units:,} {self._rule} done. Start anew.")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration continue where `state` stands; nothing before is read.
@@ -322,21 +416,33 @@ class IterableAnnDataset(IterableDataset[Cell]):
             self._start[1] = 0
         return self._share(self._begin), self._consumed
 
-    def _rows_of(self, share: Share, skip: int) -> Iterator[np.ndarray]:
-        """Yield the rows of each round that a worker takes, from position `skip` on."""
+    def _rows_of(self, share: Share, skip: int) -> Iterator[_Round]:
+        """Yield what a worker takes of each round, from position `skip` on."""
+        if self.has_planned_batches:
+            yield from self._batches_of(share, skip)
+            return
         for start, rows_n in self.plan().rounds(skip=skip):
             position_n = start + np.arange(len(rows_n))
             is_mine_n = share.holds(position_n) & (position_n >= skip)
             if is_mine_n.any():
-                yield rows_n[is_mine_n]
+                yield _Round(rows_n[is_mine_n], None)
+
+    def _batches_of(self, share: Share, skip: int) -> Iterator[_Round]:
+        for first, rows_n, sizes_b in self.batch_plan().rounds(skip=skip):
+            number_b = first + np.arange(len(sizes_b))
+            is_mine_b = share.holds(number_b) & (number_b >= skip)
+            if is_mine_b.any():
+                yield _Round(rows_n[np.repeat(is_mine_b, sizes_b)], sizes_b[is_mine_b])
 
     # -- the cells ------------------------------------------------------------------------------------------------
 
     def _tokenize(self, rows_m: np.ndarray, epoch: int) -> list[TokenBlock]:
         blocks = []
         for file, rows in split_rows(rows_m, starts_f=self._starts_f):
-            block = self._without_answer(self.shards[file].read(rows, first_cell=int(self._starts_f[file])))
-            blocks.append(self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch))
+            shard, first_cell = self._shard(file), int(self._starts_f[file])
+            for first in range(0, len(rows), CHUNK_ROWS):
+                block = self._without_answer(shard.read(rows[first : first + CHUNK_ROWS], first_cell=first_cell))
+                blocks.append(self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch))
         return blocks
 
     def _without_answer(self, block: ExpressionBlock) -> ExpressionBlock:
@@ -346,22 +452,26 @@ class IterableAnnDataset(IterableDataset[Cell]):
         label_ids_np[:, self.tokenizer.included_phenotypes.index(self.phenotype_category)] = ABSENT
         return replace(block, label_ids_np=label_ids_np)
 
-    def _round(self, rows_m: np.ndarray, epoch: int) -> tuple[TokenBlock, np.ndarray]:
-        """Read and tokenise one round; return its cells by row, and where each of `rows_m` stands among them."""
+    def _round(self, taken: _Round, epoch: int, room: Room) -> tuple[TokenBlock, np.ndarray, np.ndarray | None]:
+        """Read and tokenise one round; return its cells by row, where each of `rows_m` stands, and sizes of batches."""
+        rows_m, sizes_b = taken
         order = np.argsort(rows_m, kind="stable")
-        block = TokenBlock.join(self._tokenize(rows_m[order], epoch))
+        block = TokenBlock.join(self._tokenize(rows_m[order], epoch), room=room)
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
         if self._class_n is not None:
             block = replace(block, labels_n=self._class_n[block.cells_n])
-        return block, place
+        return block, place, sizes_b
 
-    def _rounds(self, share: Share, skip: int, epoch: int) -> Iterator[tuple[TokenBlock, np.ndarray]]:
-        """Yield rounds, the next one being read in a thread while the present one is used."""
+    def _rounds(
+        self, share: Share, skip: int, epoch: int
+    ) -> Iterator[tuple[TokenBlock, np.ndarray, np.ndarray | None]]:
+        """Yield rounds, the next one being read in a thread while the present one is used, until the one after it."""
+        rooms = itertools.cycle((Room(), Room()))
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            waiting: Future[tuple[TokenBlock, np.ndarray]] | None = None
-            for rows_m in self._rows_of(share, skip):
-                ahead = pool.submit(self._round, rows_m, epoch)
+            waiting: Future[tuple[TokenBlock, np.ndarray, np.ndarray | None]] | None = None
+            for taken in self._rows_of(share, skip):
+                ahead = pool.submit(self._round, taken, epoch, next(rooms))
                 if waiting is not None:
                     yield waiting.result()
                 waiting = ahead
@@ -371,8 +481,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _blocks(self, share: Share, skip: int, epoch: int) -> Iterator[TokenBlock]:
         num_empty = 0
         rest: list[TokenBlock] = []
-        for block, place in self._rounds(share, skip, epoch):
+        for block, place, sizes_b in self._rounds(share, skip, epoch):
             num_empty += int((block.token_type_ids_l[block.offsets_n1[1:] - 2] < self.tokenizer.first_gene_type).sum())
+            if sizes_b is not None:
+                yield from map(block.take, np.split(place, np.cumsum(sizes_b)[:-1]))
+                continue
             first = min(self.batch_size - sum(map(len, rest)), len(place)) if rest else 0
             if rest:
                 rest.append(block.take(place[:first]))
@@ -396,7 +509,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         share, skip = self._take_start()
         num_done = share.cells_before(skip)
         for block in self._blocks(share, skip, self.epoch):
-            num_done += len(block)
+            num_done += 1 if self.has_planned_batches else len(block)
             self._consumed = share.position_after(num_done)
             yield block
 
@@ -414,7 +527,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         epoch, num_done = self.epoch, share.cells_before(skip)
         for block in self._blocks(share, skip, epoch):
             for index in range(len(block)):
-                num_done += 1
+                num_done += not self.has_planned_batches or index == len(block) - 1
                 self._consumed = share.position_after(num_done)
                 yield self._cell(block, index, epoch)
 

@@ -157,12 +157,14 @@ class H5adFile:
     _whole: Any = field(default=None, repr=False)
     _offsets: np.ndarray | None = field(default=None, repr=False)
     _readers: tuple[h5py.File, SpanReader, SpanReader] | None = field(default=None, repr=False)
+    _checked: tuple[h5py.File, h5py.Group | h5py.Dataset, str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._place, self.path = self.path, shown_path(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        closed = {"_remote": None, "_file": None, "_pid": 0, "_whole": None, "_offsets": None, "_readers": None}
+        closed = {"_remote": None, "_file": None, "_pid": 0, "_whole": None, "_offsets": None}
+        closed |= {"_readers": None, "_checked": None}
         return {"path": self.path, "layer": self.layer, "_place": self._place, **closed}
 
     @property
@@ -201,7 +203,8 @@ class H5adFile:
             self._file.close()
             if self._remote is not None:
                 self._remote.close()
-        self._file, self._remote, self._whole, self._offsets, self._readers = None, None, None, None, None
+        self._file, self._remote, self._whole, self._offsets = None, None, None, None
+        self._readers, self._checked = None, None
 
     def _check(self, file: h5py.File) -> None:
         links: list[str] = []
@@ -237,8 +240,23 @@ class H5adFile:
         Raises:
             InputError: The file has no such matrix, stores it in a form that is none, or keeps it in another file.
         """
+        return self._checked_matrix()[0]
+
+    @property
+    def format(self) -> str:
+        """How the matrix is stored: csr, csc or dense."""
+        return self._checked_matrix()[1]
+
+    def _checked_matrix(self) -> tuple[h5py.Group | h5py.Dataset, str]:
+        """The matrix and how it is stored, looked at once each time the file is opened."""
+        if self._checked is None or self._checked[0] is not self.file:
+            self._checked = (self.file, *self._look_at_matrix())
+        return self._checked[1:]
+
+    def _look_at_matrix(self) -> tuple[h5py.Group | h5py.Dataset, str]:
         node = self._node
-        if self.format == "unknown":
+        format_ = _format_of(node)
+        if format_ == "unknown":
             raise InputError(
                 f"{self.path}: {self.matrix_name} is stored in a form that is no matrix. Re-save it with anndata."
             )
@@ -247,18 +265,7 @@ class H5adFile:
                 raise InputError(
                     f"{self.path} keeps {part.name[1:]} in another file, which is refused. Copy the data in."
                 )
-        return node
-
-    @property
-    def format(self) -> str:
-        """How the matrix is stored: csr, csc, dense or unknown."""
-        node = self._node
-        if isinstance(node, h5py.Dataset):
-            return "dense" if node.ndim == 2 and node.dtype.kind in "biuf" else "unknown"
-        kind = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", ""))
-        kind = kind.decode() if isinstance(kind, bytes) else str(kind)
-        kind = kind.removesuffix("_matrix") if {"data", "indices", "indptr"} <= set(node) else "unknown"
-        return kind if kind in ("csr", "csc") else "unknown"
+        return node, format_
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -553,6 +560,16 @@ def _checked_csr(matrix: Any) -> sparse.csr_matrix:
         if len(matrix.indices) and not (matrix.indices.min() >= 0 and matrix.indices.max() < matrix.shape[0]):
             raise ValueError("a row index lies outside the matrix")
     return sparse.csr_matrix(matrix)
+
+
+def _format_of(node: h5py.Group | h5py.Dataset) -> str:
+    """Say how a matrix is stored: csr, csc, dense or unknown."""
+    if isinstance(node, h5py.Dataset):
+        return "dense" if node.ndim == 2 and node.dtype.kind in "biuf" else "unknown"
+    kind = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", ""))
+    kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+    kind = kind.removesuffix("_matrix") if {"data", "indices", "indptr"} <= set(node) else "unknown"
+    return kind if kind in ("csr", "csc") else "unknown"
 
 
 def _text(name: Any) -> str:

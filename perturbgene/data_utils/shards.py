@@ -4,6 +4,7 @@ Owns what is decided once per file (alignment, scale, labels) and reading scatte
 tokenizer and the order of rows to the plan. Letters: n cells, m rows asked for, p phenotypes, l values.
 """
 
+import hashlib
 import logging
 import os
 import weakref
@@ -50,6 +51,9 @@ READ_GAP_ROWS = 32
 #: Open files per process.
 MOST_OPEN_FILES = 64
 
+#: Files compressed by columns that are kept in memory at a time.
+MOST_WHOLE_FILES = 2
+
 _SAMPLE_ROWS = 64
 _SEARCH_ROWS = 1024
 
@@ -65,6 +69,7 @@ class Shard:
         obs_columns: Phenotype -> obs column where the names differ.
         optional_labels: True lets label columns be missing (all absent); False refuses the file.
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
+        alignments: Alignments of files seen before, by a hash of what they call their columns.
     """
 
     source: H5adFile | MemoryFile
@@ -76,6 +81,7 @@ class Shard:
     optional_labels: bool = True
     obs_columns: dict[str, str] = field(default_factory=dict)
     constant_labels: dict[str, int] = field(default_factory=dict)
+    alignments: "dict[bytes, GeneAlignment]" = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -99,7 +105,9 @@ class Shard:
         others = [
             np.asarray(self.source.var_column(c), dtype=object) for c in (*ID_COLUMNS, *SYMBOL_COLUMNS) if c in known
         ]
-        alignment = self.panel.align(names, other_names_c=others)
+        key = _hash_of_names([names, *others])
+        alignment = self.alignments.get(key) or self.panel.align(names, other_names_c=others)
+        self.alignments[key] = alignment
         if len(names) != self.source.shape[1]:
             raise InputError(
                 f"{self.path}: {len(names):,} gene names for {self.source.shape[1]:,} columns. Re-save it."
@@ -228,6 +236,8 @@ class Shard:
             columns.append(run_columns)
             lengths.append(np.diff(offsets)[wanted])
         offsets_m1 = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        if len(values) == 1:
+            return values[0], columns[0], offsets_m1
         return np.concatenate(values), np.concatenate(columns), offsets_m1
 
     def read(self, rows_m: np.ndarray, *, first_cell: int = 0) -> ExpressionBlock:
@@ -257,8 +267,23 @@ class Shard:
         )
 
 
+def _hash_of_names(names: Sequence[np.ndarray]) -> bytes:
+    """Hash what a file calls its columns; a name that is no text counts by its text."""
+    digest = hashlib.blake2b(digest_size=16)
+    for names_c in names:
+        digest.update(f"{len(names_c)}\0".encode())
+        digest.update("\0".join(map(str, names_c.tolist())).encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
+def _weight(shard: Shard) -> int:
+    """How many ordinary files a file stands for: one compressed by columns is kept in memory as a whole."""
+    is_held_whole = isinstance(shard.source, H5adFile) and shard.source.format == "csc"
+    return MOST_OPEN_FILES // MOST_WHOLE_FILES if is_held_whole else 1
+
+
 class ShardCache:
-    """Keeps the last used shards of a list open, at most `MOST_OPEN_FILES`.
+    """Keeps the last used shards of a list open, at most `MOST_OPEN_FILES`, of those kept whole `MOST_WHOLE_FILES`.
 
     Args:
         sources: Paths, or AnnData objects.
@@ -268,6 +293,7 @@ class ShardCache:
 
     def __init__(self, sources: Sequence[Any], *, layer: str | None = None, **options: Any) -> None:
         self.sources, self.layer, self.options = list(sources), layer, options
+        self.options.setdefault("alignments", {})
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -283,7 +309,7 @@ class ShardCache:
             source = H5adFile(str(given), layer=self.layer) if is_path else MemoryFile(given, layer=self.layer)
             self._open[index] = Shard(source, **self.options)
         self._open.move_to_end(index)
-        while len(self._open) > MOST_OPEN_FILES:
+        while sum(map(_weight, self._open.values())) > MOST_OPEN_FILES and len(self._open) > 1:
             _, oldest = self._open.popitem(last=False)
             if isinstance(oldest.source, H5adFile):
                 oldest.source.close()

@@ -30,6 +30,7 @@ from perturbgene.data_utils.expression import (
     check_values,
     count_thresholds,
     library_sizes,
+    native,
 )
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene, read_panel
 from perturbgene.data_utils.kernels import (
@@ -100,7 +101,7 @@ class TokenBlock:
     def take(self, rows_m: np.ndarray) -> "TokenBlock":
         """Return some cells, in the order named, as a block of its own."""
         offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets_n1)[rows_m])]).astype(np.int64)
-        ids, types = (np.empty(offsets[-1], dtype=values.dtype) for values in (self.input_ids_l, self.token_type_ids_l))
+        ids, types = np.empty((2, offsets[-1]), dtype=self.input_ids_l.dtype)
         gather_rows(self.input_ids_l, self.token_type_ids_l, self.offsets_n1, rows_m, ids, types, offsets)
         return replace(
             self,
@@ -116,22 +117,37 @@ class TokenBlock:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
-    def join(cls, blocks: "Sequence[TokenBlock]") -> "TokenBlock":
-        """Put blocks of one or several files behind each other."""
+    def join(cls, blocks: "Sequence[TokenBlock]", *, room: "Room | None" = None) -> "TokenBlock":
+        """Put blocks of one or several files behind each other, in memory of their own or in `room`."""
         if len(blocks) == 1:
             return blocks[0]
+        length = sum(len(block.input_ids_l) for block in blocks)
+        ids_l, types_l = (room or Room()).of(length, blocks[0].input_ids_l.dtype)
         starts = np.cumsum([0, *(len(block.input_ids_l) for block in blocks[:-1])])
         offsets = [block.offsets_n1[:-1] + start for block, start in zip(blocks, starts, strict=True)]
         measured = [mask for block in blocks for mask in block.measured or [block.is_measured_g] * len(block)]
         return replace(
             blocks[0],
-            input_ids_l=np.concatenate([block.input_ids_l for block in blocks]),
-            token_type_ids_l=np.concatenate([block.token_type_ids_l for block in blocks]),
+            input_ids_l=np.concatenate([block.input_ids_l for block in blocks], out=ids_l),
+            token_type_ids_l=np.concatenate([block.token_type_ids_l for block in blocks], out=types_l),
             offsets_n1=np.append(np.concatenate(offsets), starts[-1] + blocks[-1].offsets_n1[-1]),
             is_measured_g=None,
             measured=measured if any(mask is not None for mask in measured) else (),
             **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in blocks[0]._per_cell()},
         )
+
+
+class Room:
+    """Memory for the tokens of one round after the other: fresh memory for each would cost more than filling it."""
+
+    def __init__(self) -> None:
+        self._kept = np.empty((2, 0), dtype=np.uint16)
+
+    def of(self, length: int, dtype: np.dtype) -> np.ndarray:
+        """Return two rows of so many tokens, shape (2, l); whoever used the last ones must be done with them."""
+        if self._kept.shape[1] < length or self._kept.dtype != dtype:
+            self._kept = np.empty((2, length + length // 8), dtype=dtype)
+        return self._kept[:, :length]
 
 
 def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
@@ -165,11 +181,6 @@ def _fault_of(block: ExpressionBlock, row: int, at: int, fault: int) -> InputErr
         f"{block.columns_l[block.offsets_n1[row] + at]}. Bins need finite values >= 0 (counts or log-normalised): "
         "clean the matrix or choose another with --layer."
     )
-
-
-def _plain(values: np.ndarray) -> np.ndarray:
-    """Return values as the kernel takes them: float32 as they are, any other dtype as float64."""
-    return values if values.dtype == np.float32 and values.dtype.isnative else values.astype(np.float64)
 
 
 class GeneTokenizer:
@@ -415,7 +426,7 @@ class GeneTokenizer:
         is_measured_g, measured = block.alignment.is_measured_g, block.measured
         if block.alignment.duplicated:
             block = _sum_duplicates(block)
-        values_l = _plain(block.values_l)
+        values_l = native(block.values_l)
         scale_n = library_size if block.is_counts and library_size is not None else np.ones(len(block))
         room = len(block.values_l) + len(block) * (2 + len(self.included_phenotypes))
         ids: np.ndarray = np.empty(room, dtype=self._dtype)

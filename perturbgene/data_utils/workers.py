@@ -54,7 +54,8 @@ class Workers:
         except BrokenProcessPool as error:
             raise WorkStoppedError(
                 "a worker process was ended from outside, perhaps for want of memory. Run the same command again to "
-                "continue from there, with a smaller --num_processes if memory is short."
+                "continue from there, with a smaller --num_processes if memory is short. In a script of your own, call "
+                "prepare under `if __name__ == '__main__':`, as each worker imports the script."
             ) from error
         finally:
             for future in running:

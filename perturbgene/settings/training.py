@@ -166,6 +166,11 @@ class TrainOptions(BaseConfig):
         group="Input and output",
         bare="latest",
     )
+    allow_changed: bool = option(
+        False,
+        help="Resume although settings differ on which the order of cells or the meaning of a step depends.",
+        group="Input and output",
+    )
     learning_rate: float | None = option(
         None,
         help="Peak learning rate of AdamW; none: 0.128 / hidden size, or half of it on weights that are trained "
@@ -175,6 +180,18 @@ class TrainOptions(BaseConfig):
     )
     per_device_train_batch_size: int = option(
         32, help="Cells per step and device.", group="Training", within="[1, inf)"
+    )
+    tokens_per_batch: int | None = option(
+        None,
+        help="Most tokens of a device's batch, in place of a number of cells; at least --max_length. Counted before "
+        "masking (which adds some) and thinning.",
+        group="Training",
+        within="[3, inf)",
+    )
+    train_sampling_strategy: Literal["random", "group_by_length"] = option(
+        "random",
+        help="group_by_length gives the cells of a padded batch like lengths; packed batches need none of it.",
+        group="Training",
     )
     per_device_eval_batch_size: int = option(
         64, help="Cells per evaluation batch and device.", group="Training", within="[1, inf)"
@@ -195,6 +212,12 @@ class TrainOptions(BaseConfig):
     )
     weight_decay: float = option(0.01, help="Decoupled weight decay.", group="Training", within="[0, inf)")
     max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", group="Training", within="[0, inf)")
+    ema_decay: float | None = option(
+        None,
+        help="Average weights over steps with this decay (0.999), and evaluate and deliver the average.",
+        group="Training",
+        within="(0, 1)",
+    )
     bf16: bool | None = option(
         None, help="Half precision (bfloat16). Unset (`none`): on where the device computes it fast.", group="Training"
     )
@@ -263,6 +286,7 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
     def check(self) -> None:
         super().check()
+        self._check_batches()
         if self.eval_strategy not in ("auto", "no") and not self.has_eval_data:
             raise InputError(
                 f"eval_strategy is {self.eval_strategy}, but there is nothing to evaluate on. "
@@ -282,6 +306,29 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             return self
         rate = RATE_TIMES_WIDTH / hidden_size * (RATE_OF_FINE_TUNING if self.pretrained_model_path else 1)
         return replace(self, learning_rate=float(f"{rate:.3g}"))
+
+    def _check_batches(self) -> None:
+        """Refuse a budget of tokens that holds no cell, or beside what also decides which cells make a batch."""
+        budget, cells = self.tokens_per_batch, self.per_device_train_batch_size
+        if budget is None:
+            return
+        if budget < self.max_length:
+            raise InputError(
+                f"tokens_per_batch is {budget}, but a single cell may have max_length {self.max_length} tokens. "
+                "Raise --tokens_per_batch, or lower --max_length."
+            )
+        if cells != own_flags(type(self))["per_device_train_batch_size"].default:
+            raise InputError(
+                f"tokens_per_batch {budget} and per_device_train_batch_size {cells} are both given, but they answer "
+                "the same question. Remove --tokens_per_batch or --per_device_train_batch_size."
+            )
+        rivals = {"pad_to_multiple_of": None, "train_sampling_strategy": "random"}
+        for name, default in rivals.items():
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but batches of --tokens_per_batch are packed without padding. "
+                    f"Remove --{name} or --tokens_per_batch."
+                )
 
     def training_arguments(self) -> "TrainingArguments":
         """Build the `transformers.TrainingArguments`, overrides last (imports transformers).

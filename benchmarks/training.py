@@ -1,0 +1,188 @@
+"""How fast does the model train and answer? The usual recipe against ours, every option on and off, in one run.
+
+Owns the rounds, the clock and the table; leaves models, batches and steps to `trainees`. All contenders of a setting
+take turns, batch by batch, so that a busy machine slows all of them alike; ratios are medians over rounds.
+
+Run from the repository root: python -m benchmarks.training --sizes 4x256 --lengths "~500" --rounds 2
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.loading import machine, versions
+from benchmarks.trainees import LENGTHS, MAIN, RECIPES, SIZES, USUAL, Batch, Step, Trainee, draw_batches
+from perturbgene.flops import flops_of_batch, forward_flops, measured_peak
+
+STEPS: dict[str, Step] = {"training": Trainee.train, "inference": Trainee.infer}
+
+
+@dataclass
+class Row:
+    """What was measured of one contender in one setting.
+
+    Args:
+        name: Of the recipe.
+        tokens: Tokens that are no padding, of all its batches.
+        flops: Operations that these batches need, see `perturbgene.flops`.
+        is_bf16: Whose peak it is compared with.
+        seconds: Time for all its batches, one entry for each round.
+        kept_kib: KiB kept for the backward pass, per token that is no padding; None for inference.
+        peak_mib: Highest allocated GPU memory; None on the CPU.
+    """
+
+    name: str
+    tokens: int
+    flops: float
+    is_bf16: bool
+    seconds: list[float] = field(default_factory=list)
+    kept_kib: float | None = None
+    peak_mib: float | None = None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second, the median of the rounds."""
+        return self.tokens / statistics.median(self.seconds)
+
+    def ratio(self, base: "Row") -> float:
+        """Times as fast as another, the median of the rounds."""
+        pairs = zip(self.seconds, base.seconds, strict=True)
+        return statistics.median((self.tokens / own) / (base.tokens / other) for own, other in pairs)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock() -> float:
+    """Give seconds: of this process's CPU time with one thread, which other work on the machine does not stretch."""
+    is_alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if is_alone else time.perf_counter()
+
+
+def timed(step: Step, trainee: Trainee, batch: Batch) -> float:
+    """Return the seconds of one step."""
+    _wait(trainee.device)
+    started = clock()
+    step(trainee, batch)
+    _wait(trainee.device)
+    return clock() - started
+
+
+def row_of(trainee: Trainee, mode: str) -> Row:
+    """Describe what a contender is going to do, and warm it up; on CUDA its memory is measured on the way."""
+    count = flops_of_batch if mode == "training" else forward_flops
+    is_cuda, batches = trainee.device.type == "cuda", trainee.batches
+    flops = sum(
+        count(trainee.config, batch.lengths, num_reads=batch.num_reads if mode == "training" else len(batch.cells))
+        for batch in batches
+    )
+    row = Row(trainee.name, sum(sum(batch.lengths) for batch in batches), flops, trainee.recipe.bf16)
+    largest = max(batches, key=lambda batch: max(batch.lengths))
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    if mode == "training":
+        row.kept_kib = trainee.kept_bytes(largest) / 1024 / sum(largest.lengths)
+    timed(STEPS[mode], trainee, largest)
+    if is_cuda:
+        row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return row
+
+
+def measure(trainees: list[Trainee], *, mode: str, rounds: int) -> list[Row]:
+    """Let the contenders take turns, batch by batch."""
+    rows = [row_of(trainee, mode) for trainee in trainees]
+    for _ in range(rounds):
+        for row in rows:
+            row.seconds.append(0.0)
+        for k in range(max(len(trainee.batches) for trainee in trainees)):
+            for row, trainee in zip(rows, trainees, strict=True):
+                row.seconds[-1] += timed(STEPS[mode], trainee, trainee.batches[k])
+    return rows
+
+
+def table(rows: list[Row], *, title: str, peaks: dict[str, float]) -> str:
+    """Render Markdown: one row for each contender, ratios to the first."""
+    lines = [f"**{title}**", "",
+             "| | tokens/s | x usual recipe | GFLOP/s | MFU | kept for backward, KiB/token | peak MiB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        speed, peak = row.flops / statistics.median(row.seconds), peaks["bf16" if row.is_bf16 else "fp32"]
+        kept, most = ("" if value is None else f"{value:,.0f}" for value in (row.kept_kib, row.peak_mib))
+        lines.append(
+            f"| {row.name} | {row.speed:,.0f} | {row.ratio(rows[0]):.1f} | {speed / 1e9:,.0f} | {speed / peak:.0%} "
+            f"| {kept} | {most} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def about(options: argparse.Namespace, peaks: dict[str, float]) -> str:
+    """Say when, where and against which peaks was measured."""
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{machine()}, {torch.get_num_threads()} used"
+    found = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
+    return (
+        f"{datetime.date.today()}; {where}; {versions()}; {platform.system()}; peak of a matrix product in GFLOP/s: "
+        f"{found}; {options.cells} cells a step, {options.rounds} rounds\n"
+    )
+
+
+def run_setting(size: str, lengths: str, mode: str, options: argparse.Namespace) -> list[Row]:
+    """Measure one size and distribution of lengths."""
+    batches = draw_batches(lengths, cells=options.cells, batches=options.batches, device=options.device)
+    is_training = mode == "training"
+    trainees = [Trainee(name, size=size, batches=batches, is_training=is_training) for name in options.recipes]
+    return measure(trainees, mode=mode, rounds=options.rounds)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["4x256"], help="layers x width")
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--modes", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, "main", "all"], default=["main"])
+    parser.add_argument("--cells", type=int, default=8, help="cells a step (8 is Trainer's default)")
+    parser.add_argument("--batches", type=int, default=4, help="different batches where lengths differ")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write all figures there too")
+    options = parser.parse_args(arguments)
+    groups = {"main": list(MAIN), "all": list(RECIPES)}
+    named = [name for entry in options.recipes for name in groups.get(entry, [entry])]
+    options.recipes = list(dict.fromkeys([USUAL, *named]))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print a table for every setting."""
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA device here: skipped. On a machine that has one, the same line measures it.")
+        return
+    torch.set_num_threads(options.threads)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    peaks = {name: measured_peak(options.device, dtype) for name, dtype in types.items()}
+    print(about(options, peaks))
+    results = []
+    for size in options.sizes:
+        for lengths in options.lengths:
+            for mode in options.modes:
+                rows = run_setting(size, lengths, mode, options)
+                print(table(rows, title=f"{mode}, {size}, {lengths}", peaks=peaks), flush=True)
+                results.append({"size": size, "lengths": lengths, "mode": mode, "rows": [asdict(row) for row in rows]})
+    if options.json:
+        options.json.write_text(json.dumps({"about": about(options, peaks), "peaks": peaks, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

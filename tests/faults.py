@@ -1,0 +1,88 @@
+"""Faults at chosen moments of a training run: `plant("save:optimizer", 6, action)` acts while checkpoint 6 is written.
+
+Owns where the moments are; the action is killing the process (`python tests/faults.py`, see `main`) or raising.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+#: Phase -> (module, attribute) of the function at whose start the fault acts.
+PHASES = {
+    "step": ("perturbgene.safe_trainer.SafeTrainer", "training_step"),
+    "save:model": ("perturbgene.safe_trainer.SafeTrainer", "_save"),
+    "save:optimizer": ("perturbgene.safe_trainer.SafeTrainer", "_save_optimizer_and_scheduler"),
+    "save:rng": ("perturbgene.safe_trainer.SafeTrainer", "_save_rng_state"),
+    "save:manifest": ("perturbgene.checkpoint", "seal"),
+    "commit": ("perturbgene.checkpoint", "commit"),
+    "rotate": ("perturbgene.checkpoint", "delete"),
+    "deliver": ("perturbgene.checkpoint", "move_files"),
+}
+
+
+class Killed(BaseException):
+    """Stands for `kill -9`: nothing catches it, and what is on disk stays as it is."""
+
+
+def die() -> None:
+    """End this process as the kernel would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _half(folder: Path, phase: str) -> None:
+    """Leave what the interrupted function would have left: a file cut off in the middle."""
+    if phase in ("save:model", "save:optimizer"):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "model.safetensors" if phase == "save:model" else "optimizer.pt"
+        (folder / name).write_bytes(b"half")
+
+
+@contextmanager
+def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
+    """Let `action` happen at a phase once `step` steps are done."""
+    import importlib
+
+    from perturbgene.safe_trainer import SafeTrainer
+
+    owner_name, name = PHASES[phase]
+    module, _, kind = owner_name.rpartition(".")
+    owner = getattr(importlib.import_module(module), kind) if kind[0].isupper() else importlib.import_module(owner_name)
+    whole, trainers = getattr(owner, name), []
+
+    def note(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        trainers.append(trainer)
+        return inner(trainer, *args, **kwargs)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        if trainers and trainers[-1].state.global_step == step:
+            _half(Path(args[1]) if phase.startswith("save:") and phase != "save:manifest" else Path(), phase)
+            if phase == "rotate":  # one file is gone already
+                args[0].rename(args[0].with_name(args[0].name + ".del"))
+            if phase == "deliver":  # the weights are new, what belongs to them is not
+                os.replace(args[0] / "model.safetensors", args[1] / "model.safetensors")
+            action()
+        return whole(*args, **kwargs)
+
+    inner = SafeTrainer.get_batch_samples
+    with patch.object(SafeTrainer, "get_batch_samples", note), patch.object(owner, name, faulty):
+        yield
+
+
+def main() -> int:
+    """Run a command line; with PG_FAULT=phase@step in the environment, die there."""
+    from perturbgene.main import main as run
+
+    if "PG_FAULT" not in os.environ:
+        return run(sys.argv[1:])
+    phase, step = os.environ["PG_FAULT"].split("@")
+    with plant(phase, int(step), die):
+        return run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
