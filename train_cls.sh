@@ -15,9 +15,11 @@ cls=(
   --phenotype_category cell_type      # what to classify; its token is never shown to the model
   --included_phenotypes phase         # other phenotypes that the classifier may see; leave out for genes alone
   --max_length 512                    # as in train_mlm.sh
-  --num_train_epochs 5                # passes over the labelled training cells
+  --num_train_epochs 12               # passes over the labelled training cells
   --per_device_train_batch_size 32    # cells per step
-  --learning_rate 3e-4                # a tenth of the mlm run's
+  --learning_rate 1e-3                # half of what fresh weights of this width take; its own default
+  --gene_drop_prob 0.5                # thin each cell by a share up to this, anew each epoch: few cells, many passes
+  --weight_decay 1                    # strong, for so few cells
   --no_bf16                           # float32, as in train_mlm.sh
   --eval_strategy epoch               # the checkpoint with the best macro F1 is kept
   --report_to tensorboard             # or wandb, or none

@@ -44,8 +44,8 @@ def commands(folder: Path) -> list[str]:
         "--eval_steps 0.25 --load_best_model_at_end false",  # choosing by the held-out cells would flatter the score
         f"evaluate {mlm}",
         f"cls --corpus {corpus} --output_dir {cls} {COMMON} --pretrained_model_path {mlm} "
-        f"--phenotype_category {CATEGORY} --num_train_epochs 10 --learning_rate 1e-3 "
-        "--balanced_dataset --eval_strategy no --save_strategy no",
+        f"--phenotype_category {CATEGORY} --num_train_epochs 12 --learning_rate 1e-3 --weight_decay 1 "
+        "--gene_drop_prob 0.5 --balanced_dataset --eval_strategy no --save_strategy no",
         f"evaluate {cls} --no_baselines",
         f"predict {mlm} {held_out} --output {folder}/predicted_by_mlm.h5ad --ask {CATEGORY}",
         f"predict {cls} {held_out} --output {folder}/predicted_by_cls.h5ad",

@@ -7,8 +7,8 @@ Owns putting the parts together and what a run folder holds (a Hugging Face mode
 import logging
 import math
 import signal
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +135,15 @@ def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: An
     return GeneBertConfig(**{**sizes, **_kernel(config), **tokenizer_facts(tokenizer), **extra})
 
 
+def _with_learning_rate(config: "TrainingConfig") -> Any:
+    """Fill in the learning rate, so that `run.yaml` tells it; the width is the pretrained model's, if there is one."""
+    if config.pretrained_model_path:
+        hidden_size = _pretrained_config(config).hidden_size
+    else:
+        hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
+    return config.with_learning_rate(hidden_size)
+
+
 def _kernel(config: "TrainingConfig") -> dict[str, str]:
     return {"attention_kernel": "flash" if config.use_flash_attn else config.attn_implementation}
 
@@ -159,18 +168,30 @@ def check_fingerprint(model_config: GeneBertConfig, tokenizer: GeneTokenizer, *,
         )
 
 
-def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> Any:
+def _pretrained_config(config: "TrainingConfig") -> GeneBertConfig:
     path = str(config.pretrained_model_path)
+    with _named_if_no_weights(path):
+        loaded: GeneBertConfig = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
+        return loaded
+
+
+@contextmanager
+def _named_if_no_weights(path: str) -> Iterator[None]:
     try:
-        loaded = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
-        check_fingerprint(loaded, tokenizer, source=path)
-        for name, value in {**_kernel(config), **extra}.items():
-            setattr(loaded, name, value)
-        return _load_weights(kind, path, loaded)
+        yield
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} holds no GeneBERT weights ({error}). Give a run folder of mlm or cls.") from error
+
+
+def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> Any:
+    path, loaded = str(config.pretrained_model_path), _pretrained_config(config)
+    check_fingerprint(loaded, tokenizer, source=path)
+    for name, value in {**_kernel(config), **extra}.items():
+        setattr(loaded, name, value)
+    with _named_if_no_weights(path):
+        return _load_weights(kind, path, loaded)
 
 
 def _load_weights(kind: type[PreTrainedModel], path: str, config: GeneBertConfig) -> Any:
@@ -339,6 +360,7 @@ def run_mlm(config: "MlmConfig") -> Path:
     Raises:
         InputError: Data, weights or settings do not fit together.
     """
+    config = _with_learning_rate(config)
     arguments = config.training_arguments()
     _check_output(config, arguments)
     set_seed(arguments.seed)
@@ -392,6 +414,7 @@ def run_cls(config: "ClsConfig") -> Path:
     Raises:
         InputError: Data, weights or settings do not fit together, or the training cells have one class only.
     """
+    config = _with_learning_rate(config)
     arguments = config.training_arguments()
     _check_output(config, arguments)
     set_seed(arguments.seed)

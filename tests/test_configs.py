@@ -416,6 +416,20 @@ def test_own_settings_reach_the_training_arguments():
     assert not arguments.remove_unused_columns
 
 
+@pytest.mark.parametrize(
+    ("tokens", "hidden_size", "expected"),
+    [
+        (MLM, 64, 2e-3),
+        (MLM, 256, 5e-4),
+        (MLM, 768, 1.67e-4),
+        ([*MLM, "--pretrained_model_path", "."], 64, 1e-3),
+        ([*MLM, "--learning_rate", "3e-4"], 64, 3e-4),
+    ],
+)
+def test_the_learning_rate_falls_with_the_width_and_is_halved_on_given_weights(tokens, hidden_size, expected):
+    assert parse_args(tokens).with_learning_rate(hidden_size).learning_rate == expected
+
+
 def test_the_best_model_is_told_by_loss_for_mlm_and_by_macro_f1_for_cls():
     mlm, cls = parse_args(MLM).training_arguments(), parse_args(CLS).training_arguments()
     assert (mlm.metric_for_best_model, mlm.greater_is_better) == ("eval_loss", False)

@@ -99,7 +99,8 @@ def test_a_run_folder_holds_no_pickle_of_ours(short_run: Path) -> None:
 def test_the_resolved_configuration_loads_again(short_run: Path, corpus: Path) -> None:
     config = load_config(short_run / "run.yaml")
     assert (config.corpus, config.max_steps) == (str(corpus), 4)  # type: ignore[attr-defined]
-    assert yaml.safe_load((short_run / "run.yaml").read_text())["verb"] == "mlm"
+    settings = yaml.safe_load((short_run / "run.yaml").read_text())
+    assert (settings["verb"], settings["learning_rate"]) == ("mlm", 2e-3)  # none given: that of 64 wide
 
 
 def test_a_loaded_model_gives_the_same_logits(short_run: Path, corpus: Path) -> None:
