@@ -214,7 +214,7 @@ def planned_stream(corpus: Path, run: Path) -> IterableAnnDataset:
 def test_a_run_of_planned_batches_resumes_with_the_same_weights_and_log(
     corpus: Path, tmp_path: Path, rule: str, workers: int
 ) -> None:
-    common = "--num_train_epochs 3 --save_steps 5"
+    common = "--num_train_epochs 2 --save_steps 5"
     whole = planned_run(corpus, tmp_path / "whole", common, rule=rule)
     stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
     more = f"{common} --dataloader_num_workers {workers} --resume_from_checkpoint"
