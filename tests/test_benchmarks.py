@@ -12,7 +12,7 @@ import pytest
 from benchmarks.cells import CellSet, build, build_corpus, draw_csr
 from benchmarks.contenders import CONTENDERS, PLAIN, READS, Job
 from benchmarks.loading import Result, checksum, num_cells, table
-from benchmarks.mixing import linked, mean_entropy, mixing
+from benchmarks.mixing import copied, mean_entropy, mixing
 from benchmarks.trainees import RECIPES, SIZES, USUAL, Trainee, draw_batches, draw_cell, draw_lengths
 from benchmarks.training import Row, run_setting
 from benchmarks.training import main as measure_training
@@ -112,11 +112,11 @@ def test_mixing_is_one_for_a_shuffle_and_near_zero_for_sorted_cells() -> None:
     assert mixing(labels_n, np.random.default_rng(1).permutation(1024)) == pytest.approx(1, abs=0.01)
 
 
-def test_linked_names_are_further_names_of_the_same_files(tmp_path: Path) -> None:
+def test_copies_are_other_files_with_the_same_content(tmp_path: Path) -> None:
     (tmp_path / "a.h5ad").write_bytes(b"x")
-    names = linked([str(tmp_path / "a.h5ad")], tmp_path / "linked", copies=3)
+    names = copied([str(tmp_path / "a.h5ad")], tmp_path / "copied", copies=3)
     assert len(set(names)) == 3
-    assert all(Path(name).samefile(tmp_path / "a.h5ad") for name in names)
+    assert all(Path(name).read_bytes() == b"x" and not Path(name).samefile(tmp_path / "a.h5ad") for name in names)
 
 
 # training
