@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,8 +36,16 @@ class BadHandler(Handler):
 
     protocol_version = "HTTP/1.1"
 
+    tries: Counter[tuple[Any, ...]] = Counter()
+
     def serve_flaky(self, number: int) -> None:
-        """Drop the connection, answer 503, or send half a body: two requests of three."""
+        """Drop the connection, answer 503, or send half a body: two requests of three for the same bytes.
+
+        Counted over all requests, one of two clients could meet nothing but the bad ones.
+        """
+        wanted = (self.server.server_address, self.path, self.headers.get("Range"))
+        self.tries[wanted] += 1
+        number = self.tries[wanted]
         if number % 6 == 1:
             self.close_connection = True
         elif number % 6 == 2:

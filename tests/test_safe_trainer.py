@@ -92,7 +92,13 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_run_that_goes_on
 ) -> None:
     """The real thing: the lock stays behind, and the process's loader workers lose their parent."""
     out = tmp_path / "run"
-    environment = {**os.environ, "PG_FAULT": "save:optimizer@8", "PYTHONPATH": str(Path(__file__).parents[1])}
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads would add in another order
+    environment = {
+        **os.environ,
+        **threads,
+        "PG_FAULT": "save:optimizer@8",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     call = [sys.executable, str(Path(__file__).with_name("faults.py")), *command(corpus, out, WORKERS)]
     done = subprocess.run(call, env=environment, capture_output=True, timeout=200, check=False)
     assert done.returncode == -signal.SIGKILL
