@@ -126,7 +126,7 @@ class Shard:
     def _where(self) -> str:
         return f"{self.path} ({self.source.layer or 'X'})"
 
-    @cached_property
+    @property
     def _sample(self) -> np.ndarray:
         """Values of sampled rows, shape (l,); of the first rows that hold any, where the sample holds none."""
         num_rows = len(self)
