@@ -250,7 +250,7 @@ def changes_figure(
             for axes in figure.axes
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=1, frameon=False, fontsize=8)
     return figure
 
 
