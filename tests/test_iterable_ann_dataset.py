@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.expression import ExpressionBlock
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
+from perturbgene.data_utils.read import H5adFile
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
@@ -124,6 +125,26 @@ def test_a_file_that_changed_after_it_was_listed_is_refused(paths: list[str]) ->
     stale = IterableAnnDataset(paths, a_tokenizer(), known_sizes=[*sizes[:-1], sizes[-1] + 1])
     with pytest.raises(InputError, match=r"holds \d+ cells, not \d+: it was changed after it was "):
         list(stale)
+
+
+def test_few_files_kept_whole_are_in_memory_while_threads_read_many(tmp_path: Path, monkeypatch: Any) -> None:
+    paths = []
+    for number in range(5):
+        cells = some_cells(6, first=6 * number)
+        cells.X = sparse.csc_matrix(cells.X)
+        paths.append(str(tmp_path / f"{number}.h5ad"))
+        cells.write_h5ad(paths[-1])
+    loads: list[str] = []
+    load = H5adFile._whole_csr
+
+    def noted(file: H5adFile) -> Any:
+        loads.extend([file.path] if file._whole is None else [])
+        return load(file)
+
+    stream = IterableAnnDataset(paths, a_tokenizer())
+    monkeypatch.setattr(H5adFile, "_whole_csr", noted)
+    assert indices(stream) == list(range(30))
+    assert len(loads) == len(set(loads)), "no file is read whole twice in a round"
 
 
 def test_the_thread_that_reads_ahead_ends_with_its_consumer(paths: list[str]) -> None:

@@ -452,18 +452,27 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     def _tokenize(self, rows_m: np.ndarray, epoch: int, pool: ThreadPoolExecutor) -> list[TokenBlock]:
         """Read and tokenise sorted rows, chunk by chunk, the chunks of a few files at a time in several threads."""
-        files = split_rows(rows_m, starts_f=self._starts_f)
         blocks: list[TokenBlock] = []
-        for first in range(0, len(files), FILES_AT_ONCE):
-            chunks = [
-                (self._shard(file), int(self._starts_f[file]), rows[start : start + CHUNK_ROWS])
-                for file, rows in files[first : first + FILES_AT_ONCE]
-                for start in range(0, len(rows), CHUNK_ROWS)
-            ]
+        for chunks in self._windows(rows_m):
             is_local = all(shard.source.is_local for shard, _, _ in chunks)
             do = pool.map if self.threads > 1 and is_local and get_worker_info() is None else map
             blocks += do(self._tokenize_chunk, chunks, itertools.repeat(epoch))
         return blocks
+
+    def _windows(self, rows_m: np.ndarray) -> Iterator[list[tuple[Shard, int, np.ndarray]]]:
+        """Yield chunks of (shard, its first cell, rows) of a few files at a time.
+
+        A file kept in memory as a whole ends its window: the cache would close its elders, and reads reopen them.
+        """
+        chunks: list[tuple[Shard, int, np.ndarray]] = []
+        for number, (file, rows) in enumerate(split_rows(rows_m, starts_f=self._starts_f), start=1):
+            shard, first_cell = self._shard(file), int(self._starts_f[file])
+            chunks += [(shard, first_cell, rows[at : at + CHUNK_ROWS]) for at in range(0, len(rows), CHUNK_ROWS)]
+            if number % FILES_AT_ONCE == 0 or shard.source.format == "csc":
+                yield chunks
+                chunks = []
+        if chunks:
+            yield chunks
 
     def _tokenize_chunk(self, chunk: tuple[Shard, int, np.ndarray], epoch: int) -> TokenBlock:
         shard, first_cell, rows_m = chunk
