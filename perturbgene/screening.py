@@ -37,7 +37,7 @@ LEAST_REST = 1e-3
 #: at 1,000 genes as all at once).
 BYTES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 29}
 #: Attention weights of a batch that are kept from the forward to the backward pass.
-MOST_KEPT = {"cpu": 1 << 24, "cuda": 1 << 30}
+MOST_KEPT = {"cpu": 1 << 25, "cuda": 1 << 29}
 #: A single cell may have so many more than that; beyond, they are made again.
 KEPT_OF_LONG_CELL = 8
 
