@@ -24,13 +24,15 @@ from torch.autograd.function import once_differentiable
 
 from perturbgene.data_utils.data_collators import Batch, pack
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.eval_utils import model_device, to_device
+from perturbgene.eval_utils import inference_mode, model_device, to_device
 from perturbgene.model import GeneBertLayer, Packing
 from perturbgene.readouts import LabelReadout, Readout, in_budget, token_budget
 from perturbgene.runs import Run
 
-#: Random directions along which the length of a shift of the state is measured.
-NUM_DIRECTIONS = 32
+#: Directions along which the length of a shift of the state is measured.
+NUM_DIRECTIONS = 12
+#: Spread of what is added to the attention logits of tokens to see where the state goes.
+FADE = 0.5
 #: Below this share of attention left, a query looked at nothing but the removed token and its output is undefined.
 LEAST_REST = 1e-3
 #: Bytes of attention weights that are worked on at once: on a CPU so few that they stay in its cache (1.7 times as fast
@@ -58,17 +60,18 @@ def screen_removals(
         run: The model and its tokenizer.
         block: From `readouts.sequences`.
         readout: What is compared.
-        num_directions: For states: backward passes, each along a random direction; as many as the hidden size are exact
-            to first order.
+        num_directions: For states: forward and backward passes, each pair for one of the directions in which the state
+            shifts most; as many as the hidden size are exact to first order.
         towards_n: For labels: another label of interest for each cell, shape (n,).
         budget: Tokens that run at once; None takes what suits the device.
-        is_half: Whether products run in bfloat16; None where the device multiplies it fast.
+        is_half: Whether products run in bfloat16; None where that is faster.
 
     Returns:
         float32 of shape (l,); missing (NaN) at tokens that are no genes.
     """
     device = model_device(run.model)
-    is_half = has_fast_bfloat16(device) if is_half is None else is_half
+    if is_half is None:  # one layer has too little to multiply for the conversions
+        is_half = has_fast_bfloat16(device) and run.model.config.num_hidden_layers > 1
     scores = []
     for rows in _batches(run, np.diff(block.offsets_n1), budget=token_budget(run.model) if budget is None else budget):
         batch = to_device(pack(block.take(rows)), device)
@@ -107,13 +110,18 @@ def _screen_batch(
     run: Run, batch: Batch, readout: Readout, *, num_directions: int, towards_n: Tensor | None
 ) -> np.ndarray:
     is_gene_l = batch["token_type_ids"] >= run.tokenizer.first_gene_type
+    direction_nhr = (
+        None if isinstance(readout, LabelReadout) else _directions(run, batch, readout, count=num_directions)
+    )
     with torch.enable_grad(), _screening(run, batch) as sums:
         if isinstance(readout, LabelReadout):
             targets = readout.log_odds(readout.logits(run.model, batch), towards_n=towards_n).sum()[None]
             scale_n = None
         else:
             states_nh = readout.read(run.model, batch, is_counted_l=is_gene_l)
-            targets, scale_n = _along_directions(states_nh, num_directions)
+            targets = torch.einsum("nh,nhr->r", states_nh, direction_nhr)
+            # a small shift s of a state e has the cosine distance |s_|^2 / (2 |e|^2), where s_ is the part across e
+            scale_n = 0.5 / states_nh.detach().square().sum(dim=1)
     changes = []
     for index, target in enumerate(targets):
         torch.autograd.grad(target, sums.trigger, retain_graph=index + 1 < len(targets), allow_unused=True)
@@ -124,20 +132,32 @@ def _screen_batch(
     return (torch.stack(changes).square().sum(dim=0) * scale_n.repeat_interleave(lengths)).cpu().numpy()
 
 
-def _along_directions(states_nh: Tensor, num_directions: int) -> tuple[Tensor, Tensor]:
-    """Return the states' sum along random orthonormal directions, (r,), and what turns squared shifts into distances.
+def _directions(run: Run, batch: Batch, readout: Readout, *, count: int) -> Tensor:
+    """Return orthonormal directions across each state in which most of its shifts lie, (n, h, r).
 
-    A small shift s of a state e has the cosine distance |s_|^2 / (2 |e|^2), where s_ is the part of s across e; its
-    squared length is h / r times that along r of h orthonormal directions, on average.
+    Random sums of vectors span most of the space that holds most of them (Halko, Martinsson and Tropp 2011,
+    arXiv:0909.4061, algorithm 4.1). Here a sum is where the state goes when some genes fade and all others gain, drawn
+    by gene, so that a cell is screened alike in any batch.
     """
-    h = states_nh.shape[1]
-    count = min(num_directions, h)
-    random_hh = torch.from_numpy(np.random.default_rng(0).standard_normal((h, h))).to(states_nh.device, torch.float32)
-    direction_hr = torch.linalg.qr(random_hh).Q[:, :count]
-    unit_nh = F.normalize(states_nh.detach(), dim=1)
-    across_nhr = direction_hr[None] - unit_nh[:, :, None] * (unit_nh @ direction_hr)[:, None, :]
-    scale_n = h / count / (2 * states_nh.detach().square().sum(dim=1))
-    return torch.einsum("nh,nhr->r", states_nh, across_nhr), scale_n
+    types_l = batch["token_type_ids"]
+    is_gene_l = types_l >= run.tokenizer.first_gene_type
+    count = min(count, run.model.config.hidden_size)
+    gates_rt = FADE * np.random.default_rng(0).standard_normal((count, run.model.config.type_vocab_size))
+    gates_rl = torch.from_numpy(gates_rt).to(types_l.device, torch.float32)[:, types_l] * is_gene_l
+    with inference_mode(run.model), torch.autocast(types_l.device.type, enabled=False):
+        state_nh, *faded = (
+            readout.read(run.model, {**batch, "key_log_gate": gate_l}, is_counted_l=is_gene_l)
+            for gate_l in (torch.zeros_like(gates_rl[0]), *gates_rl)
+        )
+        unit_nh = F.normalize(state_nh, dim=1)
+        shift_nhr = _across(torch.stack(faded, dim=2) - state_nh[:, :, None], unit_nh)
+        direction_nhr = _across(torch.linalg.qr(shift_nhr).Q, unit_nh)
+    return direction_nhr.clone()  # outside of inference mode: a gradient goes through it
+
+
+def _across(shift_nhr: Tensor, unit_nh: Tensor) -> Tensor:
+    """Return the part of shifts across a unit vector of each cell."""
+    return shift_nhr - unit_nh[:, :, None] * torch.einsum("nh,nhr->nr", unit_nh, shift_nhr)[:, None, :]
 
 
 # -- attention that sums the effect of each key's removal -----------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import spearmanr
 
 from perturbgene import screening
+from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.edits import Perturbations, changed_pairs, perturbations_of
 from perturbgene.errors import InputError
@@ -127,6 +128,27 @@ def test_small_removals_are_screened_to_first_order(name, norm_position):
     assert len(screened) == 9
     assert spearmanr(screened, exact).statistic > 0.6
     assert (np.sign(screened) == np.sign(exact)).mean() > 0.7
+
+
+@pytest.mark.parametrize("name", ["cls", "mean"])
+def test_few_directions_hold_most_of_the_shifts_of_a_state(name):
+    """Of 16 dimensions 4 are followed, yet lengths come near those along all; unchosen ones would hold a quarter."""
+    run = a_run()
+    readout = READOUTS[name](run)
+    asked = sequences(CELLS, TOKENIZER, readout)
+    few_l, all_l = (screen_removals(run, asked, readout, num_directions=r, is_half=False) for r in (4, 16))
+    is_gene_l = np.isfinite(all_l)
+    assert 0.8 < few_l[is_gene_l].sum() / all_l[is_gene_l].sum() < 1
+    assert spearmanr(few_l[is_gene_l], all_l[is_gene_l]).statistic > 0.9
+
+
+def test_directions_are_orthonormal_and_across_the_state():
+    run = a_run()
+    batch = pack(sequences(CELLS, TOKENIZER, StateReadout("cls")))
+    direction_nhr = screening._directions(run, batch, StateReadout("cls"), count=4)
+    state_nh = StateReadout("cls").read(run.model, batch, is_counted_l=batch["token_type_ids"] >= 3)
+    torch.testing.assert_close(direction_nhr.mT @ direction_nhr, torch.eye(4).expand(3, 4, 4), atol=1e-4, rtol=0)
+    assert torch.einsum("nh,nhr->nr", state_nh, direction_nhr).abs().max() < 1e-4
 
 
 def test_with_one_layer_and_one_read_the_screen_is_the_gradient_times_the_exact_change():
