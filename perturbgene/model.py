@@ -612,7 +612,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
         """Transform (l, h) -> (l, h), or -> (m, h) at the ascending flat ``read_positions``, shape (m,)."""
         is_pre, is_branch = self.norm_position == "pre", self.norm_position == "branch"
         normed_lh = self.attention_norm(hidden_lh) if is_pre else hidden_lh
-        attended = self._attend(normed_lh, packing, read_positions, key_log_gate)
+        attended = self.attend(normed_lh, packing, read_positions, key_log_gate)
         residual = (
             hidden_lh if read_positions is None else hidden_lh.index_select(0, read_positions)
         )  # (l, h) -> (m, h)
@@ -625,8 +625,9 @@ class GeneBertLayer(GradientCheckpointingLayer):
         hidden = self.attention_norm(hidden)
         return cast(Tensor, self.ffn_norm(hidden + self.dropout(self._feed_forward(hidden))))
 
-    def _attend(self, x_lh: Tensor, packing: Packing, read_positions: Tensor | None, gate_l: Tensor | None) -> Tensor:
-        q, k, v = self._queries_keys_values(x_lh, read_positions)
+    def attend(self, x_lh: Tensor, packing: Packing, read_positions: Tensor | None, gate_l: Tensor | None) -> Tensor:
+        """Attend and project, (l, h) -> (a, h); `screening` puts a function of its own here while it screens."""
+        q, k, v = self.queries_keys_values(x_lh, read_positions)
         out_ahd = attention(
             q,
             k,
@@ -638,7 +639,8 @@ class GeneBertLayer(GradientCheckpointingLayer):
         )
         return cast(Tensor, self.attention_out(out_ahd.flatten(1)))  # (a, heads, d) -> (a, h)
 
-    def _queries_keys_values(self, x_lh: Tensor, read_positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x_lh: Tensor, read_positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what attention compares, of shapes (a, heads, d) and twice (l, heads, d)."""
         h, heads = x_lh.shape[1], self.config.num_attention_heads
         if read_positions is None:
             q, k, v = self.qkv(x_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)

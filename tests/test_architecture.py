@@ -69,6 +69,7 @@ FLOORS = {
     "runs": 3,
     "effects": 1,
     "edits": 3,
+    "first_layer": 3,
     "readouts": 3,
     "screening": 3,
     "effect_parts": 4,
