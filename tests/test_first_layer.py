@@ -72,7 +72,7 @@ def test_long_cells_attend_some_queries_at_a_time(monkeypatch):
     run = a_run()
     expected = knock_outs(run, "label", ["all"])
     monkeypatch.setattr(first_layer, "MOST_WEIGHTS", {"cpu": 1})
-    np.testing.assert_allclose(knock_outs(run, "label", ["all"]), expected, atol=1e-6)
+    np.testing.assert_allclose(knock_outs(run, "label", ["all"]), expected, atol=5e-6)
 
 
 def test_a_run_that_fails_leaves_the_first_layer_as_it_was():
