@@ -17,6 +17,7 @@ FLOORS = {
     "lazy": 0,
     "model": 0,
     "flops": 0,
+    "heap": 0,
     "plots": 0,
     "data_utils.remote": 0,
     "settings.flags": 0,
