@@ -551,6 +551,48 @@ class Dropout(nn.Dropout):
         return input * kept.to(input.dtype).mul_(2**15 / (2**15 - dropped))
 
 
+class _BiasedProduct(torch.autograd.Function):
+    """x w^T + b in half precision on the CPU by one call of oneDNN.
+
+    PyTorch's own writes the bias to every row first and lets the product add to it, which takes up to 15 % longer for
+    the same bits. The backward pass is PyTorch's own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_li: Tensor, weight_oi: Tensor, bias_o: Tensor) -> Tensor:
+        ctx.save_for_backward(x_li, weight_oi)
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x_li, weight_oi, bias_o, "none", [], ""))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_lo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_li, weight_oi = ctx.saved_tensors
+        return grad_lo.mm(weight_oi), grad_lo.t().mm(x_li), grad_lo.sum(0)
+
+
+def linear(x_li: Tensor, weight_oi: Tensor, bias_o: Tensor) -> Tensor:
+    """Return x w^T + b, (l, i) -> (l, o), the fastest way that gives PyTorch's result."""
+    if _runs_onednn(x_li):
+        return cast(Tensor, _BiasedProduct.apply(*(part.to(torch.bfloat16) for part in (x_li, weight_oi, bias_o))))
+    return F.linear(x_li, weight_oi, bias_o)
+
+
+def _runs_onednn(x_lx: Tensor) -> bool:
+    """True where products are computed in bfloat16 by oneDNN."""
+    if x_lx.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x_lx.dtype == torch.bfloat16
+
+
+class Linear(nn.Linear):
+    """PyTorch's, by way of ``linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class PositionlessEmbeddings(nn.Module):
     """Word plus type embedding, LayerNorm, dropout: BERT's embeddings without positions, for tokens have no order.
 
@@ -610,11 +652,11 @@ class GeneBertLayer(GradientCheckpointingLayer):
         h = config.hidden_size
         self.config = config
         self.norm_position = config.norm_position
-        self.qkv = nn.Linear(h, 3 * h)
-        self.attention_out = nn.Linear(h, h)
+        self.qkv = Linear(h, 3 * h)
+        self.attention_out = Linear(h, h)
         self.attention_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
-        self.ffn_in = nn.Linear(h, config.intermediate_size)
-        self.ffn_out = nn.Linear(config.intermediate_size, h)
+        self.ffn_in = Linear(h, config.intermediate_size)
+        self.ffn_out = Linear(config.intermediate_size, h)
         self.ffn_norm = FeedForwardNorm(h, eps=config.layer_norm_eps)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = Dropout(config.dropout)
@@ -661,8 +703,8 @@ class GeneBertLayer(GradientCheckpointingLayer):
             q, k, v = self.qkv(x_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)
             return q, k, v
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x_lh.index_select(0, read_positions), weight[:h], bias[:h])
-        k, v = F.linear(x_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
+        q = linear(x_lh.index_select(0, read_positions), weight[:h], bias[:h])
+        k, v = linear(x_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
         return q.view(-1, heads, h // heads), k, v
 
     def _feed_forward(self, x_lh: Tensor) -> Tensor:

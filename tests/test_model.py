@@ -26,6 +26,7 @@ from perturbgene.model import (
     GeneBertModel,
     Packing,
     attention,
+    linear,
     load_preset,
     masked_loss,
     weighted_loss,
@@ -359,6 +360,21 @@ def test_rounding_a_batch_up_changes_no_result(monkeypatch: pytest.MonkeyPatch, 
     torch.testing.assert_close(rounded.logits, exact.logits)
     torch.testing.assert_close(rounded.hidden_states, exact.hidden_states)
     assert_same_gradients(rounded_gradients, exact_gradients, atol=2e-3)
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "float32"])
+def test_a_linear_layer_has_the_bits_of_pytorchs(how: str) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    parts = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((33, 32), (48, 32), (48,))]
+    results = []
+    for function in (linear, nn.functional.linear):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+            out = function(*parts)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), parts)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, queries: list[int], keys: list[int]) -> Tensor:
