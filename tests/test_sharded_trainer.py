@@ -90,6 +90,31 @@ def test_two_processes_of_4_cells_make_the_step_of_8(corpus: Path, uncut: Path, 
     assert_same_steps(resumed, uncut)
 
 
+#: What `accelerate launch --use_fsdp --fsdp_version 2` sets.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "GeneBertLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+
+
+def test_weights_spread_over_two_processes_by_fsdp2_make_the_step_of_8(
+    corpus: Path, uncut: Path, tmp_path: Path
+) -> None:
+    tests, run = Path(__file__).parent, tmp_path / "run"
+    words = [word for word in arguments(corpus, run, batch=4, accumulated=1) if word not in ("--ema_decay", "0.5")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, **FSDP, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
+    command += [str(tests / "fsdp_on_cpu.py"), *words, "--use_cpu"]
+    subprocess.run(command, check=True, env=environment, timeout=200, capture_output=True)
+    assert (run / "checkpoint-1" / "pytorch_model_fsdp.bin").exists()  # written by FSDP only
+    for name in ("grad_norm", "loss"):
+        assert [e[name] for e in log_of(run)] == pytest.approx([e[name] for e in log_of(uncut)], abs=2e-5)
+    ours, theirs = load_file(run / "model.safetensors"), load_file(uncut / "checkpoint-2" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6
+
+
 def test_the_log_holds_both_loss_parts(uncut: Path) -> None:
     entry = log_of(uncut)[0]
     weighted = entry["loss_phenotypes"] + 0.3 * entry["loss_genes"]
