@@ -52,7 +52,7 @@ NORM_POSITIONS = ("pre", "post", "branch")
 #: Where the feed-forward branch's LayerNorm gain starts with "branch": quiet against attention, which reads the cell.
 BRANCH_GAIN = 0.1
 IGNORED_LABEL = -100  # Hugging Face's and PyTorch's "no label here"
-#: Rows of a cell's attention, and of a whole batch, are rounded up to multiples of these on the CPU in half precision.
+#: Rows of a cell in explicit products, and of a whole batch on the CPU, are rounded up to multiples of these.
 ROW_STEP, BATCH_STEP = 32, 64
 GATE_FEATURES = 8  # flash kernels want head sizes in multiples of 8, so the gate's feature brings seven zeros along
 
@@ -505,8 +505,12 @@ def _sdpa(q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, queries: Packing, keys: P
     - bf16: 4 cells of ~500, 4 heads 35 / 71; 2 of 1,024 54 / 93; 2 of 512, 12 heads 44 / 83; 8 of 170 6.6 / 18.5;
     - float32: 63 / 61, 105 / 105, 81 / 80, 6.9 / 6.3; forward alone 22 / 18, 36 / 29, 28 / 22, 2.2 / 2.1.
     """
-    cells = zip(q_ahd.split(queries.lengths), k_lhd.split(keys.lengths), v_lhd.split(keys.lengths), strict=True)
-    return torch.cat([_sdpa_cell(*(x.transpose(0, 1) for x in qkv), scale=scale).transpose(0, 1) for qkv in cells])
+    outs = [
+        _sdpa_cell(*(x.transpose(0, 1) for x in (q_ahd[of_q], k_lhd[of_k], v_lhd[of_k])), scale=scale).transpose(0, 1)
+        for of_q, of_k in _slices(queries, keys)
+    ]
+    of_no_cell = q_ahd.new_zeros(len(q_ahd) - sum(queries.lengths), *q_ahd.shape[1:])
+    return torch.cat([*outs, of_no_cell])
 
 
 def _varlen(q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, queries: Packing, keys: Packing, scale: float) -> Tensor:
@@ -851,9 +855,11 @@ class GeneBertModel(GeneBertPreTrainedModel):
 
 
 def _left_over(x_lx: Tensor) -> int:
-    """Count the rows by which to round up, so that oneDNN need not compile its products for every number of rows."""
-    is_half = x_lx.dtype == torch.bfloat16 or torch.is_autocast_enabled(x_lx.device.type)
-    return -len(x_lx) % BATCH_STEP if x_lx.device.type == "cpu" and is_half else 0
+    """Count the rows by which to round up on the CPU, so that oneDNN need not compile for every number of rows.
+
+    Float32 does without oneDNN, but with the same rows it draws the same dropout as half precision.
+    """
+    return -len(x_lx) % BATCH_STEP if x_lx.device.type == "cpu" else 0
 
 
 def _some_more(read_positions: Tensor | None, num_tokens: int, like: Tensor) -> Tensor | None:

@@ -334,18 +334,22 @@ def test_rounding_cells_up_to_blocks_changes_no_result(lengths: list[int]) -> No
     torch.testing.assert_close(by_kernel[0], by_kernel[1], atol=1e-4, rtol=1e-4)
 
 
-def test_rows_of_no_cell_get_no_output_and_no_gradient() -> None:
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+def test_rows_of_no_cell_get_no_output_and_no_gradient(kernel: str) -> None:
     q, k, v = (part.requires_grad_() for part in random_qkv([5, 3, 4]))
     where = packing_of([5, 3])
-    out = attention(q, k, v, queries=where, keys=where, kernel="matmul")
+    out = attention(q, k, v, queries=where, keys=where, kernel=kernel)
     assert (out[8:] == 0).all()
     for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
         assert (gradient[8:] == 0).all()
         assert (gradient[:8] != 0).all()
 
 
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("gate", [None, -0.5], ids=["plain", "gated"])
-def test_rounding_a_batch_up_changes_no_result(monkeypatch: pytest.MonkeyPatch, gate: float | None) -> None:
+def test_rounding_a_batch_up_changes_no_result(
+    monkeypatch: pytest.MonkeyPatch, gate: float | None, *, bf16: bool
+) -> None:
     model, batch = build(GeneBertForPhenotypicMLM), packed(make_cells(LENGTHS * 3))
     assert len(batch["input_ids"]) % 64 and len(batch["labels"]) > 64
     if gate is not None:
@@ -353,7 +357,7 @@ def test_rounding_a_batch_up_changes_no_result(monkeypatch: pytest.MonkeyPatch, 
     runs = []
     for step in (1, 64):
         monkeypatch.setattr("perturbgene.model.BATCH_STEP", step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             output = model(**batch, output_hidden_states=True)
         runs.append((output, gradients(model, output.loss)))
     (exact, exact_gradients), (rounded, rounded_gradients) = runs
