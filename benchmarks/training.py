@@ -1,7 +1,8 @@
 """How fast does the model train and answer? The usual recipe against ours, every option on and off, in one run.
 
 Owns the rounds, the clock and the table; leaves models, batches and steps to `trainees`. All contenders of a setting
-take turns, batch by batch, so that a busy machine slows all of them alike; ratios are medians over rounds.
+take turns, batch by batch, so that a busy machine slows all of them alike; ratios are medians over rounds. On the CPU
+each has a process of its own, as what ours does to the C library's heap would help the others too.
 
 Run from the repository root: python -m benchmarks.training --sizes 4x256 --lengths "~500" --rounds 2
 """
@@ -9,17 +10,23 @@ Run from the repository root: python -m benchmarks.training --sizes 4x256 --leng
 import argparse
 import datetime
 import json
+import multiprocessing
 import platform
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from benchmarks.loading import machine, versions
 from benchmarks.trainees import LENGTHS, MAIN, RECIPES, SIZES, USUAL, Batch, Step, Trainee, draw_batches
 from perturbgene.flops import flops_of_batch, forward_flops, measured_peak
+from perturbgene.heap import keep_freed_memory
 
 STEPS: dict[str, Step] = {"training": Trainee.train, "inference": Trainee.infer}
 
@@ -98,16 +105,68 @@ def row_of(trainee: Trainee, mode: str) -> Row:
     return row
 
 
-def measure(trainees: list[Trainee], *, mode: str, rounds: int) -> list[Row]:
+class Contender(Protocol):
+    """Something that takes turns."""
+
+    row: Row
+    num_batches: int
+
+    def turn(self, k: int) -> float:
+        """Return the seconds of a step on batch k."""
+
+
+class Here:
+    """A contender in this process."""
+
+    def __init__(self, name: str, size: str, lengths: str, mode: str, options: argparse.Namespace) -> None:
+        batches = draw_batches(lengths, cells=options.cells, batches=options.batches, device=options.device)
+        self.trainee, self.mode = Trainee(name, size=size, batches=batches, is_training=mode == "training"), mode
+        self.row, self.num_batches = row_of(self.trainee, mode), len(self.trainee.batches)
+
+    def turn(self, k: int) -> float:
+        """Take one step."""
+        return timed(STEPS[self.mode], self.trainee, self.trainee.batches[k])
+
+
+def serve(pipe: Connection, name: str, *setting: str, options: argparse.Namespace) -> None:
+    """Be a contender for another process: send the row, then the seconds of each batch that it names, until None."""
+    torch.set_num_threads(options.threads)
+    if RECIPES[name].is_ours:
+        keep_freed_memory()  # as our command line does
+    contender = Here(name, *setting, options)
+    pipe.send((contender.row, contender.num_batches))
+    while (k := pipe.recv()) is not None:
+        pipe.send(contender.turn(k))
+
+
+class Elsewhere:
+    """A contender in a process of its own."""
+
+    def __init__(self, name: str, *setting: str, options: argparse.Namespace, stack: ExitStack) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        process = spawn.Process(target=serve, args=(theirs, name, *setting), kwargs={"options": options}, daemon=True)
+        process.start()
+        theirs.close()  # so that its end is noticed here
+        stack.callback(process.join)
+        stack.callback(self.pipe.send, None)
+        self.row, self.num_batches = self.pipe.recv()
+
+    def turn(self, k: int) -> float:
+        """Let it take one step."""
+        self.pipe.send(k)
+        return float(self.pipe.recv())
+
+
+def measure(contenders: Sequence[Contender], *, rounds: int) -> list[Row]:
     """Let the contenders take turns, batch by batch."""
-    rows = [row_of(trainee, mode) for trainee in trainees]
     for _ in range(rounds):
-        for row in rows:
-            row.seconds.append(0.0)
-        for k in range(max(len(trainee.batches) for trainee in trainees)):
-            for row, trainee in zip(rows, trainees, strict=True):
-                row.seconds[-1] += timed(STEPS[mode], trainee, trainee.batches[k])
-    return rows
+        for contender in contenders:
+            contender.row.seconds.append(0.0)
+        for k in range(max(contender.num_batches for contender in contenders)):
+            for contender in contenders:
+                contender.row.seconds[-1] += contender.turn(k)
+    return [contender.row for contender in contenders]
 
 
 def table(rows: list[Row], *, title: str, peaks: dict[str, float]) -> str:
@@ -137,10 +196,12 @@ def about(options: argparse.Namespace, peaks: dict[str, float]) -> str:
 
 def run_setting(size: str, lengths: str, mode: str, options: argparse.Namespace) -> list[Row]:
     """Measure one size and distribution of lengths."""
-    batches = draw_batches(lengths, cells=options.cells, batches=options.batches, device=options.device)
-    is_training = mode == "training"
-    trainees = [Trainee(name, size=size, batches=batches, is_training=is_training) for name in options.recipes]
-    return measure(trainees, mode=mode, rounds=options.rounds)
+    setting = (size, lengths, mode)
+    if options.together or options.device == "cuda":
+        return measure([Here(name, *setting, options) for name in options.recipes], rounds=options.rounds)
+    with ExitStack() as stack:
+        contenders = [Elsewhere(name, *setting, options=options, stack=stack) for name in options.recipes]
+        return measure(contenders, rounds=options.rounds)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -155,6 +216,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=8, help="cells a step (8 is Trainer's default)")
     parser.add_argument("--batches", type=int, default=4, help="different batches where lengths differ")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", action="store_true", help="all in one process, with the heap as it comes")
     parser.add_argument("--json", type=Path, help="write all figures there too")
     options = parser.parse_args(arguments)
     groups = {"main": list(MAIN), "all": list(RECIPES)}

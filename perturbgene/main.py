@@ -16,6 +16,7 @@ from pathlib import Path
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
 from perturbgene.errors import InputError, RunFailedError, StoppedError
+from perturbgene.heap import keep_freed_memory
 
 VERB_FUNCTIONS = {
     "prepare": "perturbgene.prepare:run_prepare",
@@ -29,6 +30,7 @@ VERB_FUNCTIONS = {
     "perturb": "perturbgene.perturbation:run_perturb",
     "download": "perturbgene.download:run_download",
 }
+VERBS_WITHOUT_MODEL = ("prepare", "download")
 EXIT_USAGE = 2
 EXIT_FAILED = 3
 # As a shell reports a process that a signal has ended: 128 + SIGINT, 128 + SIGPIPE.
@@ -82,6 +84,8 @@ def run(tokens: Sequence[str]) -> int:
         print(page, flush=True)
         return 0
     set_up_logging()
+    if config.verb not in VERBS_WITHOUT_MODEL:
+        keep_freed_memory()
     outcome = verb_function(config.verb)(config)
     if isinstance(outcome, str | Path):
         print(outcome, flush=True)

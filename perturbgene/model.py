@@ -53,6 +53,8 @@ NORM_POSITIONS = ("pre", "post", "branch")
 #: Where the feed-forward branch's LayerNorm gain starts with "branch": quiet against attention, which reads the cell.
 BRANCH_GAIN = 0.1
 IGNORED_LABEL = -100  # Hugging Face's and PyTorch's "no label here"
+#: Rows of a cell in explicit products, and of a whole batch on the CPU, are rounded up to multiples of these.
+ROW_STEP, BATCH_STEP = 32, 64
 GATE_FEATURES = 8  # flash kernels want head sizes in multiples of 8, so the gate's feature brings seven zeros along
 
 
@@ -411,43 +413,75 @@ def _with_gate(
 class _MatmulAttention(torch.autograd.Function):
     """Attention by explicit products, cell by cell, that keeps only what its backward pass needs.
 
-    Heads are laid out one after another once per call, because products of strided views copy them each time; results
-    are written straight into place. Against the same products left to autograd it has the same bits; bf16, 4 heads of
-    64, one core (AVX512-BF16), forward and backward of a cell: 9.8 -> 7.0 ms (512 tokens), 27.4 -> 24.6 ms (1,024).
+    Each cell's heads lie one after another in a block of its own, whose length is a multiple of ``ROW_STEP``: products
+    of strided views copy them each time, a softmax over other lengths ends in a slow loop, and oneDNN compiles (0.6 ms)
+    and keeps (0.6 MiB) code for every shape it meets, of which cells of all lengths would bring thousands. Left-over
+    keys have the logit -inf, left-over queries are 0 and so are their gradients.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, queries: Packing, keys: Packing, scale: float
     ) -> Tensor:
-        keeps, weights = any(ctx.needs_input_grad), []
-        q_had, k_hld, v_hld = (x.transpose(0, 1) for x in (q_ahd * scale, k_lhd, v_lhd))
-        if keeps:  # each is read again in the backward pass
-            q_had, k_hld, v_hld = q_had.contiguous(), k_hld.contiguous(), v_hld.contiguous()
-        out_ahd = torch.empty_like(q_ahd, memory_format=torch.contiguous_format)
+        keeps, kept = any(ctx.needs_input_grad), []
+        out_ahd = _rows_like(q_ahd, sum(queries.lengths))
         for of_q, of_k in _slices(queries, keys):
-            weight_hal = torch.bmm(q_had[:, of_q], k_hld[:, of_k].transpose(1, 2)).softmax(-1)
-            torch.bmm(weight_hal, v_hld[:, of_k], out=out_ahd[of_q].transpose(0, 1))
+            q_had = _block(q_ahd[of_q]).mul_(scale)
+            k_hld, v_hld = _block(k_lhd[of_k]), _block(v_lhd[of_k])
+            weight_hal = _softmax_(torch.bmm(q_had, k_hld.transpose(1, 2)), of_k.stop - of_k.start)
+            _put_product(out_ahd[of_q], weight_hal, v_hld)
             if keeps:
-                weights.append(weight_hal)
-        ctx.save_for_backward(q_had, k_hld, v_hld, *weights)
-        ctx.queries, ctx.keys, ctx.scale = queries, keys, scale
+                kept += [q_had, k_hld, v_hld, weight_hal]
+        ctx.save_for_backward(*kept)
+        ctx.queries, ctx.keys, ctx.scale, ctx.num_keys = queries, keys, scale, len(k_lhd)
         return out_ahd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ahd: Tensor) -> tuple[Tensor | None, ...]:
-        q_had, k_hld, v_hld, *weights = ctx.saved_tensors
-        grad_had = grad_ahd.transpose(0, 1).contiguous()
-        grads = [x.new_empty(x.shape[1], x.shape[0], x.shape[2]) for x in (q_had, k_hld, v_hld)]
-        dq_had, dk_hld, dv_hld = (grad.transpose(0, 1) for grad in grads)
-        for (of_q, of_k), weight_hal in zip(_slices(ctx.queries, ctx.keys), weights, strict=True):
-            grad_weight = torch.bmm(grad_had[:, of_q], v_hld[:, of_k].transpose(1, 2))
+        kept, used = ctx.saved_tensors, sum(ctx.keys.lengths)
+        like_lhd = grad_ahd.new_empty(1, 1, 1).expand(ctx.num_keys, *grad_ahd.shape[1:])
+        dq_ahd = _rows_like(grad_ahd, sum(ctx.queries.lengths))
+        dk_lhd, dv_lhd = _rows_like(like_lhd, used), _rows_like(like_lhd, used)
+        cells = zip(_slices(ctx.queries, ctx.keys), kept[::4], kept[1::4], kept[2::4], kept[3::4], strict=True)
+        for (of_q, of_k), q_had, k_hld, v_hld, weight_hal in cells:
+            grad_had = _block(grad_ahd[of_q])
+            _put_product(dv_lhd[of_k], weight_hal.transpose(1, 2), grad_had)
+            grad_weight = torch.bmm(grad_had, v_hld.transpose(1, 2))
             grad_logit = torch._softmax_backward_data(grad_weight, weight_hal, -1, weight_hal.dtype)
-            torch.bmm(weight_hal.transpose(1, 2), grad_had[:, of_q], out=dv_hld[:, of_k])
-            torch.bmm(grad_logit, k_hld[:, of_k], out=dq_had[:, of_q])
-            torch.bmm(grad_logit.transpose(1, 2), q_had[:, of_q], out=dk_hld[:, of_k])
-        return grads[0].mul_(ctx.scale), grads[1], grads[2], None, None, None
+            _put_product(dq_ahd[of_q], grad_logit, k_hld)
+            _put_product(dk_lhd[of_k], grad_logit.transpose(1, 2), q_had)
+        return dq_ahd.mul_(ctx.scale), dk_lhd, dv_lhd, None, None, None
+
+
+def _rows_like(x_lhd: Tensor, used: int) -> Tensor:
+    """Make room of the same shape; rows that belong to no cell are 0."""
+    room_lhd = x_lhd.new_empty(x_lhd.shape)
+    room_lhd[used:].zero_()
+    return room_lhd
+
+
+def _block(x_lhd: Tensor) -> Tensor:
+    """Copy a cell's (l, heads, d) -> contiguous (heads, l, d), with l rounded up by rows of 0."""
+    x_hld = x_lhd.transpose(0, 1)
+    left_over = -len(x_lhd) % ROW_STEP
+    return F.pad(x_hld, (0, 0, 0, left_over)) if left_over else x_hld.clone(memory_format=torch.contiguous_format)
+
+
+def _softmax_(logit_hal: Tensor, num_keys: int) -> Tensor:
+    """Turn logits into weights in place, where the next product finds them in the cache."""
+    if num_keys < logit_hal.shape[-1]:
+        logit_hal[..., num_keys:].fill_(-torch.inf)
+    return torch.softmax(logit_hal, -1, out=logit_hal)
+
+
+def _put_product(out_lhd: Tensor, left_hlx: Tensor, right_hxd: Tensor) -> None:
+    """Write a product (heads, l, d) to a cell's place, without the rows by which its block was rounded up."""
+    out_hld = out_lhd.transpose(0, 1)
+    if left_hlx.shape[1] == len(out_lhd):
+        torch.bmm(left_hlx, right_hxd, out=out_hld)
+    else:
+        out_hld.copy_(torch.bmm(left_hlx, right_hxd)[:, : len(out_lhd)])
 
 
 def _slices(queries: Packing, keys: Packing) -> Iterator[tuple[slice, slice]]:
@@ -482,8 +516,12 @@ def _sdpa(q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, queries: Packing, keys: P
     - bf16: 4 cells of ~500, 4 heads 35 / 71; 2 of 1,024 54 / 93; 2 of 512, 12 heads 44 / 83; 8 of 170 6.6 / 18.5;
     - float32: 63 / 61, 105 / 105, 81 / 80, 6.9 / 6.3; forward alone 22 / 18, 36 / 29, 28 / 22, 2.2 / 2.1.
     """
-    cells = zip(q_ahd.split(queries.lengths), k_lhd.split(keys.lengths), v_lhd.split(keys.lengths), strict=True)
-    return torch.cat([_sdpa_cell(*(x.transpose(0, 1) for x in qkv), scale=scale).transpose(0, 1) for qkv in cells])
+    outs = [
+        _sdpa_cell(*(x.transpose(0, 1) for x in (q_ahd[of_q], k_lhd[of_k], v_lhd[of_k])), scale=scale).transpose(0, 1)
+        for of_q, of_k in _slices(queries, keys)
+    ]
+    of_no_cell = q_ahd.new_zeros(len(q_ahd) - sum(queries.lengths), *q_ahd.shape[1:])
+    return torch.cat([*outs, of_no_cell])
 
 
 def _varlen(q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, queries: Packing, keys: Packing, scale: float) -> Tensor:
@@ -526,6 +564,48 @@ class Dropout(nn.Dropout):
         # 0..32767, less the rate: its sign, -1 or 0, and so 0 for a dropped element and 1 for a kept one
         kept = bits.bitwise_and_(2**15 - 1).sub_(dropped).bitwise_right_shift_(15).add_(1)
         return input * kept.to(input.dtype).mul_(2**15 / (2**15 - dropped))
+
+
+class _BiasedProduct(torch.autograd.Function):
+    """x w^T + b in half precision on the CPU by one call of oneDNN.
+
+    PyTorch's own writes the bias to every row first and lets the product add to it, which takes up to 15 % longer for
+    the same bits. The backward pass is PyTorch's own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_li: Tensor, weight_oi: Tensor, bias_o: Tensor) -> Tensor:
+        ctx.save_for_backward(x_li, weight_oi)
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x_li, weight_oi, bias_o, "none", [], ""))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_lo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_li, weight_oi = ctx.saved_tensors
+        return grad_lo.mm(weight_oi), grad_lo.t().mm(x_li), grad_lo.sum(0)
+
+
+def linear(x_li: Tensor, weight_oi: Tensor, bias_o: Tensor) -> Tensor:
+    """Return x w^T + b, (l, i) -> (l, o), the fastest way that gives PyTorch's result."""
+    if _runs_onednn(x_li):
+        return cast(Tensor, _BiasedProduct.apply(*(part.to(torch.bfloat16) for part in (x_li, weight_oi, bias_o))))
+    return F.linear(x_li, weight_oi, bias_o)
+
+
+def _runs_onednn(x_lx: Tensor) -> bool:
+    """True where products are computed in bfloat16 by oneDNN."""
+    if x_lx.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x_lx.dtype == torch.bfloat16
+
+
+class Linear(nn.Linear):
+    """PyTorch's, by way of ``linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class PositionlessEmbeddings(nn.Module):
@@ -593,11 +673,11 @@ class GeneBertLayer(GradientCheckpointingLayer):
         h = config.hidden_size
         self.config = config
         self.norm_position = config.norm_position
-        self.qkv = nn.Linear(h, 3 * h)
-        self.attention_out = nn.Linear(h, h)
+        self.qkv = Linear(h, 3 * h)
+        self.attention_out = Linear(h, h)
         self.attention_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
-        self.ffn_in = nn.Linear(h, config.intermediate_size)
-        self.ffn_out = nn.Linear(config.intermediate_size, h)
+        self.ffn_in = Linear(h, config.intermediate_size)
+        self.ffn_out = Linear(config.intermediate_size, h)
         self.ffn_norm = FeedForwardNorm(h, eps=config.layer_norm_eps)
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = Dropout(config.dropout)
@@ -646,8 +726,8 @@ class GeneBertLayer(GradientCheckpointingLayer):
             q, k, v = self.qkv(x_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)
             return q, k, v
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x_lh.index_select(0, read_positions), weight[:h], bias[:h])
-        k, v = F.linear(x_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
+        q = linear(x_lh.index_select(0, read_positions), weight[:h], bias[:h])
+        k, v = linear(x_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
         return q.view(-1, heads, h // heads), k, v
 
     def _feed_forward(self, x_lh: Tensor) -> Tensor:
@@ -791,14 +871,33 @@ class GeneBertModel(GeneBertPreTrainedModel):
 
     def _encode(self, cells: PackedCells, read_positions: Tensor | None, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the packed, normalised output and, with ``keep``, what went into each layer."""
-        hidden = self.embeddings(cells.input_ids, cells.token_type_ids, cells.inputs_embeds)
+        embedded, gate = self.embeddings(cells.input_ids, cells.token_type_ids, cells.inputs_embeds), cells.key_log_gate
+        num_tokens, spare = len(embedded), _left_over(embedded)
+        hidden = F.pad(embedded, (0, 0, 0, spare)) if spare else embedded  # rows of no cell, never read
+        gate = F.pad(gate, (0, spare)) if gate is not None and spare else gate
         earlier = []
         for layer in self.layers:
             if keep:
-                earlier.append(hidden)
+                earlier.append(hidden[:num_tokens])
             reads = read_positions if layer is self.layers[-1] else None
-            hidden = layer(hidden, cells.packing, reads, cells.key_log_gate)
-        return self.final_norm(hidden), earlier
+            hidden = layer(hidden, cells.packing, _some_more(reads, num_tokens, embedded), gate)
+        num_read = num_tokens if read_positions is None else len(read_positions)
+        return self.final_norm(hidden)[:num_read], earlier
+
+
+def _left_over(x_lx: Tensor) -> int:
+    """Count the rows by which to round up on the CPU, so that oneDNN need not compile for every number of rows.
+
+    Float32 does without oneDNN, but with the same rows it draws the same dropout as half precision.
+    """
+    return -len(x_lx) % BATCH_STEP if x_lx.device.type == "cpu" else 0
+
+
+def _some_more(read_positions: Tensor | None, num_tokens: int, like: Tensor) -> Tensor | None:
+    """Round many read positions up by reading the last token again, a few as they are."""
+    if read_positions is None or len(read_positions) <= BATCH_STEP or not _left_over(like[:1]):
+        return read_positions
+    return F.pad(read_positions, (0, -len(read_positions) % BATCH_STEP), value=num_tokens - 1)
 
 
 @dataclass

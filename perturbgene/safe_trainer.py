@@ -177,9 +177,20 @@ class SafeTrainer(Trainer):
         return self.ema.swapped_in() if self.ema is not None and self.is_in_train else nullcontext()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        wanted = [dict(group) for group in self._param_groups] if checkpoint is not None else []
         super()._load_optimizer_and_scheduler(checkpoint)
+        for group, now in zip(self._param_groups, wanted, strict=bool(wanted)):
+            _take_settings(group, now)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if wanted and hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [now["initial_lr"] for now in wanted]
         if self.ema is not None and checkpoint is not None:
             self.ema.load(Path(checkpoint))
+
+    @property
+    def _param_groups(self) -> list[dict[str, Any]]:
+        optimizer: Any = self.optimizer
+        return list(optimizer.param_groups)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -298,6 +309,19 @@ class _Doubt:
     step: int
     losses: list[torch.Tensor]
     cells: list[np.ndarray]
+
+
+def _take_settings(group: dict[str, Any], now: dict[str, Any]) -> None:
+    """Give a loaded group of parameters the settings of now: a checkpoint brings those of then along.
+
+    Args:
+        group: What was loaded; its learning rate is where the schedule stands, and is scaled.
+        now: What the optimizer was made with.
+    """
+    group |= {name: now[name] for name in ("weight_decay", "betas", "eps") if name in group and name in now}
+    then, wanted = group.get("initial_lr"), now.get("initial_lr")
+    if then != wanted and then and wanted is not None:
+        group |= {"lr": group["lr"] * wanted / then, "initial_lr": wanted}
 
 
 def _first_line(error: Exception) -> str:

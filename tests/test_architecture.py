@@ -18,6 +18,7 @@ FLOORS = {
     "direct": 0,
     "model": 0,
     "flops": 0,
+    "heap": 0,
     "plots": 0,
     "data_utils.remote": 0,
     "settings.flags": 0,

@@ -190,10 +190,19 @@ def test_packed_cells_keep_less_for_the_backward_pass_than_the_usual_recipe() ->
 
 @pytest.mark.usefixtures("small_sizes")
 def test_contenders_take_turns_for_the_asked_rounds() -> None:
-    options = parse_training(["--rounds", "2", "--cells", "1", "--recipes", "ours: packed, bf16"])
+    options = parse_training(["--rounds", "2", "--cells", "1", "--recipes", "ours: packed, bf16", "--together"])
     rows = run_setting("1x16", "full 512", "inference", options)
     assert [row.name for row in rows] == [USUAL, "ours: packed, bf16"]
     assert all(len(row.seconds) == 2 and min(row.seconds) > 0 and row.tokens == 512 for row in rows)
+
+
+def test_contenders_in_processes_of_their_own_report_what_they_did() -> None:
+    options = parse_training(["--rounds", "1", "--cells", "1", "--recipes", "ours: packed, bf16"])
+    rows = run_setting("4x256", "full 512", "inference", options)
+    assert [(row.name, row.tokens, len(row.seconds)) for row in rows] == [
+        (USUAL, 512, 1), ("ours: packed, bf16", 512, 1)
+    ]  # fmt: skip
+    assert min(rows[0].seconds + rows[1].seconds) > 0
 
 
 def test_the_training_table_divides_by_the_first_row_round_by_round() -> None:

@@ -26,6 +26,7 @@ from perturbgene.model import (
     GeneBertModel,
     Packing,
     attention,
+    linear,
     load_preset,
     masked_loss,
     weighted_loss,
@@ -390,6 +391,62 @@ def test_explicit_matmuls_equal_sdpa() -> None:
             for kernel in ("matmul", "sdpa")
         ]
         torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [[32, 64], [31, 33], [1, 65]], ids=["blocks", "beside blocks", "one token"])
+def test_rounding_cells_up_to_blocks_changes_no_result(lengths: list[int]) -> None:
+    parts, where = [part.requires_grad_() for part in random_qkv(lengths)], packing_of(lengths)
+    outs = [attention(*parts, queries=where, keys=where, kernel=kernel) for kernel in ("matmul", "sdpa")]
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=0)
+    by_kernel = [torch.autograd.grad(out.square().sum(), parts) for out in outs]
+    torch.testing.assert_close(by_kernel[0], by_kernel[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+def test_rows_of_no_cell_get_no_output_and_no_gradient(kernel: str) -> None:
+    q, k, v = (part.requires_grad_() for part in random_qkv([5, 3, 4]))
+    where = packing_of([5, 3])
+    out = attention(q, k, v, queries=where, keys=where, kernel=kernel)
+    assert (out[8:] == 0).all()
+    for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert (gradient[8:] == 0).all()
+        assert (gradient[:8] != 0).all()
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("gate", [None, -0.5], ids=["plain", "gated"])
+def test_rounding_a_batch_up_changes_no_result(
+    monkeypatch: pytest.MonkeyPatch, gate: float | None, *, bf16: bool
+) -> None:
+    model, batch = build(GeneBertForPhenotypicMLM), packed(make_cells(LENGTHS * 3))
+    assert len(batch["input_ids"]) % 64 and len(batch["labels"]) > 64
+    if gate is not None:
+        batch["key_log_gate"] = torch.full(batch["input_ids"].shape, gate)
+    runs = []
+    for step in (1, 64):
+        monkeypatch.setattr("perturbgene.model.BATCH_STEP", step)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            output = model(**batch, output_hidden_states=True)
+        runs.append((output, gradients(model, output.loss)))
+    (exact, exact_gradients), (rounded, rounded_gradients) = runs
+    torch.testing.assert_close(rounded.logits, exact.logits)
+    torch.testing.assert_close(rounded.hidden_states, exact.hidden_states)
+    assert_same_gradients(rounded_gradients, exact_gradients, atol=2e-3)
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "float32"])
+def test_a_linear_layer_has_the_bits_of_pytorchs(how: str) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    parts = [torch.randn(*shape).to(dtype).requires_grad_() for shape in ((33, 32), (48, 32), (48,))]
+    results = []
+    for function in (linear, nn.functional.linear):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+            out = function(*parts)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), parts)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, queries: list[int], keys: list[int]) -> Tensor:

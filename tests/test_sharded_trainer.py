@@ -21,6 +21,7 @@ from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 from perturbgene.prepare import prepare, shard_paths
+from perturbgene.safe_trainer import _take_settings
 from perturbgene.train import run_mlm
 
 COMMON = (
@@ -87,6 +88,31 @@ def test_two_processes_of_4_cells_make_the_step_of_8(corpus: Path, uncut: Path, 
     shutil.copytree(tmp_path / "run" / "checkpoint-1", resumed / "checkpoint-1")
     run_mlm(parse_args([*arguments(corpus, resumed, batch=8, accumulated=1), "--resume_from_checkpoint"]))  # type: ignore[arg-type]
     assert_same_steps(resumed, uncut)
+
+
+#: What `accelerate launch --use_fsdp --fsdp_version 2` sets.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "GeneBertLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+
+
+def test_weights_spread_over_two_processes_by_fsdp2_make_the_step_of_8(
+    corpus: Path, uncut: Path, tmp_path: Path
+) -> None:
+    tests, run = Path(__file__).parent, tmp_path / "run"
+    words = [word for word in arguments(corpus, run, batch=4, accumulated=1) if word not in ("--ema_decay", "0.5")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, **FSDP, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
+    command += [str(tests / "fsdp_on_cpu.py"), *words, "--use_cpu"]
+    subprocess.run(command, check=True, env=environment, timeout=200, capture_output=True)
+    assert (run / "checkpoint-1" / "pytorch_model_fsdp.bin").exists()  # written by FSDP only
+    for name in ("grad_norm", "loss"):
+        assert [e[name] for e in log_of(run)] == pytest.approx([e[name] for e in log_of(uncut)], abs=2e-5)
+    ours, theirs = load_file(run / "model.safetensors"), load_file(uncut / "checkpoint-2" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6
 
 
 def test_the_log_holds_both_loss_parts(uncut: Path) -> None:
@@ -188,6 +214,29 @@ def test_a_run_resumed_with_other_batches_still_makes_all_steps(corpus: Path, st
     long_run(corpus, stopped, more, batch=4, accumulated=1)
     assert log_of(stopped)[-1]["step"] == 16
     assert log_of(stopped)[-1]["epoch"] == pytest.approx(2 + 4 / 24)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_changed_learning_rate_takes_effect_when_it_is_allowed(corpus: Path, tmp_path: Path, schedule: str) -> None:
+    out = tmp_path / "run"
+    words = [*arguments(corpus, out, batch=8, accumulated=1), "--lr_scheduler_type", schedule]
+    run_mlm(parse_args(words))  # type: ignore[arg-type]
+    before, then = (load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
+    again = ["--learning_rate", "0.05", "--resume_from_checkpoint", f"{out}/checkpoint-1"]  # it was 0.1
+    with pytest.raises(InputError, match="learning_rate was 0.1, is 0.05"):
+        run_mlm(parse_args([*words, *again]))  # type: ignore[arg-type]
+    run_mlm(parse_args([*words, *again, "--allow_changed"]))  # type: ignore[arg-type]
+    now = load_file(out / "checkpoint-2" / "model.safetensors")
+    for name in before:  # of plain gradient descent the step is half as long
+        torch.testing.assert_close(now[name] - before[name], (then[name] - before[name]) / 2, atol=1e-6, rtol=1e-3)
+    assert any(not torch.equal(now[name], then[name]) for name in before)
+
+
+def test_the_settings_of_now_replace_those_of_a_checkpoint() -> None:
+    group = {"lr": 0.05, "initial_lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "params": [3]}
+    _take_settings(group, {"lr": 0.0, "initial_lr": 0.4, "weight_decay": 0.0, "betas": (0.9, 0.98), "params": [7]})
+    assert group.pop("lr") == pytest.approx(0.2)
+    assert group == {"initial_lr": 0.4, "weight_decay": 0.0, "betas": (0.9, 0.98), "eps": 1e-8, "params": [3]}
 
 
 # Batches of at most 130 tokens: 14 in some epochs, 15 in others. All 96 cells are read once at the door, to measure how
