@@ -16,6 +16,7 @@ from pathlib import Path
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
 from perturbgene.errors import InputError, RunFailedError, StoppedError
+from perturbgene.heap import return_large_pieces
 
 VERB_FUNCTIONS = {
     "prepare": "perturbgene.prepare:run_prepare",
@@ -29,6 +30,8 @@ VERB_FUNCTIONS = {
     "perturb": "perturbgene.perturbation:run_perturb",
     "download": "perturbgene.download:run_download",
 }
+#: Verbs that ask a model about any number of cells, whose memory must not grow with these.
+ASKING_VERBS = ("evaluate", "predict", "embed", "counterfactual", "attribute", "perturb")
 EXIT_USAGE = 2
 EXIT_FAILED = 3
 # As a shell reports a process that a signal has ended: 128 + SIGINT, 128 + SIGPIPE.
@@ -82,6 +85,8 @@ def run(tokens: Sequence[str]) -> int:
         print(page, flush=True)
         return 0
     set_up_logging()
+    if config.verb in ASKING_VERBS:
+        return_large_pieces()
     outcome = verb_function(config.verb)(config)
     if isinstance(outcome, str | Path):
         print(outcome, flush=True)
