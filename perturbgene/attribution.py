@@ -216,6 +216,14 @@ def attribute(
 
     Returns:
         See `marker_table`; `attrs["deletion"]` holds the curves and `attrs["areas"]` the areas under them.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> table = pg.attribute("cells.h5ad", "runs/mlm", ask="cell_type")
+        >>> table.query("rank == 1")["label"].tolist()
+        ['B cell', 'NK cell', 'monocyte']
+        >>> table.attrs["areas"]["attributed"] < table.attrs["areas"]["random"]
+        True
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
     readout, labels = _readout(run, ask, dict(given or {}))

@@ -313,6 +313,14 @@ def counterfactual(
 
     Raises:
         InputError: See `contrast_of`, `choose_cells` and `check_combinations`.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> table = pg.counterfactual("cells.h5ad", "runs/mlm", set={"cell_type": "B cell"}, given={})
+        >>> set(table["n_cells"])  # those that are no B cells
+        {160}
+        >>> table["change"].is_monotonic_decreasing, bool(table["q_value"].between(0, 1).all())
+        (True, True)
     """
     run = as_run(model, device=device)
     contrast = contrast_of(run, set, num_passes=num_passes, num_null=num_null, seed=seed)

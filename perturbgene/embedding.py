@@ -164,6 +164,11 @@ def embed(
 
     Raises:
         InputError: See `wanted_of` and `open_cells`.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> pg.embed("cells.h5ad", "runs/mlm").obsm["X_perturbgene"].shape
+        (255, 32)
     """
     run, given = as_run(model, device=device), dict(given or {})
     wanted = wanted_of(run, pooling=pooling, phenotypes=phenotypes, genes=genes, given=list(given))

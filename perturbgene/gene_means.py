@@ -189,6 +189,12 @@ def gene_embeddings(
         model: Run folder, or a loaded run.
         groupby: Column of `obs`; None takes all cells as one group.
         given, device, batch_tokens, reading: As for `embed`.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> table = pg.gene_embeddings("cells.h5ad", "runs/mlm", groupby="cell_type")
+        >>> table.n_vars, table.obs["group"].cat.categories.tolist()
+        (32, ['B cell', 'NK cell', 'monocyte'])
     """
     run, given = as_run(model, device=device), dict(given or {})
     dataset = open_cells(adata, run, given, **reading)
@@ -230,6 +236,13 @@ def gene_network(
 
     Returns:
         Nodes are gene ids with `symbol` and `n_cells`; edges have a `weight`. `networkx.write_graphml` writes it.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> table = pg.gene_embeddings("cells.h5ad", "runs/mlm", groupby="cell_type")
+        >>> network = pg.gene_network(table, group="NK cell", top_k=3, min_cells=20)
+        >>> "NKG7" in network, min(weight for _, _, weight in network.edges(data="weight")) >= 0.5
+        (True, True)
     """
     rows, links_gg = _links(table, group, top_k=top_k, min_similarity=min_similarity, min_cells=min_cells)
     return _graph(table, rows, links_gg)
@@ -255,6 +268,12 @@ def gene_roles(table: "AnnData", *, min_cells: int = 10) -> pd.DataFrame:
     Args:
         table: Of `gene_embeddings` with at least two groups.
         min_cells: A group counts for a gene that this many of its cells express.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> roles = pg.gene_roles(pg.gene_embeddings("cells.h5ad", "runs/mlm", groupby="cell_type"))
+        >>> "NKG7" in roles["gene"].tolist(), roles["excess"].is_monotonic_decreasing
+        (True, True)
     """
     groups = list(table.obs["group"].cat.categories)
     if len(groups) < 2:

@@ -104,6 +104,12 @@ def predict_table(
         `predicted_X_probability` (float32), `predicted_X_entropy` (nats), and for the next labels `predicted_X_2`,
         `predicted_X_2_probability`, ... A cell that expresses no gene of the panel has no prediction (missing).
         `Telling` says what else may come.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> table = pg.predict_table("cells.h5ad", pg.load_run("runs/mlm"), ask=["cell_type"])
+        >>> table.shape, list(table.columns[:3])
+        ((255, 7), ['predicted_cell_type', 'predicted_cell_type_probability', 'predicted_cell_type_entropy'])
     """
     return _predict(data, run, ask, given, telling, batch_tokens, reading)[0]
 
@@ -137,6 +143,12 @@ def predict(
 
     Raises:
         InputError: The run cannot answer this question, or the cells cannot be read.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> cells = pg.predict("cells.h5ad", "runs/mlm", ask=["cell_type"])
+        >>> cells.obs["predicted_cell_type"].head(3).tolist()
+        ['monocyte', 'NK cell', 'B cell']
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
     telling = Telling(top_k=top_k, joint=joint, abstain=abstain, ood=ood, audit=audit, calibrate=calibrate)
@@ -324,6 +336,12 @@ def evaluate(
 
     Returns:
         Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> scores = pg.evaluate(pg.load_run("runs/mlm"), "cells.h5ad", ask=["cell_type"])
+        >>> scores["cell_type"]["alone"]["n"], scores["cell_type"]["alone"]["accuracy"] > 0.9
+        (255, True)
     """
     if output is not None and Path(output).exists() and not Path(output).is_dir():
         raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
 from perturbgene.errors import InputError, RunFailedError, StoppedError
-from perturbgene.heap import keep_freed_memory
+from perturbgene.heap import keep_freed_memory, return_large_pieces
 
 VERB_FUNCTIONS = {
     "prepare": "perturbgene.prepare:run_prepare",
@@ -30,7 +30,9 @@ VERB_FUNCTIONS = {
     "perturb": "perturbgene.perturbation:run_perturb",
     "download": "perturbgene.download:run_download",
 }
-VERBS_WITHOUT_MODEL = ("prepare", "download")
+TRAINING_VERBS = ("mlm", "cls")
+#: Verbs that ask a model about any number of cells, whose memory must not grow with these.
+ASKING_VERBS = ("evaluate", "predict", "embed", "counterfactual", "attribute", "perturb")
 EXIT_USAGE = 2
 EXIT_FAILED = 3
 # As a shell reports a process that a signal has ended: 128 + SIGINT, 128 + SIGPIPE.
@@ -84,8 +86,10 @@ def run(tokens: Sequence[str]) -> int:
         print(page, flush=True)
         return 0
     set_up_logging()
-    if config.verb not in VERBS_WITHOUT_MODEL:
+    if config.verb in TRAINING_VERBS:
         keep_freed_memory()
+    if config.verb in ASKING_VERBS:
+        return_large_pieces()
     outcome = verb_function(config.verb)(config)
     if isinstance(outcome, str | Path):
         print(outcome, flush=True)

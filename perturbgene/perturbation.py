@@ -293,6 +293,15 @@ def perturb(
     Returns:
         A row per perturbation (and group), strongest first; `docs/perturbation.md` defines the columns.
         `attrs["screen"]` holds how well the screen ordered the control genes.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> named = pg.perturb("cells.h5ad", "runs/mlm", genes=["CD79A"], towards="cell_type=B cell")
+        >>> named[["perturbation", "method", "num_cells", "num_donors"]].to_string(index=False, header=False)
+        'CD79A  exact  101  4'
+        >>> every_gene = pg.perturb("cells.h5ad", "runs/mlm", towards="cell_type=B cell", top_k=8, num_controls=8)
+        >>> every_gene["method"][0], set(every_gene["method"]) == {"exact", "screened"}
+        ('exact', True)
     """
     run = _in_precision(model if isinstance(model, Run) else load_run(model, device=device), precision)
     given = dict(given or {})

@@ -584,6 +584,12 @@ def prepare(inputs: str | Path | Sequence[Any], output: str | Path, **options: A
     Raises:
         InputError: A file, column or option cannot be used; nothing is left behind.
         WorkStoppedError: Workers were ended from outside; what is finished stays.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> corpus = pg.prepare_corpus("cells.h5ad", "prepared", phenotypes=["cell_type"], num_top_genes=50)
+        >>> sorted(path.name for path in corpus.iterdir())
+        ['eval', 'manifest.json', 'tokenizer.json', 'train']
     """
     chosen = PrepareOptions(**options)
     folder, temporary = _target(output, overwrite=chosen.overwrite)

@@ -73,6 +73,12 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
 
     Raises:
         InputError: The folder is no run, its files are damaged, or weights and tokenizer do not belong together.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> run = pg.load_run("runs/mlm")  # trained on "cells.h5ad"
+        >>> run.tokenizer.phenotypes["cell_type"]
+        ('B cell', 'NK cell', 'monocyte')
     """
     if not Path(path).is_dir():
         reason = "is a file, not a folder" if Path(path).exists() else "does not exist"

@@ -192,10 +192,19 @@ def test_nothing_runs_foreign_code(module: str) -> None:
     assert not list(unsafe_calls(TREES[module]))
 
 
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count the lines of a function's docstring, which explain and do not add to what must be followed."""
+    if ast.get_docstring(node) is None:
+        return 0
+    return (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+
+
 @every_module
 def test_no_function_is_longer_than_sixty_lines(module: str) -> None:
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    lengths = {
+        node.name: (node.end_lineno or node.lineno) - node.lineno + 1 - docstring_lines(node) for node in functions
+    }
     assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
 
 

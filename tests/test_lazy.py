@@ -1,5 +1,6 @@
 """The package offers every verb without importing torch."""
 
+import doctest
 import subprocess
 import sys
 
@@ -11,6 +12,12 @@ from perturbgene.inference import predict
 
 def test_verbs_are_functions_of_the_package() -> None:
     assert perturbgene.predict is predict
+
+
+@pytest.mark.parametrize("name", [name for name in perturbgene.__all__ if name != "InputError"])
+def test_every_verb_has_an_example_that_runs_as_a_doctest(name: str) -> None:
+    examples = doctest.DocTestParser().get_examples(getattr(perturbgene, name).__doc__)
+    assert any(f"pg.{name}(" in example.source and not example.options for example in examples)
 
 
 def test_an_unknown_name_is_no_attribute() -> None:

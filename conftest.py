@@ -1,0 +1,23 @@
+"""Where the docstring examples of the verbs run: a folder with `cells.h5ad`, a `corpus` of them and `runs/mlm`."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `tests.small_run.make_folder` makes it: 255 PBMC cells and a run trained on them; read only."""
+    from tests.small_run import make_folder
+
+    folder = tmp_path_factory.mktemp("small")
+    make_folder(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder_of_examples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a docstring example that names `cells.h5ad` where there is one; all others cost nothing."""
+    example = getattr(request.node, "dtest", None)
+    if example is not None and any('"cells.h5ad"' in line.source for line in example.examples):
+        monkeypatch.chdir(request.getfixturevalue("small_folder"))

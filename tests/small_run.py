@@ -1,0 +1,65 @@
+"""A small run, trained in seconds by a plain loop on a corpus that `prepare` made, for claims about trained models."""
+
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import torch
+
+from perturbgene.configs import MlmConfig
+from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
+from perturbgene.prepare import prepare, shard_paths
+from perturbgene.train import tokenizer_facts
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+NAMES = {"CD19+ B": "B cell", "CD14+ Monocyte": "monocyte", "CD56+ NK": "NK cell"}
+
+
+def three_types() -> ad.AnnData:
+    """Take 255 of the PBMC cells that ship inside scanpy: B cells, monocytes and NK cells; tissue, donor made up."""
+    import scanpy
+
+    whole = scanpy.datasets.pbmc68k_reduced()
+    cells = whole[whole.obs["bulk_labels"].isin(NAMES)].raw.to_adata()
+    numbers = range(cells.n_obs)
+    cells.obs = cells.obs[["bulk_labels"]].astype(str).replace(NAMES).rename(columns={"bulk_labels": "cell_type"})
+    cells.obs["tissue"] = [("blood", "lung")[number // 2 % 2] for number in numbers]
+    cells.obs["donor_id"] = [f"D{number % 4}" for number in numbers]
+    return cells
+
+
+def train(corpus: Path, folder: Path, *, num_epochs: int, learning_rate: float = 3e-3, **masks: Any) -> None:
+    """Train on a corpus and write the run folder, `run.yaml` with it; on one thread, as steps are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = GeneTokenizer.from_pretrained(corpus)
+    config = GeneBertConfig(**tokenizer_facts(tokenizer), **SIZES, dropout=0.0)
+    model = GeneBertForPhenotypicMLM(config).train()
+    cells = IterableAnnDataset(shard_paths(corpus, "train"), tokenizer, shuffle=True, batch_size=32)
+    batches = cells.batches(DataCollatorForPhenotypicMLM(tokenizer, packed=True, **masks))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    for epoch in range(num_epochs):
+        batches.set_epoch(epoch)
+        for batch in batches:
+            loss = model(**batch).loss
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    torch.set_num_threads(threads)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    MlmConfig(output_dir=str(folder), corpus=str(corpus), **masks).save(folder / "run.yaml")
+
+
+def make_folder(folder: Path) -> None:
+    """Write `cells.h5ad`, a `corpus` of its 200 most variable genes and `runs/mlm`, trained on it."""
+    cells = three_types()
+    cells.write_h5ad(folder / "cells.h5ad")
+    prepare(
+        cells, folder / "corpus", phenotypes=["cell_type", "tissue"], split_by="donor_id", num_top_genes=200
+    )  # fmt: skip
+    train(folder / "corpus", folder / "runs/mlm", num_epochs=40)
