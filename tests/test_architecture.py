@@ -15,6 +15,7 @@ MOST_LINES = 60
 FLOORS = {
     "errors": 0,
     "lazy": 0,
+    "direct": 0,
     "model": 0,
     "flops": 0,
     "plots": 0,
