@@ -149,6 +149,8 @@ def knock_out_rows(
         clock.seconds[name] *= len(cell_m) / len(rows)
     with clock.timing("screen"):
         screened_l = screen_removals(run, asked, readout)
+    with clock.timing("screen, float32"):
+        screened_in_full_l = screen_removals(run, asked, readout, is_half=False)
     with clock.timing("ours, exact"):
         exact_m = exact_effects(run, asked, every_gene, readout, pairs=(cell_m[chosen], gene_m[chosen]))
     half = Run(copy.deepcopy(run.model).bfloat16(), run.tokenizer, run.path)
@@ -157,10 +159,11 @@ def knock_out_rows(
     share = EXACT_AFTER_SCREEN * len(asked) / len(cell_m)
     for name in ("ours, exact", "ours, exact, bfloat16"):
         clock.seconds[name] *= len(cell_m) / len(chosen)
-        both = name.replace("ours,", f"screen, {EXACT_AFTER_SCREEN}")
+        both = name.replace("ours,", f"screen and {EXACT_AFTER_SCREEN}")
         clock.seconds[both] = clock.seconds["screen"] + share * clock.seconds[name]
-    screened_m = screened_l[np.isfinite(screened_l)][chosen]
-    quality = {"ours, exact, bfloat16": half_m, "screen": screened_m}
+    quality = {"ours, exact, bfloat16": half_m}
+    for name, estimate_l in (("screen", screened_l), ("screen, float32", screened_in_full_l)):
+        quality[name] = estimate_l[np.isfinite(estimate_l)][chosen]
     is_whole = sample >= num_genes
     for name, seconds in clock.seconds.items():
         row = {

@@ -116,8 +116,7 @@ class Predictor:
             set_lh = embeddings.summed(self.with_label(batch)["input_ids"].to(device), types_l)
             change_ch = (set_lh - own_lh)[is_slot_l]  # one slot per cell
             own_lh[is_slot_l] += change_ch[:, order_h] * sign_h
-        rest = {key: value for key, value in batch.items() if key != "input_ids"}
-        return {**rest, "inputs_embeds": own_lh}
+        return {**batch, "inputs_embeds": own_lh}
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from perturbgene.errors import InputError
 from perturbgene.parts import Ranks
 from perturbgene.readouts import Readout, exact_effects, most_genes, sequences
 from perturbgene.runs import Run
-from perturbgene.screening import screen_removals
+from perturbgene.screening import NUM_DIRECTIONS, screen_removals
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Stage:
     run: Run
     readout: Readout
     perturbations: Perturbations
-    num_directions: int = 32
+    num_directions: int = NUM_DIRECTIONS
     budget: int = 16_384
 
     @property

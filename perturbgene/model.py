@@ -39,6 +39,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
+from perturbgene.direct import DirectPath
 from perturbgene.errors import InputError, did_you_mean
 
 varlen_attn: Callable[..., Any] | None
@@ -78,7 +79,10 @@ class GeneBertConfig(PreTrainedConfig):
             order; ``"branch"`` normalises what each branch adds and once at the end, and neither embeddings nor the
             input of attention, so that a gene's vector can stay short when the gene says little.
         bin_gain_range: 0 adds word and type embedding, as BERT does. Above 0, a gene's type embedding is first scaled
-            by a learnt number of its bin, which starts on a ramp from 1 - range to 1 + range: bins are ordered.
+            by a learnt number of its bin, which starts at 1 + range * (level - 1): bins are ordered.
+        bin_levels: How much expression each bin stands for, relative to the mean: 0 for ``bin_0``, then ascending; one
+            number for each bin. None means evenly spaced from 0 to 2.
+        direct_path: Let each expressed gene vote for each phenotype label beside the transformer, see ``DirectPath``.
         pad_token_id: Id of ``[PAD]``; only padded batches without an attention mask need it.
         first_bin_id: Id of ``bin_0``; ids below it are special tokens or phenotype labels.
         phenotype_id_ranges: For phenotype type 1, 2, ..., P in order, the ``[start, stop)`` range of its labels' ids.
@@ -112,6 +116,8 @@ class GeneBertConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     norm_position: str = "pre"
     bin_gain_range: float | int = 0.0
+    bin_levels: list[float] | None = None
+    direct_path: bool = False
     pad_token_id: int = 3
     first_bin_id: int = 4
     phenotype_id_ranges: list[list[int]] = field(default_factory=list)
@@ -137,6 +143,11 @@ class GeneBertConfig(PreTrainedConfig):
             )
         if not 0 <= self.bin_gain_range <= 1:
             raise InputError(f"bin_gain_range is {self.bin_gain_range}, but must lie in 0..1. Choose 0 or about 0.8.")
+        if self.bin_levels is not None and len(self.bin_levels) != self.vocab_size - self.first_bin_id:
+            raise InputError(
+                f"bin_levels holds {len(self.bin_levels)} numbers for {self.vocab_size - self.first_bin_id} bins. "
+                "Take the levels from the tokenizer."
+            )
         for start, stop in self.phenotype_id_ranges:
             if not 0 <= start < stop <= self.first_bin_id:
                 raise InputError(
@@ -620,7 +631,8 @@ class PositionlessEmbeddings(nn.Module):
         if self.type_gain is not None:
             gains_v, spread = torch.ones_like(self.type_gain, requires_grad=False), self.config.bin_gain_range
             bins_b = gains_v[self.config.first_bin_id :]
-            bins_b.copy_(torch.linspace(1 - spread, 1 + spread, len(bins_b), device=gains_v.device))
+            levels = self.config.bin_levels or torch.linspace(0, 2, len(bins_b)).tolist()
+            bins_b.copy_(1 + spread * (torch.tensor(levels, device=gains_v.device) - 1))
             init.copy_(self.type_gain, gains_v)
 
     def summed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -629,6 +641,11 @@ class PositionlessEmbeddings(nn.Module):
         if self.type_gain is not None:
             types = types * self.type_gain[input_ids][..., None]  # (..., h) * (..., 1)
         return cast(Tensor, self.word_embeddings(input_ids) + types)
+
+    def expression(self, input_ids: Tensor) -> Tensor:
+        """Return how much of a gene each token says was seen: the gain of its bin, 0 unless it is above ``bin_0``."""
+        gains = torch.ones_like(input_ids, dtype=torch.float32) if self.type_gain is None else self.type_gain[input_ids]
+        return gains * (input_ids > self.config.first_bin_id)
 
     def forward(
         self, input_ids: Tensor | None = None, token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
@@ -675,7 +692,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
         """Transform (l, h) -> (l, h), or -> (m, h) at the ascending flat ``read_positions``, shape (m,)."""
         is_pre, is_branch = self.norm_position == "pre", self.norm_position == "branch"
         normed_lh = self.attention_norm(hidden_lh) if is_pre else hidden_lh
-        attended = self._attend(normed_lh, packing, read_positions, key_log_gate)
+        attended = self.attend(normed_lh, packing, read_positions, key_log_gate)
         residual = (
             hidden_lh if read_positions is None else hidden_lh.index_select(0, read_positions)
         )  # (l, h) -> (m, h)
@@ -688,8 +705,9 @@ class GeneBertLayer(GradientCheckpointingLayer):
         hidden = self.attention_norm(hidden)
         return cast(Tensor, self.ffn_norm(hidden + self.dropout(self._feed_forward(hidden))))
 
-    def _attend(self, x_lh: Tensor, packing: Packing, read_positions: Tensor | None, gate_l: Tensor | None) -> Tensor:
-        q, k, v = self._queries_keys_values(x_lh, read_positions)
+    def attend(self, x_lh: Tensor, packing: Packing, read_positions: Tensor | None, gate_l: Tensor | None) -> Tensor:
+        """Attend and project, (l, h) -> (a, h); `screening` puts a function of its own here while it screens."""
+        q, k, v = self.queries_keys_values(x_lh, read_positions)
         out_ahd = attention(
             q,
             k,
@@ -701,7 +719,8 @@ class GeneBertLayer(GradientCheckpointingLayer):
         )
         return cast(Tensor, self.attention_out(out_ahd.flatten(1)))  # (a, heads, d) -> (a, h)
 
-    def _queries_keys_values(self, x_lh: Tensor, read_positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x_lh: Tensor, read_positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what attention compares, of shapes (a, heads, d) and twice (l, heads, d)."""
         h, heads = x_lh.shape[1], self.config.num_attention_heads
         if read_positions is None:
             q, k, v = self.qkv(x_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)
@@ -762,6 +781,8 @@ class GeneBertPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.embedding_range)
         if isinstance(module, PositionlessEmbeddings):
             module.reset_gain()
+        if isinstance(module, DirectPath):
+            init.zeros_(module.votes_tk)
         if isinstance(module, FeedForwardNorm) and self.config.norm_position == "branch":
             init.constant_(module.weight, BRANCH_GAIN)
 
@@ -808,7 +829,8 @@ class GeneBertModel(GeneBertPreTrainedModel):
             input_ids: Padded (n, l), or packed (l,) beside ``cu_seqlens``.
             token_type_ids: Like ``input_ids``.
             attention_mask: Padded only, (n, l); without it, everything that is not ``[PAD]`` counts.
-            inputs_embeds: Stands for the sum of word and type embedding, before the LayerNorm: (n, l, h) or (l, h).
+            inputs_embeds: Stands for the sum of word and type embedding, before the LayerNorm: (n, l, h) or (l, h); the
+                direct path of the heads still reads the ids beside it.
             cu_seqlens: Packed only: start of each cell and end of the last, (n + 1,).
             max_seqlen: Packed only: length of the longest cell; spares asking the device.
             lengths: Packed only: length of each cell, on the host; spares asking the device.
@@ -837,6 +859,15 @@ class GeneBertModel(GeneBertPreTrainedModel):
             last_hidden_state=states[-1],
             hidden_states=states if output_hidden_states else None,
         )
+
+    def votes(self, path: DirectPath, cells: PackedCells) -> Tensor:
+        """Return what the genes of each cell say for each label without the transformer, (n, k)."""
+        if cells.input_ids is None or cells.token_type_ids is None:
+            raise InputError("The direct path needs input_ids and token_type_ids beside inputs_embeds. Give them too.")
+        weight_l = self.embeddings.expression(cells.input_ids)
+        if cells.key_log_gate is not None:
+            weight_l = weight_l * cells.key_log_gate.exp()
+        return cast(Tensor, path(cells.token_type_ids, weight_l, cells.packing.cu_seqlens))
 
     def _encode(self, cells: PackedCells, read_positions: Tensor | None, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
         """Return the packed, normalised output and, with ``keep``, what went into each layer."""
@@ -898,6 +929,10 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         self.mlm_dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.mlm_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlm_projection = nn.Linear(config.hidden_size, config.vocab_size)
+        self.first_label_id = min((start for start, _ in config.phenotype_id_ranges), default=config.first_bin_id)
+        num_labels = config.first_bin_id - self.first_label_id
+        has_path = config.direct_path and num_labels > 0
+        self.direct_labels = DirectPath(config.type_vocab_size, num_labels) if has_path else None
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -956,7 +991,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         reads, labels_r = self._reads(batch, labels, label_positions)
         encoded = self.genebert(**batch.model_inputs(), read_positions=reads, output_hidden_states=output_hidden_states)
         states = encoded.hidden_states
-        logits_rv = self._logits(encoded.last_hidden_state, batch.token_type_ids, reads)
+        logits_rv = self._logits(encoded.last_hidden_state, batch, reads)
         losses: tuple[Tensor | None, ...] = (None, None, None)
         if labels_r is not None:
             losses = masked_loss(logits_rv, labels_r, config=self.config, num_items_in_batch=num_items_in_batch)
@@ -980,17 +1015,31 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         reads = (labels_l != IGNORED_LABEL).nonzero().squeeze(1)
         return reads, labels_l.index_select(0, reads)
 
-    def _logits(self, hidden_rh: Tensor, token_type_ids_l: Tensor | None, reads: Tensor | None) -> Tensor:
+    def _logits(self, hidden_rh: Tensor, batch: PackedCells, reads: Tensor | None) -> Tensor:
         """Apply the head, (r, h) -> (r, v), and leave each token only the ids of its type."""
         logits_rv = self.mlm_projection(self.mlm_norm(F.gelu(self.mlm_dense(hidden_rh))))
+        if self.direct_labels is not None:
+            logits_rv = self._with_votes(logits_rv, batch, reads)
         if not self.config.typed_softmax:
             return cast(Tensor, logits_rv)
-        if token_type_ids_l is None:
+        if batch.token_type_ids is None:
             raise InputError(
                 "typed_softmax needs token_type_ids beside inputs_embeds. Give them, or switch typed_softmax off."
             )
-        types_r = token_type_ids_l if reads is None else token_type_ids_l.index_select(0, reads)
+        types_r = batch.token_type_ids if reads is None else batch.token_type_ids.index_select(0, reads)
         return self.restrict_logits(logits_rv, types_r)
+
+    def _with_votes(self, logits_rv: Tensor, batch: PackedCells, reads: Tensor | None) -> Tensor:
+        """Add, at phenotype slots, what the genes of the cell say for each label."""
+        votes_nk = self.genebert.votes(cast(DirectPath, self.direct_labels), batch)
+        ends_n = batch.packing.cu_seqlens[1:].long()
+        reads = torch.arange(len(logits_rv), device=logits_rv.device) if reads is None else reads
+        cell_r = torch.searchsorted(ends_n, reads, right=True)
+        types_r = cast(Tensor, batch.token_type_ids)[reads]
+        is_slot_r = (types_r > 0) & (types_r <= len(self.config.phenotype_id_ranges))
+        around = (self.first_label_id, self.config.vocab_size - self.config.first_bin_id)
+        votes_rv = F.pad(votes_nk, around)[cell_r] * is_slot_r[:, None]  # (n, k) -> (r, v)
+        return logits_rv.float() + votes_rv
 
     def restrict_logits(self, logits_mv: Tensor, token_types_m: Tensor) -> Tensor:
         """Give ids that cannot stand at a token the lowest finite logit.
@@ -1066,6 +1115,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
         self.classifier_dropout = Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.direct_classes = DirectPath(config.type_vocab_size, self.num_labels) if config.direct_path else None
         self.post_init()
 
     @can_return_tuple
@@ -1116,6 +1166,8 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         )
         hidden_nh = F.gelu(self.pre_classifier(encoded.last_hidden_state))
         logits_nk = self.classifier(self.classifier_dropout(hidden_nh))
+        if self.direct_classes is not None:
+            logits_nk = logits_nk.float() + self.genebert.votes(self.direct_classes, batch)
         loss = None
         if labels is not None:
             weights = self.config.class_weights

@@ -6,6 +6,7 @@ perturbations, m edited sequences, v input ids.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,15 +16,16 @@ from torch import Tensor
 
 from perturbgene.data_utils.data_collators import Batch, ask, pack
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.edits import Perturbations, edit
+from perturbgene.edits import REMOVED, Perturbations, edit
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
+from perturbgene.first_layer import LEAST_COPIES, FirstLayer
 from perturbgene.runs import Run
 
 Pooling = Literal["cls", "mean"]
 POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
-#: Tokens that run at once on each kind of device: enough to fill it, few enough for its memory.
-TOKEN_BUDGET = {"cpu": 16_384, "cuda": 262_144}
+#: Tokens that run at once on each kind of device: enough to fill it, few enough for its memory, on a CPU for its cache.
+TOKEN_BUDGET = {"cpu": 4_096, "cuda": 262_144}
 
 
 class Readout(Protocol):
@@ -228,7 +230,7 @@ def exact_effects(
     pairs: tuple[np.ndarray, np.ndarray],
     budget: int | None = None,
 ) -> np.ndarray:
-    """Re-run every edited sequence.
+    """Re-run every edited sequence; several knock-outs of a cell share the attention of its first layer.
 
     Args:
         run: The model and its tokenizer.
@@ -248,17 +250,30 @@ def exact_effects(
         return np.zeros(0, dtype=np.float32)
     before = _Before(run, block, readout, budget=budget)
     room = most_genes(tokenizer, readout)
+    is_shared = perturbations.new_id == REMOVED and len(cell_m) >= LEAST_COPIES * len(np.unique(cell_m))
+    first_layer = FirstLayer(model, block) if is_shared else None
     effects = []
     for piece in in_budget(np.diff(block.offsets_n1)[cell_m], budget=budget):
         part = (cell_m[piece], perturbation_m[piece])
         edited, is_own_l = edit(block, perturbations, tokenizer, pairs=part, most_genes=room)
         is_counted_l = (edited.token_type_ids_l >= tokenizer.first_gene_type) & ~is_own_l
-        after = read_block(model, edited, readout, is_counted_l=is_counted_l, budget=budget)
+        attending = first_layer.without(part[0], _removed(block, perturbations, part)) if first_layer else nullcontext()
+        with attending:
+            after = read_block(model, edited, readout, is_counted_l=is_counted_l, budget=budget)
         if after.ndim == 1:
             effects.append(after - before.values[part[0]])
         else:
             effects.append(_cosine_distance(before.states(part, perturbations), after))
     return np.concatenate(effects).astype(np.float32)
+
+
+def _removed(block: TokenBlock, perturbations: Perturbations, pairs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+    """Return the places, within its cell, of the tokens that each copy lacks."""
+    places = []
+    for cell, perturbation in zip(*pairs, strict=True):
+        genes = slice(perturbations.offsets_q1[perturbation], perturbations.offsets_q1[perturbation + 1])
+        places.append(np.flatnonzero(np.isin(block.cell(cell)[1], perturbations.types_j[genes])))
+    return places
 
 
 def _cosine_distance(first_mh: np.ndarray, second_mh: np.ndarray) -> np.ndarray:

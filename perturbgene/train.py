@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
+from safetensors import safe_open
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from perturbgene import __version__
 from perturbgene.checkpoint import changed_settings, check_whole, clean_up, manifest_of, newest_sealed, newest_whole
@@ -118,6 +121,8 @@ def _datasets(
 # -- model --------------------------------------------------------------------------------------------------------
 
 
+#: A masked model's direct path in its weights file.
+VOTES = "direct_labels.votes_tk"
 _SHAPE = ("norm_position", "bin_gain_range")
 
 
@@ -131,6 +136,10 @@ def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: An
     sizes = {**load_preset(config.model_arch), **_own_sizes(config)}
     if config.hidden_size and not config.intermediate_size:
         sizes["intermediate_size"] = 4 * config.hidden_size
+    asked = extra.get("phenotype_category")  # of a classifier
+    num_labels = sum(len(labels) for name, labels in tokenizer.phenotypes.items() if asked in (None, name))
+    is_small = num_labels <= sizes["hidden_size"]  # then the votes are no more numbers than the genes' vectors
+    sizes["direct_path"] = {"auto": is_small, "always": True, "never": False}[config.direct_path]
     sizes |= {"initializer_range": round(1 / math.sqrt(sizes["hidden_size"]), 4), "embedding_range": EMBEDDING_RANGE}
     return GeneBertConfig(**{**sizes, **_kernel(config), **tokenizer_facts(tokenizer), **extra})
 
@@ -155,6 +164,7 @@ def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
         "type_vocab_size": tokenizer.type_vocab_size,
         "first_bin_id": tokenizer.first_bin_id,
         "phenotype_id_ranges": tokenizer.phenotype_id_ranges,
+        "bin_levels": tokenizer.bin_edges.levels(),
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
 
@@ -192,6 +202,19 @@ def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer
         setattr(loaded, name, value)
     with _named_if_no_weights(path):
         return _load_weights(kind, path, loaded)
+
+
+def _inherit_votes(model: GeneBertForClassification, path: str, tokenizer: GeneTokenizer, category: str) -> None:
+    """Start a classifier's direct path where the masked model's stands, if both name the same labels."""
+    file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    ranges = dict(zip(tokenizer.phenotypes, tokenizer.phenotype_id_ranges, strict=True))
+    if file is None or model.direct_classes is None or model.num_labels != len(tokenizer.phenotypes[category]):
+        return
+    with safe_open(file, framework="pt") as weights:
+        if VOTES in weights.keys():  # noqa: SIM118 - no mapping
+            start, stop = (bound - min(low for low, _ in ranges.values()) for bound in ranges[category])
+            with torch.no_grad():
+                model.direct_classes.votes_tk.copy_(weights.get_tensor(VOTES)[:, start:stop])
 
 
 def _load_weights(kind: type[PreTrainedModel], path: str, config: GeneBertConfig) -> Any:
@@ -439,6 +462,7 @@ def run_cls(config: "ClsConfig") -> Path:
     }
     if config.pretrained_model_path:
         model = _pretrained(GeneBertForClassification, config, tokenizer, **head)
+        _inherit_votes(model, config.pretrained_model_path, full, config.phenotype_category)
     else:
         model = GeneBertForClassification(model_config(config, tokenizer, **head))
     evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=config.phenotype_category)

@@ -15,6 +15,7 @@ MOST_LINES = 60
 FLOORS = {
     "errors": 0,
     "lazy": 0,
+    "direct": 0,
     "model": 0,
     "flops": 0,
     "heap": 0,
@@ -69,6 +70,7 @@ FLOORS = {
     "runs": 3,
     "effects": 1,
     "edits": 3,
+    "first_layer": 3,
     "readouts": 3,
     "screening": 3,
     "effect_parts": 4,

@@ -25,4 +25,4 @@ def test_the_screen_is_reported_with_its_quality_and_beside_exact_runs() -> None
     assert rows["one edited cell at a time"]["x"] == 1.0
     assert rows["ours, exact"]["x ours"] == 1.0
     assert -1 <= rows["screen"]["spearman"] <= 1 and 0 <= rows["screen"]["recall"] <= 1
-    assert {"screen, 64 exact", "screen, 64 exact, bfloat16"} <= set(rows)
+    assert {"screen, float32", "screen and 64 exact", "screen and 64 exact, bfloat16"} <= set(rows)

@@ -53,6 +53,7 @@ def tiny_config(**settings: Any) -> GeneBertConfig:
         "classifier_dropout": 0.0,
         "initializer_range": 0.3,
         "num_labels": 3,
+        "direct_path": True,
     }
     return GeneBertConfig(**{**sizes, **ids, **defaults, **settings})
 
@@ -64,6 +65,8 @@ def build(model_class: type, **settings: Any) -> Any:
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             nn.init.normal_(weight, mean=1.0 if "norm.weight" in name else 0.0, std=0.2)
+        if name.endswith("votes_tk"):
+            nn.init.normal_(weight, std=0.2)
     return model.eval()
 
 
@@ -202,6 +205,71 @@ def test_a_bin_scales_its_gene_and_starts_on_a_ramp() -> None:
     words, gene = model.embeddings.word_embeddings(ids), model.embeddings.token_type_embeddings(types)
     expected = words + torch.tensor([[0.5], [1.5]]) * gene
     torch.testing.assert_close(model.embeddings.eval()(ids, types), expected)
+
+
+def test_gains_start_at_how_much_expression_a_bin_stands_for() -> None:
+    levels = [0.0, 0.5, 0.75, 1.0, 1.75]
+    model = GeneBertModel(tiny_config(bin_gain_range=0.5, bin_levels=levels))
+    gains = model.embeddings.type_gain.detach()
+    torch.testing.assert_close(gains[FIRST_BIN:], torch.tensor([0.5, 0.75, 0.875, 1.0, 1.375]))
+
+
+def by_hand_cell(**more: Any) -> dict[str, Any]:
+    """[CLS], a masked slot of the second category, a gene in bin 2, one in bin 0, a masked one, [EOS]."""
+    ids = torch.tensor([0, 2, FIRST_BIN + 2, FIRST_BIN, 2, 1])
+    types = torch.tensor([0, 2, 5, 6, 7, 0])
+    return {"input_ids": ids, "token_type_ids": types, "cu_seqlens": torch.tensor([0, 6]), **more}
+
+
+def test_only_expressed_genes_vote_and_as_strongly_as_their_bin_counts() -> None:
+    config = {"bin_gain_range": 1.0, "bin_levels": [0.0, 0.5, 0.75, 1.0, 1.75]}
+    masked, classifier = (build(kind, **config) for kind in (GeneBertForPhenotypicMLM, GeneBertForClassification))
+    for model, path in ((masked, masked.direct_labels), (classifier, classifier.direct_classes)):
+        with torch.no_grad():
+            model.genebert.embeddings.type_gain[FIRST_BIN:] = torch.tensor(config["bin_levels"])
+            with_votes = model(**by_hand_cell()).logits
+            votes = path.votes_tk[5].clone() * 0.75
+            path.votes_tk[5] = 0
+            without = model(**by_hand_cell()).logits
+            path.votes_tk.zero_()
+            assert torch.equal(model(**by_hand_cell()).logits, without)  # bin 0, the masked gene and [CLS] say nothing
+        if model is masked:
+            assert torch.equal(with_votes[2:], without[2:])  # genes are not labels
+            torch.testing.assert_close((with_votes - without)[1, 6:9], votes[2:])  # ids 6..8, the slot's own category
+            assert torch.equal(with_votes[1, 4:6], without[1, 4:6])  # another category's stay out
+        else:
+            torch.testing.assert_close((with_votes - without)[0], votes)
+
+
+@pytest.mark.parametrize("kind", [GeneBertForPhenotypicMLM, GeneBertForClassification])
+def test_a_hidden_gene_has_no_vote(kind: type) -> None:
+    model = build(kind, bin_gain_range=1.0)
+    gate = torch.zeros(6)
+    gate[2] = -1e4
+    left_out = {name: value[[0, 1, 3, 4, 5]] for name, value in by_hand_cell().items() if name.endswith("_ids")}
+    with torch.no_grad():
+        hidden = model(**by_hand_cell(key_log_gate=gate)).logits
+        deleted = model(**left_out, cu_seqlens=torch.tensor([0, 5])).logits
+        kept = model(**by_hand_cell()).logits
+    rows = [0, 1, 3, 4, 5] if kind is GeneBertForPhenotypicMLM else [0]
+    torch.testing.assert_close(hidden[rows], deleted, atol=1e-5, rtol=0)
+    assert not torch.allclose(kept[rows], deleted, atol=1e-3)
+
+
+def test_a_vote_needs_the_ids_beside_embeddings() -> None:
+    model = build(GeneBertForPhenotypicMLM)
+    cell = by_hand_cell()
+    embeds = model.genebert.embeddings.summed(cell["input_ids"], cell["token_type_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**cell, inputs_embeds=embeds).logits, model(**cell).logits)
+    with pytest.raises(InputError, match="direct path needs input_ids"):
+        model(**{**cell, "input_ids": None}, inputs_embeds=embeds)
+
+
+def test_fresh_models_let_no_gene_vote_yet_and_models_of_old_have_no_path() -> None:
+    assert not GeneBertForPhenotypicMLM(tiny_config()).direct_labels.votes_tk.any()
+    assert GeneBertForPhenotypicMLM(tiny_config(direct_path=False)).direct_labels is None
+    assert GeneBertForClassification(tiny_config(direct_path=False)).direct_classes is None
 
 
 def test_the_feed_forward_branch_starts_quiet_with_branch_norm_only() -> None:
@@ -763,6 +831,7 @@ def test_the_configuration_survives_saving_but_for_the_kernel(tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"bin_gain_range": 1.5}, "bin_gain_range is 1.5"),
+        ({"bin_levels": [0.0, 1.0]}, "bin_levels holds 2 numbers for 5 bins"),
         ({"norm_position": "middle"}, "norm_position cannot be 'middle'"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "cannot be split into 4 attention heads"),
         ({"phenotype_id_ranges": [[4, 6], [6, 99]]}, "reaches beyond first_bin_id"),

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import spearmanr
 
 from perturbgene import screening
+from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.edits import Perturbations, changed_pairs, perturbations_of
 from perturbgene.errors import InputError
@@ -129,12 +130,33 @@ def test_small_removals_are_screened_to_first_order(name, norm_position):
     assert (np.sign(screened) == np.sign(exact)).mean() > 0.7
 
 
+@pytest.mark.parametrize("name", ["cls", "mean"])
+def test_few_directions_hold_most_of_the_shifts_of_a_state(name):
+    """Of 16 dimensions 4 are followed, yet lengths come near those along all; unchosen ones would hold a quarter."""
+    run = a_run()
+    readout = READOUTS[name](run)
+    asked = sequences(CELLS, TOKENIZER, readout)
+    few_l, all_l = (screen_removals(run, asked, readout, num_directions=r, is_half=False) for r in (4, 16))
+    is_gene_l = np.isfinite(all_l)
+    assert 0.8 < few_l[is_gene_l].sum() / all_l[is_gene_l].sum() < 1
+    assert spearmanr(few_l[is_gene_l], all_l[is_gene_l]).statistic > 0.9
+
+
+def test_directions_are_orthonormal_and_across_the_state():
+    run = a_run()
+    batch = pack(sequences(CELLS, TOKENIZER, StateReadout("cls")))
+    direction_nhr = screening._directions(run, batch, StateReadout("cls"), count=4)
+    state_nh = StateReadout("cls").read(run.model, batch, is_counted_l=batch["token_type_ids"] >= 3)
+    torch.testing.assert_close(direction_nhr.mT @ direction_nhr, torch.eye(4).expand(3, 4, 4), atol=1e-4, rtol=0)
+    assert torch.einsum("nh,nhr->nr", state_nh, direction_nhr).abs().max() < 1e-4
+
+
 def test_with_one_layer_and_one_read_the_screen_is_the_gradient_times_the_exact_change():
     """One layer, one read token: the screen is the gradient at attention's output times its exact change."""
     run = a_run(num_layers=1)
     readout = READOUTS["label"](run)
     asked = sequences(cells([0, 2, 4, 7]), TOKENIZER, readout)
-    screened = screen_removals(run, asked, readout)
+    screened = screen_removals(run, asked, readout, is_half=False)
     outs: list[torch.Tensor] = []
     handle = run.model.genebert.layers[0].attention_out.register_forward_pre_hook(
         lambda _, arguments: outs.append(arguments[0])
@@ -157,19 +179,32 @@ def test_cells_are_screened_alike_in_any_batch():
     run = a_run()
     for readout in (READOUTS["label"](run), READOUTS["mean"](run)):
         asked = sequences(CELLS, TOKENIZER, readout)
-        together = screen_removals(run, asked, readout, num_directions=4, budget=10_000)
-        alone = screen_removals(run, asked, readout, num_directions=4, budget=1)
+        together = screen_removals(run, asked, readout, num_directions=4, budget=10_000, is_half=False)
+        alone = screen_removals(run, asked, readout, num_directions=4, budget=1, is_half=False)
         np.testing.assert_allclose(together, alone, atol=1e-5, equal_nan=True)
 
 
 def test_screening_leaves_the_model_as_it_was():
     run = a_run()
     run.model.train()
+    frozen = run.model.genebert.layers[1].qkv.weight.requires_grad_(False)
     readout = READOUTS["label"](run)
     screen_removals(run, sequences(CELLS, TOKENIZER, readout), readout)
     assert run.model.training
     assert all(weight.grad is None for weight in run.model.parameters())
-    assert not run.model.genebert.layers[0]._forward_pre_hooks
+    assert [weight.requires_grad for weight in run.model.parameters()].count(False) == 1 and not frozen.requires_grad
+    assert "attend" not in vars(run.model.genebert.layers[0])
+
+
+def test_a_screen_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    run = a_run()
+    readout = READOUTS["label"](run)
+    asked = sequences(CELLS, TOKENIZER, readout)
+    monkeypatch.setattr(run.model, "mlm_norm", None)
+    with pytest.raises(TypeError, match="not callable"):
+        screen_removals(run, asked, readout)
+    assert all(weight.requires_grad for weight in run.model.parameters())
+    assert "attend" not in vars(run.model.genebert.layers[0])
 
 
 def test_a_classifier_is_screened_and_rerun_too():
@@ -197,11 +232,28 @@ def test_labels_that_cannot_be_followed_are_refused(options, message):
         label_readout(a_run(), **options)
 
 
-def test_long_cells_are_screened_some_heads_and_queries_at_a_time(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("BYTES_AT_ONCE", {"cpu": 1}), ("MOST_KEPT", {"cpu": 1}), ("MOST_KEPT", {"cpu": 2000})],
+    ids=["few heads and queries at a time", "weights made again", "few cells at a time"],
+)
+def test_long_cells_are_screened_alike_in_little_memory(monkeypatch, name, limit):
     run = a_run()
     readout = READOUTS["mean"](run)
     asked = sequences(CELLS, TOKENIZER, readout)
-    at_once = screen_removals(run, asked, readout)
-    monkeypatch.setitem(screening.MOST_WEIGHTS, "cpu", 1)
-    monkeypatch.setattr(screening, "MOST_GRADIENT_BYTES", 1)
-    np.testing.assert_allclose(screen_removals(run, asked, readout), at_once, atol=1e-6, equal_nan=True)
+    at_once = screen_removals(run, asked, readout, is_half=False)
+    monkeypatch.setattr(screening, name, limit)
+    found = screen_removals(run, asked, readout, is_half=False)
+    np.testing.assert_allclose(found, at_once, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_the_screen_in_half_precision_is_the_screen(name):
+    run = a_run()
+    readout = READOUTS[name](run)
+    asked = sequences(CELLS, TOKENIZER, readout)
+    half_l, full_l = (screen_removals(run, asked, readout, is_half=is_half) for is_half in (True, False))
+    is_gene_l = np.isfinite(full_l)
+    assert (half_l[is_gene_l] != full_l[is_gene_l]).any()
+    assert np.linalg.norm((half_l - full_l)[is_gene_l]) < 0.05 * np.linalg.norm(full_l[is_gene_l])
+    assert spearmanr(half_l[is_gene_l], full_l[is_gene_l]).statistic > 0.95

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from perturbgene.configs import load_config, parse_args
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
@@ -19,7 +20,7 @@ from perturbgene.main import main
 from perturbgene.model import GeneBertForPhenotypicMLM
 from perturbgene.prepare import prepare, shard_paths
 from perturbgene.runs import load_run
-from perturbgene.train import class_weights, run_cls, run_mlm
+from perturbgene.train import class_weights, model_config, run_cls, run_mlm
 
 COMMON = "--model_arch tiny --no_bf16 --report_to none --max_length 130 --logging_steps 1000"
 QUIET = f"{COMMON} --eval_strategy no --save_strategy no"
@@ -162,6 +163,35 @@ def test_a_classifier_starts_from_the_masked_model(short_run: Path, corpus: Path
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
+def test_a_classifier_starts_with_the_votes_of_the_masked_model(short_run: Path, corpus: Path, tmp_path: Path) -> None:
+    run = cls(
+        f"--corpus {corpus} --output_dir {tmp_path}/cls {QUIET} --phenotype_category phase "
+        f"--pretrained_model_path {short_run} --max_steps 1 --learning_rate 1e-12"
+    )
+    masked, classifier = (load_file(folder / "model.safetensors") for folder in (short_run, run))
+    tokenizer = GeneTokenizer.from_pretrained(short_run)
+    start, stop = (bound - tokenizer.phenotype_id_ranges[0][0] for bound in tokenizer.vocabulary.id_range("phase"))
+    votes_tk = masked["direct_labels.votes_tk"][:, start:stop]
+    assert votes_tk.any()
+    torch.testing.assert_close(classifier["direct_classes.votes_tk"], votes_tk, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize(("choice", "hidden_size", "has_votes"), [
+    ("auto", 64, True), ("auto", 8, False), ("always", 8, True), ("never", 64, False),
+])  # fmt: skip
+def test_genes_vote_unless_labels_outnumber_the_hidden_size(
+    choice: str, hidden_size: int, has_votes: bool, corpus: Path
+) -> None:
+    config = parse_args(["mlm", "--corpus", str(corpus), "--output_dir", "x", "--model_arch", "tiny",
+                         "--hidden_size", str(hidden_size), "--num_attention_heads", "4",
+                         "--direct_path", choice])  # fmt: skip
+    tokenizer = GeneTokenizer.from_config(config)
+    assert 8 < sum(map(len, tokenizer.phenotypes.values())) <= 64
+    found = model_config(config, tokenizer)
+    assert found.direct_path is has_votes
+    assert found.bin_levels[0] == 0 and found.bin_levels == sorted(found.bin_levels)
+
+
 def test_a_classifier_never_sees_the_token_of_its_class(corpus: Path, tmp_path: Path) -> None:
     run = cls(f"--corpus {corpus} --output_dir {tmp_path}/cls {QUIET} --phenotype_category cell_type --max_steps 1")
     assert "cell_type" not in GeneTokenizer.from_pretrained(run).included_phenotypes
@@ -217,6 +247,10 @@ def test_ranked_shards_train_without_a_corpus(corpus: Path, tmp_path: Path) -> N
 
 
 NONSENSE = {
+    "a direct path for a model that is there": (
+        "mlm --corpus {corpus} --pretrained_model_path {corpus} --direct_path never",
+        "has its own. Remove --direct_path",
+    ),
     "no corpus there": ("mlm --corpus {empty}", "is not a corpus|no tokenizer"),
     "unknown phenotype": ("cls --corpus {corpus} --phenotype_category mood", "not in the vocabulary"),
     "unknown included phenotype": ("mlm --corpus {corpus} --included_phenotypes mood", "not in the vocabulary"),

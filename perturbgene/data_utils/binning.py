@@ -79,6 +79,24 @@ class BinEdges:
         """True when all genes share one list."""
         return len(self.edges_ge) == 1
 
+    def levels(self) -> list[float]:
+        """Return how much expression each bin stands for, relative to their mean: 0 for bin 0, then the bins' middles.
+
+        The lowest bin, which begins at nothing, and the highest, which is open, get their middles from the width of
+        half the first and of the last closed bin. Edges of each gene are averaged over genes.
+
+        Example:
+            >>> BinEdges.shared([1e-4, 2.0, 3.0]).levels()
+            [0.0, 0.6, 1.0, 1.4]
+        """
+        edges_e = self.edges_ge.mean(axis=0)
+        if len(edges_e) == 1:
+            return [0.0, 1.0]
+        lower_e = np.concatenate([[max(edges_e[0], edges_e[1] / 2)], edges_e[1:]])
+        upper_e = np.append(edges_e[1:], 2 * edges_e[-1] - edges_e[-2])
+        middle_e = (lower_e + upper_e) / 2
+        return [0.0, *(round(float(level), 4) for level in middle_e / middle_e.mean())]
+
     def to_json(self, genes: Sequence[str]) -> list[float] | dict[str, list[float]]:
         """Return the edges as they are written in files: a list, or gene -> list."""
         if self.is_shared:

@@ -124,9 +124,14 @@ class ModelOptions(BaseConfig):
     )
     bin_gain_range: float | None = option(
         None,
-        help="Spread of the gains by which a bin scales its gene's vector at the start; 0 only adds, as BERT does.",
+        help="At the start a bin scales its gene's vector by 1 + this * (its mean expression - 1); 0 only adds (BERT).",
         group="Model",
         within="[0, 1]",
+    )
+    direct_path: Literal["auto", "always", "never"] = option(
+        "auto",
+        help="Genes also vote for labels directly, beside the transformer; auto: unless labels outnumber hidden_size.",
+        group="Model",
     )
     attn_implementation: Literal["auto", "matmul", "sdpa", "varlen", "flash"] = option(
         "auto", help="How attention is computed; auto takes the fastest that the device has.", group="Model"
@@ -144,6 +149,10 @@ class ModelOptions(BaseConfig):
                 raise InputError(
                     f"{size} is given, but the model of --pretrained_model_path has its own. Remove --{size}."
                 )
+        if name and self.direct_path != "auto":
+            raise InputError(
+                "direct_path is given, but the model of --pretrained_model_path has its own. Remove --direct_path."
+            )
         if heads and hidden and hidden % heads:
             raise InputError(
                 f"hidden_size is {hidden}, which {heads} heads cannot share equally. Choose a --hidden_size that is "
