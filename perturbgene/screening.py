@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from perturbgene.data_utils.data_collators import Batch, pack
 from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.direct import DirectPath
 from perturbgene.eval_utils import inference_mode, model_device, to_device
-from perturbgene.model import GeneBertLayer, Packing
+from perturbgene.model import GeneBertLayer, GeneBertModel, PackedCells, Packing
 from perturbgene.readouts import LabelReadout, Readout, in_budget, token_budget
 from perturbgene.runs import Run
 
@@ -185,20 +186,23 @@ class _Sums:
 
 @contextmanager
 def _screening(run: Run, batch: Batch) -> Iterator[_Sums]:
-    """Let every layer's attention be the one that sums, and no weight want a gradient, as long as the block lasts."""
+    """Let attention and votes be those that sum, and no weight want a gradient, as long as the block lasts."""
     model, device = run.model, batch["input_ids"].device
     weights = batch["cu_seqlens"].diff().long().square().sum().item() * _maps(run)
     keeps = weights <= _limit(MOST_KEPT, device) * KEPT_OF_LONG_CELL
     change_l, trigger = torch.zeros(len(batch["input_ids"]), device=device), torch.zeros((), device=device)
     sums = _Sums(change_l, keeps, trigger.requires_grad_())
     was_training, learning = model.training, [weight for weight in model.parameters() if weight.requires_grad]
-    layers = list(getattr(model, "genebert").layers)  # noqa: B009 - typed as a module otherwise
+    base: GeneBertModel = getattr(model, "genebert")  # noqa: B009 - typed as a module otherwise
+    layers: list[Any] = list(base.layers)
     try:
         model.eval().requires_grad_(False)
+        base.votes = partial(_votes, base, sums)  # type: ignore[method-assign]
         for layer in layers:
             layer.attend = partial(_attend, layer, sums)
         yield sums
     finally:
+        base.__dict__.pop("votes", None)
         for layer in layers:
             layer.__dict__.pop("attend", None)
         for weight in learning:
@@ -217,6 +221,33 @@ def _attend(
     with torch.autocast(q_ahd.device.type, enabled=False):
         out_ahd = _ScreenedAttention.apply(q_ahd, k_lhd, v_lhd, sums.trigger, pieces, sums)
     return layer.attention_out(out_ahd.flatten(1))
+
+
+def _votes(base: GeneBertModel, sums: _Sums, path: DirectPath, cells: PackedCells) -> Tensor:
+    """Stand in for `GeneBertModel.votes`; without a gene, its votes are gone, whatever else is there."""
+    assert cells.input_ids is not None and cells.token_type_ids is not None
+    weight_l = base.embeddings.expression(cells.input_ids)
+    votes_nk = path(cells.token_type_ids, weight_l, cells.packing.cu_seqlens)
+    votes_lk = path.votes_tk[cells.token_type_ids] * weight_l[:, None]
+    screened: Tensor = _ScreenedVotes.apply(votes_nk, votes_lk, sums.trigger, cells.packing.lengths, sums)
+    return screened
+
+
+class _ScreenedVotes(torch.autograd.Function):
+    """Votes of cells, (n, k), that add to `sums`, in their backward pass, what the loss of each token's (l, k) does."""
+
+    @staticmethod
+    def forward(ctx: Any, votes_nk: Tensor, votes_lk: Tensor, _: Tensor, lengths: list[int], sums: _Sums) -> Tensor:
+        ctx.save_for_backward(votes_lk, torch.tensor(lengths, device=votes_lk.device))
+        ctx.sums = sums
+        return votes_nk.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_nk: Tensor) -> tuple[None, ...]:
+        votes_lk, lengths_n = ctx.saved_tensors
+        ctx.sums.change_l -= (votes_lk * grad_nk.repeat_interleave(lengths_n, dim=0)).sum(dim=1)
+        return (None,) * 5
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_the_first_layer_attends_once_in_each_cell(monkeypatch):
         layer, "queries_keys_values", lambda x_lh, reads: (lengths.append(len(x_lh)), original(x_lh, reads))[1]
     )
     knock_outs(run, "label", ["all"])
-    assert lengths == [7 + 9 + 12, 7, 9, 12]  # [CLS], [MASK] and [EOS] beside 4, 6 and 9 genes
+    assert lengths == [64, 7, 9, 12]  # [CLS], [MASK] and [EOS] beside 4, 6 and 9 genes; a batch of 28 is rounded up
     assert "attend" not in vars(layer)
 
 
@@ -72,7 +72,7 @@ def test_long_cells_attend_some_queries_at_a_time(monkeypatch):
     run = a_run()
     expected = knock_outs(run, "label", ["all"])
     monkeypatch.setattr(first_layer, "MOST_WEIGHTS", {"cpu": 1})
-    np.testing.assert_allclose(knock_outs(run, "label", ["all"]), expected, atol=1e-6)
+    np.testing.assert_allclose(knock_outs(run, "label", ["all"]), expected, atol=5e-6)
 
 
 def test_a_run_that_fails_leaves_the_first_layer_as_it_was():

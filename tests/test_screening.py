@@ -27,12 +27,21 @@ def a_run(num_layers: int = 2, norm_position: str = "branch", *, classifier: boo
     config = GeneBertConfig(
         **tokenizer_facts(TOKENIZER), hidden_size=16, num_hidden_layers=num_layers, num_attention_heads=2,
         intermediate_size=32, norm_position=norm_position, initializer_range=0.3, embedding_range=0.5,
+        direct_path=True,
     )  # fmt: skip
     if not classifier:
-        return Run(GeneBertForPhenotypicMLM(config).eval(), TOKENIZER, "memory")
+        return Run(with_votes(GeneBertForPhenotypicMLM(config)), TOKENIZER, "memory")
     config.num_labels, config.phenotype_category = 3, "cell_type"
     config.id2label = dict(enumerate(TOKENIZER.phenotypes["cell_type"]))
-    return Run(GeneBertForClassification(config).eval(), TOKENIZER, "memory")
+    return Run(with_votes(GeneBertForClassification(config)), TOKENIZER, "memory")
+
+
+def with_votes(model: torch.nn.Module) -> torch.nn.Module:
+    """Let genes vote, about as strongly as the transformer speaks."""
+    for name, weight in model.named_parameters():
+        if name.endswith("votes_tk"):
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
 
 
 def cells(*genes: list[int]) -> TokenBlock:
@@ -48,6 +57,23 @@ def effects(run: Run, block: TokenBlock, readout, genes: list[str], **options) -
     perturbations = perturbations_of(genes, TOKENIZER)
     pairs = changed_pairs(asked, perturbations, TOKENIZER)
     return pairs, exact_effects(run, asked, perturbations, readout, pairs=pairs, **options)
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_what_a_gene_votes_is_screened_exactly(classifier: bool) -> None:
+    run = a_run(classifier=classifier)
+    for layer in run.model.genebert.layers:
+        torch.nn.init.zeros_(layer.attention_norm.weight)  # attention says nothing: only votes depend on other tokens
+    readout = READOUTS["two_labels"](run)
+    genes = TOKENIZER.panel.genes
+    (cell_m, perturbation_m), exact = effects(run, CELLS, readout, list(genes))
+    asked = sequences(CELLS, TOKENIZER, readout)
+    screened_l = screen_removals(run, asked, readout)
+    is_gene_l = asked.token_type_ids_l >= TOKENIZER.first_gene_type
+    order = np.lexsort((perturbation_m, cell_m))
+    assert np.abs(exact).min() > 1e-3
+    np.testing.assert_allclose(screened_l[is_gene_l], exact[order], atol=1e-5)
+    assert "votes" not in run.model.genebert.__dict__
 
 
 CELLS = cells([0, 2, 4, 7], [1, 2, 3, 5, 6, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8])
@@ -154,6 +180,7 @@ def test_directions_are_orthonormal_and_across_the_state():
 def test_with_one_layer_and_one_read_the_screen_is_the_gradient_times_the_exact_change():
     """One layer, one read token: the screen is the gradient at attention's output times its exact change."""
     run = a_run(num_layers=1)
+    torch.nn.init.zeros_(run.model.direct_labels.votes_tk)
     readout = READOUTS["label"](run)
     asked = sequences(cells([0, 2, 4, 7]), TOKENIZER, readout)
     screened = screen_removals(run, asked, readout, is_half=False)

@@ -28,7 +28,7 @@ def a_run(kind: str = "mlm", **options: Any) -> Run:
     torch.manual_seed(0)
     sizes = {"hidden_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16}
     spread = {"embedding_range": 1.0, "initializer_range": 0.5}
-    facts = {**sizes, **spread, **tokenizer_facts(tokenizer)}
+    facts = {"direct_path": True, **sizes, **spread, **tokenizer_facts(tokenizer)}
     if kind == "mlm":
         return Run(GeneBertForPhenotypicMLM(GeneBertConfig(**facts)).eval(), tokenizer, "untrained")
     names = dict(enumerate(tokenizer.phenotypes["cell_type"]))
