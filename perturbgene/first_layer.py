@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perturbgene.data_utils.tokenization import TokenBlock
@@ -125,6 +126,7 @@ def _attend(
     layer: Any, out_lh: Tensor, x_lh: Tensor, packing: object, reads_m: Tensor | None, gate_l: Tensor | None
 ) -> Tensor:
     """Stand in for `GeneBertLayer.attend`."""
-    assert gate_l is None and len(x_lh) == len(out_lh)
+    assert gate_l is None and len(x_lh) >= len(out_lh)
+    out_lh = F.pad(out_lh, (0, 0, 0, len(x_lh) - len(out_lh)))  # rows by which the model rounds batches up
     out = out_lh if reads_m is None else out_lh.index_select(0, reads_m)
     return cast(Tensor, layer.attention_out(out.to(x_lh.dtype)))
