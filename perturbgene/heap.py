@@ -1,9 +1,9 @@
 """The C heap of a process that reads many cells: large pieces of memory go back to the system when they are freed.
 
 Owns one switch; knows nothing of cells. glibc serves pieces of up to 32 MB from one heap and, since the batches of a
-model all differ a little in size, finds no hole that fits: in 50,000 cells the heap grew to 3 GB of which 0.2 GB were in
-use. Pieces with a mapping of their own leave no holes, but each of their pages is new to the process; huge pages make
-that cheaper.
+model all differ a little in size, finds no hole that fits: over 50,000 cells a process grew to 3.4 GB, where 0.2 GB of
+the heap were in use. Pieces with a mapping of their own leave no holes, but each of their pages is new to the process;
+huge pages make that cheaper.
 """
 
 import ctypes
