@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `tests.small_run.make_folder` makes it: 255 PBMC cells and a run trained on them; read only."""
+    """A folder of `tests.small_run.make_folder`: 255 PBMC cells and a run trained on them, which nobody changes."""
     from tests.small_run import make_folder
 
     folder = tmp_path_factory.mktemp("small")

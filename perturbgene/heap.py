@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool:
 def return_large_pieces() -> bool:
     """Let every piece of at least `LARGE_BYTES` have a mapping of its own, which goes when the piece is freed.
 
-    glibc takes pieces of up to 32 MB from one heap, which grew to 3 GB in 50,000 cells, 0.2 GB of them in use. Huge
+    glibc takes pieces of up to 32 MB from one heap, which grew to 3.4 GB in 50,000 cells, 0.2 GB of them in use. Huge
     pages make fresh mappings cheaper: call this before torch is imported, which reads once whether it may use them.
 
     Returns:

@@ -299,17 +299,12 @@ def perturb(
         >>> named = pg.perturb("cells.h5ad", "runs/mlm", genes=["CD79A"], towards="cell_type=B cell")
         >>> named[["perturbation", "method", "num_cells", "num_donors"]].to_string(index=False, header=False)
         'CD79A  exact  101  4'
-        >>> every_gene = pg.perturb("cells.h5ad", "runs/mlm", towards="cell_type=B cell", top_k=8, num_controls=8)
-        >>> every_gene["method"][0], set(every_gene["method"]) == {"exact", "screened"}
-        ('exact', True)
     """
     run = _in_precision(model if isinstance(model, Run) else load_run(model, device=device), precision)
     given = dict(given or {})
     names = [genes] if isinstance(genes, str) else list(genes)
-    asked, choice = (
-        perturbations_of(names, run.tokenizer, kind=kind, level=bin),
-        Choice(exact, top_k, num_controls, min_cells),
-    )
+    asked = perturbations_of(names, run.tokenizer, kind=kind, level=bin)
+    choice = Choice(exact, top_k, num_controls, min_cells)
     readout = readout_of(run, towards=towards, away=away, given=given, embedding=embedding)
     reading = {"batch_size": 256, **reading}
     cells = Cells.open(adata, run, readout, given=given, donor=donor, groupby=groupby, **reading)

@@ -15,11 +15,12 @@ from perturbgene.prepare import prepare, shard_paths
 from perturbgene.train import tokenizer_facts
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+WIDE = {"norm_position": "branch", "initializer_range": 0.15, "embedding_range": 0.5}
 NAMES = {"CD19+ B": "B cell", "CD14+ Monocyte": "monocyte", "CD56+ NK": "NK cell"}
 
 
 def three_types() -> ad.AnnData:
-    """Take 255 of the PBMC cells that ship inside scanpy: B cells, monocytes and NK cells; tissue, donor made up."""
+    """Take the 255 B cells, monocytes and NK cells among scanpy's PBMC; tissue and donor are made up."""
     import scanpy
 
     whole = scanpy.datasets.pbmc68k_reduced()
@@ -31,13 +32,22 @@ def three_types() -> ad.AnnData:
     return cells
 
 
-def train(corpus: Path, folder: Path, *, num_epochs: int, learning_rate: float = 3e-3, **masks: Any) -> None:
-    """Train on a corpus and write the run folder, `run.yaml` with it; on one thread, as steps are small."""
+def train(
+    corpus: Path, folder: Path, *, num_epochs: int, learning_rate: float = 3e-3, wide: bool = False, **masks: Any
+) -> None:
+    """Train on a corpus and write the run folder and its `run.yaml`; on one thread: the steps are too small for more.
+
+    Args:
+        corpus, folder: Read, and written.
+        num_epochs, learning_rate: How long and how fast.
+        wide: True draws weights so wide that the interaction of a label and a gene is learnt in a few hundred steps.
+        masks: Of the collator and `run.yaml`.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = GeneTokenizer.from_pretrained(corpus)
-    config = GeneBertConfig(**tokenizer_facts(tokenizer), **SIZES, dropout=0.0)
+    config = GeneBertConfig(**tokenizer_facts(tokenizer), **SIZES, **(WIDE if wide else {}), dropout=0.0)
     model = GeneBertForPhenotypicMLM(config).train()
     cells = IterableAnnDataset(shard_paths(corpus, "train"), tokenizer, shuffle=True, batch_size=32)
     batches = cells.batches(DataCollatorForPhenotypicMLM(tokenizer, packed=True, **masks))

@@ -10,10 +10,13 @@ import pytest
 import torch
 from scipy import sparse
 
-from perturbgene.attribution import _without_top, attribute
+from perturbgene.attribution import _readout, _without_top, attribute, support
+from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.effect_parts import Cells
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
+from perturbgene.readouts import sequences
 from perturbgene.runs import Run
 from perturbgene.train import tokenizer_facts
 from tests.nine_genes import GENES, a_tokenizer
@@ -70,6 +73,27 @@ def test_the_marker_of_each_type_comes_first(run, cells):
     second = table[table["rank"] == 2].set_index("label")
     assert (second["support"] < first["support"] / 2).all()
     np.testing.assert_allclose(table["support"], table["support_where_expressed"] * table["share_expressed"], atol=1e-6)
+
+
+def test_support_agrees_with_integrated_gradients_over_gates_that_let_genes_in(run, cells):
+    """Captum is the oracle: a gate per gene token goes from shut to open, and its share of the log-odds is measured."""
+    captum = pytest.importorskip("captum.attr")
+    readout, _ = _readout(run, "cell_type", {})
+    opened = Cells.open(cells, run, readout, given={}, donor=None, groupby=None, batch_size=30)
+    asked = sequences(opened.read(np.arange(12)), TOKENIZER, readout)
+    label_n, support_l = support(run, asked, readout, budget=1000)
+    is_gene_l, batch = torch.from_numpy(np.isfinite(support_l)), pack(asked)
+
+    def log_odds_of(gates: torch.Tensor) -> torch.Tensor:
+        """Of all cells together, for one row of gates (1, m) of the gene tokens."""
+        log_gate_l = torch.zeros(len(is_gene_l)).masked_scatter(is_gene_l, gates[0].log())
+        logits_nk = readout.logits(run.model, {**batch, "key_log_gate": log_gate_l})
+        return readout.log_odds(logits_nk, towards_n=torch.from_numpy(label_n)).sum()[None]
+
+    gates = torch.ones(1, int(is_gene_l.sum()))
+    oracle = captum.IntegratedGradients(log_odds_of)
+    shares = oracle.attribute(gates, baselines=gates * 1e-3, n_steps=50, internal_batch_size=1)[0].numpy()
+    assert np.corrcoef(shares, support_l[is_gene_l.numpy()])[0, 1] > 0.8
 
 
 def test_removing_the_strongest_genes_first_costs_more_than_a_random_order(run, cells):

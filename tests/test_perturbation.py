@@ -178,6 +178,19 @@ def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):
     assert row["effect"] == pytest.approx(own.groupby("donor")["effect"].mean().mean(), abs=1e-6)
 
 
+def test_a_parquet_table_reads_back_as_the_csv(folder, tmp_path):
+    pytest.importorskip("pyarrow")
+    for suffix in ("csv", "parquet"):
+        assert main(command(folder, tmp_path / f"out.{suffix}", "--per_cell", "--part_cells", "25", "--overwrite")) == 0
+        tables = tmp_path / "out.cells"
+        assert len(list(tables.glob(f"*.{suffix}"))) == 6
+    whole = pd.read_parquet(tmp_path / "out.parquet")
+    pd.testing.assert_frame_equal(whole, pd.read_csv(tmp_path / "out.csv"), rtol=1e-12)
+    first = pd.read_csv(tables / "exact.000000.csv")
+    read = pd.read_parquet(tables / "exact.000000.parquet")
+    pd.testing.assert_frame_equal(read, first, check_dtype=False, rtol=1e-5)
+
+
 def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog, monkeypatch):
     """Ctrl-C comes when the fifth part has been written; a part that was damaged since is made again."""
     more = ("--part_cells", "6", "--batch_size", "3")
