@@ -44,7 +44,9 @@ def make_config(size: str, **settings: Any) -> GeneBertConfig:
     sizes = {"num_hidden_layers": layers, "hidden_size": h, "num_attention_heads": heads, "intermediate_size": 4 * h}
     ids = {"vocab_size": NUM_IDS, "type_vocab_size": NUM_TYPES, "first_bin_id": FIRST_BIN}
     ranges = [[4 + p * LABELS_EACH, 4 + (p + 1) * LABELS_EACH] for p in range(PHENOTYPES)]
-    return GeneBertConfig(**{**load_preset("small"), **sizes, **ids, "phenotype_id_ranges": ranges, **settings})
+    return GeneBertConfig(
+        **{**load_preset("small"), **sizes, **ids, "phenotype_id_ranges": ranges, "direct_path": True, **settings}
+    )
 
 
 # -- cells --------------------------------------------------------------------------------------------------------

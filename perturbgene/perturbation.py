@@ -356,7 +356,9 @@ def _check_writable(target: Path) -> None:
         try:
             import pyarrow  # noqa: F401 - optional, seconds to import
         except ImportError as error:
-            raise InputError("a .parquet table needs pyarrow, which is not installed. Name a .csv instead.") from error
+            raise InputError(
+                "a .parquet table needs pyarrow, which is not installed. Name a .csv, or pip install 'perturbgene[parquet]'."
+            ) from error
 
 
 def file_identity(path: str | Path) -> Any:
