@@ -67,14 +67,15 @@ def observed_changes(cells: ad.AnnData, labels: Iterable[str]) -> tuple[pd.DataF
 def train(data: Path, folder: Path, *, held_out: str, epochs: int) -> Run:
     """Prepare a corpus without a replicate and train one layer on it; what is there already is used again."""
     corpus, run = folder / "corpus", folder / "mlm"
-    split = ["--split_by", REPLICATE, "--eval_donors", held_out]
-    rates = ["--learning_rate", "2e-3", "--gene_mask_prob", "0.3", "--num_train_epochs", str(epochs)]
+    split = ["--phenotypes", LABEL, "--split_by", REPLICATE, "--eval_donors", held_out]
+    told = ["--gene_mask_prob", "0.6", "--phenotype_mask_prob", "0.3", "--absent_prob", "0", "--gene_loss_weight", "3"]
+    size = f"--model_arch tiny --num_hidden_layers 1 --learning_rate 2e-3 --num_train_epochs {epochs}".split()
     quiet = ["--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no", "--no_bf16", "--use_cpu"]
-    if not corpus.exists():
-        assert not perturbgene(["prepare", str(data), "--output", str(corpus), "--phenotypes", LABEL, *split])
-    if not (run / "model.safetensors").exists():
-        size = ["--model_arch", "tiny", "--num_hidden_layers", "1"]
-        assert not perturbgene(["mlm", "--corpus", str(corpus), "--output_dir", str(run), *size, *rates, *quiet])
+    if not corpus.exists() and perturbgene(["prepare", str(data), "--output", str(corpus), *split]):
+        raise SystemExit(2)  # the verb has said why
+    mlm = ["mlm", "--corpus", str(corpus), "--output_dir", str(run), *told, *size, *quiet]
+    if not (run / "model.safetensors").exists() and perturbgene(mlm):
+        raise SystemExit(2)
     return load_run(run, device="cpu")
 
 
@@ -127,8 +128,7 @@ def token_changes(run: Run, controls: ad.AnnData, genes: Iterable[str]) -> pd.Da
 
 
 def _expected(predictor: Predictor, block: TokenBlock, labels_l: np.ndarray) -> np.ndarray:
-    batch = pack(block, labels_l=labels_l)
-    return predictor.expected({name: value for name, value in batch.items() if name != "labels"})[:, 0]
+    return predictor.expected({name: t for name, t in pack(block, labels_l=labels_l).items() if name != "labels"})[:, 0]
 
 
 def correlations(predicted: pd.DataFrame, observed: pd.DataFrame, *, without: dict[str, str]) -> pd.DataFrame:
@@ -150,7 +150,7 @@ def compare(data: Path, folder: Path, *, held_out: str, epochs: int) -> pd.DataF
     cells = read_cells(data)
     labels = sorted(set(cells.obs[LABEL]) - {CONTROL})
     is_new_n = (cells.obs[REPLICATE] == held_out).to_numpy()
-    new = cells[is_new_n]
+    old, new = cells[~is_new_n], cells[is_new_n]
     controls = new[(new.obs[LABEL] == CONTROL).to_numpy()].copy()
     if not len(controls):
         raise InputError(f"no {CONTROL} cell is of {REPLICATE} {held_out!r}. Change --held_out.")
@@ -160,7 +160,7 @@ def compare(data: Path, folder: Path, *, held_out: str, epochs: int) -> pd.DataF
     gene_of = {label: gene for gene, label in symbols.items() if label in labels and share_g[gene] >= LEAST_SHARE}
     common = share_g.index[(share_g >= RANDOM_SHARE) & ~share_g.index.isin(gene_of.values())]
     drawn = np.random.default_rng(SEED).permutation(common)[:RANDOM_GENES]
-    looked_up, t = observed_changes(cells[~is_new_n], labels)
+    looked_up, t = observed_changes(old, labels)
     effects, tokens = label_effects(run, controls, labels), token_changes(run, controls, [*gene_of.values(), *drawn])
     answers = {
         "table": looked_up,
@@ -171,7 +171,7 @@ def compare(data: Path, folder: Path, *, held_out: str, epochs: int) -> pd.DataF
     }
     observed = observed_changes(new, labels)[0][share_g >= LEAST_SHARE]
     found = pd.DataFrame({"genes moved": (t.abs() > MOVED_T).sum()})
-    for name, part in {"trained on": cells[~is_new_n], "held out": new}.items():
+    for name, part in {"trained on": old, "held out": new}.items():
         found[name] = part.obs[LABEL].value_counts().reindex(labels, fill_value=0)
     for name, predicted in answers.items():
         found[[name, f"{name}, others", f"{name}, r"]] = correlations(predicted, observed, without=gene_of)
@@ -181,9 +181,9 @@ def compare(data: Path, folder: Path, *, held_out: str, epochs: int) -> pd.DataF
 
 
 def with_means(found: pd.DataFrame) -> pd.DataFrame:
-    """Add the mean of strong knock-outs and of all others; t of few cells is no evidence."""
+    """Add the means of strong knock-outs and of the rest; t of few cells is no evidence."""
     is_strong = (found["genes moved"] >= MOVED_GENES) & (found["trained on"] >= MOVED_CELLS)
-    return pd.concat([found, pd.DataFrame({"strong": found[is_strong].mean(), "others": found[~is_strong].mean()}).T])
+    return pd.concat([found, pd.DataFrame({"strong": found[is_strong].mean(), "the rest": found[~is_strong].mean()}).T])
 
 
 if __name__ == "__main__":
@@ -191,7 +191,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="h5ad with counts, obs perturbation and bio_rep")
     parser.add_argument("--folder", type=Path, required=True, help="for the corpus and the run")
     parser.add_argument("--held_out", default="rep_3", help="replicate that the model never sees")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20, help="of training")
     try:
         table = with_means(compare(**vars(parser.parse_args())))
     except InputError as error:

@@ -58,4 +58,4 @@ def test_the_benchmark_has_a_row_per_knock_out_and_finds_one_that_silences_two_g
     assert found.loc["KO1", "table, r"] > 0.9  # G1 falls in either replicate
     assert found["set label"].notna().all() and found["knock-outs"].notna().all()
     assert np.isfinite(found.loc["KO1", ["token", "rank"]].astype(float)).all() and np.isnan(found.loc["KO2", "token"])
-    assert with_means(found).index.tolist() == ["KO1", "KO2", "strong", "others"]
+    assert with_means(found).index.tolist() == ["KO1", "KO2", "strong", "the rest"]
