@@ -357,7 +357,8 @@ def _check_writable(target: Path) -> None:
             import pyarrow  # noqa: F401 - optional, seconds to import
         except ImportError as error:
             raise InputError(
-                "a .parquet table needs pyarrow, which is not installed. Name a .csv, or pip install 'perturbgene[parquet]'."
+                "a .parquet table needs pyarrow, which is not installed. Name a .csv, or pip install "
+                "'perturbgene[parquet]'."
             ) from error
 
 
