@@ -17,7 +17,7 @@ cls=(
   --max_length 512                    # as in train_mlm.sh
   --num_train_epochs 12               # passes over the labelled training cells
   --per_device_train_batch_size 32    # cells per step
-  --learning_rate 1e-3                # half of what fresh weights of this width take; its own default
+  --learning_rate 5e-4                # less than fresh weights take: these are trained already
   --gene_drop_prob 0.5                # thin each cell by a share up to this, anew each epoch: few cells, many passes
   --weight_decay 1                    # strong, for so few cells
   --no_bf16                           # float32, as in train_mlm.sh

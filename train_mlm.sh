@@ -40,8 +40,8 @@ mlm=(
   --num_hidden_layers 1               # in place of the preset's two: enough for so few cells
   --num_train_epochs 10               # passes over the training cells; 64 for a good model of so few cells
   --per_device_train_batch_size 32    # cells per step
-  --learning_rate 1.5e-3              # peak; small models take more
-  --weight_decay 1                    # strong, for so few cells; 0.01 for many
+  --learning_rate 7.5e-4              # peak; small models take more
+  --weight_decay 0.3                  # strong, for so few cells; 0.01 for many
   --lr_scheduler_type cosine          # course after the warm-up
   --warmup_steps 0.1                  # below 1: share of all steps
   --no_bf16                           # float32: faster than bfloat16 for so narrow a model on a CPU
