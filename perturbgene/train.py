@@ -205,10 +205,10 @@ def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer
 
 
 def _inherit_votes(model: GeneBertForClassification, path: str, tokenizer: GeneTokenizer, category: str) -> None:
-    """Start a classifier's direct path where the masked model's stands, if both name the same labels."""
+    """Start a classifier's direct path where the masked model's stands, if there is one."""
     file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     ranges = dict(zip(tokenizer.phenotypes, tokenizer.phenotype_id_ranges, strict=True))
-    if file is None or model.direct_classes is None or model.num_labels != len(tokenizer.phenotypes[category]):
+    if file is None or model.direct_classes is None:
         return
     with safe_open(file, framework="pt") as weights:
         if VOTES in weights.keys():  # noqa: SIM118 - no mapping
@@ -462,7 +462,8 @@ def run_cls(config: "ClsConfig") -> Path:
     }
     if config.pretrained_model_path:
         model = _pretrained(GeneBertForClassification, config, tokenizer, **head)
-        _inherit_votes(model, config.pretrained_model_path, full, config.phenotype_category)
+        if config.binary_label is None:  # else classes are no labels
+            _inherit_votes(model, config.pretrained_model_path, full, config.phenotype_category)
     else:
         model = GeneBertForClassification(model_config(config, tokenizer, **head))
     evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=config.phenotype_category)
