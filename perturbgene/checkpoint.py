@@ -235,6 +235,11 @@ _FIXED = (
     "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
     "lr_scheduler_type", "optim", "max_grad_norm", "dropout", "ema_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
+#: Settings that shape the model: the weights and the optimizer's moments of a checkpoint fit no other.
+MODEL_SETTINGS = (
+    "model_arch", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "norm_position",
+    "bin_gain_range", "direct_path",
+)  # fmt: skip
 #: Settings that may change without a word: where and how often is written, and what reads.
 _FREE = re.compile(
     r"output_dir|resume_from_checkpoint|allow_changed|dataloader_.*|save_.*|logging_.*|eval_.*|report_to|run_name"
@@ -245,6 +250,11 @@ _CELLS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 def _cells_per_step(settings: Mapping[str, Any], world_size: int) -> int:
     return int(settings.get(_CELLS[0], 1)) * int(settings.get(_CELLS[1], 1)) * world_size
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the settings that both have, with other values."""
+    return [name for name in then if name in now and then[name] != now[name]]
 
 
 def changed_settings(
@@ -263,7 +273,7 @@ def changed_settings(
         >>> changed_settings({"seed": 1, "max_steps": 5}, {"seed": 2, "max_steps": 9}, ranks=(1, 1))
         (['seed was 1, is 2'], ['max_steps was 5, is 9'])
     """
-    names = [name for name in {**then, **now} if name in then and name in now and then[name] != now[name]]
+    names = differing(then, now)
     is_same_step = _cells_per_step(then, ranks[0]) == _cells_per_step(now, ranks[1])
     names = [name for name in names if not _FREE.fullmatch(name) and not (is_same_step and name in _CELLS)]
     lines = {name: f"{name} was {then[name]}, is {now[name]}" for name in names}

@@ -142,7 +142,7 @@ class GeneBertConfig(PreTrainedConfig):
                 "Choose --num_attention_heads that divides it."
             )
         if not 0 <= self.bin_gain_range <= 1:
-            raise InputError(f"bin_gain_range is {self.bin_gain_range}, but must lie in 0..1. Choose 0 or about 0.8.")
+            raise InputError(f"bin_gain_range is {self.bin_gain_range}, but must lie in 0..1. Choose 0 or 1.")
         if self.bin_levels is not None and len(self.bin_levels) != self.vocab_size - self.first_bin_id:
             raise InputError(
                 f"bin_levels holds {len(self.bin_levels)} numbers for {self.vocab_size - self.first_bin_id} bins. "
@@ -154,6 +154,11 @@ class GeneBertConfig(PreTrainedConfig):
                     f"phenotype_id_ranges holds [{start}, {stop}), which is empty or reaches beyond first_bin_id "
                     f"({self.first_bin_id}). Take the ranges from the tokenizer."
                 )
+
+    @property
+    def first_label_id(self) -> int:
+        """Id of the first phenotype label; those up to ``first_bin_id`` follow."""
+        return min((start for start, _ in self.phenotype_id_ranges), default=self.first_bin_id)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings to save: all but the kernel, so that a GPU's run folder loads on a laptop."""
@@ -627,7 +632,7 @@ class PositionlessEmbeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def reset_gain(self) -> None:
-        """Start the gains afresh, unless they were loaded: bins on their ramp, all others at 1."""
+        """Start the gains afresh, unless they were loaded: bins by their levels, all others at 1."""
         if self.type_gain is not None:
             gains_v, spread = torch.ones_like(self.type_gain, requires_grad=False), self.config.bin_gain_range
             bins_b = gains_v[self.config.first_bin_id :]
@@ -706,7 +711,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
         return cast(Tensor, self.ffn_norm(hidden + self.dropout(self._feed_forward(hidden))))
 
     def attend(self, x_lh: Tensor, packing: Packing, read_positions: Tensor | None, gate_l: Tensor | None) -> Tensor:
-        """Attend and project, (l, h) -> (a, h); `screening` puts a function of its own here while it screens."""
+        """Attend and project, (l, h) -> (a, h); `screening` and `first_layer` stand in for it."""
         q, k, v = self.queries_keys_values(x_lh, read_positions)
         out_ahd = attention(
             q,
@@ -929,8 +934,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         self.mlm_dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.mlm_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlm_projection = nn.Linear(config.hidden_size, config.vocab_size)
-        self.first_label_id = min((start for start, _ in config.phenotype_id_ranges), default=config.first_bin_id)
-        num_labels = config.first_bin_id - self.first_label_id
+        num_labels = config.first_bin_id - config.first_label_id
         has_path = config.direct_path and num_labels > 0
         self.direct_labels = DirectPath(config.type_vocab_size, num_labels) if has_path else None
         self.post_init()
@@ -1037,7 +1041,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         cell_r = torch.searchsorted(ends_n, reads, right=True)
         types_r = cast(Tensor, batch.token_type_ids)[reads]
         is_slot_r = (types_r > 0) & (types_r <= len(self.config.phenotype_id_ranges))
-        around = (self.first_label_id, self.config.vocab_size - self.config.first_bin_id)
+        around = (self.config.first_label_id, self.config.vocab_size - self.config.first_bin_id)
         votes_rv = F.pad(votes_nk, around)[cell_r] * is_slot_r[:, None]  # (n, k) -> (r, v)
         return logits_rv.float() + votes_rv
 

@@ -225,10 +225,9 @@ def _attend(
 
 def _votes(base: GeneBertModel, sums: _Sums, path: DirectPath, cells: PackedCells) -> Tensor:
     """Stand in for `GeneBertModel.votes`; without a gene, its votes are gone, whatever else is there."""
-    assert cells.input_ids is not None and cells.token_type_ids is not None
-    weight_l = base.embeddings.expression(cells.input_ids)
-    votes_nk = path(cells.token_type_ids, weight_l, cells.packing.cu_seqlens)
-    votes_lk = path.votes_tk[cells.token_type_ids] * weight_l[:, None]
+    votes_nk = GeneBertModel.votes(base, path, cells)
+    assert cells.input_ids is not None and cells.token_type_ids is not None  # votes are made of them
+    votes_lk = path.votes_tk[cells.token_type_ids] * base.embeddings.expression(cells.input_ids)[:, None]
     screened: Tensor = _ScreenedVotes.apply(votes_nk, votes_lk, sums.trigger, cells.packing.lengths, sums)
     return screened
 

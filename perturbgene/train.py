@@ -22,7 +22,16 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from perturbgene import __version__
-from perturbgene.checkpoint import changed_settings, check_whole, clean_up, manifest_of, newest_sealed, newest_whole
+from perturbgene.checkpoint import (
+    MODEL_SETTINGS,
+    changed_settings,
+    check_whole,
+    clean_up,
+    differing,
+    manifest_of,
+    newest_sealed,
+    newest_whole,
+)
 from perturbgene.claim import claimed
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
@@ -139,6 +148,8 @@ def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: An
     asked = extra.get("phenotype_category")  # of a classifier
     num_labels = sum(len(labels) for name, labels in tokenizer.phenotypes.items() if asked in (None, name))
     is_small = num_labels <= sizes["hidden_size"]  # then the votes are no more numbers than the genes' vectors
+    if config.direct_path == "auto" and not is_small:
+        logger.info("%d labels outnumber hidden_size %d: no --direct_path", num_labels, sizes["hidden_size"])
     sizes["direct_path"] = {"auto": is_small, "always": True, "never": False}[config.direct_path]
     sizes |= {"initializer_range": round(1 / math.sqrt(sizes["hidden_size"]), 4), "embedding_range": EMBEDDING_RANGE}
     return GeneBertConfig(**{**sizes, **_kernel(config), **tokenizer_facts(tokenizer), **extra})
@@ -207,14 +218,14 @@ def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer
 def _inherit_votes(model: GeneBertForClassification, path: str, tokenizer: GeneTokenizer, category: str) -> None:
     """Start a classifier's direct path where the masked model's stands, if there is one."""
     file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    ranges = dict(zip(tokenizer.phenotypes, tokenizer.phenotype_id_ranges, strict=True))
     if file is None or model.direct_classes is None:
         return
     with safe_open(file, framework="pt") as weights:
         if VOTES in weights.keys():  # noqa: SIM118 - no mapping
-            start, stop = (bound - min(low for low, _ in ranges.values()) for bound in ranges[category])
+            start, stop = (bound - model.config.first_label_id for bound in tokenizer.vocabulary.id_range(category))
             with torch.no_grad():
                 model.direct_classes.votes_tk.copy_(weights.get_tensor(VOTES)[:, start:stop])
+            logger.info("genes vote for %s as in %s from the start", category, path)
 
 
 def _load_weights(kind: type[PreTrainedModel], path: str, config: GeneBertConfig) -> Any:
@@ -287,6 +298,12 @@ def _check_settings(config: "TrainingConfig", arguments: TrainingArguments, chec
     if not path.is_file():
         return
     then, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml())
+    if shape := [name for name in differing(then, now) if name in MODEL_SETTINGS]:
+        changes = "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in shape)
+        raise InputError(
+            f"{checkpoint} holds a model of another shape: {changes}. Give the settings of then, or start a new run in "
+            "another --output_dir."
+        )
     ranks = (int(manifest_of(checkpoint).get("world_size", 1)), arguments.world_size)
     grave, noted = changed_settings(then, now, ranks=ranks)
     if noted or grave:

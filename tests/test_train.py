@@ -153,6 +153,19 @@ def test_resuming_a_finished_run_trains_no_further_step(
     assert (short_run / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", ["--direct_path never", "--num_hidden_layers 1", "--bin_gain_range 0"])
+@pytest.mark.parametrize("more", ["", "--allow_changed"])
+def test_a_checkpoint_of_another_shape_is_refused(change: str, more: str, short_run: Path, corpus: Path) -> None:
+    before = (short_run / "run.yaml").read_bytes()
+    name = change.split()[0].removeprefix("--")
+    with pytest.raises(InputError, match=f"holds a model of another shape: {name} was"):
+        mlm(
+            f"--corpus {corpus} --output_dir {short_run} {COMMON} --max_steps 6 --eval_steps 2 "
+            f"--resume_from_checkpoint {change} {more}"
+        )
+    assert (short_run / "run.yaml").read_bytes() == before
+
+
 def test_a_classifier_starts_from_the_masked_model(short_run: Path, corpus: Path, tmp_path: Path) -> None:
     run = cls(
         f"--corpus {corpus} --output_dir {tmp_path}/cls {QUIET} --pretrained_model_path {short_run} "
@@ -163,7 +176,10 @@ def test_a_classifier_starts_from_the_masked_model(short_run: Path, corpus: Path
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
 
 
-def test_a_classifier_starts_with_the_votes_of_the_masked_model(short_run: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_classifier_starts_with_the_votes_of_the_masked_model(
+    short_run: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="perturbgene")
     run = cls(
         f"--corpus {corpus} --output_dir {tmp_path}/cls {QUIET} --phenotype_category phase "
         f"--pretrained_model_path {short_run} --max_steps 1 --learning_rate 1e-12"
@@ -172,7 +188,7 @@ def test_a_classifier_starts_with_the_votes_of_the_masked_model(short_run: Path,
     tokenizer = GeneTokenizer.from_pretrained(short_run)
     start, stop = (bound - tokenizer.phenotype_id_ranges[0][0] for bound in tokenizer.vocabulary.id_range("phase"))
     votes_tk = masked["direct_labels.votes_tk"][:, start:stop]
-    assert votes_tk.any()
+    assert votes_tk.any() and "genes vote for phase as in" in caplog.text
     torch.testing.assert_close(classifier["direct_classes.votes_tk"], votes_tk, atol=1e-8, rtol=0)
 
 
@@ -180,8 +196,9 @@ def test_a_classifier_starts_with_the_votes_of_the_masked_model(short_run: Path,
     ("auto", 64, True), ("auto", 8, False), ("always", 8, True), ("never", 64, False),
 ])  # fmt: skip
 def test_genes_vote_unless_labels_outnumber_the_hidden_size(
-    choice: str, hidden_size: int, has_votes: bool, corpus: Path
+    choice: str, hidden_size: int, has_votes: bool, corpus: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="perturbgene")
     config = parse_args(["mlm", "--corpus", str(corpus), "--output_dir", "x", "--model_arch", "tiny",
                          "--hidden_size", str(hidden_size), "--num_attention_heads", "4",
                          "--direct_path", choice])  # fmt: skip
@@ -189,6 +206,9 @@ def test_genes_vote_unless_labels_outnumber_the_hidden_size(
     assert 8 < sum(map(len, tokenizer.phenotypes.values())) <= 64
     found = model_config(config, tokenizer)
     assert found.direct_path is has_votes
+    assert ("outnumber hidden_size" in caplog.text) is (
+        choice == "auto" and not has_votes
+    )  # what auto left out is said
     assert found.bin_levels[0] == 0 and found.bin_levels == sorted(found.bin_levels)
 
 
