@@ -96,6 +96,17 @@ def run(tokens: Sequence[str]) -> int:
     return 0
 
 
+def part_together() -> None:
+    """Let all processes of `torchrun` end at the same time, with their connections closed.
+
+    The first rank still writes when the others are done; ended before it, they would close connections under it.
+    """
+    distributed = sys.modules.get("torch.distributed")  # a verb that needs no torch has not imported it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
     """Take our ``--debug`` out of the tokens.
 
@@ -154,7 +165,10 @@ def silence_stdout() -> None:
 
 def cli() -> None:
     """Console script: `main` with its exit code."""
-    sys.exit(main())
+    code = main()
+    if code == 0:  # else the others may be waiting for this one elsewhere, and its end ends them
+        part_together()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

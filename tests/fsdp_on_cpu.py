@@ -4,13 +4,12 @@ accelerate drops FSDP without a word where processes have no accelerator, though
 with gloo: `AcceleratorState` looks for it under MULTI_GPU and its like only. This gives it there what it has on GPUs.
 """
 
-import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from perturbgene.main import main
+from perturbgene.main import cli
 
 _as_it_comes = AcceleratorState.__init__
 
@@ -27,4 +26,4 @@ def _with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = _with_fsdp
-    sys.exit(main())
+    cli()

@@ -36,6 +36,19 @@ def in_new_process(*tokens: str, code: str = "") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *program, *tokens], capture_output=True, text=True, timeout=60)
 
 
+def test_processes_started_together_close_their_connections_before_they_end(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys, torch.distributed as dist, perturbgene.main as ours\n"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meeting', rank=0, world_size=1)\n"
+        "atexit.register(lambda: print('open' if dist.is_initialized() else 'closed'))\n"
+        "sys.argv[1:] = ['--version']\n"
+        "ours.cli()"
+    )
+    done = in_new_process(code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "closed"
+
+
 NONSENSE = [
     "mlmm",
     "--seed 1",
