@@ -153,9 +153,11 @@ class SafeTrainer(Trainer):
         most = self.watch.most_tokens
         fits = f"the largest that fitted had {most:,}" if most else "none has fitted yet"
         advice = f"Give --tokens_per_batch {most}" if most else "Lower --tokens_per_batch"
+        good = checkpoints.newest_sealed(self.folder)
+        go_on = f" Go on from {good} with --resume_from_checkpoint --allow_changed." if good else ""
         return (
             f"the memory of {self.args.device} does not hold a batch of {wanted:,} tokens; {fits}. {advice}, or a "
-            "smaller --per_device_train_batch_size with more --gradient_accumulation_steps."
+            f"smaller --per_device_train_batch_size with more --gradient_accumulation_steps.{go_on}"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -101,7 +101,7 @@ class ShardedTrainer(SafeTrainer):
     """A Trainer for `IterableAnnDataset`s that already hold one rank's share.
 
     A resumed run reads no cell of those that are done, and continues with the cells that are left when the number of
-    loader workers, ranks, cells per batch or accumulated batches has changed.
+    loader workers, ranks, cells or tokens per batch or accumulated batches has changed.
 
     Args:
         evaluator: Counts scores batch by batch; its sums are added over ranks.
@@ -128,11 +128,11 @@ class ShardedTrainer(SafeTrainer):
             epoch, steps_of_epoch = divmod(steps, self._updates(cells.num_batches()))
             consumed = steps_of_epoch * self.args.gradient_accumulation_steps * cells.batch_size * cells.world_size
             state = {**cells.state_dict(), "epoch": epoch, "consumed": consumed}
-        cells.check_state(state)
-        left = cells.num_batches(state["consumed"], epoch=state["epoch"])
+        cells.load_state_dict(state)
+        left = cells.num_batches(state["consumed"])
         if left == 0:
-            state = {**state, "epoch": state["epoch"] + 1, "consumed": 0}
-            left = cells.num_batches(epoch=state["epoch"])
+            cells.set_epoch(state["epoch"] + 1)
+            state, left = cells.state_dict(), cells.num_batches()
         return _Resumed(state, steps, left)
 
     @property

@@ -1,13 +1,14 @@
 """Batches under a budget: full, complete, mixed, never too long, and the same whenever they are planned again."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perturbgene.data_utils.budget import BatchPlan, by_length, fill
+from perturbgene.data_utils.budget import BatchPlan, BatchRule, by_length, fill
 from perturbgene.data_utils.partition import RowPlan
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=80).map(np.array)
@@ -24,10 +25,10 @@ def batches_of(plan: BatchPlan, *, skip: int = 0) -> list[list[int]]:
     return [part.tolist() for round_ in parts for part in round_]
 
 
-def a_plan(num_cells: int = 500, **changes: int) -> BatchPlan:
+def a_plan(num_cells: int = 500, **changes: Any) -> BatchPlan:
     """Plan batches of log-normal cells in several rounds."""
     rows = RowPlan((num_cells,), is_shuffled=True, block_rows=2, buffer_rows=128)
-    return replace(BatchPlan(rows, log_normal_lengths(num_cells), budget=4096), **changes)
+    return replace(BatchPlan(rows, log_normal_lengths(num_cells), rule=BatchRule(budget=4096)), **changes)
 
 
 # -- filling ------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def test_sorting_by_length_leaves_little_padding() -> None:
 
 @pytest.mark.parametrize("budget", [4096, None], ids=["budget", "like lengths"])
 def test_a_plan_holds_every_cell_once_and_knows_its_sizes(budget: int | None) -> None:
-    plan = replace(a_plan(), budget=budget, batch_size=7)
+    plan = a_plan(rule=BatchRule(7, budget))
     batches = batches_of(plan)
     assert sorted(row for batch in batches for row in batch) == list(range(500))
     assert [len(batch) for batch in batches] == plan.sizes_b.tolist()
@@ -115,7 +116,7 @@ def test_skipping_leaves_out_whole_rounds_before_a_batch(skip: int) -> None:
 def test_batches_of_a_sorted_corpus_are_mixed_like_those_of_a_perfect_shuffle() -> None:
     num_cells, rng = 20_000, np.random.default_rng(0)
     labels_n = np.arange(num_cells) * 10 // num_cells
-    plan = BatchPlan(RowPlan((num_cells,), is_shuffled=True), log_normal_lengths(num_cells), budget=16_384)
+    plan = BatchPlan(RowPlan((num_cells,), is_shuffled=True), log_normal_lengths(num_cells), BatchRule(budget=16_384))
 
     def mean_entropy(label_of_row_n: np.ndarray) -> float:
         shares = [np.bincount(label_of_row_n[batch]) / len(batch) for batch in batches_of(plan)]
@@ -127,7 +128,29 @@ def test_batches_of_a_sorted_corpus_are_mixed_like_those_of_a_perfect_shuffle() 
 def test_cells_that_grow_longer_along_the_corpus_are_mixed_too() -> None:
     """Length then tells where a cell stands, so batches by length would be batches of neighbours."""
     num_cells = 4000
-    plan = BatchPlan(RowPlan((num_cells,), is_shuffled=True), np.sort(log_normal_lengths(num_cells)), budget=16_384)
+    length_n = np.sort(log_normal_lengths(num_cells))
+    plan = BatchPlan(RowPlan((num_cells,), is_shuffled=True), length_n, BatchRule(budget=16_384))
     places = [np.mean(batch) / num_cells for batch in batches_of(plan)]
     assert np.std(places) < 0.065  # 0.29 / sqrt(29 cells) = 0.054 of a perfect shuffle, 0.29 of neighbours
     assert 0.3 < min(places) < max(places) < 0.7  # not even the last batches of a round
+
+
+# -- another rule in the midst of an epoch ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 17, 43, 10_000])
+@pytest.mark.parametrize("rule", [BatchRule(budget=2048), BatchRule(budget=9000), BatchRule(batch_size=5)], ids=str)
+def test_batches_that_are_done_stay_and_the_cells_of_the_others_are_cut_anew(rule: BatchRule, num_kept: int) -> None:
+    first = a_plan()
+    num_kept = min(num_kept, len(first))
+    second = a_plan(rule=rule, earlier=first, num_kept=num_kept)
+    before, after = batches_of(first), batches_of(second)
+    assert after[:num_kept] == before[:num_kept]
+    assert sorted(row for batch in after for row in batch) == list(range(500))
+    assert [len(batch) for batch in after] == second.sizes_b.tolist()
+    if rule.budget is not None:
+        assert all(second.length_n[batch].sum() <= rule.budget for batch in after[num_kept:])
+    third = a_plan(earlier=second, num_kept=min(num_kept + 3, len(second)))
+    last = batches_of(third)
+    assert last[: num_kept + 3] == after[: num_kept + 3]
+    assert sorted(row for batch in last for row in batch) == list(range(500))

@@ -666,8 +666,7 @@ def test_cells_without_a_label_are_in_no_planned_batch() -> None:
     [
         ({}, PLANNED["budget"], "counts cells, so it does not say which batches of 24 tokens are done"),
         (PLANNED["budget"], {}, "counts batches of 24 tokens, so it does not say which cells are done"),
-        (PLANNED["budget"], {"tokens_per_batch": 32}, "which batches of 32 tokens are done. Give --tokens_per_batch"),
-        (PLANNED["budget"], PLANNED["like lengths"], "which batches of 4 cells of like length"),
+        ({}, PLANNED["like lengths"], "counts cells, so it does not say which batches of 4 cells of like length"),
     ],
 )
 def test_a_position_among_other_batches_is_refused(
@@ -676,6 +675,56 @@ def test_a_position_among_other_batches_is_refused(
     state = a_stream(paths, **saved).state_after(2)
     with pytest.raises(InputError, match=message):
         a_stream(paths, **loaded_by).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("later", [{"tokens_per_batch": 48}, PLANNED["like lengths"]], ids=["budget", "like lengths"])
+def test_batches_of_another_size_hold_what_is_left_of_the_epoch(
+    paths: list[str], later: dict[str, Any], num_workers: int
+) -> None:
+    first = a_stream(paths, **PLANNED["budget"])
+    whole, done = numbers(first), 7
+    second = a_stream(paths, **later)
+    second.load_state_dict(a_stream(paths, **PLANNED["budget"]).state_after(done))
+    left = numbers(second, num_workers=num_workers)
+    assert sorted(itertools.chain(*left)) == sorted(itertools.chain(*whole[done:]))
+    assert left != whole[done:]
+    second.set_epoch(1)
+    fresh = a_stream(paths, **later)
+    fresh.set_epoch(1)
+    assert numbers(second, num_workers=num_workers) == numbers(fresh)
+
+
+def test_a_stream_whose_batches_changed_their_size_resumes_as_well(paths: list[str]) -> None:
+    """Even when they change once more, or go back to what they were."""
+    small, large = {"tokens_per_batch": 24}, {"tokens_per_batch": 48}
+
+    def continued(state: dict[str, Any], rule: dict[str, Any]) -> IterableAnnDataset:
+        stream = a_stream(paths, **rule)
+        stream.load_state_dict(json.loads(json.dumps(state)))
+        return stream
+
+    first = continued(a_stream(paths, **small).state_after(5), large)
+    assert first.state_after(2)["earlier"] == [[5, "batches of 24 tokens"]]
+    rest = numbers(continued(a_stream(paths, **small).state_after(5), large))
+    resumed = continued(first.state_after(2), large)
+    assert numbers(resumed) == rest[2:]
+    back = continued(first.state_after(2), small)
+    assert back.state_after(0)["earlier"] == [[5, "batches of 24 tokens"], [7, "batches of 48 tokens"]]
+    assert sorted(itertools.chain(*numbers(back))) == sorted(itertools.chain(*rest[2:]))
+    idle = continued(first.state_after(0), small)  # no batch of 48 tokens was used: as if there never had been one
+    assert numbers(idle) == numbers(a_stream(paths, **small))[5:]
+    assert idle.state_after(1).keys() == a_stream(paths, **small).state_after(1).keys()
+
+
+def test_a_size_of_batches_that_changes_again_and_again_within_an_epoch_is_refused(paths: list[str]) -> None:
+    with pytest.raises(InputError, match="changed their size 17 times within epoch 0, more than 16"):
+        state = a_stream(paths, batch_size=1, group_by_length=True).state_after(1)
+        for number in range(1, 20):
+            stream = a_stream(paths, batch_size=1 + number % 2, group_by_length=True)
+            stream.load_state_dict(state)
+            state = stream.state_after(1)
 
 
 def test_planned_batches_of_other_values_are_refused_although_the_files_are_alike_in_size(tmp_path: Path) -> None:

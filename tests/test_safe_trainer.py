@@ -250,6 +250,11 @@ def test_a_device_whose_memory_is_full_hears_of_the_batch_that_fitted(
         assert main(command(corpus, tmp_path / "run")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"does not hold a batch of \d+ tokens; the largest that fitted had (\d+). .*_batch \1,", error)
+    assert "--resume_from_checkpoint" not in error  # there is no checkpoint yet
+    with plant("step", 9, full):
+        assert main(command(corpus, tmp_path / "other")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"Go on from {tmp_path}/other/checkpoint-8 with --resume_from_checkpoint --allow_changed.")
 
 
 def test_averaged_weights_are_resumed_and_delivered(corpus: Path, tmp_path: Path) -> None:

@@ -302,6 +302,26 @@ def test_a_run_under_a_budget_resumed_with_other_accumulation_trains_on_what_is_
     assert sorted(trained_cells[96:]) == sorted(cell.index for cell in left)
 
 
+def test_a_run_resumed_with_another_budget_trains_on_what_is_left_and_resumes_exactly_again(
+    corpus: Path, tmp_path: Path, trained_cells: list[int]
+) -> None:
+    """As after a batch that a GPU's memory did not hold."""
+    out = planned_run(corpus, tmp_path / "run", "--num_train_epochs 2 --save_steps 2", rule="budget")
+    stream = planned_stream(corpus, out)
+    left = list(stream)[int(stream.batch_plan().sizes_b[:4].sum()) :]
+    again = Path(shutil.copytree(out, tmp_path / "again"))
+    common = "--num_train_epochs 2 --save_steps 1 --save_total_limit 99 --tokens_per_batch 70"
+    with pytest.raises(InputError, match="tokens_per_batch was 130, is 70"):
+        planned_run(corpus, out, f"{common} --resume_from_checkpoint {out}/checkpoint-2", rule="budget")
+    trained_cells.clear()
+    more = f"{common} --allow_changed --resume_from_checkpoint"
+    planned_run(corpus, out, f"{more} {out}/checkpoint-2", rule="budget")
+    assert sorted(trained_cells[-96 - len(left) : -96]) == sorted(cell.index for cell in left)
+    assert sorted(trained_cells[-96:]) == list(range(96))
+    resumed = planned_run(corpus, again, f"{more} {out}/checkpoint-4", rule="budget")
+    assert (resumed / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
 def test_a_checkpoint_without_a_position_resumes_as_well(corpus: Path, whole: Path, stopped: Path) -> None:
     state = json.loads((stopped / "checkpoint-8" / "trainer_state.json").read_text())
     del state["stateful_callbacks"]["StreamPosition"]

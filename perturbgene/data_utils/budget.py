@@ -4,6 +4,7 @@ Owns the batches of an epoch as a pure function of (seed, epoch, lengths); the o
 `partition`'s, what a length is says `lengths`. Letters: n cells, m cells of one round, b batches.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,6 +103,43 @@ def by_length(length_m: np.ndarray, *, batch_size: int) -> tuple[np.ndarray, np.
 
 
 @dataclass(frozen=True)
+class BatchRule:
+    """What makes a batch full.
+
+    Args:
+        batch_size: Cells of a batch, of like length; without effect under a budget.
+        budget: Most tokens of a batch, at least as many as the longest cell has; None for a fixed number of cells.
+
+    Example:
+        >>> print(BatchRule(budget=8192))
+        batches of 8192 tokens
+        >>> BatchRule.read("batches of 6 cells of like length")
+        BatchRule(batch_size=6, budget=None)
+    """
+
+    batch_size: int = 1
+    budget: int | None = None
+
+    def __str__(self) -> str:
+        """Say what a position in batches of this rule counts."""
+        return f"batches of {self.budget or self.batch_size} {'tokens' if self.budget else 'cells of like length'}"
+
+    @classmethod
+    def read(cls, text: str) -> "BatchRule | None":
+        """Return the rule that a text of `str` stands for, or None."""
+        found = re.fullmatch(r"batches of (\d+) (tokens|cells of like length)", text)
+        if found is None:
+            return None
+        return cls(budget=int(found[1])) if found[2] == "tokens" else cls(batch_size=int(found[1]))
+
+    def cut(self, length_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put cells into batches: return their order, shape (m,), and the sizes of the batches, shape (b,)."""
+        if self.budget is None:
+            return by_length(length_m, batch_size=self.batch_size)
+        return fill(length_m, budget=self.budget)
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """The batches of one epoch, a pure function of its fields; all of them are known before anything is read.
 
@@ -110,28 +148,31 @@ class BatchPlan:
     Args:
         rows: The order of cells.
         length_n: Tokens of each row, numbered over all files.
-        batch_size: Cells of a batch, of like length; without effect under a budget.
-        budget: Most tokens of a batch, at least as many as the longest cell has; None for a fixed number of cells.
+        rule: What makes a batch full.
+        earlier: The plan that the epoch began with, where the rule has changed since.
+        num_kept: Batches that are still those of `earlier`; the cells of its others are cut anew.
     """
 
     rows: RowPlan
     length_n: np.ndarray
-    batch_size: int = 1
-    budget: int | None = None
+    rule: BatchRule
+    earlier: "BatchPlan | None" = None
+    num_kept: int = 0
 
     def _cut(self, rows_m: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        length_m = self.length_n[rows_m]
-        order_m, sizes_b = (
-            by_length(length_m, batch_size=self.batch_size)
-            if self.budget is None
-            else fill(length_m, budget=self.budget)
-        )
+        """Return the rows of a round in the order of its batches, and the sizes of these."""
+        kept_b = np.zeros(0, dtype=np.int64)
+        if self.earlier is not None:
+            rows_m, sizes_b = self.earlier._cut(rows_m, number)
+            kept_b = sizes_b[: max(0, self.num_kept - self.earlier._firsts[number])]
+        kept_m, rows_m = np.split(rows_m, [kept_b.sum()])
+        order_m, sizes_b = self.rule.cut(self.length_n[rows_m])
         if self.rows.is_shuffled:
             rng = np.random.default_rng((self.rows.seed, self.rows.epoch, 1 + number, 1))
             place_b = rng.permutation(len(sizes_b))
             order_m = order_m[np.argsort(np.repeat(place_b, sizes_b), kind="stable")]
             sizes_b = sizes_b[np.argsort(place_b)]
-        return rows_m[order_m], sizes_b
+        return np.concatenate([kept_m, rows_m[order_m]]), np.concatenate([kept_b, sizes_b])
 
     @cached_property
     def _rounds(self) -> list[tuple[int, np.ndarray]]:
@@ -140,6 +181,11 @@ class BatchPlan:
             (start, self._cut(rows_m, number)[1].astype(np.int32))
             for number, (start, rows_m) in enumerate(self.rows.rounds())
         ]
+
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        """Number of the first batch of each round."""
+        return np.cumsum([0, *(len(sizes_b) for _, sizes_b in self._rounds)])
 
     @cached_property
     def sizes_b(self) -> np.ndarray:

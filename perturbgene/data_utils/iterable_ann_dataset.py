@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from perturbgene.data_utils.budget import BatchPlan
+from perturbgene.data_utils.budget import BatchPlan, BatchRule
 from perturbgene.data_utils.expression import ExpressionBlock
 from perturbgene.data_utils.lengths import gene_counts
 from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, Share, split_rows
@@ -33,6 +33,10 @@ from perturbgene.errors import InputError, listed
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+#: How often the rule of batches may change within one epoch.
+MOST_CHANGES = 16
+#: Rules that held in an epoch before the present one, each with the number of batches that were done by its end.
+_Earlier = tuple[tuple[int, BatchRule], ...]
 
 #: Rows that are tokenised at once: their values are then still in the processor's cache.
 CHUNK_ROWS = 256
@@ -148,7 +152,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.keep_all = not shuffle if keep_all is None else keep_all
         self.block_rows, self.buffer_rows, self.threads = block_rows, buffer_rows, threads
         self.tokens_per_batch, self.has_planned_batches = tokens_per_batch, bool(tokens_per_batch) or group_by_length
-        self._last_plan: BatchPlan | None = None
+        self._batch_rule = BatchRule(1 if tokens_per_batch else batch_size, tokens_per_batch)
+        self._last_plan: tuple[int, _Earlier, BatchPlan] | None = None
+        self._genes_by_budget: dict[int | None, np.ndarray] = {}
         if tokens_per_batch is not None and tokens_per_batch < tokenizer.max_length:
             raise InputError(
                 f"tokens_per_batch is {tokens_per_batch}, but one cell may have max_length {tokenizer.max_length}. "
@@ -156,6 +162,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
             )
         # The epoch, and the position where its stream starts: shared with loader workers that live already.
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
+        # Rules of batches that held in this epoch before the present one: (batches by then, cells or 0, tokens or 0).
+        self._changes = torch.zeros((MOST_CHANGES, 3), dtype=torch.int64).share_memory_()
         # A state that was loaded within a loader worker: (epoch, position where dealing began, position done).
         self._own_start: tuple[int, int, int] | None = None
         self._begin, self._consumed = 0, 0
@@ -254,8 +262,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if epoch != self.epoch:
             self._move(epoch, 0)
 
-    def _move(self, epoch: int, position: int) -> None:
+    def _move(self, epoch: int, position: int, earlier: _Earlier = ()) -> None:
         self._start.copy_(torch.tensor([epoch, position]))
+        self._keep_earlier(earlier)
         self._begin = self._consumed = position
 
     def plan(self, epoch: int | None = None) -> RowPlan:
@@ -265,20 +274,39 @@ class IterableAnnDataset(IterableDataset[Cell]):
             rows_n=self._rows_n, block_rows=self.block_rows, buffer_rows=self.buffer_rows,
         )  # fmt: skip
 
-    @cached_property
-    def _genes_n(self) -> np.ndarray:
+    def _genes_of(self, rule: BatchRule) -> np.ndarray:
         """Genes that each cell's sequence will have, as far as its file tells without its values, shape (n,)."""
-        return np.concatenate(
-            [gene_counts(shard, self.tokenizer, budget=self.tokens_per_batch) for shard in self._all_shards()]
-        )
+        if rule.budget not in self._genes_by_budget:
+            genes = [gene_counts(shard, self.tokenizer, budget=rule.budget) for shard in self._all_shards()]
+            self._genes_by_budget[rule.budget] = np.concatenate(genes)
+        return self._genes_by_budget[rule.budget]
 
     def batch_plan(self, epoch: int | None = None) -> BatchPlan:
         """The batches of all ranks in an epoch, where they are planned: under a budget, or of like lengths."""
         epoch = self.epoch if epoch is None else epoch
-        if self._last_plan is None or self._last_plan.rows.epoch != epoch:
-            length_n = self._genes_n + (2 + len(self.tokenizer.included_phenotypes))
-            self._last_plan = BatchPlan(self.plan(epoch), length_n, self.batch_size, self.tokens_per_batch)
-        return self._last_plan
+        earlier = self._earlier if epoch == self.epoch else ()
+        if self._last_plan is None or self._last_plan[:2] != (epoch, earlier):
+            self._last_plan = epoch, earlier, self._batch_plan(epoch, earlier, self._batch_rule)
+        return self._last_plan[2]
+
+    def _batch_plan(self, epoch: int, earlier: _Earlier, rule: BatchRule) -> BatchPlan:
+        """Plan an epoch in which some first batches were filled by other rules."""
+        plan, done = None, 0
+        for until, one in (*earlier, (0, rule)):
+            length_n = self._genes_of(one) + (2 + len(self.tokenizer.included_phenotypes))
+            plan, done = BatchPlan(self.plan(epoch), length_n, one, plan, done), until
+        assert plan is not None
+        return plan
+
+    @property
+    def _earlier(self) -> _Earlier:
+        rows = [(until, BatchRule(size or 1, budget or None)) for until, size, budget in self._changes.tolist()]
+        return tuple(row for row in rows if row[0])
+
+    def _keep_earlier(self, earlier: _Earlier) -> None:
+        self._changes.zero_()
+        for row, (until, rule) in enumerate(earlier):
+            self._changes[row] = torch.tensor([until, rule.batch_size, rule.budget or 0])
 
     @cached_property
     def _rows_n(self) -> np.ndarray | None:
@@ -321,23 +349,24 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     # -- where the stream stands ----------------------------------------------------------------------------------
 
-    @cached_property
-    def _fingerprint(self) -> str:
+    def _fingerprint_of(self, rule: BatchRule | None) -> str:
         """A hash of all that the order of an epoch depends on, beside seed and epoch."""
         facts = [list(self.sizes), self.shuffle, self.block_rows, self.buffer_rows]
         rows = b"" if self._rows_n is None else self._rows_n.astype(np.int64).tobytes()
-        rows += self._genes_n.tobytes() if self.has_planned_batches else b""
+        rows += self._genes_of(rule).tobytes() if rule is not None else b""
         return hashlib.sha256(json.dumps(facts).encode() + rows).hexdigest()[:16]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self._fingerprint_of(self._batch_rule if self.has_planned_batches else None)
 
     @property
     def _rule(self) -> str:
         """What a position counts."""
-        if not self.has_planned_batches:
-            return "cells"
-        budget = self.tokens_per_batch
-        return f"batches of {budget} tokens" if budget else f"batches of {self.batch_size} cells of like length"
+        return str(self._batch_rule) if self.has_planned_batches else "cells"
 
     def _state(self, position: int) -> dict[str, Any]:
+        earlier = [[until, str(rule)] for until, rule in self._earlier]
         return {
             "version": STATE_VERSION,
             "seed": self.seed,
@@ -347,6 +376,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
             "num_cells": self.num_cells,
             "fingerprint": self._fingerprint,
             **({"rule": self._rule} if self.has_planned_batches else {}),
+            **({"earlier": earlier} if earlier else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -354,10 +384,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
         Returns:
             `seed` and `epoch`, which fix the order; `consumed`, how many cells of that order are done over all ranks
-            and loader workers, or how many batches, where `rule` says how these are planned; `begin`, where the stream
-            that is under way began; `num_cells` and `fingerprint`, by which another corpus is told apart. Within a
-            loader worker it speaks for that worker alone, as `StatefulDataLoader` wants it; beside a plain loader with
-            workers, which run ahead, use `state_after`.
+            and loader workers, or how many batches, where `rule` says how these are planned (and `earlier`, up to which
+            batch other rules held in this epoch); `begin`, where the stream that is under way began; `num_cells` and
+            `fingerprint`, by which another corpus is told apart. Within a loader worker it speaks for that worker
+            alone, as `StatefulDataLoader` wants it; beside a plain loader with workers, which run ahead, use
+            `state_after`.
         """
         return self._state(self._consumed)
 
@@ -379,25 +410,30 @@ class IterableAnnDataset(IterableDataset[Cell]):
             raise InputError(
                 f"{dict(state)} is no state of this version ({STATE_VERSION}). Give what `state_dict` returned."
             )
-        if state.get("rule", "cells") != self._rule:
+        rule = BatchRule.read(state.get("rule", "cells"))
+        if (rule is not None) != self.has_planned_batches:
             raise InputError(
                 f"the state counts {state.get('rule', 'cells')}, so it does not say which {self._rule} are done. Give "
                 "--tokens_per_batch and --train_sampling_strategy as before, or start anew."
             )
-        if state["fingerprint"] != self._fingerprint:
+        if state["fingerprint"] != self._fingerprint_of(rule):
             raise InputError(
                 f"the state is of another corpus ({state.get('num_cells', 0):,} cells, {state['fingerprint']}), not of "
-                f"{listed(self.paths)} ({self.num_cells:,} cells, {self._fingerprint}): sizes, labels, shuffle, "
-                "block_rows or buffer_rows differ. Give the same files in the same order, or start anew."
+                f"{listed(self.paths)} ({self.num_cells:,} cells, {self._fingerprint_of(rule)}): sizes, labels, "
+                "shuffle, block_rows or buffer_rows differ. Give the same files in the same order, or start anew."
             )
         if state["seed"] != self.seed:
             raise InputError(
                 f"the state was drawn with seed {state['seed']}, which orders cells differently from seed {self.seed}. "
                 f"Give --seed {state['seed']}, or start anew."
             )
-        num_units = self.num_units(state["epoch"])
+        num_units = self.num_cells
+        if rule is not None:
+            num_units = len(self._batch_plan(state["epoch"], _earlier_of(state, rule), rule))
         if not 0 <= state["consumed"] <= num_units:
-            raise InputError(f"the state has {state['consumed']:,} of {num_units:,} {self._rule} done. Start anew.")
+            raise InputError(
+                f"the state has {state['consumed']:,} of {num_units:,} {rule or 'cells'} done. Start anew."
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration continue where `state` stands; nothing before is read.
@@ -411,11 +447,13 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """
         self.check_state(state)
         epoch, consumed = int(state["epoch"]), int(state["consumed"])
+        earlier = _earlier_of(state, self._batch_rule)
         if get_worker_info() is None:
-            self._move(epoch, consumed)
+            self._move(epoch, consumed, earlier)
             return
         # `StatefulDataLoader` hands each worker its own state: the worker goes on with its own turns of the dealing.
         self._start[0] = epoch
+        self._keep_earlier(earlier)
         self._begin, self._consumed = int(state.get("begin", consumed)), consumed
         self._own_start = (epoch, self._begin, consumed)
 
@@ -606,6 +644,26 @@ class Batches(IterableDataset[dict[str, Any]]):
         """Yield what the collator makes of each block."""
         for block in self.cells.blocks():
             yield self.collator.collate_block(block)
+
+
+def _earlier_of(state: Mapping[str, Any], rule: BatchRule) -> _Earlier:
+    """Return which rules filled the batches of a state's epoch before `rule`, and until which batch each of them.
+
+    Raises:
+        InputError: They changed too often.
+    """
+    kept: _Earlier = ()
+    for until, text in [*state.get("earlier", []), [state["consumed"], state.get("rule", "cells")]]:
+        one = BatchRule.read(text)
+        if one is not None and until > (kept[-1][0] if kept else 0):  # else nothing was trained by it
+            kept = (*(kept[:-1] if kept and kept[-1][1] == one else kept), (int(until), one))
+    kept = kept[:-1] if kept and kept[-1][1] == rule else kept  # that one goes on
+    if len(kept) > MOST_CHANGES:
+        raise InputError(
+            f"batches changed their size {len(kept)} times within epoch {state['epoch']}, more than {MOST_CHANGES} "
+            f"times. Go on with {state['rule']}, or start anew."
+        )
+    return kept
 
 
 def _as_sources(paths: str | Path | Sequence[Any]) -> list[Any]:
