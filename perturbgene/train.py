@@ -35,7 +35,8 @@ from perturbgene.checkpoint import (
 from perturbgene.claim import claimed
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.read import expand_paths
+from perturbgene.data_utils.read import expand_paths, identity
+from perturbgene.data_utils.remote import shown_path
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, StoppedError, listed
 from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Question, results_json, standard_questions
@@ -68,7 +69,8 @@ def _paths(config: "TrainingConfig", split: str) -> list[str]:
 
 
 def _check_overlap(train: Sequence[str], evaluation: Sequence[str], *, is_allowed: bool) -> None:
-    shared = sorted({str(Path(path).resolve()) for path in train} & {str(Path(path).resolve()) for path in evaluation})
+    trained = {identity(path) for path in train}
+    shared = [shown_path(path) for path in evaluation if identity(path) in trained]
     if shared and not is_allowed:
         raise InputError(
             f"{listed(shared)} are in both --train_data_paths and --eval_data_paths, so scores would be of cells seen "

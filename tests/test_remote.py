@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from perturbgene.data_utils import remote
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.read import H5adFile, expand_paths
-from perturbgene.data_utils.remote import DiskCache, Version, copy_file, default_cache_dir, open_remote
+from perturbgene.data_utils.remote import DiskCache, Version, copy_file, default_cache_dir, open_remote, shown_url
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.errors import InputError
 from tests.web_server import Handler, Web, serving
@@ -368,6 +368,9 @@ def test_braces_work_in_urls_and_mix_with_files(web: Web, write_h5ad: Callable[.
 
 def test_globs_and_folders_of_a_bucket_are_listed_in_counting_order(bucket: Bucket) -> None:
     assert expand_paths("s3://cells/set/a_*.h5ad") == ["s3://cells/set/a_2.h5ad", "s3://cells/set/a_10.h5ad"]
+    assert expand_paths("s3://cells/set/a_?.h5ad") == ["s3://cells/set/a_2.h5ad"]
+    assert shown_url("s3://cells/set/a_?.h5ad") == "s3://cells/set/a_?.h5ad"  # as it must stand in run.yaml
+    assert shown_url("s3://cells/set/a.h5ad?token=pw") == "s3://cells/set/a.h5ad?***"
     assert len(expand_paths("s3://cells/set/")) == 3
 
 

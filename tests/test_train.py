@@ -255,6 +255,12 @@ def test_the_same_file_in_training_and_evaluation_is_refused(corpus: Path, tmp_p
         mlm(f"--corpus {corpus} --eval_data_paths {train} --output_dir {tmp_path}/r {QUIET} --max_steps 1")
 
 
+def test_the_same_url_in_training_and_evaluation_is_refused_without_its_token(short_run: Path, tmp_path: Path) -> None:
+    files = "--train_data_paths https://host/a.h5ad?id=1 --eval_data_paths HTTPS://me:secret@HOST/a.h5ad?id=1"
+    with pytest.raises(InputError, match=r"^'https://\*\*\*@HOST/a.h5ad\?\*\*\*' are in both .*allow_overlap"):
+        mlm(f"--pretrained_model_path {short_run} {files} --output_dir {tmp_path}/r {QUIET} --max_steps 1")
+
+
 def test_ranked_shards_train_without_a_corpus(corpus: Path, tmp_path: Path) -> None:
     vocabulary = tmp_path / "vocab.json"
     vocabulary.write_text(json.dumps({"phase": ["[G1]", "[S]", "[G2M]"]}))

@@ -99,7 +99,7 @@ def expand_paths(patterns: str | Path | Sequence[str | Path]) -> list[str]:
     paths = [path for item in given for raw in expand_braces(str(item)) for path in _files_of(raw, given=str(item))]
     first_of: dict[Any, str] = {}
     for path in paths:
-        twin = first_of.setdefault(_identity(path), path)
+        twin = first_of.setdefault(identity(path), path)
         if twin is not path:
             raise InputError(
                 f"{shown_path(path)} is the same file as {shown_path(twin)}: its cells would count twice. "
@@ -108,11 +108,14 @@ def expand_paths(patterns: str | Path | Sequence[str | Path]) -> list[str]:
     return paths
 
 
-def _identity(path: str) -> Any:
+def identity(path: str) -> Any:
     """Name a file by what it is, not by the way to it."""
     if is_url(path):
         return url_identity(path)
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # whoever opens it says so
+        return os.path.abspath(path)
     return status.st_dev, status.st_ino
 
 

@@ -74,17 +74,22 @@ def is_url(path: object) -> bool:
 def shown_url(url: str) -> str:
     """Give the URL for a message: user, password and query (where tokens live) are masked.
 
+    In a bucket, a question mark without a value behind it stands for any character.
+
     Example:
         >>> shown_url("https://ann:secret@host/cells.h5ad?token=abc")
         'https://***@host/cells.h5ad?***'
+        >>> shown_url("s3://cells/shard_?.h5ad")
+        's3://cells/shard_?.h5ad'
     """
     try:
         parts = urlsplit(url)
     except ValueError:  # no host can be told from a password
         return f"{url.partition('://')[0]}://{MASK}"
     _, at, host = parts.netloc.rpartition("@")
-    masked = SplitResult(parts.scheme, f"{MASK}@{host}" if at else host, parts.path, MASK if parts.query else "", "")
-    return urlunsplit(masked)
+    is_pattern = parts.scheme in SCHEMES and not _is_http(parts) and "=" not in parts.query
+    query = parts.query if is_pattern or not parts.query else MASK
+    return urlunsplit(SplitResult(parts.scheme, f"{MASK}@{host}" if at else host, parts.path, query, ""))
 
 
 def shown_path(path: object) -> str:
