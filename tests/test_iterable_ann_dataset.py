@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
@@ -725,6 +726,17 @@ def test_a_size_of_batches_that_changes_again_and_again_within_an_epoch_is_refus
             stream = a_stream(paths, batch_size=1 + number % 2, group_by_length=True)
             stream.load_state_dict(state)
             state = stream.state_after(1)
+
+
+def test_the_state_of_one_worker_does_not_tell_what_is_left_for_batches_of_another_size(
+    paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = a_stream(paths, tokens_per_batch=24).state_after(2)
+    worker = SimpleNamespace(id=0, num_workers=2)
+    monkeypatch.setattr("perturbgene.data_utils.iterable_ann_dataset.get_worker_info", lambda: worker)
+    a_stream(paths, tokens_per_batch=24).load_state_dict(state)
+    with pytest.raises(InputError, match="the state of a loader worker counts batches of 24 tokens, not batches of 48"):
+        a_stream(paths, tokens_per_batch=48).load_state_dict(state)
 
 
 def test_planned_batches_of_other_values_are_refused_although_the_files_are_alike_in_size(tmp_path: Path) -> None:

@@ -443,7 +443,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
         to `world_size - 1` last cells of the epoch are left out as ever).
 
         Raises:
-            InputError: It was saved for another corpus, another seed or another version, or is no state.
+            InputError: It was saved for another corpus, another seed or another version, or is no state; or batches
+                have changed their size and it is that of one loader worker.
         """
         self.check_state(state)
         epoch, consumed = int(state["epoch"]), int(state["consumed"])
@@ -452,6 +453,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
             self._move(epoch, consumed, earlier)
             return
         # `StatefulDataLoader` hands each worker its own state: the worker goes on with its own turns of the dealing.
+        if state.get("rule", "cells") != self._rule:  # no worker knows what the others have done
+            raise InputError(
+                f"the state of a loader worker counts {state['rule']}, not {self._rule}. Give `state_after` of the "
+                "data set, or batches of the size of then."
+            )
         self._start[0] = epoch
         self._keep_earlier(earlier)
         self._begin, self._consumed = int(state.get("begin", consumed)), consumed
