@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from perturbgene import __version__
@@ -97,13 +98,17 @@ def run(tokens: Sequence[str]) -> int:
 
 
 def part_together() -> None:
-    """Let all processes of `torchrun` end at the same time, with their connections closed.
+    """Let processes that `torchrun` started on the CPU end at the same time, with their connections closed.
 
-    The first rank still writes when the others are done; ended before it, they would close connections under it.
+    The first rank still writes when the others are done; ended before it, they would close connections under it. One
+    that waits in vain, for as long as a collective may take, leaves alone.
     """
     distributed = sys.modules.get("torch.distributed")  # a verb that needs no torch has not imported it
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        with suppress(RuntimeError):
+            distributed.barrier()
         distributed.destroy_process_group()
 
 
