@@ -70,6 +70,18 @@ def questions_of(run: Run, ask: Sequence[str], given: Sequence[str], *, joint: b
     return [Question("asked", group, tuple(given)) for group in groups]
 
 
+def named(given: Mapping[str, str | None] | Sequence[str] | None) -> dict[str, str | None]:
+    """Return given phenotypes with their labels; names alone stand for each cell's own label in `obs`.
+
+    Example:
+        >>> named(["tissue"]), named("tissue"), named({"tissue": "lung"}), named(None)
+        ({'tissue': None}, {'tissue': None}, {'tissue': 'lung'}, {})
+    """
+    if isinstance(given, str):
+        return {given: None}
+    return dict(given) if isinstance(given, Mapping) else dict.fromkeys(given or ())
+
+
 def constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -> dict[str, int]:
     """Return the input id of each label that is said of all cells.
 
@@ -131,7 +143,8 @@ class Asker:
     """
 
     def __init__(self, run: Run, ask: Sequence[str], given: Mapping[str, str | None], telling: Telling) -> None:
-        self.run, self.ask, self.given, self.telling = run, list(ask), dict(given), telling
+        self.run, self.given, self.telling = run, named(given), telling
+        self.ask = [ask] if isinstance(ask, str) else list(ask)
         self.questions = questions_of(run, ask, list(given), joint=telling.joint)
         self.asked = [name for question in self.questions for name in question.asked]
         self.constants = constant_labels(run.tokenizer, given)

@@ -6,6 +6,7 @@ first order. Letters: n cells, l tokens, k labels, g genes, s steps of a deletio
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from perturbgene.asking import named
 from perturbgene.calibration import weights_hash
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.effect_parts import ALONE, Cells, PartFolder, run_stage, write_table
 from perturbgene.effects import Tally
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
-from perturbgene.parts import Ranks, check_target, reading_of
+from perturbgene.parts import Ranks, check_target, has_genes, reading_of
 from perturbgene.perturbation import PART_CELLS, file_identity, readout_of
 from perturbgene.plots import deletion_figure, save_figure
 from perturbgene.readouts import LabelReadout, in_budget, sequences, token_budget
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from perturbgene.configs import AttributeConfig
+
+logger = logging.getLogger(__name__)
 
 #: Shares of a cell's genes that are removed along a deletion curve.
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -67,7 +71,7 @@ def _logits(run: Run, asked: TokenBlock, readout: LabelReadout, budget: int) -> 
 class Attributing:
     """A pass over the cells that adds up support: entry label * g + gene, and behind all of these one for each label.
 
-    The last k entries count the cells of each label.
+    The last k entries count the cells of each label, without those that express no gene of the panel.
     """
 
     run: Run
@@ -81,18 +85,18 @@ class Attributing:
         return self.readout.num_labels * (len(self.run.tokenizer.panel) + 1)
 
     def effects(self, block: TokenBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return cell, entry and support of every gene token, and a one for every cell."""
+        """Return cell, entry and support of every gene token, and a one for every cell that has genes."""
         asked = sequences(block, self.run.tokenizer, self.readout)
         label_n, support_l = support(self.run, asked, self.readout, budget=self.budget)
         num_genes, first = len(self.run.tokenizer.panel), self.run.tokenizer.first_gene_type
         is_gene_l = np.isfinite(support_l)
         cell_m = np.repeat(np.arange(len(asked)), np.diff(asked.offsets_n1))[is_gene_l]
         entry_m = label_n[cell_m] * num_genes + asked.token_type_ids_l[is_gene_l] - first
-        entry_n = self.readout.num_labels * num_genes + label_n
+        told = np.unique(cell_m)  # a cell without genes supports nothing, and is none of its label's cells
         return (
-            np.concatenate([cell_m, np.arange(len(asked))]),
-            np.concatenate([entry_m, entry_n]),
-            np.concatenate([support_l[is_gene_l], np.ones(len(asked), dtype=np.float32)]),
+            np.concatenate([cell_m, told]),
+            np.concatenate([entry_m, self.readout.num_labels * num_genes + label_n[told]]),
+            np.concatenate([support_l[is_gene_l], np.ones(len(told), dtype=np.float32)]),
         )
 
 
@@ -142,14 +146,17 @@ def deletion_curves(run: Run, cells: Cells, readout: LabelReadout, *, num_cells:
 
     Args:
         run, cells, readout: What is asked of whom.
-        num_cells: So many cells, spread evenly over the file.
+        num_cells: So many cells, spread evenly over the file; those without genes are left out.
         budget: Tokens that run at once.
 
     Returns:
         `share_removed`, and the mean log-odds under `attributed` and `random` order, a row per step.
     """
     rows = np.unique(np.linspace(0, len(cells) - 1, min(num_cells, len(cells))).astype(np.int64))
-    asked = sequences(cells.read(rows), run.tokenizer, readout)
+    told = _with_genes(cells.read(rows), run)
+    if not len(told):  # few cells have any
+        told = next(block for block in (_with_genes(one, run) for one in cells.blocks(0, len(cells))) if len(block))
+    asked = sequences(told.take(np.arange(min(num_cells, len(told)))), run.tokenizer, readout)
     label_n, support_l = support(run, asked, readout, budget=budget)
     random_l = np.random.default_rng(0).random(len(support_l))
     scores = {"attributed": support_l, "random": np.where(np.isfinite(support_l), random_l, np.nan)}
@@ -160,6 +167,10 @@ def deletion_curves(run: Run, cells: Cells, readout: LabelReadout, *, num_cells:
             for share in SHARES
         ]
     return pd.DataFrame(curves)
+
+
+def _with_genes(block: TokenBlock, run: Run) -> TokenBlock:
+    return block.take(np.flatnonzero(has_genes(block, run.tokenizer)))
 
 
 def _without_top(block: TokenBlock, score_l: np.ndarray, share: float) -> TokenBlock:
@@ -226,9 +237,9 @@ def attribute(
         True
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
-    readout, labels = _readout(run, ask, dict(given or {}))
+    readout, labels = _readout(run, ask, named(given))
     reading = {"batch_size": 256, **reading}
-    cells = Cells.open(adata, run, readout, given=dict(given or {}), donor=None, groupby=None, **reading)
+    cells = Cells.open(adata, run, readout, given=named(given), donor=None, groupby=None, **reading)
     budget = token_budget(run.model) if batch_tokens is None else batch_tokens
     return _attributed(run, cells, readout, labels, num_check_cells=num_check_cells, budget=budget)
 
@@ -239,6 +250,13 @@ def _attributed(
 ) -> pd.DataFrame:  # fmt: skip
     tally = run_stage(Attributing(run, readout, budget), cells, part_cells=part_cells, parts=parts, ranks=ranks)
     table = marker_table(tally, run, labels)
+    num_told = int(table.groupby("label")["num_cells"].first().sum())
+    if not num_told:
+        raise InputError(f"no cell of {listed(cells.dataset.paths)} expresses a gene of the panel. Give other cells.")
+    if num_told < len(cells):
+        logger.warning(
+            "%d of %d cells express no gene of the panel and are left out", len(cells) - num_told, len(cells)
+        )
     curves = deletion_curves(run, cells, readout, num_cells=num_check_cells, budget=budget)
     table.attrs["deletion"] = curves.to_dict(orient="list")
     table.attrs["areas"] = areas(curves)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from perturbgene.contrast import EXPRESSED, UNEXPRESSED, Sums
 from perturbgene.data_utils.genes import GenePanel
+from perturbgene.effects import adjusted
 from perturbgene.states import ALL
 
 #: A gene whose predictions stand for less than this share of a group's cells gets no change.
@@ -53,11 +54,35 @@ def pool_groups(values_xkg: np.ndarray, cells_k: np.ndarray) -> np.ndarray:
     return np.where(total > 0, pooled.sum(axis=-2) / np.where(total > 0, total, 1.0), np.nan)
 
 
-def against_null(change_g: np.ndarray, null_rg: np.ndarray) -> pd.DataFrame:
+def _pool_errors(squared_kg: np.ndarray, cells_k: np.ndarray, is_known_kg: np.ndarray) -> np.ndarray:
+    """Return the squared standard error of what `pool_groups` gives, (g,)."""
+    weight_kg = np.where(is_known_kg, cells_k[:, None], 0.0)
+    return (weight_kg**2 * squared_kg).sum(axis=0) / np.maximum(weight_kg.sum(axis=0), 1.0) ** 2
+
+
+def squared_errors(sums: Sums, share_skg: np.ndarray) -> np.ndarray:
+    """Return the squared standard error of each group's change, (k, g): cells differ, and each mask hides other genes.
+
+    A stratum with a single prediction counts its square as its variance.
+    """
+    count_skg = np.maximum(sums.counts_skg, 1)
+    mean_skg = np.where(sums.counts_skg > 1, sums.changes_2skg[0] / count_skg, 0.0)
+    variance_skg = np.maximum(sums.squares_skg - count_skg * mean_skg**2, 0.0) / np.maximum(count_skg - 1, 1)
+    weight_skg = np.where(sums.counts_skg > 0, share_skg, 0.0)
+    total_kg = weight_skg.sum(axis=0)
+    return (weight_skg**2 * variance_skg / count_skg).sum(axis=0) / np.where(total_kg > 0, total_kg, 1.0) ** 2
+
+
+def against_null(change_g: np.ndarray, null_rg: np.ndarray, error_g: np.ndarray, count_g: np.ndarray) -> pd.DataFrame:
     """Compare changes with those that meaningless changes of the same size bring about.
 
-    A change is one more draw under the null: t = (change - mean) / (sd * sqrt(1 + 1 / r)) with r - 1 degrees of
-    freedom. p is two-sided, q by Benjamini & Hochberg (1995) over the genes that have a p.
+    A change is one more draw under the null, known to its standard error:
+    t = (change - mean) / sqrt(sd^2 (1 + 1 / r) + error^2), with Welch's degrees of freedom of r - 1 and n - 1. p is
+    two-sided, q by Benjamini & Hochberg (1995) over the genes that have a p.
+
+    Args:
+        change_g, null_rg: The changes, and those of the null.
+        error_g, count_g: Standard error of each change, and of how many predictions it is the mean.
 
     Returns:
         `null_mean`, `null_sd`, `t`, `p_value`, `q_value`, a row per gene; all NaN without a null.
@@ -68,14 +93,13 @@ def against_null(change_g: np.ndarray, null_rg: np.ndarray) -> pd.DataFrame:
             np.nan, index=range(len(change_g)), columns=["null_mean", "null_sd", "t", "p_value", "q_value"]
         )
     mean_g, sd_g = null_rg.mean(axis=0), null_rg.std(axis=0, ddof=1)
+    spread_2g = np.stack([sd_g**2 * (1 + 1 / num_null), error_g**2])
     with np.errstate(divide="ignore", invalid="ignore"):
-        t_g = np.where(sd_g > 0, (change_g - mean_g) / (sd_g * np.sqrt(1 + 1 / num_null)), np.nan)
-    p_g = 2 * stats.t.sf(np.abs(t_g), num_null - 1)
-    q_g = np.full(len(p_g), np.nan)
-    is_known_g = np.isfinite(p_g)
-    if is_known_g.any():
-        q_g[is_known_g] = stats.false_discovery_control(p_g[is_known_g])
-    return pd.DataFrame({"null_mean": mean_g, "null_sd": sd_g, "t": t_g, "p_value": p_g, "q_value": q_g})
+        t_g = np.where(sd_g > 0, (change_g - mean_g) / np.sqrt(spread_2g.sum(axis=0)), np.nan)
+        freedom_2g = np.stack([np.full(len(count_g), num_null - 1.0), np.maximum(count_g - 1.0, 1.0)])
+        freedom_g = spread_2g.sum(axis=0) ** 2 / (spread_2g**2 / freedom_2g).sum(axis=0)
+    p_g = 2 * stats.t.sf(np.abs(t_g), np.maximum(freedom_g, 1))
+    return pd.DataFrame({"null_mean": mean_g, "null_sd": sd_g, "t": t_g, "p_value": p_g, "q_value": adjusted(p_g)})
 
 
 def _shares(sums: Sums) -> np.ndarray:
@@ -102,6 +126,11 @@ def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.D
     change_2kg = weigh_strata(sums.changes_2skg, sums.counts_skg, share_skg)
     null_rkg = weigh_strata(sums.null_r2skg[:, 0], sums.null_counts_skg, share_skg)
     observed_kg, count_skg = _observed(sums), sums.counts_skg
+    squared_kg, count_kg = squared_errors(sums, share_skg), count_skg.sum(axis=0)
+    errors = {ALL: _pool_errors(squared_kg, sums.cells_k, np.isfinite(change_2kg[0]))}
+    counts = {ALL: count_kg.sum(axis=0)}
+    errors |= dict(zip(groups, squared_kg, strict=True))
+    counts |= dict(zip(groups, count_kg, strict=True))
     stratum_skg = np.where(count_skg > 0, sums.changes_2skg[0] / np.maximum(count_skg, 1), np.nan)
     pool = partial(pool_groups, cells_k=sums.cells_k)
     rows: list[tuple[str, Callable[[np.ndarray], np.ndarray], float]] = []
@@ -118,8 +147,10 @@ def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.D
             "symbol": [panel.display_name(at) for at in range(len(panel))],
             "change": change_2g[0],
             "change_bins": change_2g[1],
+            "standard_error": np.sqrt(errors[group]),
         })  # fmt: skip
-        table = pd.concat([table, against_null(change_2g[0], take(null_rkg))], axis=1)
+        held = against_null(change_2g[0], take(null_rkg), np.sqrt(errors[group]), counts[group])
+        table = pd.concat([table, held], axis=1)
         table["observed"] = take(observed_kg)
         table["change_expressed"], table["change_unexpressed"] = (
             take(stratum_skg[EXPRESSED]),

@@ -128,6 +128,7 @@ class Sums:
 
     Args:
         changes_2skg: Sum of changes by unit, stratum, group and gene; `counts_skg` how many.
+        squares_skg: Sum of their squares, in the first unit.
         null_r2skg: The same of each null draw; `null_counts_skg` how many of each draw.
         cells_k: Cells that were changed.
         measured_2kg, expressed_2kg, values_2kg: Cells measured for a gene, cells that express it and the sum of its
@@ -135,6 +136,7 @@ class Sums:
     """
 
     changes_2skg: np.ndarray
+    squares_skg: np.ndarray
     counts_skg: np.ndarray
     null_r2skg: np.ndarray
     null_counts_skg: np.ndarray
@@ -148,8 +150,8 @@ class Sums:
         """Start from nothing."""
         kg = (num_groups, num_genes)
         return cls(
-            np.zeros((2, 2, *kg)), np.zeros((2, *kg)), np.zeros((num_null, 2, 2, *kg)), np.zeros((2, *kg)),
-            np.zeros(num_groups), np.zeros((2, *kg)), np.zeros((2, *kg)), np.zeros((2, *kg)),
+            np.zeros((2, 2, *kg)), np.zeros((2, *kg)), np.zeros((2, *kg)), np.zeros((num_null, 2, 2, *kg)),
+            np.zeros((2, *kg)), np.zeros(num_groups), np.zeros((2, *kg)), np.zeros((2, *kg)), np.zeros((2, *kg)),
         )  # fmt: skip
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -164,6 +166,7 @@ class Sums:
             sums[unit] += np.bincount(place_m, change_m2[:, unit], minlength=size).reshape(shape)
         if draw is None:
             self.counts_skg += np.bincount(place_m, minlength=size).reshape(shape)
+            self.squares_skg += np.bincount(place_m, change_m2[:, 0] ** 2, minlength=size).reshape(shape)
         elif draw == 0:
             self.null_counts_skg += np.bincount(place_m, minlength=size).reshape(shape)
 

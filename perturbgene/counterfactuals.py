@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from perturbgene.asking import named
 from perturbgene.changes import change_table
 from perturbgene.configs import MlmConfig, load_config
 from perturbgene.contrast import Contrast, Predictor, Sums, add_block, bin_values
@@ -25,7 +26,17 @@ from perturbgene.data_utils.read import H5adFile, expand_paths
 from perturbgene.data_utils.vocab import ABSENT, Vocabulary
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.gene_means import read_groups, write_whole
-from perturbgene.parts import BATCH_TOKENS, Parts, Ranks, add_up, check_target, parts_beside, reading_of, stream
+from perturbgene.parts import (
+    BATCH_TOKENS,
+    Parts,
+    Ranks,
+    add_up,
+    check_target,
+    has_genes,
+    parts_beside,
+    reading_of,
+    stream,
+)
 from perturbgene.plots import changes_figure, save_figure
 from perturbgene.prepare import shard_paths
 from perturbgene.runs import Run, load_run, provenance
@@ -161,7 +172,7 @@ def _given_of(data: "AnnData | str | Path", run: Run, category: str, given: Give
     if given is not None:
         if category in given:
             raise InputError(f"{category!r} is set, so it cannot be given too. Remove it from --given.")
-        return dict(given)
+        return named(given)
     if isinstance(data, str | Path):
         file = H5adFile(str(data))
         known = set(file.columns_of("obs"))
@@ -198,10 +209,12 @@ def sum_changes(
     sums = Sums.zeros(
         num_groups=len(cells.groups), num_genes=len(tokenizer.panel), num_null=contrast.num_null
     )  # fmt: skip
-    values_gb = bin_values(tokenizer.bin_edges)
+    values_gb, num_empty = bin_values(tokenizer.bin_edges), 0
     for whole in stream(dataset, text="counterfactual", ranks=parts.ranks, most_tokens=batch_tokens):
         is_used_n = cells.is_changed_n[whole.cells_n] | cells.has_label_n[whole.cells_n]
-        block = whole.take(np.flatnonzero(is_used_n))
+        has_genes_n = has_genes(whole, tokenizer)
+        num_empty += int((is_used_n & ~has_genes_n).sum())
+        block = whole.take(np.flatnonzero(is_used_n & has_genes_n))
         if not len(block):
             continue
         group_n, has_label_n = cells.group_n[block.cells_n], cells.has_label_n[block.cells_n]
@@ -210,6 +223,8 @@ def sum_changes(
         if len(rows):
             is_null_n = cells.is_null_n[block.cells_n[rows]]
             add_block(sums, predictor, collator, block.take(rows), group_n=group_n[rows], is_null_n=is_null_n)
+    if num_empty:
+        logger.warning("%d cells express no gene of the panel and are left out", num_empty)
     return Sums(*add_up(list(sums.arrays().values()), parts))
 
 
@@ -306,10 +321,11 @@ def counterfactual(
 
     Returns:
         One row per gene and group, by falling change. `change` is the expected value (log1p counts per 10,000) with the
-        label minus that with the cell's own, averaged over cells; `change_bins` the same in bins; `null_mean`,
-        `null_sd`, `t`, `p_value`, `q_value` see `changes.against_null`; `observed` is the difference between cells that
-        have the label and these cells; `change_expressed`, `change_unexpressed`, `share_expressed` tell the two strata
-        apart; `n_cells`.
+        label minus that with the cell's own, averaged over cells; `change_bins` the same in bins; `standard_error` that
+        of `change` over cells and masks; `null_mean`, `null_sd`, `t`, `p_value`, `q_value` see `changes.against_null`;
+        `observed` is the difference between cells that have the label and these cells; `change_expressed`,
+        `change_unexpressed`, `share_expressed` tell the two strata apart; `n_cells`. Cells that express no gene of the
+        panel are left out.
 
     Raises:
         InputError: See `contrast_of`, `choose_cells` and `check_combinations`.
@@ -366,7 +382,8 @@ def _write(table: pd.DataFrame, question: Question, config: "CounterfactualConfi
 def _summary(table: pd.DataFrame, question: Question, config: "CounterfactualConfig") -> list[str]:
     """Say for the first groups what rises, what falls and how it compares to what is observed."""
     cells = question.cells
-    lines = [f"{int(cells.is_changed_n.sum()):,} cells set to {config.set}; {int(cells.has_label_n.sum()):,} have it"]
+    num_changed = int(table["n_cells"].max()) if len(table) else 0
+    lines = [f"{num_changed:,} cells set to {config.set}; {int(cells.has_label_n.sum()):,} have it"]
     for group, part in list(table.groupby("group", sort=False))[:6]:
         up, down = ", ".join(part["symbol"].head(5)), ", ".join(part["symbol"].tail(5)[::-1])
         hits = int((part["q_value"] < 0.05).sum())

@@ -168,7 +168,7 @@ def held_against_null(table: pd.DataFrame, null: Null, *, gene_q: Sequence[int])
         freedom = sum(spread) ** 2 / (spread[0] ** 2 / (donors - 1) + spread[1] ** 2 / (len(matched_z) - 1) + 1e-300)
         t = (effect - matched_z.mean()) / np.sqrt(sum(spread) + 1e-300)
         rows.append((matched_z.mean(), 2 * stats.t.sf(abs(t), max(freedom, 1))))
-    result = pd.DataFrame(rows, columns=["null_mean", "p_value"], index=table.index)
+    result = pd.DataFrame(rows, columns=["null_mean", "p_value"], index=table.index, dtype=float)
     return result.assign(q_value=adjusted(result["p_value"].to_numpy()))
 
 

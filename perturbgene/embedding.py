@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from perturbgene.asking import named
 from perturbgene.data_utils.data_collators import ask, pack
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import TokenBlock
@@ -170,7 +171,7 @@ def embed(
         >>> pg.embed("cells.h5ad", "runs/mlm").obsm["X_perturbgene"].shape
         (255, 32)
     """
-    run, given = as_run(model, device=device), dict(given or {})
+    run, given = as_run(model, device=device), named(given)
     wanted = wanted_of(run, pooling=pooling, phenotypes=phenotypes, genes=genes, given=list(given))
     cells = read_cells(adata) if isinstance(adata, str | Path) else adata
     dataset = open_cells(cells, run, given, **reading)

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from scipy import sparse
 
+from perturbgene.asking import named
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.partition import cell_key
@@ -196,7 +197,7 @@ def gene_embeddings(
         >>> table.n_vars, table.obs["group"].cat.categories.tolist()
         (32, ['B cell', 'NK cell', 'monocyte'])
     """
-    run, given = as_run(model, device=device), dict(given or {})
+    run, given = as_run(model, device=device), named(given)
     dataset = open_cells(adata, run, given, **reading)
     groups, group_n = read_groups(dataset, groupby)
     parts = Parts(dataset.num_cells)

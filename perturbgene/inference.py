@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbgene.asking import Asker, Columns, Telling, question_of_classifier
+from perturbgene.asking import Asker, Columns, Telling, named, question_of_classifier
 from perturbgene.calibration import (
     MOST_CELLS,
     Calibration,
@@ -119,7 +119,7 @@ def _predict(
     batch_tokens: int, reading: Mapping[str, Any],
 ) -> tuple[pd.DataFrame, dict[str, Any]]:  # fmt: skip
     """Return the table and where it came from."""
-    asker = Asker(run, ask, given or {}, telling or Telling())
+    asker = Asker(run, ask, named(given), telling or Telling())
     dataset = asker.open(data, **{"batch_size": BATCH_CELLS, **reading})
     columns = _ask_all(asker, dataset, Parts(dataset.num_cells), ranks=Ranks(), most_tokens=batch_tokens)
     table = pd.DataFrame({name: values() for name, values in columns.items()})

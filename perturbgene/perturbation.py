@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from perturbgene.asking import named
 from perturbgene.calibration import read_calibration, weights_hash
 from perturbgene.data_utils.remote import is_url, shown_path
 from perturbgene.edits import ALL_GENES, Kind, Perturbations, perturbations_of
@@ -48,7 +49,7 @@ class Choice:
         exact: True computes all exactly.
         top_k: Genes of the screen that are computed exactly.
         num_controls: Random genes that are computed exactly beside them, or, without a screen, to make the null.
-        min_cells: A donor counts for a gene that changes at least so many of its cells.
+        min_cells: A donor counts for a gene that changes at least so many of its cells; a single donor always counts.
     """
 
     exact: bool = False
@@ -67,6 +68,7 @@ class Results:
         exact: Sums of `computed`.
         screened: Sums of the screen of all genes; None when nothing was screened.
         controls: Rows of `computed` that were drawn at random.
+        is_all: True where all genes were asked for, not some by name.
     """
 
     asked: Perturbations
@@ -74,6 +76,7 @@ class Results:
     exact: Tally
     screened: Tally | None
     controls: np.ndarray
+    is_all: bool = False
 
 
 def _wants_screen(asked: Perturbations, is_all: bool, cells: Cells, choice: Choice) -> bool:
@@ -116,7 +119,7 @@ def compute(
     else:
         computed, controls = _with_controls(asked, every_gene, is_all=is_all, screened=screened, choice=choice)
     exact = run_stage(Stage("exact", run, readout, computed, budget=budget), cells, **running)
-    return Results(asked, computed, exact, screened, controls)
+    return Results(asked, computed, exact, screened, controls, is_all)
 
 
 def _chosen(screened: Tally, cells: Cells, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
@@ -153,10 +156,9 @@ def _with_controls(
 
 
 def _means(tally: Tally, cells: Cells, group: int, choice: Choice) -> pd.DataFrame:
-    """Return the mean effects over donors; donors with few cells in all count when these few are changed."""
-    least_d = np.minimum(choice.min_cells, np.maximum(cells.cells_per_donor(group), 1))
+    """Return the mean effects over donors; a single donor, of whom no p-value is told, counts with any cells."""
     means_dq, counts_dq = tally.of_group(group, num_donors=len(cells.donors))
-    return mean_over_donors(means_dq, counts_dq, min_cells=least_d[:, None])
+    return mean_over_donors(means_dq, counts_dq, min_cells=choice.min_cells if len(cells.donors) > 1 else 1)
 
 
 def _genes_of(perturbations: Perturbations, first_gene_type: int) -> np.ndarray:
@@ -193,8 +195,12 @@ def _group_table(results: Results, cells: Cells, group: int, choice: Choice, fir
             rest.insert(0, "perturbation", results.asked.names)
             table = pd.concat([table, rest.assign(gene=np.arange(len(rest))).drop(index=gene_q)], ignore_index=True)
     null = _null(results, means, first_gene_type)
-    is_asked = table["perturbation"].isin(results.asked.names)
-    table = table[is_asked & (table["num_cells"] > 0)].reset_index(drop=True)
+    is_asked, is_changing = table["perturbation"].isin(results.asked.names), table["num_cells"] > 0
+    if results.is_all:
+        is_asked &= is_changing
+    else:  # who names a gene gets its row: where no cell expresses it, nothing changes
+        table.loc[~is_changing, "effect"] = 0.0
+    table = table[is_asked].reset_index(drop=True)
     is_tested = (table["gene"] >= 0) if results.asked.new_id < 0 else np.ones(len(table), dtype=bool)
     tested = held_against_null(table[is_tested], null, gene_q=table["gene"][is_tested].tolist())
     return table.join(tested).drop(columns="gene")
@@ -301,7 +307,7 @@ def perturb(
         'CD79A  exact  101  4'
     """
     run = _in_precision(model if isinstance(model, Run) else load_run(model, device=device), precision)
-    given = dict(given or {})
+    given = named(given)
     names = [genes] if isinstance(genes, str) else list(genes)
     asked = perturbations_of(names, run.tokenizer, kind=kind, level=bin)
     choice = Choice(exact, top_k, num_controls, min_cells)
@@ -317,6 +323,8 @@ def _finished(results: Results, cells: Cells, *, choice: Choice, run: Run) -> pd
     table = table_of(results, cells, choice=choice, first_gene_type=first)
     found = agreement_of(results, cells, choice=choice, first_gene_type=first)
     table.attrs["screen"] = None if found is None else vars(found)
+    if len(table) and table["effect"].isna().all():
+        logger.warning("no donor has %d cells in which a gene changes: give a lower min_cells", choice.min_cells)
     return table
 
 

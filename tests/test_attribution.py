@@ -14,6 +14,7 @@ from perturbgene.attribution import _readout, _without_top, attribute, support
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.effect_parts import Cells
+from perturbgene.errors import InputError
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
 from perturbgene.readouts import sequences
@@ -73,6 +74,19 @@ def test_the_marker_of_each_type_comes_first(run, cells):
     second = table[table["rank"] == 2].set_index("label")
     assert (second["support"] < first["support"] / 2).all()
     np.testing.assert_allclose(table["support"], table["support_where_expressed"] * table["share_expressed"], atol=1e-6)
+
+
+def test_cells_without_genes_count_for_no_label(run, cells, caplog):
+    values = cells.X.toarray()
+    empty = ad.AnnData(sparse.csr_matrix(np.concatenate([np.zeros((40, 9), np.float32), values])), var=cells.var)
+    told, alone = (attribute(some, run, ask="cell_type", num_check_cells=7) for some in (empty, cells))
+    pd.testing.assert_frame_equal(told, alone)
+    assert "40 of 70 cells express no gene of the panel" in caplog.text
+    assert np.isfinite(told.attrs["areas"]["attributed"])
+    with pytest.raises(InputError, match="no cell of 'AnnData' expresses a gene of the panel"):
+        attribute(empty[:40].copy(), run, ask="cell_type")
+    few = ad.AnnData(sparse.csr_matrix(np.concatenate([np.zeros((9, 9), np.float32), values[:2]])), var=cells.var)
+    assert np.isfinite(attribute(few, run, ask="cell_type", num_check_cells=1).attrs["areas"]["random"])
 
 
 def test_support_agrees_with_integrated_gradients_over_gates_that_let_genes_in(run, cells):

@@ -19,7 +19,7 @@ from untrained import a_run, save, some_cells
 
 import perturbgene as pg
 from perturbgene import counterfactuals
-from perturbgene.changes import against_null, change_table, pool_groups, weigh_strata
+from perturbgene.changes import against_null, change_table, pool_groups, squared_errors, weigh_strata
 from perturbgene.configs import MlmConfig, parse_args
 from perturbgene.contrast import Contrast, Predictor, Sums, add_block, bin_values
 from perturbgene.counterfactuals import choose_cells, counterfactual, sum_changes, unseen_combinations
@@ -156,7 +156,9 @@ def test_the_observed_difference_is_between_cells_that_have_the_label_and_cells_
     values = pd.DataFrame(
         np.select([cells.X.toarray() >= 3, cells.X.toarray() >= 1], [4.0, 2.0]), columns=cells.var_names
     )
-    means = values.groupby(cells.obs["tissue"].to_numpy()).mean()
+    has_genes = (values > 0).any(axis=1).to_numpy()  # the others are left out
+    assert 0 < (~has_genes).sum() < 20
+    means = values[has_genes].groupby(cells.obs["tissue"].to_numpy()[has_genes]).mean()
     np.testing.assert_allclose(table["observed"], (means.loc["spleen"] - means.loc["blood"])[table.index], atol=1e-9)
 
 
@@ -197,7 +199,7 @@ def test_groups_are_pooled_by_their_cells_and_those_without_a_value_drop_out() -
 
 def test_a_change_is_tested_as_one_more_draw_of_the_null() -> None:
     null = np.array([[1.0, 0], [2.0, 0], [3.0, 0]])
-    found = against_null(np.array([6.0, 1.0]), null)
+    found = against_null(np.array([6.0, 1.0]), null, np.zeros(2), np.full(2, 9))
     t = 4.0 / np.sqrt(4 / 3)
     assert found["t"][0] == pytest.approx(t) and found["p_value"][0] == pytest.approx(2 * stats.t.sf(t, 2))
     assert np.isnan(found["t"][1]) and np.isnan(found["q_value"][1])
@@ -205,8 +207,32 @@ def test_a_change_is_tested_as_one_more_draw_of_the_null() -> None:
 
 def test_p_values_are_uniform_where_the_change_means_no_more_than_the_null() -> None:
     rng = np.random.default_rng(0)
-    found = against_null(rng.normal(1, 2, 4000), rng.normal(1, 2, (8, 4000)))
+    known = np.zeros(4000), np.full(4000, 9)
+    found = against_null(rng.normal(1, 2, 4000), rng.normal(1, 2, (8, 4000)), *known)
     assert stats.kstest(found["p_value"], "uniform").pvalue > 0.01 and (found["q_value"] < 0.05).sum() == 0
+
+
+def test_p_values_are_uniform_where_the_change_is_noise_of_the_masks() -> None:
+    """Meaningless changes come from the same masks, so they do not tell how another draw of masks would come out."""
+    rng = np.random.default_rng(0)
+    sample = rng.normal(0, 3, (12, 4000))
+    error = sample.std(axis=0, ddof=1) / np.sqrt(12)
+    null = rng.normal(0, 0.1, (8, 4000))
+    found = against_null(sample.mean(axis=0), null, error, np.full(4000, 12))
+    assert stats.kstest(found["p_value"], "uniform").statistic < 0.04 and (found["q_value"] < 0.05).sum() == 0
+    unknown = against_null(sample.mean(axis=0), null, np.zeros(4000), np.full(4000, 12))
+    assert (unknown["q_value"] < 0.05).mean() > 0.5
+
+
+def test_the_standard_error_is_that_of_a_stratified_mean() -> None:
+    rng = np.random.default_rng(0)
+    sums = Sums.zeros(num_groups=1, num_genes=1, num_null=0)
+    strata = [rng.normal(1, 2, 40), rng.normal(3, 1, 10)]
+    for stratum, values in enumerate(strata):
+        sums.add_changes(np.stack([values, values], axis=1), np.full(len(values), stratum))
+    share = np.array([0.25, 0.75]).reshape(2, 1, 1)
+    expected = sum((weight * stats.sem(values)) ** 2 for weight, values in zip((0.25, 0.75), strata, strict=True))
+    assert squared_errors(sums, share).item() == pytest.approx(expected)
 
 
 def test_without_a_null_there_is_no_p_value(run: Run, cells: ad.AnnData) -> None:

@@ -101,6 +101,24 @@ def test_named_genes_are_tested_against_the_screen_of_all(run, cells):
     assert np.isnan(table["p_value"]["G31+G32"])  # single genes are no null for a pair
 
 
+def test_a_pair_alone_and_a_gene_of_no_cell_have_rows_without_a_p_value(run, cells):
+    table = perturb(cells, run, genes=["G38+G39"], towards=TOWARDS)
+    assert table["num_donors"].tolist() == [3] and np.isfinite(table["effect"]).all() and table["p_value"].isna().all()
+    table = perturb(cells, run, genes=["G0"], towards=TOWARDS)
+    assert table[["perturbation", "effect", "num_cells"]].values.tolist() == [["G0", 0.0, 0]]
+    table = perturb(cells, run, genes=["G0", "G39"], towards=TOWARDS, groupby="tissue").set_index("perturbation")
+    assert table.loc["G0", "effect"].tolist() == [0.0, 0.0] and (table.loc["G39", "effect"] != 0).all()
+
+
+def test_a_donor_counts_with_enough_changed_cells_and_few_cells_are_told(run, cells, caplog):
+    obs = cells.obs.assign(donor_id=pd.Categorical(["a"] * 30 + ["b"] * 27 + ["c"] * 3))
+    some = ad.AnnData(cells.X, obs=obs, var=cells.var)
+    assert perturb(some, run, genes=["G39"], towards=TOWARDS)["num_donors"].tolist() == [2]
+    assert perturb(some, run, genes=["G39"], towards=TOWARDS, min_cells=1)["num_donors"].tolist() == [3]
+    lonely = perturb(some, run, genes=["G39"], towards=TOWARDS, min_cells=31)
+    assert lonely["num_donors"].tolist() == [0] and "no donor has 31 cells in which a gene changes" in caplog.text
+
+
 def test_without_donors_there_is_an_effect_and_no_p_value(run, cells, folder, tmp_path, capsys):
     alone = cells.copy()
     del alone.obs["donor_id"]

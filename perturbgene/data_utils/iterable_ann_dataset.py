@@ -674,6 +674,8 @@ def _earlier_of(state: Mapping[str, Any], rule: BatchRule) -> _Earlier:
 
 def _as_sources(paths: str | Path | Sequence[Any]) -> list[Any]:
     """Expand paths; AnnData objects pass as they are."""
+    if hasattr(paths, "columns"):
+        raise InputError("a DataFrame is no AnnData. Make one of it: anndata.AnnData(table).")
     if hasattr(paths, "obs_names"):
         return [paths]
     if not isinstance(paths, str | Path) and any(hasattr(path, "obs_names") for path in paths):
