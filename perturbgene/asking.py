@@ -145,9 +145,9 @@ class Asker:
     def __init__(self, run: Run, ask: Sequence[str], given: Mapping[str, str | None], telling: Telling) -> None:
         self.run, self.given, self.telling = run, named(given), telling
         self.ask = [ask] if isinstance(ask, str) else list(ask)
-        self.questions = questions_of(run, ask, list(given), joint=telling.joint)
+        self.questions = questions_of(run, self.ask, list(self.given), joint=telling.joint)
         self.asked = [name for question in self.questions for name in question.asked]
-        self.constants = constant_labels(run.tokenizer, given)
+        self.constants = constant_labels(run.tokenizer, self.given)
         found = read_calibration(run.path) if telling.calibrate else None
         self.is_calibrated, self.calibration = found is not None, found or Calibration()
         self.collate = collate_fn_wrapper(run.tokenizer, packed=True)

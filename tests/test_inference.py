@@ -341,6 +341,18 @@ def test_a_given_constant_needs_no_column(cells, mlm):
     pd.testing.assert_frame_equal(predict_table(cells, mlm, ask=["cell_type"], given={"phase": "G1"}), with_column)
 
 
+def test_names_do_for_what_is_asked_and_given(cells, mlm):
+    cells.obs["phase"] = ["G1", "S"] * 6
+    expected = predict_table(cells, mlm, ask=["cell_type"], given={"phase": None})
+    for given in (["phase"], "phase"):
+        pd.testing.assert_frame_equal(predict_table(cells, mlm, ask="cell_type", given=given), expected)
+
+
+def test_a_table_is_no_anndata(cells, mlm):
+    with pytest.raises(InputError, match="a DataFrame is no AnnData. Make one"):
+        predict_table(cells.to_df(), mlm)
+
+
 def test_cells_whose_given_label_is_missing_are_asked_without_it(cells, mlm, expected):
     cells.obs["phase"] = [None] * 6 + ["S"] * 6
     table = predict_table(cells, mlm, ask=["cell_type"], given={"phase": None})

@@ -53,6 +53,7 @@ class GeneAlignment:
         by_symbol: Names of columns that were found through a symbol rather than an id.
         duplicated: Panel genes that several columns claim.
         unknown: Names of columns that the panel lacks.
+        other_case: Of these, names that the panel has in another case, where it has few of the file's.
     """
 
     gene_of_column_c: np.ndarray
@@ -60,6 +61,7 @@ class GeneAlignment:
     by_symbol: tuple[str, ...] = ()
     duplicated: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    other_case: tuple[str, ...] = ()
 
     @cached_property
     def is_measured_g(self) -> np.ndarray:
@@ -95,6 +97,12 @@ class GeneAlignment:
         """Raise an InputError when the file has too few of the panel's genes."""
         if self.coverage >= minimum and self.is_measured_g.any():
             return
+        if len(self.other_case) > self.is_measured_g.sum():
+            raise InputError(
+                f"{source}: {self.describe()}, under --min_gene_coverage {minimum:g}; {len(self.other_case):,} more "
+                f"differ in upper and lower case only ({listed(self.other_case, most=3)}), as mouse symbols differ "
+                "from human ones. If it is the same species, write them as the panel does (var_names.str.upper())."
+            )
         raise InputError(
             f"{source}: {self.describe()}, under --min_gene_coverage {minimum:g}; its first names are "
             f"{listed(self.unknown, most=3)}. Name the right column with --gene_id_column, or lower "
@@ -144,6 +152,10 @@ class GenePanel:
     def _uses_ensembl(self) -> bool:
         return sum(map(is_ensembl, self.genes)) > len(self.genes) / 2
 
+    def _in_other_case(self, names: Sequence[str]) -> tuple[str, ...]:
+        known = {name.casefold() for name in (*self.genes, *self.symbols) if name}
+        return tuple(name for name in names if name.casefold() in known)
+
     def display_name(self, index: int) -> str:
         """Return the symbol of gene `index` when there is one, else its id."""
         return (self.symbols[index] if self.symbols else "") or self.genes[index]
@@ -179,12 +191,14 @@ class GenePanel:
                 gene_of_column_c[column] = found
                 by_symbol.append(columns[column])
         claims = Counter(gene_of_column_c[gene_of_column_c >= 0].tolist())
+        unknown = tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0))
         return GeneAlignment(
             gene_of_column_c,
             len(self),
             by_symbol=tuple(by_symbol),
             duplicated=tuple(self.display_name(gene) for gene, count in claims.items() if count > 1),
-            unknown=tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0)),
+            unknown=unknown,
+            other_case=self._in_other_case(unknown) if len(claims) < len(self) / 2 else (),
         )
 
 
