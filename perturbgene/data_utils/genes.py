@@ -152,9 +152,12 @@ class GenePanel:
     def _uses_ensembl(self) -> bool:
         return sum(map(is_ensembl, self.genes)) > len(self.genes) / 2
 
+    @cached_property
+    def _caseless(self) -> frozenset[str]:
+        return frozenset(name.casefold() for name in (*self.genes, *self.symbols) if name)
+
     def _in_other_case(self, names: Sequence[str]) -> tuple[str, ...]:
-        known = {name.casefold() for name in (*self.genes, *self.symbols) if name}
-        return tuple(name for name in names if name.casefold() in known)
+        return tuple(name for name in names if name.casefold() in self._caseless)
 
     def display_name(self, index: int) -> str:
         """Return the symbol of gene `index` when there is one, else its id."""
