@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,17 @@ FSDP = {
 def test_weights_spread_over_two_processes_by_fsdp2_make_the_step_of_8(
     corpus: Path, uncut: Path, tmp_path: Path
 ) -> None:
+    """Tried twice: one of two hundred runs ended early, for a reason that was not kept; a warning would now show it."""
     tests, run = Path(__file__).parent, tmp_path / "run"
     words = [word for word in arguments(corpus, run, batch=4, accumulated=1) if word not in ("--ema_decay", "0.5")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, **FSDP, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
     command += [str(tests / "fsdp_on_cpu.py"), *words, "--use_cpu"]
     done = subprocess.run(command, check=False, env=environment, timeout=200, capture_output=True, text=True)
+    if done.returncode:
+        warnings.warn(f"two processes under FSDP2 ended with {done.returncode}:\n{done.stderr}", stacklevel=1)
+        shutil.rmtree(run, ignore_errors=True)
+        done = subprocess.run(command, check=False, env=environment, timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (run / "checkpoint-1" / "pytorch_model_fsdp.bin").exists()  # written by FSDP only
     for name in ("grad_norm", "loss"):
