@@ -70,7 +70,11 @@ def questions_of(run: Run, ask: Sequence[str], given: Sequence[str], *, joint: b
     return [Question("asked", group, tuple(given)) for group in groups]
 
 
-def named(given: Mapping[str, str | None] | Sequence[str] | None) -> dict[str, str | None]:
+#: Phenotypes that are told: their labels, None for each cell's own in `obs`; names alone stand for the latter.
+Given = Mapping[str, str | None] | Sequence[str]
+
+
+def named(given: Given | None) -> dict[str, str | None]:
     """Return given phenotypes with their labels; names alone stand for each cell's own label in `obs`.
 
     Example:
@@ -142,7 +146,7 @@ class Asker:
         InputError: The question cannot be put to this run.
     """
 
-    def __init__(self, run: Run, ask: Sequence[str], given: Mapping[str, str | None], telling: Telling) -> None:
+    def __init__(self, run: Run, ask: Sequence[str], given: Given | None, telling: Telling) -> None:
         self.run, self.given, self.telling = run, named(given), telling
         self.ask = [ask] if isinstance(ask, str) else list(ask)
         self.questions = questions_of(run, self.ask, list(self.given), joint=telling.joint)

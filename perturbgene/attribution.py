@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from perturbgene.asking import named
+from perturbgene.asking import Given, named
 from perturbgene.calibration import weights_hash
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
@@ -92,7 +92,8 @@ class Attributing:
         is_gene_l = np.isfinite(support_l)
         cell_m = np.repeat(np.arange(len(asked)), np.diff(asked.offsets_n1))[is_gene_l]
         entry_m = label_n[cell_m] * num_genes + asked.token_type_ids_l[is_gene_l] - first
-        told = np.unique(cell_m)  # a cell without genes supports nothing, and is none of its label's cells
+        # A cell without genes supports nothing, and is none of its label's cells.
+        told = np.flatnonzero(has_genes(asked, self.run.tokenizer))
         return (
             np.concatenate([cell_m, told]),
             np.concatenate([entry_m, self.readout.num_labels * num_genes + label_n[told]]),
@@ -150,7 +151,8 @@ def deletion_curves(run: Run, cells: Cells, readout: LabelReadout, *, num_cells:
         budget: Tokens that run at once.
 
     Returns:
-        `share_removed`, and the mean log-odds under `attributed` and `random` order, a row per step.
+        `share_removed`, and the mean log-odds under `attributed` and `random` order, a row per step; `attrs["cells"]`
+        is how many cells it is the mean of.
     """
     rows = np.unique(np.linspace(0, len(cells) - 1, min(num_cells, len(cells))).astype(np.int64))
     told = _with_genes(cells.read(rows), run)
@@ -166,7 +168,9 @@ def deletion_curves(run: Run, cells: Cells, readout: LabelReadout, *, num_cells:
             float(log_odds(run, _without_top(asked, score_l, share), readout, label_n, budget=budget).mean())
             for share in SHARES
         ]
-    return pd.DataFrame(curves)
+    table = pd.DataFrame(curves)
+    table.attrs["cells"] = len(asked)
+    return table
 
 
 def _with_genes(block: TokenBlock, run: Run) -> TokenBlock:
@@ -208,7 +212,7 @@ def attribute(
     model: str | Path | Run,
     *,
     ask: str,
-    given: Mapping[str, str | None] | None = None,
+    given: Given | None = None,
     num_check_cells: int = 50,
     device: str = "auto",
     batch_tokens: int | None = None,
@@ -237,9 +241,10 @@ def attribute(
         True
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
-    readout, labels = _readout(run, ask, named(given))
+    given = named(given)
+    readout, labels = _readout(run, ask, given)
     reading = {"batch_size": 256, **reading}
-    cells = Cells.open(adata, run, readout, given=named(given), donor=None, groupby=None, **reading)
+    cells = Cells.open(adata, run, readout, given=given, donor=None, groupby=None, **reading)
     budget = token_budget(run.model) if batch_tokens is None else batch_tokens
     return _attributed(run, cells, readout, labels, num_check_cells=num_check_cells, budget=budget)
 
@@ -259,7 +264,7 @@ def _attributed(
         )
     curves = deletion_curves(run, cells, readout, num_cells=num_check_cells, budget=budget)
     table.attrs["deletion"] = curves.to_dict(orient="list")
-    table.attrs["areas"] = areas(curves)
+    table.attrs["areas"], table.attrs["num_check_cells"] = areas(curves), curves.attrs["cells"]
     return table
 
 
@@ -283,7 +288,7 @@ def run_attribute(config: "AttributeConfig") -> str | None:
     if not ranks.is_main:
         return None
     write_table(table, target)
-    title = f"genes removed from {min(config.num_check_cells, len(cells)):,} cells, {config.ask} asked"
+    title = f"genes removed from {table.attrs['num_check_cells']:,} cells, {config.ask} asked"
     save_figure(deletion_figure(pd.DataFrame(table.attrs["deletion"]), title=title), target.with_suffix(".png"))
     question = {name: value for name, value in config.to_dict().items() if name not in ("run", "output", "overwrite")}
     facts = {**provenance(run, question, coverage=cells.dataset.coverage), **table.attrs}

@@ -127,19 +127,18 @@ def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.D
     null_rkg = weigh_strata(sums.null_r2skg[:, 0], sums.null_counts_skg, share_skg)
     observed_kg, count_skg = _observed(sums), sums.counts_skg
     squared_kg, count_kg = squared_errors(sums, share_skg), count_skg.sum(axis=0)
-    errors = {ALL: _pool_errors(squared_kg, sums.cells_k, np.isfinite(change_2kg[0]))}
-    counts = {ALL: count_kg.sum(axis=0)}
-    errors |= dict(zip(groups, squared_kg, strict=True))
-    counts |= dict(zip(groups, count_kg, strict=True))
     stratum_skg = np.where(count_skg > 0, sums.changes_2skg[0] / np.maximum(count_skg, 1), np.nan)
     pool = partial(pool_groups, cells_k=sums.cells_k)
-    rows: list[tuple[str, Callable[[np.ndarray], np.ndarray], float]] = []
+    rows: list[tuple[str, Callable[[np.ndarray], np.ndarray], np.ndarray, np.ndarray, float]] = []
     if len(groups) > 1:
-        rows.append((ALL, pool, float(sums.cells_k.sum())))
+        pooled_g = _pool_errors(squared_kg, sums.cells_k, np.isfinite(change_2kg[0]))
+        rows.append((ALL, pool, pooled_g, count_kg.sum(axis=0), float(sums.cells_k.sum())))
     for number, group in enumerate(groups):
-        rows.append((group, lambda values, at=number: values[..., at, :], float(sums.cells_k[number])))  # type: ignore[misc]
+        take_group = partial(np.take, indices=number, axis=-2)
+        rows.append((group, take_group, squared_kg[number], count_kg[number], float(sums.cells_k[number])))
     tables = []
-    for group, take, num_cells in rows:
+    for group, take, squared_g, count_g, num_cells in rows:
+        error_g = np.sqrt(squared_g)
         change_2g = take(change_2kg)
         table = pd.DataFrame({
             "group": group,
@@ -147,9 +146,9 @@ def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.D
             "symbol": [panel.display_name(at) for at in range(len(panel))],
             "change": change_2g[0],
             "change_bins": change_2g[1],
-            "standard_error": np.sqrt(errors[group]),
+            "standard_error": error_g,
         })  # fmt: skip
-        held = against_null(change_2g[0], take(null_rkg), np.sqrt(errors[group]), counts[group])
+        held = against_null(change_2g[0], take(null_rkg), error_g, count_g)
         table = pd.concat([table, held], axis=1)
         table["observed"] = take(observed_kg)
         table["change_expressed"], table["change_unexpressed"] = (

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from perturbgene.asking import named
+from perturbgene.asking import Given, named
 from perturbgene.changes import change_table
 from perturbgene.configs import MlmConfig, load_config
 from perturbgene.contrast import Contrast, Predictor, Sums, add_block, bin_values
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from perturbgene.configs import CounterfactualConfig
 
 logger = logging.getLogger(__name__)
-
-Given = Mapping[str, str | None]
 
 
 # -- what may be asked --------------------------------------------------------------------------------------------
@@ -170,9 +168,10 @@ def choose_cells(
 def _given_of(data: "AnnData | str | Path", run: Run, category: str, given: Given | None) -> dict[str, str | None]:
     """Return the other phenotypes that stand in the sequence: those named, or all of the run that `obs` has."""
     if given is not None:
-        if category in given:
+        others = named(given)
+        if category in others:
             raise InputError(f"{category!r} is set, so it cannot be given too. Remove it from --given.")
-        return named(given)
+        return others
     if isinstance(data, str | Path):
         file = H5adFile(str(data))
         known = set(file.columns_of("obs"))
@@ -223,9 +222,10 @@ def sum_changes(
         if len(rows):
             is_null_n = cells.is_null_n[block.cells_n[rows]]
             add_block(sums, predictor, collator, block.take(rows), group_n=group_n[rows], is_null_n=is_null_n)
-    if num_empty:
-        logger.warning("%d cells express no gene of the panel and are left out", num_empty)
-    return Sums(*add_up(list(sums.arrays().values()), parts))
+    *arrays, empty = add_up([*sums.arrays().values(), np.array(num_empty)], parts)
+    if empty and parts.ranks.is_main:
+        logger.warning("%d cells express no gene of the panel and are left out", empty)
+    return Sums(*arrays)
 
 
 # -- the verb -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from perturbgene.asking import named
+from perturbgene.asking import Given, named
 from perturbgene.data_utils.data_collators import ask, pack
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import TokenBlock
@@ -140,7 +140,7 @@ def embed(
     pooling: Pooling = "cls",
     phenotypes: Sequence[str] = (),
     genes: Sequence[str] = (),
-    given: Mapping[str, str | None] | None = None,
+    given: Given | None = None,
     device: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     **reading: Any,

@@ -7,7 +7,7 @@ say to `networks`. Letters: n cells, m positions read, g genes, k groups, r rows
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from perturbgene.asking import named
+from perturbgene.asking import Given, named
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.partition import cell_key
@@ -178,7 +178,7 @@ def gene_embeddings(
     model: str | Path | Run,
     *,
     groupby: str | None = None,
-    given: Mapping[str, str | None] | None = None,
+    given: Given | None = None,
     device: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     **reading: Any,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbgene.asking import Asker, Columns, Telling, named, question_of_classifier
+from perturbgene.asking import Asker, Columns, Given, Telling, question_of_classifier
 from perturbgene.calibration import (
     MOST_CELLS,
     Calibration,
@@ -85,7 +85,7 @@ def _ask_all(asker: Asker, dataset: IterableAnnDataset, parts: Parts, *, ranks: 
 
 
 def predict_table(
-    data: Any, run: Run, *, ask: Sequence[str] = (), given: Mapping[str, str | None] | None = None,
+    data: Any, run: Run, *, ask: Sequence[str] = (), given: Given | None = None,
     telling: Telling | None = None, batch_tokens: int = BATCH_TOKENS, **reading: Any,
 ) -> pd.DataFrame:  # fmt: skip
     """Predict phenotypes of cells as a table.
@@ -115,11 +115,11 @@ def predict_table(
 
 
 def _predict(
-    data: Any, run: Run, ask: Sequence[str], given: Mapping[str, str | None] | None, telling: Telling | None,
+    data: Any, run: Run, ask: Sequence[str], given: Given | None, telling: Telling | None,
     batch_tokens: int, reading: Mapping[str, Any],
 ) -> tuple[pd.DataFrame, dict[str, Any]]:  # fmt: skip
     """Return the table and where it came from."""
-    asker = Asker(run, ask, named(given), telling or Telling())
+    asker = Asker(run, ask, given, telling or Telling())
     dataset = asker.open(data, **{"batch_size": BATCH_CELLS, **reading})
     columns = _ask_all(asker, dataset, Parts(dataset.num_cells), ranks=Ranks(), most_tokens=batch_tokens)
     table = pd.DataFrame({name: values() for name, values in columns.items()})
@@ -128,7 +128,7 @@ def _predict(
 
 def predict(
     adata: "AnnData | str | Path", model: str | Path | Run, *, ask: Sequence[str] = (),
-    given: Mapping[str, str | None] | None = None, top_k: int = 3, joint: bool = False, abstain: float = 0.0,
+    given: Given | None = None, top_k: int = 3, joint: bool = False, abstain: float = 0.0,
     ood: bool = False, audit: bool = False, calibrate: bool = True, device: str = "auto",
     batch_tokens: int = BATCH_TOKENS, **reading: Any,
 ) -> "AnnData":  # fmt: skip

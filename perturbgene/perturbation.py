@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from perturbgene.asking import named
+from perturbgene.asking import Given, named
 from perturbgene.calibration import read_calibration, weights_hash
 from perturbgene.data_utils.remote import is_url, shown_path
 from perturbgene.edits import ALL_GENES, Kind, Perturbations, perturbations_of
@@ -49,7 +49,8 @@ class Choice:
         exact: True computes all exactly.
         top_k: Genes of the screen that are computed exactly.
         num_controls: Random genes that are computed exactly beside them, or, without a screen, to make the null.
-        min_cells: A donor counts for a gene that changes at least so many of its cells; a single donor always counts.
+        min_cells: A donor counts for a gene that changes at least so many of its cells; a single donor with
+            fewer cells in all when it changes all of them.
     """
 
     exact: bool = False
@@ -156,9 +157,12 @@ def _with_controls(
 
 
 def _means(tally: Tally, cells: Cells, group: int, choice: Choice) -> pd.DataFrame:
-    """Return the mean effects over donors; a single donor, of whom no p-value is told, counts with any cells."""
+    """Return the mean effects over donors; a single donor with few cells in all counts when these are changed."""
     means_dq, counts_dq = tally.of_group(group, num_donors=len(cells.donors))
-    return mean_over_donors(means_dq, counts_dq, min_cells=choice.min_cells if len(cells.donors) > 1 else 1)
+    least = choice.min_cells
+    if len(cells.donors) == 1:
+        least = min(least, max(1, int(cells.cells_per_donor(group)[0])))
+    return mean_over_donors(means_dq, counts_dq, min_cells=least)
 
 
 def _genes_of(perturbations: Perturbations, first_gene_type: int) -> np.ndarray:
@@ -266,7 +270,7 @@ def perturb(
     bin: int | None = None,
     towards: str | None = None,
     away: str | None = None,
-    given: Mapping[str, str | None] | None = None,
+    given: Given | None = None,
     embedding: Pooling = "cls",
     donor: str | None = None,
     groupby: str | None = None,

@@ -235,6 +235,26 @@ def test_the_standard_error_is_that_of_a_stratified_mean() -> None:
     assert squared_errors(sums, share).item() == pytest.approx(expected)
 
 
+def test_names_do_for_what_is_given_and_none_is_taken_for_a_part_of_another(run: Run, cells: ad.AnnData) -> None:
+    options = {**QUICK, "set": {"tissue": "spleen"}}
+    expected = counterfactual(cells, run, given={"cell_type": None}, **options)
+    for given in (["cell_type"], "cell_type"):
+        pd.testing.assert_frame_equal(counterfactual(cells, run, given=given, **options), expected)
+    with pytest.raises(InputError, match="tissue_of_origin"):  # unknown, not the one that is set
+        counterfactual(cells, run, given="tissue_of_origin", **options)
+
+
+def test_a_group_that_is_called_all_does_not_lend_its_error_to_all_groups(run: Run, cells: ad.AnnData) -> None:
+    renamed = cells.copy()
+    renamed.obs["donor"] = ["all" if name == cells.obs["donor"].iloc[0] else "other" for name in cells.obs["donor"]]
+    options = {**QUICK, "set": {"tissue": "spleen"}, "groupby": "donor"}
+    tables = [counterfactual(some, run, **options) for some in (renamed, cells)]
+    found, expected = (
+        table[table["n_cells"] == table["n_cells"].max()].set_index("gene")["standard_error"] for table in tables
+    )
+    pd.testing.assert_series_equal(found, expected)
+
+
 def test_without_a_null_there_is_no_p_value(run: Run, cells: ad.AnnData) -> None:
     table = counterfactual(cells, run, set={"tissue": "spleen"}, num_null=0, force=True)
     assert table[["t", "p_value", "q_value"]].isna().all(axis=None) and table["change"].notna().all()

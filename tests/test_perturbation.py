@@ -119,6 +119,15 @@ def test_a_donor_counts_with_enough_changed_cells_and_few_cells_are_told(run, ce
     assert lonely["num_donors"].tolist() == [0] and "no donor has 31 cells in which a gene changes" in caplog.text
 
 
+def test_a_single_donor_with_few_cells_counts_when_all_of_them_change(run, cells):
+    alone = ad.AnnData(cells.X, obs=cells.obs.assign(donor_id="a"), var=cells.var)
+    is_changed_n = cells.X[:, 39].toarray().ravel() > 0
+    some = perturb(alone, run, genes=["G39"], towards=TOWARDS, min_cells=60)
+    assert some["num_donors"].tolist() == [0] and some["num_cells"].tolist() == [is_changed_n.sum()]
+    few = perturb(alone[np.flatnonzero(is_changed_n)[:3]].copy(), run, genes=["G39"], towards=TOWARDS)
+    assert few["num_donors"].tolist() == [1] and np.isfinite(few["effect"]).all()
+
+
 def test_without_donors_there_is_an_effect_and_no_p_value(run, cells, folder, tmp_path, capsys):
     alone = cells.copy()
     del alone.obs["donor_id"]
@@ -154,6 +163,12 @@ def test_groups_get_effects_of_their_own(run, cells):
     spleen = perturb(cells[40:].copy(), run, genes=["G30"], towards=TOWARDS)
     assert set(both.index) == {"blood", "spleen"}
     assert both["effect"]["spleen"] == pytest.approx(spleen["effect"][0], abs=1e-6)
+
+
+def test_names_do_for_what_is_given(run, cells):
+    options = {"genes": ["G39"], "towards": TOWARDS}
+    expected = perturb(cells, run, given={"tissue": None}, **options)
+    pd.testing.assert_frame_equal(perturb(cells, run, given=["tissue"], **options), expected)
 
 
 def test_given_phenotypes_stand_in_the_sequence(run, cells):

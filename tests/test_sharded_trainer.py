@@ -77,12 +77,19 @@ def test_recomputing_activations_changes_no_step(corpus: Path, uncut: Path, tmp_
     assert_same_steps(run_mlm(parse_args(line)), uncut)  # type: ignore[arg-type]
 
 
+def in_two_processes(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program, or a module after `-m`, in two processes under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    return subprocess.run(
+        [*launcher, *command], check=False, env=environment, timeout=200, capture_output=True, text=True
+    )
+
+
 def test_two_processes_of_4_cells_make_the_step_of_8(corpus: Path, uncut: Path, tmp_path: Path) -> None:
     """Averaged weights too; and one process goes on from their checkpoint with the same second step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "perturbgene.main", *arguments(corpus, tmp_path / "run", batch=4, accumulated=1), "--use_cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, check=False, env=environment, timeout=200, capture_output=True, text=True)
+    words = [*arguments(corpus, tmp_path / "run", batch=4, accumulated=1), "--use_cpu"]
+    done = in_two_processes("-m", "perturbgene.main", *words)
     assert done.returncode == 0, done.stderr
     assert_same_steps(tmp_path / "run", uncut)
     assert done.stderr.count("step 2/2 ·") == 1
@@ -106,14 +113,12 @@ def test_weights_spread_over_two_processes_by_fsdp2_make_the_step_of_8(
     """Tried twice: one of two hundred runs ended early, for a reason that was not kept; a warning would now show it."""
     tests, run = Path(__file__).parent, tmp_path / "run"
     words = [word for word in arguments(corpus, run, batch=4, accumulated=1) if word not in ("--ema_decay", "0.5")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, **FSDP, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
-    command += [str(tests / "fsdp_on_cpu.py"), *words, "--use_cpu"]
-    done = subprocess.run(command, check=False, env=environment, timeout=200, capture_output=True, text=True)
+    command = [str(tests / "fsdp_on_cpu.py"), *words, "--use_cpu"]
+    done = in_two_processes(*command, **FSDP)
     if done.returncode:
         warnings.warn(f"two processes under FSDP2 ended with {done.returncode}:\n{done.stderr}", stacklevel=1)
         shutil.rmtree(run, ignore_errors=True)
-        done = subprocess.run(command, check=False, env=environment, timeout=200, capture_output=True, text=True)
+        done = in_two_processes(*command, **FSDP)
     assert done.returncode == 0, done.stderr
     assert (run / "checkpoint-1" / "pytorch_model_fsdp.bin").exists()  # written by FSDP only
     for name in ("grad_norm", "loss"):
@@ -267,6 +272,13 @@ def planned_stream(corpus: Path, run: Path) -> IterableAnnDataset:
     return IterableAnnDataset(paths, tokenizer, shuffle=True, seed=42, tokens_per_batch=130)
 
 
+def cells_after(corpus: Path, run: Path, *, num_batches: int) -> list[int]:
+    """Return which cells are left of the first epoch of a run under the budget, ascending."""
+    stream = planned_stream(corpus, run)
+    left = list(stream)[int(stream.batch_plan().sizes_b[:num_batches].sum()) :]
+    return sorted(cell.index for cell in left)
+
+
 @pytest.mark.parametrize(("rule", "workers"), [("budget", 2), ("like lengths", 0)])
 def test_a_run_of_planned_batches_resumes_with_the_same_weights_and_log(
     corpus: Path, tmp_path: Path, rule: str, workers: int
@@ -300,12 +312,11 @@ def test_a_run_under_a_budget_resumed_with_other_accumulation_trains_on_what_is_
     corpus: Path, tmp_path: Path, trained_cells: list[int]
 ) -> None:
     out = planned_run(corpus, tmp_path / "run", "--num_train_epochs 1 --save_steps 3", rule="budget")
-    stream = planned_stream(corpus, out)
-    left = list(stream)[int(stream.batch_plan().sizes_b[:6].sum()) :]
+    left = cells_after(corpus, out, num_batches=6)
     trained_cells.clear()
     more = f"--num_train_epochs 1 --save_strategy no --resume_from_checkpoint {out}/checkpoint-3"
     planned_run(corpus, out, f"{more} --gradient_accumulation_steps 3 --allow_changed", rule="budget")
-    assert sorted(trained_cells[96:]) == sorted(cell.index for cell in left)
+    assert sorted(trained_cells[96:]) == left
 
 
 def test_a_run_resumed_with_another_budget_trains_on_what_is_left_and_resumes_exactly_again(
@@ -313,8 +324,7 @@ def test_a_run_resumed_with_another_budget_trains_on_what_is_left_and_resumes_ex
 ) -> None:
     """As after a batch that a GPU's memory did not hold."""
     out = planned_run(corpus, tmp_path / "run", "--num_train_epochs 2 --save_steps 2", rule="budget")
-    stream = planned_stream(corpus, out)
-    left = list(stream)[int(stream.batch_plan().sizes_b[:4].sum()) :]
+    left = cells_after(corpus, out, num_batches=4)
     again = Path(shutil.copytree(out, tmp_path / "again"))
     common = "--num_train_epochs 2 --save_steps 1 --save_total_limit 99 --tokens_per_batch 70"
     with pytest.raises(InputError, match="tokens_per_batch was 130, is 70"):
@@ -322,7 +332,7 @@ def test_a_run_resumed_with_another_budget_trains_on_what_is_left_and_resumes_ex
     trained_cells.clear()
     more = f"{common} --allow_changed --resume_from_checkpoint"
     planned_run(corpus, out, f"{more} {out}/checkpoint-2", rule="budget")
-    assert sorted(trained_cells[-96 - len(left) : -96]) == sorted(cell.index for cell in left)
+    assert sorted(trained_cells[-96 - len(left) : -96]) == left
     assert sorted(trained_cells[-96:]) == list(range(96))
     resumed = planned_run(corpus, again, f"{more} {out}/checkpoint-4", rule="budget")
     assert (resumed / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()

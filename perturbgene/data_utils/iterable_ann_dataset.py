@@ -153,7 +153,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.block_rows, self.buffer_rows, self.threads = block_rows, buffer_rows, threads
         self.tokens_per_batch, self.has_planned_batches = tokens_per_batch, bool(tokens_per_batch) or group_by_length
         self._batch_rule = BatchRule(1 if tokens_per_batch else batch_size, tokens_per_batch)
-        self._last_plan: tuple[int, _Earlier, BatchPlan] | None = None
+        self._last_plan: tuple[tuple[int, _Earlier, BatchRule], BatchPlan] | None = None
         self._genes_by_budget: dict[int | None, np.ndarray] = {}
         if tokens_per_batch is not None and tokens_per_batch < tokenizer.max_length:
             raise InputError(
@@ -284,18 +284,19 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def batch_plan(self, epoch: int | None = None) -> BatchPlan:
         """The batches of all ranks in an epoch, where they are planned: under a budget, or of like lengths."""
         epoch = self.epoch if epoch is None else epoch
-        earlier = self._earlier if epoch == self.epoch else ()
-        if self._last_plan is None or self._last_plan[:2] != (epoch, earlier):
-            self._last_plan = epoch, earlier, self._batch_plan(epoch, earlier, self._batch_rule)
-        return self._last_plan[2]
+        return self._batch_plan(epoch, self._earlier if epoch == self.epoch else (), self._batch_rule)
 
     def _batch_plan(self, epoch: int, earlier: _Earlier, rule: BatchRule) -> BatchPlan:
-        """Plan an epoch in which some first batches were filled by other rules."""
+        """Plan an epoch in which some first batches were filled by other rules; the last plan is kept."""
+        key = epoch, earlier, rule
+        if self._last_plan is not None and self._last_plan[0] == key:
+            return self._last_plan[1]
         plan, done = None, 0
         for until, one in (*earlier, (0, rule)):
             length_n = self._genes_of(one) + (2 + len(self.tokenizer.included_phenotypes))
             plan, done = BatchPlan(self.plan(epoch), length_n, one, plan, done), until
         assert plan is not None
+        self._last_plan = key, plan
         return plan
 
     @property
