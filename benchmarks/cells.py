@@ -130,7 +130,7 @@ def build(cells: CellSet, folder: Path) -> Path:
 
 def build_corpus(home: Path) -> Path:
     """Run `prepare` on the uncompressed files of a set unless its corpus is there already; return the corpus."""
-    from perturbgene.prepare import prepare
+    from perturbgene.corpus.prepare import prepare
 
     corpus = home / "corpus"
     if not corpus.exists():

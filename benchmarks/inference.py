@@ -22,9 +22,10 @@ from scipy.stats import spearmanr
 from perturbgene.data_utils.data_collators import pad
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.edits import changed_pairs, edit, perturbations_of
 from perturbgene.eval_utils import inference_mode, to_device
-from perturbgene.readouts import (
+from perturbgene.inference.run import Run, load_run
+from perturbgene.perturbation.edits import changed_pairs, edit, perturbations_of
+from perturbgene.perturbation.readouts import (
     LabelReadout,
     Readout,
     StateReadout,
@@ -35,8 +36,7 @@ from perturbgene.readouts import (
     sequences,
     token_budget,
 )
-from perturbgene.runs import Run, load_run
-from perturbgene.screening import screen_removals
+from perturbgene.perturbation.screening import screen_removals
 
 PADDED_CELLS = 64
 EXACT_AFTER_SCREEN = 64

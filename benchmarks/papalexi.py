@@ -16,17 +16,17 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 
-from perturbgene.changes import weigh_strata
-from perturbgene.contrast import Contrast, Predictor
-from perturbgene.counterfactuals import counterfactual
+from perturbgene.counterfactuals.contrast import Contrast, Predictor
+from perturbgene.counterfactuals.counterfactual import counterfactual
+from perturbgene.counterfactuals.statistics import weigh_strata
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, pack
 from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.embedding.states import ALONE, find_genes, open_cells
 from perturbgene.errors import InputError
+from perturbgene.inference.run import Run, load_run
+from perturbgene.inference.streaming import BATCH_TOKENS, stream
 from perturbgene.main import main as perturbgene
-from perturbgene.parts import BATCH_TOKENS, stream
-from perturbgene.perturbation import perturb
-from perturbgene.runs import Run, load_run
-from perturbgene.states import ALONE, find_genes, open_cells
+from perturbgene.perturbation.perturb import perturb
 
 LABEL, CONTROL, REPLICATE = "perturbation", "control", "bio_rep"
 HIDDEN, PASSES, SEED = 0.5, 4, 0  # share of genes hidden when others are predicted, masks per cell

@@ -27,13 +27,13 @@ import anndata as ad
 import pandas as pd
 
 from perturbgene.configs import parse_args
+from perturbgene.corpus.prepare import shard_paths
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.demo import write_cells
 from perturbgene.errors import InputError
-from perturbgene.inference import baselines, evaluate
+from perturbgene.inference.predict import baselines, evaluate
+from perturbgene.inference.run import load_run
 from perturbgene.main import set_up_logging, verb_function
-from perturbgene.prepare import shard_paths
-from perturbgene.runs import load_run
 
 logger = logging.getLogger("perturbgene.recipes")
 

@@ -18,7 +18,7 @@ from transformers import DistilBertConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.distilbert.modeling_distilbert import Transformer
 
-from perturbgene.model import (
+from perturbgene.model.layers import (
     IGNORED_LABEL,
     GeneBertConfig,
     GeneBertForPhenotypicMLM,

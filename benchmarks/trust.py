@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from perturbgene.demo import CATEGORY, commands, write_cells
-from perturbgene.inference import predict
+from perturbgene.inference.predict import predict
 from perturbgene.main import main
 
 logger = logging.getLogger(__name__)

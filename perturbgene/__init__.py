@@ -9,18 +9,18 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "InputError": "perturbgene.errors:InputError",
-    "load_run": "perturbgene.runs:load_run",
-    "prepare_corpus": "perturbgene.prepare:prepare",  # `perturbgene.prepare` is the module itself
-    "predict": "perturbgene.inference:predict",
-    "predict_table": "perturbgene.inference:predict_table",
-    "evaluate": "perturbgene.inference:evaluate",
-    "embed": "perturbgene.embedding:embed",
-    "gene_embeddings": "perturbgene.gene_means:gene_embeddings",
-    "gene_network": "perturbgene.gene_means:gene_network",
-    "gene_roles": "perturbgene.gene_means:gene_roles",
-    "counterfactual": "perturbgene.counterfactuals:counterfactual",  # the verb would hide a module of its name
-    "perturb": "perturbgene.perturbation:perturb",
-    "attribute": "perturbgene.attribution:attribute",
+    "load_run": "perturbgene.inference.run:load_run",
+    "prepare_corpus": "perturbgene.corpus.prepare:prepare",  # `perturbgene.corpus.prepare` is the module itself
+    "predict": "perturbgene.inference.predict:predict",
+    "predict_table": "perturbgene.inference.predict:predict_table",
+    "evaluate": "perturbgene.inference.predict:evaluate",
+    "embed": "perturbgene.embedding.cells:embed",
+    "gene_embeddings": "perturbgene.embedding.genes:gene_embeddings",
+    "gene_network": "perturbgene.embedding.genes:gene_network",
+    "gene_roles": "perturbgene.embedding.genes:gene_roles",
+    "counterfactual": "perturbgene.counterfactuals.counterfactual:counterfactual",
+    "perturb": "perturbgene.perturbation.perturb:perturb",
+    "attribute": "perturbgene.perturbation.attribute:attribute",
 }
 __all__ = [*_PLACES]
 __getattr__ = lazily(_PLACES)

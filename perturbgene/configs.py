@@ -11,16 +11,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.settings.base import BaseConfig
-from perturbgene.settings.checks import check_question
-from perturbgene.settings.files import build_config, load_config, yaml_values
-from perturbgene.settings.flags import GROUPS, Flag, advice, members, own_flags, training_flags, usage_positionals
-from perturbgene.settings.lookup import GONE_IN_V5, find_flag, find_negatable
-from perturbgene.settings.manual import manual_page, overview
-from perturbgene.settings.training import TrainingConfig
-from perturbgene.settings.values import BOOLEAN_WORDS, NONE_WORDS, convert
-from perturbgene.settings.verbs import (
+from perturbgene.cli.base import BaseConfig
+from perturbgene.cli.checks import check_question
+from perturbgene.cli.flags import GROUPS, Flag, advice, members, own_flags, training_flags, usage_positionals
+from perturbgene.cli.lookup import GONE_IN_V5, find_flag, find_negatable
+from perturbgene.cli.manual import manual_page, overview
+from perturbgene.cli.training import TrainingConfig
+from perturbgene.cli.values import BOOLEAN_WORDS, NONE_WORDS, convert
+from perturbgene.cli.verbs import (
     CONFIGS,
     AttributeConfig,
     ClsConfig,
@@ -33,6 +31,8 @@ from perturbgene.settings.verbs import (
     PredictConfig,
     PrepareConfig,
 )
+from perturbgene.cli.yaml_files import build_config, load_config, yaml_values
+from perturbgene.errors import InputError, did_you_mean, listed
 
 __all__ = [
     "CONFIGS",

@@ -25,8 +25,8 @@ from perturbgene.data_utils.data_collators import (
     collate_fn_wrapper,
 )
 from perturbgene.data_utils.iterable_ann_dataset import Cell
+from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.errors import InputError
 from perturbgene.metrics import Confusion, Scores, confusion_table, per_class_scores
 from perturbgene.plots import confusion_figure, save_figure

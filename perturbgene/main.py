@@ -20,16 +20,16 @@ from perturbgene.errors import InputError, RunFailedError, StoppedError
 from perturbgene.heap import keep_freed_memory, return_large_pieces
 
 VERB_FUNCTIONS = {
-    "prepare": "perturbgene.prepare:run_prepare",
-    "mlm": "perturbgene.train:run_mlm",
-    "cls": "perturbgene.train:run_cls",
-    "evaluate": "perturbgene.inference:run_evaluate",
-    "predict": "perturbgene.inference:run_predict",
-    "embed": "perturbgene.embedding:run_embed",
-    "counterfactual": "perturbgene.counterfactuals:run_counterfactual",
-    "attribute": "perturbgene.attribution:run_attribute",
-    "perturb": "perturbgene.perturbation:run_perturb",
-    "download": "perturbgene.download:run_download",
+    "prepare": "perturbgene.corpus.prepare:run_prepare",
+    "mlm": "perturbgene.training.train:run_mlm",
+    "cls": "perturbgene.training.train:run_cls",
+    "evaluate": "perturbgene.inference.predict:run_evaluate",
+    "predict": "perturbgene.inference.predict:run_predict",
+    "embed": "perturbgene.embedding.cells:run_embed",
+    "counterfactual": "perturbgene.counterfactuals.counterfactual:run_counterfactual",
+    "attribute": "perturbgene.perturbation.attribute:run_attribute",
+    "perturb": "perturbgene.perturbation.perturb:run_perturb",
+    "download": "perturbgene.data_utils.download:run_download",
 }
 TRAINING_VERBS = ("mlm", "cls")
 #: Verbs that ask a model about any number of cells, whose memory must not grow with these.

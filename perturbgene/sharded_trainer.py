@@ -23,9 +23,9 @@ from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Evaluator, run_evaluator
-from perturbgene.safe_trainer import SafeTrainer
-from perturbgene.stopping import outlive_signals
-from perturbgene.watch import WithCells
+from perturbgene.training.callbacks import WithCells
+from perturbgene.training.safe_trainer import SafeTrainer
+from perturbgene.training.stopping import outlive_signals
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from unittest.mock import patch
 
 #: Phase -> (module, attribute) of the function at whose start the fault acts.
 PHASES = {
-    "step": ("perturbgene.safe_trainer.SafeTrainer", "training_step"),
-    "save:model": ("perturbgene.safe_trainer.SafeTrainer", "_save"),
-    "save:optimizer": ("perturbgene.safe_trainer.SafeTrainer", "_save_optimizer_and_scheduler"),
-    "save:rng": ("perturbgene.safe_trainer.SafeTrainer", "_save_rng_state"),
-    "save:manifest": ("perturbgene.checkpoint", "seal"),
-    "commit": ("perturbgene.checkpoint", "commit"),
-    "rotate": ("perturbgene.checkpoint", "delete"),
-    "deliver": ("perturbgene.checkpoint", "move_files"),
+    "step": ("perturbgene.training.safe_trainer.SafeTrainer", "training_step"),
+    "save:model": ("perturbgene.training.safe_trainer.SafeTrainer", "_save"),
+    "save:optimizer": ("perturbgene.training.safe_trainer.SafeTrainer", "_save_optimizer_and_scheduler"),
+    "save:rng": ("perturbgene.training.safe_trainer.SafeTrainer", "_save_rng_state"),
+    "save:manifest": ("perturbgene.training.checkpoints", "seal"),
+    "commit": ("perturbgene.training.checkpoints", "commit"),
+    "rotate": ("perturbgene.training.checkpoints", "delete"),
+    "deliver": ("perturbgene.training.checkpoints", "move_files"),
 }
 
 
@@ -47,7 +47,7 @@ def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
     """Let `action` happen at a phase once `step` steps are done."""
     import importlib
 
-    from perturbgene.safe_trainer import SafeTrainer
+    from perturbgene.training.safe_trainer import SafeTrainer
 
     owner_name, name = PHASES[phase]
     module, _, kind = owner_name.rpartition(".")

@@ -7,12 +7,12 @@ import anndata as ad
 import torch
 
 from perturbgene.configs import MlmConfig
+from perturbgene.corpus.prepare import prepare, shard_paths
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
-from perturbgene.prepare import prepare, shard_paths
-from perturbgene.train import tokenizer_facts
+from perturbgene.training.train import tokenizer_facts
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 WIDE = {"norm_position": "branch", "initializer_range": 0.15, "embedding_range": 0.5}

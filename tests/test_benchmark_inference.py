@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.inference import cut, knock_out_rows, reading_rows
-from tests.test_screening import CELLS, a_run, cells
+from tests.perturbation.test_screening import CELLS, a_run, cells
 
 TOWARDS = "cell_type=B cell"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import perturbgene
-from perturbgene.inference import predict
+from perturbgene.inference.predict import predict
 
 
 def test_verbs_are_functions_of_the_package() -> None:

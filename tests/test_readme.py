@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from perturbgene.configs import parse_args
-from perturbgene.data_utils.vocab import token_text
+from perturbgene.corpus.prepare import prepare, read_manifest
+from perturbgene.data_utils.labels import token_text
 from perturbgene.demo import commands
 from perturbgene.main import main
-from perturbgene.prepare import prepare, read_manifest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,12 +10,12 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from nine_genes import GENES, a_tokenizer
 from scipy import sparse
 
+from perturbgene.inference.run import Run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
-from perturbgene.runs import Run
-from perturbgene.train import tokenizer_facts
+from perturbgene.training.train import tokenizer_facts
+from tests.nine_genes import GENES, a_tokenizer
 
 HIDDEN = 8
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import numba
 import numpy as np
 
-from perturbgene.data_utils.partition import RowPlan
+from perturbgene.data_utils.order import RowPlan
 
 #: Batches that are filled side by side: a cell joins the fullest that has room. Of log-normal lengths with a median of
 #: 500 and a maximum of 1,024, a count of 8, 16 or 32 fills 0.994, 0.995 or 0.995 of 8,192 tokens.

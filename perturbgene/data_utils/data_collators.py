@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from perturbgene.data_utils.kernels import pad_rows
-from perturbgene.data_utils.partition import cell_key, mix, unit
+from perturbgene.data_utils.labels import MASK_ID, PAD_ID
+from perturbgene.data_utils.order import cell_key, mix, unit
 from perturbgene.data_utils.tokenization import TRUNCATIONS, GeneTokenizer, Room, TokenBlock
-from perturbgene.data_utils.vocab import MASK_ID, PAD_ID
 from perturbgene.errors import InputError
 
 IGNORED = -100

@@ -20,15 +20,15 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from perturbgene.data_utils.budget import BatchPlan, BatchRule
-from perturbgene.data_utils.expression import ExpressionBlock
+from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.lengths import gene_counts
-from perturbgene.data_utils.partition import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, Share, split_rows
-from perturbgene.data_utils.read import H5adFile, expand_paths
-from perturbgene.data_utils.remote import shown_path
+from perturbgene.data_utils.opening import H5adFile, expand_paths
+from perturbgene.data_utils.order import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, Share, split_rows
+from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer, Room, TokenBlock
-from perturbgene.data_utils.vocab import ABSENT
 from perturbgene.errors import InputError, listed
+from perturbgene.urls import shown_path
 
 logger = logging.getLogger(__name__)
 

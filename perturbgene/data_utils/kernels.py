@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from perturbgene.data_utils.partition import cell_key, mix
+from perturbgene.data_utils.order import cell_key, mix
 
 #: Whole counts below this get their bin from a table that is made once per cell.
 TABLE_SIZE = 256

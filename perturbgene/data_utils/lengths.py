@@ -6,7 +6,7 @@ Letters: n cells, m sampled cells.
 
 import numpy as np
 
-from perturbgene.data_utils.read import H5adFile, MemoryFile
+from perturbgene.data_utils.opening import H5adFile, MemoryFile
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.tokenization import GeneTokenizer
 

@@ -25,11 +25,10 @@ from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from perturbgene.errors import InputError
+from perturbgene.urls import SCHEMES, is_http, is_masked, is_url, shown_url
 
 logger = logging.getLogger(__name__)
 
-#: Scheme -> package to install for it; "" where none is needed.
-SCHEMES = {"https": "", "http": "", "s3": "s3fs", "gs": "gcsfs"}
 
 BLOCK_BYTES = 1 << 18
 MOST_BLOCKS = 32  # kept in memory per open file: 8 MiB
@@ -53,8 +52,6 @@ TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 REDIRECT_STATUS = {301, 302, 303, 307, 308}
 URL_SAFE = "/%?:@!$&'()*+,;=~"  # RFC 3986: what may stand in a path or query as it is
 
-#: Stands for what is not shown of a URL.
-MASK = "***"
 
 T = TypeVar("T")
 
@@ -66,57 +63,6 @@ _travelled: dict[str, int] = {}  # bytes read by ranges, per URL
 # -- names --------------------------------------------------------------------------------------------------------
 
 
-def is_url(path: object) -> bool:
-    """True for `scheme://...`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
-
-
-def shown_url(url: str) -> str:
-    """Give the URL for a message: user, password and query (where tokens live) are masked.
-
-    In a bucket, a question mark without a value behind it stands for any character.
-
-    Example:
-        >>> shown_url("https://ann:secret@host/cells.h5ad?token=abc")
-        'https://***@host/cells.h5ad?***'
-        >>> shown_url("s3://cells/shard_?.h5ad")
-        's3://cells/shard_?.h5ad'
-    """
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # no host can be told from a password
-        return f"{url.partition('://')[0]}://{MASK}"
-    _, at, host = parts.netloc.rpartition("@")
-    is_pattern = parts.scheme in SCHEMES and not _is_http(parts) and "=" not in parts.query
-    query = parts.query if is_pattern or not parts.query else MASK
-    return urlunsplit(SplitResult(parts.scheme, f"{MASK}@{host}" if at else host, parts.path, query, ""))
-
-
-def shown_path(path: object) -> str:
-    """Give a path or URL for a message."""
-    return shown_url(str(path)) if is_url(path) else str(path)
-
-
-def shown_text(text: str) -> str:
-    """Give text that may hold a URL: from the first one on it is shown as `shown_url` has it.
-
-    Example:
-        >>> shown_text("{https://host/a.h5ad?token=1,https://host/b.h5ad?token=2}")
-        '{https://host/a.h5ad?***'
-    """
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://.*", lambda url: shown_url(url[0]), text, flags=re.DOTALL)
-
-
-def is_masked(path: object) -> bool:
-    """True for a URL from which `shown_url` has taken something that is needed to read it.
-
-    Example:
-        >>> is_masked("https://host/cells.h5ad?***"), is_masked("https://host/cells.h5ad?token=abc")
-        (True, False)
-    """
-    return is_url(path) and re.search(r"://\*{3}(@|$)|\?\*{3}$", str(path)) is not None
-
-
 def url_identity(url: str) -> str:
     """Name what a URL leads to: without user, password and fragment, scheme and host in lower case.
 
@@ -126,7 +72,7 @@ def url_identity(url: str) -> str:
     """
     parts = _parts(url)
     host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=host.lower() if _is_http(parts) else host, fragment=""))
+    return urlunsplit(parts._replace(netloc=host.lower() if is_http(parts) else host, fragment=""))
 
 
 def _parts(url: str) -> SplitResult:
@@ -148,10 +94,6 @@ def _parts(url: str) -> SplitResult:
     return parts
 
 
-def _is_http(parts: SplitResult) -> bool:
-    return parts.scheme in ("http", "https")
-
-
 def expand_url(url: str) -> list[str]:
     """Turn a URL into file URLs: globs and folders are listed where the store can list.
 
@@ -159,7 +101,7 @@ def expand_url(url: str) -> list[str]:
         InputError: The URL is malformed, cannot be listed (http), or nothing is there.
     """
     parts = _parts(url)
-    if _is_http(parts):
+    if is_http(parts):
         if "*" in parts.path or parts.path.endswith("/") or not parts.path:
             raise InputError(
                 f"{shown_url(url)} cannot be listed, since web servers have no folders. Name the files one by one "
@@ -518,7 +460,7 @@ class RemoteFile(io.RawIOBase):
     ) -> None:
         super().__init__()
         self.url, self._retries, self._sleep = url, retries, sleep
-        self._store: _Store = _WebStore(url) if _is_http(_parts(url)) else _ObjectStore(url)
+        self._store: _Store = _WebStore(url) if is_http(_parts(url)) else _ObjectStore(url)
         self._cache, self._position, self._has_ranges = cache, 0, True
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._ahead: OrderedDict[int, int] = OrderedDict()  # where a sequence goes on -> blocks fetched last

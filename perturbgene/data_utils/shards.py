@@ -21,7 +21,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbgene.data_utils.expression import (
+from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GeneAlignment, GenePanel
+from perturbgene.data_utils.labels import ABSENT, Vocabulary
+from perturbgene.data_utils.opening import H5adFile, MemoryFile
+from perturbgene.data_utils.order import runs_of
+from perturbgene.data_utils.remote import copy_file
+from perturbgene.data_utils.scale import (
     ExpressionBlock,
     Normalization,
     check_scale,
@@ -29,12 +34,8 @@ from perturbgene.data_utils.expression import (
     looks_like_counts,
     needs_normalizing,
 )
-from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GeneAlignment, GenePanel
-from perturbgene.data_utils.partition import runs_of
-from perturbgene.data_utils.read import H5adFile, MemoryFile
-from perturbgene.data_utils.remote import copy_file, shown_path
-from perturbgene.data_utils.vocab import ABSENT, Vocabulary
 from perturbgene.errors import InputError, listed
+from perturbgene.urls import shown_path
 
 logger = logging.getLogger(__name__)
 

@@ -23,15 +23,6 @@ import torch
 from scipy import sparse
 
 from perturbgene.data_utils.binning import BinEdges, read_edges
-from perturbgene.data_utils.expression import (
-    NORMALIZATIONS,
-    ExpressionBlock,
-    Normalization,
-    check_values,
-    count_thresholds,
-    library_sizes,
-    native,
-)
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene, read_panel
 from perturbgene.data_utils.kernels import (
     BAD_COLUMN,
@@ -43,9 +34,27 @@ from perturbgene.data_utils.kernels import (
     gather_rows,
     tokenize_rows,
 )
-from perturbgene.data_utils.read import H5adFile, MemoryFile, expand_paths
+from perturbgene.data_utils.labels import (
+    ABSENT,
+    CLS_ID,
+    EOS_ID,
+    MASK_ID,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    Vocabulary,
+    token_text,
+)
+from perturbgene.data_utils.opening import H5adFile, MemoryFile, expand_paths
+from perturbgene.data_utils.scale import (
+    NORMALIZATIONS,
+    ExpressionBlock,
+    Normalization,
+    check_values,
+    count_thresholds,
+    library_sizes,
+    native,
+)
 from perturbgene.data_utils.shards import Shard
-from perturbgene.data_utils.vocab import ABSENT, CLS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, Vocabulary, token_text
 from perturbgene.errors import InputError, did_you_mean, listed
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,108 @@
+"""What the settings of all verbs have in common, and the options of h5ad files that most of them share.
+
+Owns checking at construction and writing to YAML; leaves reading to `files` and the verbs' own options to `verbs`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from perturbgene.cli.checks import check_edges, check_exists, check_flag, check_not_both
+from perturbgene.cli.flags import option, own_flags
+from perturbgene.urls import shown_text
+
+Normalization = Literal["auto", "none", "log1p_cp10k"]
+
+# Never written to a dump, like what URLs hold beside their path: a run folder is shared, an access token is not.
+SECRETS = ("hub_token",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What every verb's settings can do: be checked, dumped and read again."""
+
+    verb: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+    example: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings that cannot be; subclasses add checks across fields.
+
+        Raises:
+            InputError: What was given, why it cannot be, and which flag to change.
+        """
+        for flag in own_flags(type(self)).values():
+            check_flag(getattr(self, flag.name), flag)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name, overrides of TrainingArguments beside the verb's own; URLs as they may be shown."""
+        settings = {name: getattr(self, name) for name in own_flags(type(self))}
+        settings.update(getattr(self, "training_overrides", {}))
+        return {name: _without_secrets(value) for name, value in settings.items() if name not in SECRETS}
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML; ``--config`` on it gives an equal configuration, but for masked URLs."""
+        return yaml.safe_dump({"verb": self.verb, **self.to_dict()}, sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_yaml` to a file, by way of a temporary name."""
+        temporary = Path(f"{path}.tmp")
+        temporary.write_text(self.to_yaml(), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _without_secrets(value: Any) -> Any:
+    """Mask user, password and query of every URL in a value."""
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_secrets(item) for name, item in value.items()}
+    return shown_text(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions(BaseConfig):
+    """Where in an h5ad file the values and gene ids stand (prepare, mlm, cls, predict)."""
+
+    layer: str | None = option(None, help="Layer to read in place of X; `raw` means .raw.", group="Genes and bins")
+    gene_id_column: str | None = option(
+        None, help="Column of var with the gene ids, in place of var_names.", group="Genes and bins"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinOptions(MatrixOptions):
+    """Which genes are used and how their values become bins (prepare, mlm, cls)."""
+
+    panel: str | None = option(
+        None, help="Genes to use: a text file with one id per line, or a run's tokenizer.", group="Genes and bins"
+    )
+    num_top_genes: int | None = option(
+        None,
+        help="Keep this many of the most variable genes; none keeps all.",
+        group="Genes and bins",
+        within="[1, inf)",
+    )
+    normalization: Normalization = option(
+        "auto", help="auto recognises raw counts and takes log1p of counts per 10,000.", group="Genes and bins"
+    )
+    bin_edges: list[float] = option(
+        [], help="Increasing edges of the bins; a value on an edge joins the upper bin.", group="Genes and bins"
+    )
+    bin_edges_path: str | None = option(
+        None, help="JSON file with a list of edges, or gene -> edges.", group="Genes and bins"
+    )
+
+    def check(self) -> None:
+        super().check()
+        check_edges(self.bin_edges)
+        check_not_both(self, "bin_edges", "bin_edges_path")
+        check_exists(self.bin_edges_path, flag="bin_edges_path")
+        check_exists(self.panel, flag="panel")

@@ -1,0 +1,410 @@
+"""What `mlm` and `cls` share: options of data, model and training, and the `TrainingArguments` made of them.
+
+Owns defaults and checks that hold for both; leaves what only one of them has to `verbs`. Imports torch and transformers
+only when training arguments are asked for.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from perturbgene.cli.base import BaseConfig, BinOptions
+from perturbgene.cli.checks import check_exists, check_no_repeats, check_not_both, looks_like_hub_id
+from perturbgene.cli.flags import option, own_flags, training_flags
+from perturbgene.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+#: Peak learning rate x hidden size. Under Adam the best rate falls as one over the width (Yang et al. 2022,
+#: arXiv:2203.03466); 64 wide, 1.5e-3 to 4e-3 did equally well on 3,000 sorted PBMC (docs/experiments.md).
+RATE_TIMES_WIDTH = 0.128
+#: What is left of it where training goes on from given weights: a fresh head needs much of it. Fine-tuned on 560 PBMC,
+#: 64 wide, 1e-3 did best; 3e-4 for six epochs left the head untrained.
+RATE_OF_FINE_TUNING = 0.5
+
+Truncation = Literal["variable", "expressed", "random"]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+    "reduce_lr_on_plateau",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(BinOptions):
+    """Which cells are read and how they become tokens (mlm, cls)."""
+
+    corpus: str | None = option(
+        None, help="Folder made by `prepare`; brings shards, vocabulary, panel and bins.", group="Data"
+    )
+    train_data_paths: list[str] = option(
+        [], help="Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.", group="Data"
+    )
+    eval_data_paths: list[str] = option(
+        [], help="Evaluation files, written like the training files; with a corpus, they replace its own.", group="Data"
+    )
+    vocab_path: str | None = option(None, help="JSON file {category: [labels]} of the phenotypes.", group="Data")
+    included_phenotypes: list[str] = option(
+        [], help="Phenotypes in a cell's sequence, in this order; none named means all of the vocabulary.", group="Data"
+    )
+    max_length: int = option(
+        2048, help="Longest sequence in tokens, [CLS] and [EOS] included.", group="Data", within="[3, inf)"
+    )
+    truncation: Truncation = option(
+        "variable", help="Genes that stay in a cell longer than --max_length.", group="Data"
+    )
+    pad_to_multiple_of: int | None = option(
+        None, help="Pad lengths to a multiple of this; tensor cores like 8.", group="Data", within="[1, inf)"
+    )
+    shard_size: int | None = option(
+        None, help="Cells per shard; only compared with the sizes read from the files.", group="Data", within="[1, inf)"
+    )
+    allow_overlap: bool = option(
+        False, help="Go on although a file or cell is in both training and evaluation.", group="Data"
+    )
+    min_gene_coverage: float = option(
+        0.5, help="Stop when a file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+    )
+
+    @property
+    def has_eval_data(self) -> bool:
+        """Whether there are cells to evaluate on."""
+        return bool(self.corpus or self.eval_data_paths)
+
+    def check(self) -> None:
+        super().check()
+        check_not_both(self, "corpus", "train_data_paths")
+        check_exists(self.vocab_path, flag="vocab_path")
+        if not self.corpus and not self.train_data_paths:
+            raise InputError(
+                "Neither corpus nor train_data_paths is given, so there are no cells. "
+                "Give --corpus DIR (made by `perturbgene prepare`) or --train_data_paths."
+            )
+        check_no_repeats(self.included_phenotypes, flag="included_phenotypes")
+        least = 2 + 1 + len(self.included_phenotypes)
+        if self.max_length < least:
+            raise InputError(
+                f"max_length is {self.max_length}, but [CLS], {least - 3} phenotypes, one gene and [EOS] need "
+                f"{least} tokens. Raise --max_length."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(BaseConfig):
+    """Size of the model and where its first weights come from (mlm, cls)."""
+
+    model_arch: Literal["tiny", "small", "base", "large"] = option(
+        "small", help="Preset of sizes; the flags below change single ones.", group="Model"
+    )
+    pretrained_model_path: str | None = option(
+        None, help="Run folder or hub id whose weights and sizes to start from.", group="Model"
+    )
+    num_hidden_layers: int | None = option(None, help="Layers.", group="Model", within="[1, inf)")
+    num_attention_heads: int | None = option(None, help="Attention heads per layer.", group="Model", within="[1, inf)")
+    hidden_size: int | None = option(None, help="Size of a token's vector.", group="Model", within="[1, inf)")
+    intermediate_size: int | None = option(
+        None, help="Size within the feed-forward part.", group="Model", within="[1, inf)"
+    )
+    dropout: float | None = option(
+        None, help="Dropout after embeddings and sublayers; never on attention weights.", group="Model", within="[0, 1)"
+    )
+    norm_position: Literal["pre", "post", "branch"] | None = option(
+        None,
+        help="LayerNorm before each sublayer, after it, or on what it adds (branch; the presets' choice).",
+        group="Model",
+    )
+    bin_gain_range: float | None = option(
+        None,
+        help="At the start a bin scales its gene's vector by 1 + this * (its mean expression - 1); 0 only adds (BERT).",
+        group="Model",
+        within="[0, 1]",
+    )
+    direct_path: Literal["auto", "always", "never"] = option(
+        "auto",
+        help="Genes also vote for labels directly, beside the transformer; auto: unless labels outnumber hidden_size.",
+        group="Model",
+    )
+    attn_implementation: Literal["auto", "matmul", "sdpa", "varlen", "flash"] = option(
+        "auto", help="How attention is computed; auto takes the fastest that the device has.", group="Model"
+    )
+    use_flash_attn: bool = option(False, help="The same as --attn_implementation flash.", group="Model")
+
+    def check(self) -> None:
+        super().check()
+        name, heads, hidden = self.pretrained_model_path, self.num_attention_heads, self.hidden_size
+        if name and not looks_like_hub_id(name):
+            check_exists(name, flag="pretrained_model_path")
+        sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
+        for size in (*sizes, "norm_position", "bin_gain_range") if name else ():
+            if getattr(self, size) is not None:
+                raise InputError(
+                    f"{size} is given, but the model of --pretrained_model_path has its own. Remove --{size}."
+                )
+        if name and self.direct_path != "auto":
+            raise InputError(
+                "direct_path is given, but the model of --pretrained_model_path has its own. Remove --direct_path."
+            )
+        if heads and hidden and hidden % heads:
+            raise InputError(
+                f"hidden_size is {hidden}, which {heads} heads cannot share equally. Choose a --hidden_size that is "
+                "a multiple of --num_attention_heads."
+            )
+        if self.use_flash_attn and self.attn_implementation not in ("auto", "flash"):
+            raise InputError(f"use_flash_attn contradicts attn_implementation {self.attn_implementation}. Remove one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(BaseConfig):
+    """How long, how fast and on what to train (mlm, cls); every other TrainingArguments field is an override."""
+
+    output_dir: str = option(
+        "", help="Run folder: weights, tokenizer, settings and metrics.", group="Input and output", is_required=True
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        help="Checkpoint folder to continue from; alone, the newest valid one in --output_dir (`latest`).",
+        group="Input and output",
+        bare="latest",
+    )
+    allow_changed: bool = option(
+        False,
+        help="Resume although settings differ on which the order of cells or the meaning of a step depends.",
+        group="Input and output",
+    )
+    learning_rate: float | None = option(
+        None,
+        help="Peak learning rate of AdamW; none: 0.128 / hidden size, or half of it on weights that are trained "
+        "already (tiny 2e-3, small 5e-4, base 1.7e-4, large 1.25e-4).",
+        group="Training",
+        within="(0, inf)",
+    )
+    per_device_train_batch_size: int = option(
+        32, help="Cells per step and device.", group="Training", within="[1, inf)"
+    )
+    tokens_per_batch: int | None = option(
+        None,
+        help="Most tokens of a device's batch, in place of a number of cells; at least --max_length. Counted before "
+        "masking (which adds some) and thinning.",
+        group="Training",
+        within="[3, inf)",
+    )
+    train_sampling_strategy: Literal["random", "group_by_length"] = option(
+        "random",
+        help="group_by_length gives the cells of a padded batch like lengths; packed batches need none of it.",
+        group="Training",
+    )
+    per_device_eval_batch_size: int = option(
+        64, help="Cells per evaluation batch and device.", group="Training", within="[1, inf)"
+    )
+    gradient_accumulation_steps: int = option(
+        1, help="Batches added up before each step.", group="Training", within="[1, inf)"
+    )
+    num_train_epochs: float = option(10.0, help="Passes over the training cells.", group="Training", within="(0, inf)")
+    max_steps: int = option(
+        -1,
+        help="Stop after this many steps, whatever the epochs; -1 for no limit.",
+        group="Training",
+        within="[-1, inf)",
+    )
+    lr_scheduler_type: Schedule = option("cosine", help="Course of the learning rate.", group="Training")
+    warmup_steps: float = option(
+        0.1, help="Steps of rising learning rate; below 1, a share of all steps.", group="Training", within="[0, inf)"
+    )
+    weight_decay: float = option(0.01, help="Decoupled weight decay.", group="Training", within="[0, inf)")
+    max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", group="Training", within="[0, inf)")
+    ema_decay: float | None = option(
+        None,
+        help="Average weights over steps with this decay (0.999), and evaluate and deliver the average.",
+        group="Training",
+        within="(0, 1)",
+    )
+    bf16: bool | None = option(
+        None, help="Half precision (bfloat16). Unset (`none`): on where the device computes it fast.", group="Training"
+    )
+    use_cpu: bool = option(False, help="Stay on the CPU although there is a GPU.", group="Training")
+    seed: int = option(42, help="Fixes weights, order of cells and masks.", group="Training", within="[0, 4294967295]")
+    eval_strategy: Literal["auto", "no", "steps", "epoch"] = option(
+        "auto", help="When to evaluate; auto: by steps if --eval_steps is given, else each epoch.", group="Training"
+    )
+    eval_steps: float | None = option(
+        None, help="Steps between evaluations; below 1, a share of all steps.", group="Training", within="(0, inf)"
+    )
+    eval_on_start: bool = option(
+        True, help="Evaluate before the first step, so that a broken evaluation shows at once.", group="Training"
+    )
+    save_strategy: Literal["auto", "no", "steps", "epoch", "best"] = option(
+        "auto", help="When to write a checkpoint; auto: by --save_steps if given, else as evaluated.", group="Training"
+    )
+    save_steps: float | None = option(
+        None, help="Steps between checkpoints; below 1, a share of all steps.", group="Training", within="(0, inf)"
+    )
+    save_total_limit: int | None = option(
+        2, help="Checkpoints to keep, the best one among them.", group="Training", within="[1, inf)"
+    )
+    logging_steps: float = option(
+        10, help="Steps between logged values; below 1, a share of all steps.", group="Training", within="(0, inf)"
+    )
+    report_to: list[
+        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio", "none", "all"]
+    ] = option(["tensorboard"], help="Where logs go besides the terminal.", group="Training")
+    dataloader_num_workers: int = option(
+        0,
+        help="Processes that read cells; seldom worth it, as two threads read already and batches are costly to ship. "
+        "The cells and masks do not depend on it.",
+        group="Training",
+        within="[0, inf)",
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name in ("eval", "save"):
+            strategy, steps = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
+            if steps is not None and strategy not in ("auto", "steps"):
+                raise InputError(
+                    f"{name}_steps is {steps:g}, but {name}_strategy is {strategy}, which pays no heed to steps. "
+                    f"Remove --{name}_steps or --{name}_strategy."
+                )
+            if strategy == "steps" and steps is None:
+                raise InputError(f"{name}_strategy is steps, but their number is missing. Give --{name}_steps.")
+        if self.max_steps == 0:
+            raise InputError("max_steps is 0, which trains nothing. Give --max_steps 1 or more, or -1 for no limit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
+    """What mlm and cls share; ``training_overrides`` holds the TrainingArguments fields that are no own flag."""
+
+    best_metric: ClassVar[str] = "eval_loss"
+
+    training_overrides: dict[str, Any] = field(default_factory=dict)
+    gene_drop_prob: float = option(
+        0.0,
+        help="Thin training cells: each loses a share of its genes, drawn anew from 0 to this every epoch; high values "
+        "(0.9) keep a model from learning a few hundred cells by heart.",
+        group="Training",
+        within="[0, 1]",
+    )
+
+    def check(self) -> None:
+        super().check()
+        self._check_batches()
+        if self.eval_strategy not in ("auto", "no") and not self.has_eval_data:
+            raise InputError(
+                f"eval_strategy is {self.eval_strategy}, but there is nothing to evaluate on. "
+                "Give --eval_data_paths or --corpus, or remove --eval_strategy."
+            )
+        if self.corpus or self.pretrained_model_path:
+            return
+        if not self.bin_edges and not self.bin_edges_path:
+            raise InputError(
+                "Bin edges are missing: a corpus or a pretrained model would bring them, but none is given. "
+                "Give --bin_edges 0.5 1 2 4, or --bin_edges_path."
+            )
+
+    def with_learning_rate(self, hidden_size: int) -> Self:
+        """Return the settings with their learning rate filled in, by the width of the model, if none is given."""
+        if self.learning_rate is not None:
+            return self
+        rate = RATE_TIMES_WIDTH / hidden_size * (RATE_OF_FINE_TUNING if self.pretrained_model_path else 1)
+        return replace(self, learning_rate=float(f"{rate:.3g}"))
+
+    def _check_batches(self) -> None:
+        """Refuse a budget of tokens that holds no cell, or beside what also decides which cells make a batch."""
+        budget, cells = self.tokens_per_batch, self.per_device_train_batch_size
+        if budget is None:
+            return
+        if budget < self.max_length:
+            raise InputError(
+                f"tokens_per_batch is {budget}, but a single cell may have max_length {self.max_length} tokens. "
+                "Raise --tokens_per_batch, or lower --max_length."
+            )
+        if cells != own_flags(type(self))["per_device_train_batch_size"].default:
+            raise InputError(
+                f"tokens_per_batch {budget} and per_device_train_batch_size {cells} are both given, but they answer "
+                "the same question. Remove --tokens_per_batch or --per_device_train_batch_size."
+            )
+        rivals = {"pad_to_multiple_of": None, "train_sampling_strategy": "random"}
+        for name, default in rivals.items():
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}, but batches of --tokens_per_batch are packed without padding. "
+                    f"Remove --{name} or --tokens_per_batch."
+                )
+
+    def training_arguments(self) -> "TrainingArguments":
+        """Build the `transformers.TrainingArguments`, overrides last (imports transformers).
+
+        Raises:
+            InputError: transformers refuses the combination.
+        """
+        from transformers import TrainingArguments
+
+        settings = {**self._training_settings(), **self.training_overrides}
+        if metric := settings["metric_for_best_model"]:
+            settings.setdefault("greater_is_better", not metric.endswith("loss"))
+        if isinstance(mesh := settings.get("parallelism_config"), dict):
+            from accelerate import ParallelismConfig
+
+            settings["parallelism_config"] = ParallelismConfig(**mesh)
+        try:
+            return TrainingArguments(**settings)
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise InputError(f"The training flags were refused by transformers: {error}") from error
+
+    def _training_settings(self) -> dict[str, Any]:
+        known = training_flags()
+        settings = {name: getattr(self, name) for name in own_flags(type(self)) if name in known}
+        use_cpu, bf16 = self._device_settings()
+        return {
+            **settings,
+            **self._schedule_settings(),
+            "use_cpu": use_cpu,
+            "bf16": bf16,
+            "logging_nan_inf_filter": False,  # True logs 0.0 while the weights are NaN
+            "remove_unused_columns": False,
+            "disable_tqdm": not sys.stderr.isatty(),
+            "label_names": ["labels"],
+            "include_num_input_tokens_seen": "no",
+        }
+
+    def _schedule_settings(self) -> dict[str, Any]:
+        """When to evaluate and save; the best checkpoint is loaded where both happen together."""
+        evaluates: str = self.eval_strategy
+        if evaluates == "auto":
+            evaluates = "no" if not self.has_eval_data else "steps" if self.eval_steps else "epoch"
+        saves: str = self.save_strategy
+        if saves == "auto":
+            saves = "steps" if self.save_steps else "epoch" if evaluates == "no" else evaluates
+        save_steps = self.save_steps or self.eval_steps or 500
+        is_multiple = saves != "steps" or (save_steps / (self.eval_steps or save_steps)).is_integer()
+        is_together = saves == "best" or (saves == evaluates and is_multiple)
+        return {
+            "eval_strategy": evaluates,
+            "save_strategy": saves,
+            "save_steps": save_steps,
+            "eval_on_start": self.eval_on_start and evaluates != "no",
+            "load_best_model_at_end": evaluates != "no" and is_together,
+            "metric_for_best_model": self.best_metric if evaluates != "no" else None,
+        }
+
+    def _device_settings(self) -> tuple[bool, bool]:
+        """Whether to stay on the CPU and whether to compute in bfloat16; without an accelerator, both by the CPU."""
+        import torch
+
+        use_cpu = self.training_overrides.get("use_cpu", self.use_cpu) or not torch.accelerator.is_available()
+        if self.bf16 is not None:
+            return use_cpu, self.bf16
+        if self.training_overrides.get("fp16"):
+            return use_cpu, False
+        if use_cpu:
+            return use_cpu, bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return use_cpu, torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,572 @@
+"""The verbs: one dataclass each, with its manual page's words, its own settings and the checks across them.
+
+Owns the table `CONFIGS` of all verbs; leaves what `mlm` and `cls` share to `training`, and doing the work to the module
+that is named like the verb.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
+from perturbgene.cli.checks import check_exists, check_no_repeats, check_not_both, check_question, named_values
+from perturbgene.cli.flags import option
+from perturbgene.cli.training import TrainingConfig
+from perturbgene.errors import InputError, did_you_mean
+
+HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
+
+#: Settings of `DataCollatorForPhenotypicMLM` that say how much of a cell is hidden.
+MASK_RATES = ("gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpressed_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(BinOptions):
+    """Settings of `prepare`."""
+
+    verb: ClassVar[str] = "prepare"
+    summary: ClassVar[str] = "Turn h5ad files into a corpus to train on."
+    about: ClassVar[str] = (
+        "Harmonises genes to one ranked panel, normalises, fits bins, collects the phenotype vocabulary, splits by "
+        "donor and writes shuffled shards with a manifest and an audit of the split."
+    )
+    example: ClassVar[str] = (
+        "perturbgene prepare cells.h5ad --output corpus --phenotypes cell_type tissue --split_by donor_id"
+    )
+
+    inputs: list[str] = option(
+        [],
+        help="h5ad files: paths, globs or brace patterns.",
+        group="Input and output",
+        is_required=True,
+        is_positional=True,
+    )
+    output: str = option("", help="Corpus folder to write.", group="Input and output", is_required=True)
+    overwrite: bool = option(False, help="Replace a corpus that is already there.", group="Input and output")
+    phenotypes: list[str] = option(
+        [], help="Columns of obs that become phenotypes; NAME=COLUMN renames one (cell_type=bulk_labels)."
+    )
+    split_by: str | None = option(
+        None,
+        help="Column of obs that keeps together what belongs together, or `cell`; "
+        "none means donor_id where there is one, else cells with a warning.",
+    )
+    eval_fraction: float = option(0.2, help="Share of donors (or cells) held out for evaluation.", within="(0, 1)")
+    eval_donors: list[str] = option([], help="Donors to hold out, by name, in place of a share.", keeps_commas=True)
+    seed: int = option(0, help="Fixes the split and the shuffle.", within="[0, 4294967295]")
+    num_bins: int = option(
+        8, help="Quantile bins to fit on the expressed values.", group="Genes and bins", within="[1, inf)"
+    )
+    per_gene_bins: bool = option(False, help="Fit the bins of each gene by itself.", group="Genes and bins")
+    min_genes: int = option(1, help="Drop cells with fewer expressed genes.", group="Genes and bins", within="[0, inf)")
+    shard_size: int = option(10000, help="Cells per shard.", group="Input and output", within="[1, inf)")
+    hvg_flavor: HvgFlavor = option(
+        "auto",
+        help="Ranks genes by dispersion of log values (seurat) or by variance of counts (seurat_v3), as scanpy does; "
+        "auto takes seurat_v3 for counts.",
+        group="Genes and bins",
+    )
+    num_processes: int = option(
+        0, help="Processes that work at once; 0 takes every core.", group="Running", within="[0, inf)"
+    )
+    scheduler: str | None = option(
+        None, help="Address of a Dask scheduler (tcp://...) whose workers do the work.", group="Running"
+    )
+
+    def check(self) -> None:
+        super().check()
+        check_not_both(self, "bin_edges", "per_gene_bins")
+        check_no_repeats(self.eval_donors, flag="eval_donors")
+        named_values(self.phenotypes, flag="phenotypes")
+        if self.eval_donors and self.split_by == "cell":
+            raise InputError(
+                "eval_donors needs a split by donor, but split_by is cell. Give the donor column to --split_by."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlmConfig(TrainingConfig):
+    """Settings of `mlm`."""
+
+    verb: ClassVar[str] = "mlm"
+    summary: ClassVar[str] = "Train by masking genes and phenotypes."
+    about: ClassVar[str] = (
+        "Hides some genes' bins and some phenotypes of every cell and learns to tell them from the rest, so that one "
+        "model answers any question: which phenotype, given which others. Every field of "
+        "transformers.TrainingArguments is a flag too (--help-all)."
+    )
+    example: ClassVar[str] = (
+        "perturbgene mlm --corpus corpus --output_dir runs/mlm --model_arch small --num_train_epochs 20"
+    )
+
+    gene_mask_prob: float = option(0.15, help="Share of a cell's expressed genes that are hidden.", within="[0, 1]")
+    phenotype_mask_prob: float = option(
+        0.5, help="Share of the phenotypes in a sequence that are asked (hidden).", within="[0, 1]"
+    )
+    absent_prob: float = option(0.1, help="Share of phenotypes that leave the sequence.", within="[0, 1]")
+    unexpressed_ratio: float = option(
+        0.5,
+        help="Genes not expressed that are asked too, as a share of the hidden expressed ones; the answer is bin_0.",
+        within="[0, inf)",
+    )
+    phenotype_loss_weight: float = option(1.0, help="Weight of the phenotypes' mean loss.", within="[0, inf)")
+    gene_loss_weight: float = option(0.3, help="Weight of the genes' mean loss.", within="[0, inf)")
+
+    @property
+    def mask_rates(self) -> dict[str, float]:
+        """How much of a cell is hidden, by the names of `DataCollatorForPhenotypicMLM`."""
+        return {name: getattr(self, name) for name in MASK_RATES}
+
+    def check(self) -> None:
+        super().check()
+        asked = self.phenotype_mask_prob * (1 - self.absent_prob)
+        if not self.phenotype_loss_weight * asked and not self.gene_loss_weight * self.gene_mask_prob:
+            raise InputError(
+                "Nothing is hidden that has a weight, so there is nothing to learn. Raise --phenotype_mask_prob and "
+                "--phenotype_loss_weight, or --gene_mask_prob and --gene_loss_weight."
+            )
+        if not (self.corpus or self.pretrained_model_path or self.vocab_path):
+            raise InputError(
+                "The phenotype vocabulary is missing: a corpus or a pretrained model would bring it, but none is "
+                "given. Give --vocab_path."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClsConfig(TrainingConfig):
+    """Settings of `cls`."""
+
+    verb: ClassVar[str] = "cls"
+    summary: ClassVar[str] = "Train a classifier of one phenotype."
+    about: ClassVar[str] = (
+        "Learns one phenotype from a cell's genes and, if wanted, its other phenotypes; best started from an mlm run. "
+        "Every field of transformers.TrainingArguments is a flag too (--help-all)."
+    )
+    example: ClassVar[str] = (
+        "perturbgene cls --corpus corpus --output_dir runs/cls --phenotype_category cell_type "
+        "--pretrained_model_path runs/mlm"
+    )
+    best_metric: ClassVar[str] = "eval_macro_f1"
+
+    phenotype_category: str = option("", help="Phenotype to classify.", is_required=True)
+    binary_label: str | None = option(None, help="Tell this label from all others, in place of all classes.")
+    balanced_dataset: bool = option(
+        False, help="Classes count as they come; otherwise a class weighs inversely to its training cells."
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.phenotype_category in self.included_phenotypes:
+            raise InputError(
+                f"included_phenotypes holds {self.phenotype_category!r}, which is the phenotype to classify: the model "
+                "would be given the answer. Remove it from --included_phenotypes."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(BaseConfig):
+    """How a trained model is run on cells (evaluate, predict and all that ask a model)."""
+
+    run: str = option(
+        "", help="Run folder of mlm or cls.", group="Input and output", is_required=True, is_positional=True
+    )
+    batch_size: int = option(256, help="Cells per batch at most.", group="Running", within="[1, inf)")
+    batch_tokens: int = option(
+        32768,
+        help="Tokens per batch at most; a longer cell goes alone. Lower it when memory runs out.",
+        group="Running",
+        within="[1, inf)",
+    )
+    device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.", group="Running")
+
+    def check(self) -> None:
+        super().check()
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise InputError(
+                f"device is {self.device!r}, which is none of auto, cpu, mps, cuda and cuda:N. Change --device."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(QuestionOptions, MatrixOptions):
+    """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
+
+    input: str = option(
+        "", help="h5ad file with the cells, or its URL.", group="Input and output", is_required=True, is_positional=True
+    )
+    output: str = option("", help="File to write.", group="Input and output", is_required=True)
+    overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
+    min_gene_coverage: float = option(
+        0.5, help="Stop when the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if Path(self.output).absolute() == Path(self.input).absolute():
+            raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(QuestionOptions):
+    """Settings of `evaluate`."""
+
+    verb: ClassVar[str] = "evaluate"
+    summary: ClassVar[str] = "Score a run on held-out cells, beside its baselines."
+    about: ClassVar[str] = (
+        "Asks each phenotype alone, with the others given and all at once; writes accuracy, macro F1, confusion "
+        "matrices and gene-bin scores beside the majority class and a logistic regression on the same cells."
+    )
+    example: ClassVar[str] = "perturbgene evaluate runs/mlm --corpus corpus"
+
+    corpus: str | None = option(
+        None, help="Corpus whose evaluation cells to use; none means the run's own data.", group="Input and output"
+    )
+    eval_data_paths: list[str] = option(
+        [], help="Evaluation files in place of a corpus: paths, globs, brace patterns.", group="Input and output"
+    )
+    train_data_paths: list[str] = option(
+        [], help="Files to fit the baselines on; none named means those of the run.", group="Input and output"
+    )
+    output: str | None = option(None, help="Folder to write; none means RUN/evaluation.", group="Input and output")
+    ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
+    given: list[str] = option([], help="Phenotypes given with each question; none named means every standard set.")
+    baselines: bool = option(True, help="Majority class and logistic regression beside the model.")
+    calibrate: bool = option(
+        True, help="Fit temperatures on half of the donors and store them in the run, where predict finds them."
+    )
+    gene_mask_prob: float | None = option(
+        None, help="Share of expressed genes that are hidden to score genes; none means the run's own.", within="[0, 1]"
+    )
+    phenotype_mask_prob: float | None = option(
+        None, help="Share of phenotypes that are hidden beside those genes; none means the run's own.", within="[0, 1]"
+    )
+    absent_prob: float | None = option(
+        None, help="Share of phenotypes that leave those sequences; none means the run's own.", within="[0, 1]"
+    )
+    unexpressed_ratio: float | None = option(
+        None,
+        help="Genes not expressed that are asked with them, as a share of the hidden expressed ones; none means the "
+        "run's own.",
+        within="[0, inf)",
+    )
+
+    @property
+    def mask_rates(self) -> dict[str, float]:
+        """Rates that replace the run's own."""
+        return {name: getattr(self, name) for name in MASK_RATES if getattr(self, name) is not None}
+
+    def check(self) -> None:
+        super().check()
+        check_not_both(self, "corpus", "eval_data_paths")
+        check_not_both(self, "corpus", "train_data_paths")
+        check_no_repeats(self.given, flag="given")
+        check_question(self.ask, self.given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(FileOptions):
+    """Settings of `predict`."""
+
+    verb: ClassVar[str] = "predict"
+    summary: ClassVar[str] = "Fill phenotypes into new cells."
+    about: ClassVar[str] = (
+        "Reads any h5ad whose genes overlap the run's panel, asks for phenotypes and writes the answers with their "
+        "probabilities to obs; no label column is needed and the order of cells stays."
+    )
+    example: ClassVar[str] = (
+        "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
+    )
+
+    ask: list[str] = option([], help="Phenotypes to predict; none named means all that are not given.")
+    given: list[str] = option(
+        [], help="Known phenotypes: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+
+    joint: bool = option(
+        False, help="Ask all phenotypes in one sequence: one forward; otherwise each by itself, whatever else is asked."
+    )
+    top_k: int = option(3, help="Labels to write with their probabilities.", within="[1, inf)")
+    abstain: float = option(
+        0.0, help="Write `unknown` where the calibrated probability lies below this.", within="[0, 1]"
+    )
+    calibrate: bool = option(True, help="Divide logits by the temperatures that evaluate fitted.")
+    ood: bool = option(
+        False,
+        help="Write how strange each cell is: energy, and log-likelihood of hidden genes (a second forward), with "
+        "percentiles among the run's evaluation cells.",
+    )
+    ood_draws: int = option(1, help="How often genes are hidden for that; more is steadier.", within="[1, inf)")
+    audit: bool = option(
+        False, help="Write how probable each cell's own label is, given its genes and its other phenotypes."
+    )
+
+    @property
+    def telling(self) -> dict[str, Any]:
+        """What is told of the answers, by the names of `Telling`."""
+        names = ("joint", "top_k", "abstain", "calibrate", "ood", "ood_draws", "audit")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        check_question(self.ask, list(self.given_labels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig(BaseConfig):
+    """Settings of `download`."""
+
+    verb: ClassVar[str] = "download"
+    summary: ClassVar[str] = "Fetch data sets, resuming where a download broke off."
+    about: ClassVar[str] = "Fetches a known set of shards, or any URLs; resumes, retries and compares checksums."
+    example: ClassVar[str] = "perturbgene download tabula-sapiens --output_dir data --num_shards 4"
+
+    known_sources: ClassVar[tuple[str, ...]] = ("tabula-sapiens",)
+
+    sources: list[str] = option(
+        [], help="tabula-sapiens, or URLs.", group="Input and output", is_required=True, is_positional=True
+    )
+    output_dir: str = option(".", help="Folder to write.", group="Input and output")
+    base_url: str | None = option(None, help="Where the shards of tabula-sapiens lie, in place of the usual place.")
+    num_shards: int = option(48, help="First shards to fetch of tabula-sapiens.", within="[1, 48]")
+    checksums: str | None = option(None, help="File with lines `SHA256  NAME`.", group="Input and output")
+    retries: int = option(5, help="Attempts after a dropped connection.", within="[0, inf)")
+    overwrite: bool = option(False, help="Fetch again what is already there.", group="Input and output")
+
+    def check(self) -> None:
+        super().check()
+        check_exists(self.checksums, flag="checksums")
+        for source in self.sources:
+            if source not in self.known_sources and "://" not in source:
+                raise InputError(
+                    f"{source!r} is neither a URL nor a known set. {did_you_mean(source, self.known_sources)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(FileOptions):
+    """Settings of `embed`."""
+
+    verb: ClassVar[str] = "embed"
+    summary: ClassVar[str] = "Write embeddings of cells, phenotypes or genes."
+    about: ClassVar[str] = (
+        "Copies the file with each cell's embedding in obsm['X_perturbgene'], ready for scanpy; phenotypes are absent "
+        "unless given, so that no label leaks. With --groupby or --network it writes mean embeddings of all genes in "
+        "each group of cells instead, their networks and how they differ between groups."
+    )
+    example: ClassVar[str] = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
+
+    pooling: Literal["cls", "genes"] = option(
+        "cls", help="Final state of [CLS], or the mean of those of a cell's genes."
+    )
+    given: list[str] = option(
+        [], help="Phenotypes in the sequence: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    phenotype: list[str] = option([], help="Phenotypes to ask, one by one; the state of each question goes to obsm.")
+    genes: list[str] = option([], help="Genes, by id or symbol, whose embedding in each cell goes to obsm.")
+    groupby: str | None = option(None, help="Column of obs: write means of all genes in each of its groups.")
+    network: bool = option(False, help="Link genes with similar means within a group; also written as GraphML.")
+    top_k: int = option(10, help="Links that start from a gene at most.", within="[1, inf)")
+    min_similarity: float = option(0.5, help="Least cosine similarity of linked genes.", within="[-1, 1]")
+    min_cells: int = option(
+        10, help="Cells of a group that must express a gene for its links and roles.", within="[1, inf)"
+    )
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    @property
+    def is_of_genes(self) -> bool:
+        """True when means of genes are written in place of embeddings of cells."""
+        return bool(self.groupby or self.network)
+
+    def check(self) -> None:
+        super().check()
+        check_no_repeats(self.genes, flag="genes")
+        check_no_repeats(self.phenotype, flag="phenotype")
+        if self.is_of_genes and (self.genes or self.phenotype):
+            raise InputError(
+                "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
+                "--genes and --phenotype, or ask for them in a call of their own."
+            )
+        if both := sorted(set(self.phenotype) & set(self.given_labels)):
+            raise InputError(f"{both[0]!r} cannot be asked and given at once. Remove it from --phenotype or --given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CounterfactualConfig(FileOptions):
+    """Settings of `counterfactual`."""
+
+    verb: ClassVar[str] = "counterfactual"
+    summary: ClassVar[str] = "Change one phenotype of cells and see which genes should change."
+    about: ClassVar[str] = (
+        "Predicts hidden genes of each cell with its own label and with the one that is set, all else equal; writes "
+        "the mean change of every gene beside a null of meaningless changes and the observed difference, as h5ad, CSV "
+        "and PNG. It says what the model has learnt to go with a label, not what causes what."
+    )
+    example: ClassVar[str] = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
+
+    set: str = option("", help="Phenotype and label to set, as NAME=LABEL.", is_required=True, keeps_commas=True)
+    given: list[str] = option(
+        [],
+        help="Other phenotypes in the sequence: NAME reads obs, NAME=LABEL says it of all cells, `nothing` leaves all "
+        "out; none named means all of the run that obs has.",
+        keeps_commas=True,
+    )
+    groupby: str | None = option(None, help="Column of obs whose groups get changes of their own.")
+    num_passes: int = option(4, help="Masks per cell.", within="[1, inf)")
+    gene_mask_prob: float | None = option(
+        None,
+        help="Share of genes that are hidden; none means the run's own. The more is hidden, the more the label counts.",
+        within="(0, 1]",
+    )
+    num_null: int = option(20, help="Meaningless changes that the null is made of; 0 means none.", within="[0, inf)")
+    null_cells: int = option(256, help="Cells of each group that the null is computed on.", within="[1, inf)")
+    force: bool = option(False, help="Ask about combinations of phenotypes that the run has never seen.")
+    seed: int = option(0, help="Fixes the masks and the null.", within="[0, 4294967295]", group="Running")
+
+    @property
+    def set_label(self) -> dict[str, str]:
+        """The phenotype and its label."""
+        return {name: str(label) for name, label in named_values([self.set], flag="set").items()}
+
+    @property
+    def given_labels(self) -> dict[str, str | None] | None:
+        """Label of each given phenotype, None where it is read from obs; None in its place means all of the run."""
+        return None if not self.given else {} if self.given == ["nothing"] else named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        if "=" not in self.set:
+            raise InputError(f"set is {self.set!r}, but reads NAME=LABEL, such as disease=normal. Correct --set.")
+        if 0 < self.num_null < 5:
+            raise InputError(f"num_null is {self.num_null}, too few to know their spread. Give 0, or 5 or more.")
+        if self.set_label.keys() & (self.given_labels or {}).keys():
+            raise InputError(f"set and given both hold {next(iter(self.set_label))!r}. Remove it from --given.")
+
+
+PerturbationKind = Literal["knock_out", "over_express", "set_bin"]
+Precision = Literal["float32", "bfloat16"]
+Pooling = Literal["cls", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbConfig(FileOptions):
+    """Settings of `perturb`."""
+
+    verb: ClassVar[str] = "perturb"
+    summary: ClassVar[str] = "Knock genes out, or raise them, in silico."
+    about: ClassVar[str] = (
+        "Removes or changes genes in every cell and writes how far that moves the cell's state, or the log-odds of a "
+        "label: a table with statistics over donors, and a picture. All genes are screened by gradients; the "
+        "strongest and a random control set are computed exactly. An interrupted run goes on where it stopped."
+    )
+    example: ClassVar[str] = (
+        "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal --donor donor_id"
+    )
+
+    genes: list[str] = option(
+        [], help="Genes by id or symbol, A+B together; or `all` that a cell expresses.", is_required=True
+    )
+    kind: PerturbationKind = option(
+        "knock_out", help="Remove the token, set it to the highest bin, or set it to --bin; absent genes come in."
+    )
+    bin: int | None = option(None, help="Bin for set_bin.", within="[1, inf)")
+    towards: str | None = option(
+        None, help="PHENOTYPE=LABEL whose log-odds are followed; none means the cell's state (cosine distance)."
+    )
+    from_: str | None = option(
+        None, help="PHENOTYPE=LABEL that --towards is held against; none means all other labels together."
+    )
+    given: list[str] = option(
+        [], help="Phenotypes to tell the model: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    embedding: Pooling = option("cls", help="State: [CLS], or the mean over genes other than the perturbed one.")
+    exact: bool = option(False, help="Compute every effect exactly instead of screening.")
+    top_k: int = option(64, help="Strongest genes of the screen that are computed exactly.", within="[0, inf)")
+    num_controls: int = option(
+        64, help="Random genes computed exactly: they judge the screen, or are the null of named genes.",
+        within="[0, inf)",
+    )  # fmt: skip
+    donor: str | None = option(
+        None, help="Column of obs with donors, the unit of statistics; none means donor_id where there is one."
+    )
+    groupby: str | None = option(None, help="Column of obs whose groups get effects of their own.")
+    min_cells: int = option(
+        5, help="Cells of a donor that a gene must change for the donor to count.", within="[1, inf)"
+    )
+    per_cell: bool = option(
+        False, help="Also write every cell's effects, in parts, to a folder beside.", group="Input and output"
+    )
+    part_cells: int = option(1000, help="Cells of a part, which is done once.", group="Running", within="[1, inf)")
+    precision: Precision = option("float32", help="bfloat16 is faster where the machine has it.", group="Running")
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        named_values(self.given, flag="given")
+        check_no_repeats(self.genes, flag="genes")
+        if (self.kind == "set_bin") != (self.bin is not None):
+            raise InputError(
+                f"kind is {self.kind} and bin is {self.bin}, but a bin belongs to set_bin and only there. "
+                "Change --kind or --bin."
+            )
+        if self.from_ and not self.towards:
+            raise InputError("from names a label to leave, but none to go to is given. Give --towards as well.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeConfig(FileOptions):
+    """Settings of `attribute`."""
+
+    verb: ClassVar[str] = "attribute"
+    summary: ClassVar[str] = "Tell from which genes the model reads a label."
+    about: ClassVar[str] = (
+        "Scores each gene of every cell by what it adds to the log-odds of the label that the model gives the cell, "
+        "averages by label (the model's marker genes), and checks the scores by removing genes in their order."
+    )
+    example: ClassVar[str] = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
+
+    ask: str = option("", help="Phenotype whose labels are explained.", is_required=True)
+    given: list[str] = option(
+        [], help="Phenotypes to tell the model: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
+    )
+    num_check_cells: int = option(50, help="Cells from which genes are removed as a check.", within="[1, inf)")
+    part_cells: int = option(1000, help="Cells of a part, which is done once.", group="Running", within="[1, inf)")
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+    def check(self) -> None:
+        super().check()
+        check_question([self.ask], list(self.given_labels))
+
+
+CONFIGS: dict[str, type[BaseConfig]] = {
+    config_class.verb: config_class
+    for config_class in (
+        PrepareConfig,
+        MlmConfig,
+        ClsConfig,
+        EvaluateConfig,
+        PredictConfig,
+        EmbedConfig,
+        CounterfactualConfig,
+        PerturbConfig,
+        AttributeConfig,
+        DownloadConfig,
+    )
+}

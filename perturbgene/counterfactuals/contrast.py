@@ -1,0 +1,242 @@
+"""A contrast of two labels on hidden genes: what the model expects of each under either, summed over cells.
+
+Owns one phenotype's change, its null and the running sums; leaves masking to the collator, and which cells and what it
+means to `counterfactuals`. Letters: n cells, l tokens, m hidden genes, g genes, k groups, r null draws, s strata, e
+edges, b bins.
+
+A gene is predicted where it is hidden, once with the cell's own label and once with the label that is set, all else
+equal. The null moves the label's vector just as far in directions that mean nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from perturbgene.data_utils.binning import BinEdges
+from perturbgene.data_utils.data_collators import Batch, DataCollatorForPhenotypicMLM, pack
+from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
+from perturbgene.embedding.states import GeneTokens
+from perturbgene.eval_utils import inference_mode, to_device
+from perturbgene.inference.run import Run
+
+#: Units of a change: expected log value (by the midpoints of bins), and expected number of the bin.
+UNITS = ("value", "bin")
+EXPRESSED, UNEXPRESSED = 0, 1
+
+
+def bin_values(edges: BinEdges) -> np.ndarray:
+    """Return a value that stands for each bin: 0, then midpoints; the top bin lies half its neighbour's width up.
+
+    Returns:
+        Float64 of shape (g, e + 1), or (1, e + 1) when all genes share the edges.
+
+    Example:
+        >>> bin_values(BinEdges.shared([1.0, 3.0])).tolist()
+        [[0.0, 2.0, 4.0]]
+    """
+    edges_ge = edges.edges_ge
+    middle_gb = (edges_ge[:, :-1] + edges_ge[:, 1:]) / 2
+    last_g1 = edges_ge[:, -1:]
+    half_g1 = (last_g1 - edges_ge[:, -2:-1]) / 2 if edges.num_edges > 1 else np.zeros_like(last_g1)
+    return np.concatenate([np.zeros_like(last_g1), middle_gb, last_g1 + half_g1], axis=1)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One phenotype, the label that it is set to, and how often a cell's genes are hidden.
+
+    Args:
+        category: The phenotype.
+        label_id: Input id of the label that is set.
+        num_passes: Masks per cell.
+        num_null: Meaningless changes of the same size that the null is made of.
+        seed: Of masks and of the null.
+    """
+
+    category: str
+    label_id: int
+    num_passes: int = 4
+    num_null: int = 20
+    seed: int = 0
+
+
+class Predictor:
+    """Expected values of hidden genes under a given label.
+
+    Args:
+        run: An mlm run.
+        contrast: What is changed.
+        tokenizer: With the layout of the sequences.
+    """
+
+    def __init__(self, run: Run, contrast: Contrast, *, tokenizer: GeneTokenizer) -> None:
+        assert not run.is_classifier
+        self.run, self.contrast = run, contrast
+        self.slot_type = tokenizer.vocabulary.token_type(contrast.category)
+        self.first_gene_type, self.first_bin_id = tokenizer.first_gene_type, tokenizer.first_bin_id
+        self.values_gb = torch.from_numpy(bin_values(tokenizer.bin_edges)).float().to(run.model.device)
+        self.orders_rh, self.signs_rh = self._draws(run.model.config.hidden_size)
+
+    def _draws(self, hidden_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw a permutation of the coordinates and their signs for each null, each (r, h)."""
+        rng = np.random.default_rng((self.contrast.seed, 1))
+        orders = [rng.permutation(hidden_size) for _ in range(self.contrast.num_null)]
+        signs = rng.choice([-1.0, 1.0], size=(self.contrast.num_null, hidden_size))
+        return np.array(orders, dtype=np.int64).reshape(-1, hidden_size), signs
+
+    def expected(self, batch: Batch) -> np.ndarray:
+        """Return the expected value and bin of every hidden gene, float64 of shape (m, 2)."""
+        batch = to_device(batch, self.run.model.device)
+        with inference_mode(self.run.model):
+            logits_mv = self.run.model(**batch).logits.float()
+            share_mb = torch.softmax(logits_mv[:, self.first_bin_id :], dim=-1)
+            gene_m = batch["token_type_ids"][batch["label_positions"]] - self.first_gene_type
+            value_mb = self.values_gb[gene_m] if len(self.values_gb) > 1 else self.values_gb
+            bins_b = torch.arange(share_mb.shape[1], device=share_mb.device, dtype=share_mb.dtype)
+            both_m2 = torch.stack([(share_mb * value_mb).sum(-1), share_mb @ bins_b], dim=-1)
+        return both_m2.double().cpu().numpy()
+
+    def with_label(self, batch: Batch) -> Batch:
+        """Set the label of every cell."""
+        ids_l = batch["input_ids"].clone()
+        ids_l[batch["token_type_ids"] == self.slot_type] = self.contrast.label_id
+        return {**batch, "input_ids": ids_l}
+
+    def with_null(self, batch: Batch, draw: int) -> Batch:
+        """Move every cell's label by a vector that means nothing: the change's own coordinates, permuted and signed."""
+        embeddings, device = self.run.model.genebert.embeddings, self.run.model.device
+        order_h = torch.from_numpy(self.orders_rh[draw]).to(device)
+        sign_h = torch.from_numpy(self.signs_rh[draw]).float().to(device)
+        types_l = batch["token_type_ids"].to(device)
+        is_slot_l = types_l == self.slot_type
+        with inference_mode(self.run.model):
+            own_lh = embeddings.summed(batch["input_ids"].to(device), types_l)
+            set_lh = embeddings.summed(self.with_label(batch)["input_ids"].to(device), types_l)
+            change_ch = (set_lh - own_lh)[is_slot_l]  # one slot per cell
+            own_lh[is_slot_l] += change_ch[:, order_h] * sign_h
+        return {**batch, "inputs_embeds": own_lh}
+
+
+# -- sums -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sums:
+    """Running sums over cells, arrays that add up over batches and ranks.
+
+    Args:
+        changes_2skg: Sum of changes by unit, stratum, group and gene; `counts_skg` how many.
+        squares_skg: Sum of their squares, in the first unit.
+        null_r2skg: The same of each null draw; `null_counts_skg` how many of each draw.
+        cells_k: Cells that were changed.
+        measured_2kg, expressed_2kg, values_2kg: Cells measured for a gene, cells that express it and the sum of its
+            values, of the changed cells (0) and of those that have the label anyway (1).
+    """
+
+    changes_2skg: np.ndarray
+    squares_skg: np.ndarray
+    counts_skg: np.ndarray
+    null_r2skg: np.ndarray
+    null_counts_skg: np.ndarray
+    cells_k: np.ndarray
+    measured_2kg: np.ndarray
+    expressed_2kg: np.ndarray
+    values_2kg: np.ndarray
+
+    @classmethod
+    def zeros(cls, *, num_groups: int, num_genes: int, num_null: int) -> "Sums":
+        """Start from nothing."""
+        kg = (num_groups, num_genes)
+        return cls(
+            np.zeros((2, 2, *kg)), np.zeros((2, *kg)), np.zeros((2, *kg)), np.zeros((num_null, 2, 2, *kg)),
+            np.zeros((2, *kg)), np.zeros(num_groups), np.zeros((2, *kg)), np.zeros((2, *kg)), np.zeros((2, *kg)),
+        )  # fmt: skip
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all sums by name."""
+        return dict(vars(self))
+
+    def add_changes(self, change_m2: np.ndarray, place_m: np.ndarray, *, draw: int | None = None) -> None:
+        """Add changes of hidden genes at their flat place in (s, k, g): real ones, or those of a null draw."""
+        sums = self.changes_2skg if draw is None else self.null_r2skg[draw]
+        shape, size = self.counts_skg.shape, self.counts_skg.size
+        for unit in range(len(UNITS)):
+            sums[unit] += np.bincount(place_m, change_m2[:, unit], minlength=size).reshape(shape)
+        if draw is None:
+            self.counts_skg += np.bincount(place_m, minlength=size).reshape(shape)
+            self.squares_skg += np.bincount(place_m, change_m2[:, 0] ** 2, minlength=size).reshape(shape)
+        elif draw == 0:
+            self.null_counts_skg += np.bincount(place_m, minlength=size).reshape(shape)
+
+    def add_cells(
+        self, block: TokenBlock, *, group_n: np.ndarray, has_label_n: np.ndarray, values_gb: np.ndarray,
+        tokenizer: GeneTokenizer,
+    ) -> None:  # fmt: skip
+        """Count the cells of a block and sum what they express; `has_label_n` is True where nothing is changed."""
+        side_n = has_label_n.astype(np.int64)
+        self.cells_k += np.bincount(group_n[~has_label_n], minlength=len(self.cells_k))
+        tokens = GeneTokens.of(block, tokenizer)
+        bin_m = block.input_ids_l[tokens.position_m].astype(np.int64) - tokenizer.first_bin_id
+        value_m = values_gb[tokens.gene_m if len(values_gb) > 1 else 0, bin_m]
+        shape, size = self.expressed_2kg.shape, self.expressed_2kg.size
+        place_m = np.ravel_multi_index((side_n[tokens.cell_m], group_n[tokens.cell_m], tokens.gene_m), shape)
+        self.expressed_2kg += np.bincount(place_m, minlength=size).reshape(shape)
+        self.values_2kg += np.bincount(place_m, value_m, minlength=size).reshape(shape)
+        for mask_g, rows in _cells_of_mask(block):
+            counts_2k = np.zeros(shape[:2])
+            np.add.at(counts_2k, (side_n[rows], group_n[rows]), 1)
+            self.measured_2kg += counts_2k[..., None] * (1.0 if mask_g is None else mask_g)
+
+
+def _cells_of_mask(block: TokenBlock) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+    """Yield each distinct mask of measured genes and the cells that have it; cells of one file share one array."""
+    masks = list(block.measured) or [block.is_measured_g] * len(block)
+    keys = np.array([id(mask) for mask in masks])
+    for key in np.unique(keys):
+        rows = np.flatnonzero(keys == key)
+        yield masks[rows[0]], rows
+
+
+def add_block(
+    sums: Sums, predictor: Predictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, *, group_n: np.ndarray,
+    is_null_n: np.ndarray,
+) -> None:  # fmt: skip
+    """Predict the hidden genes of changed cells under both labels, and under the null where it is wanted.
+
+    Args:
+        sums: Are added to.
+        predictor, collator: Who predicts, and who hides.
+        block: Cells that have a label, another than the one that is set.
+        group_n: Group of each, (n,).
+        is_null_n: True where the null is computed too, (n,).
+    """
+    rows = np.flatnonzero(is_null_n)
+    for number in range(predictor.contrast.num_passes):
+        batch, place_m = _hidden(sums, predictor, collator, block, number, group_n)
+        if len(place_m):
+            sums.add_changes(predictor.expected(predictor.with_label(batch)) - predictor.expected(batch), place_m)
+        if not predictor.contrast.num_null or not len(rows):
+            continue
+        batch, place_m = _hidden(sums, predictor, collator, block.take(rows), number, group_n[rows])
+        own_m2 = predictor.expected(batch) if len(place_m) else None
+        for draw in range(predictor.contrast.num_null if own_m2 is not None else 0):
+            sums.add_changes(predictor.expected(predictor.with_null(batch, draw)) - own_m2, place_m, draw=draw)
+
+
+def _hidden(
+    sums: Sums, predictor: Predictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, number: int,
+    group_n: np.ndarray,
+) -> tuple[Batch, np.ndarray]:  # fmt: skip
+    """Hide genes of cells: the packed batch, and where in (s, k, g) each hidden gene belongs, int64 of shape (m,).
+
+    The number of the pass stands for the epoch on which masks depend, so they are the same for any batches and ranks.
+    """
+    masked, labels_l = collator.mask(replace(block, epochs_n=np.full(len(block), number, dtype=np.int64)))
+    batch = pack(masked, labels_l=labels_l)
+    labels_m, position_m = batch.pop("labels").numpy(), batch["label_positions"].numpy()
+    cell_m = np.searchsorted(masked.offsets_n1, position_m, side="right") - 1
+    gene_m = masked.token_type_ids_l[position_m].astype(np.int64) - predictor.first_gene_type
+    stratum_m = np.where(labels_m == predictor.first_bin_id, UNEXPRESSED, EXPRESSED)
+    return batch, np.ravel_multi_index((stratum_m, group_n[cell_m], gene_m), sums.counts_skg.shape)

@@ -1,0 +1,109 @@
+"""Outputs: written whole or not at all, by one process at a time.
+
+Owns temporary names, renaming and locks; knows nothing of what is written. Every command that writes goes through here.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from perturbgene.errors import InputError
+
+
+def partial_path(path: str | Path) -> Path:
+    """Return the name under which an output is written until it is whole.
+
+    Example:
+        >>> partial_path("runs/predicted.h5ad").as_posix()
+        'runs/.predicted.h5ad.partial'
+    """
+    path = Path(path)
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`; rename it to `path` when the block ends without an error.
+
+    On an error the temporary file is deleted and a file that was there before stays as it was. Callers that may run in
+    several processes hold the output with `claimed`, so that what a killed process left here can be overwritten.
+    """
+    temporary = partial_path(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder next to `path`; rename it to `path`, which must not exist, at the end."""
+    temporary = partial_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a JSON file, whole or not at all; NaN and infinity are refused, since JSON has no word for them."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def claimed(path: str | Path, *, flag: str, is_inside: bool = False) -> Iterator[None]:
+    """Hold an output for this process; the system releases it when the process ends, however it ends.
+
+    Args:
+        path: File or folder that will be written.
+        flag: Flag that named it, for the message.
+        is_inside: Put the lock into the folder `path` itself (``path/.lock``) instead of next to it.
+
+    Raises:
+        InputError: Another process holds it, or the folder cannot be written.
+    """
+    path = Path(path)
+    lock_path = path / ".lock" if is_inside else path.with_name(f".{path.name}.lock")
+    try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_path, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{path} is being written by another process{_owner(lock_path)}. Wait for it, stop it, or choose another "
+            f"--{flag}."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}). Choose another --{flag}.") from error
+    try:
+        lock_path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)  # while it is held: filelock tries again when its file is gone
+        lock.release()
+
+
+def _owner(lock_path: Path) -> str:
+    """Return who holds a lock, for a message; empty when the file does not say."""
+    try:
+        text = lock_path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+    return f" ({text})" if text else ""

@@ -1,0 +1,497 @@
+"""Settings: flags, YAML, defaults, checks at the door, training arguments and manual pages."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from perturbgene import configs
+from perturbgene.configs import (
+    CONFIGS,
+    GONE_IN_V5,
+    ClsConfig,
+    DownloadConfig,
+    EvaluateConfig,
+    HelpRequested,
+    MlmConfig,
+    PredictConfig,
+    PrepareConfig,
+    load_config,
+    own_flags,
+    parse_args,
+)
+from perturbgene.data_utils.opening import expand_paths
+from perturbgene.errors import InputError
+
+MLM = ["mlm", "--corpus", "corpus", "--output_dir", "run"]
+CLS = ["cls", "--corpus", "corpus", "--output_dir", "run", "--phenotype_category", "cell_type"]
+PREDICT = ["predict", "run", "in.h5ad", "--output", "out.h5ad"]
+FILES = ["mlm", "--output_dir", "run", "--train_data_paths", "a.h5ad"]
+
+
+def write_yaml(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+# Flags
+
+
+def test_every_verb_has_flags_with_help_and_a_known_group():
+    for config_class in CONFIGS.values():
+        for flag in own_flags(config_class).values():
+            assert flag.help, flag.name
+            assert flag.group in configs.GROUPS, flag.name
+
+
+@pytest.mark.parametrize("config_class", CONFIGS.values(), ids=list(CONFIGS))
+def test_every_field_is_a_flag_but_the_overrides(config_class):
+    fields = {declared.name for declared in dataclasses.fields(config_class)}
+    assert fields - {"training_overrides"} == set(own_flags(config_class))
+
+
+@pytest.mark.parametrize("config_class", CONFIGS.values(), ids=list(CONFIGS))
+def test_the_example_of_a_manual_page_can_be_parsed(config_class):
+    program, *tokens = config_class.example.replace("--pretrained_model_path runs/mlm", "").split()
+    assert program == "perturbgene"
+    assert type(parse_args(tokens)) is config_class
+
+
+def test_a_verb_gives_its_own_config_with_defaults():
+    config = parse_args(MLM)
+    assert config == MlmConfig(corpus="corpus", output_dir="run")
+    assert (config.gene_mask_prob, config.phenotype_mask_prob, config.absent_prob) == (0.15, 0.5, 0.1)
+
+
+def test_verbs_take_positionals_in_order():
+    assert parse_args(PREDICT) == PredictConfig(run="run", input="in.h5ad", output="out.h5ad")
+    assert parse_args(["evaluate", "--device", "cpu", "run"]) == EvaluateConfig(run="run", device="cpu")
+    assert parse_args(["prepare", "a.h5ad", "b.h5ad", "--output", "c"]).inputs == ["a.h5ad", "b.h5ad"]
+    assert parse_args(["download", "tabula-sapiens"]) == DownloadConfig(sources=["tabula-sapiens"])
+
+
+def test_two_dashes_end_a_list_before_positionals():
+    config = parse_args(["predict", "--output", "o.h5ad", "--ask", "sex", "age", "--", "run", "in.h5ad"])
+    assert (config.ask, config.run, config.input) == (["sex", "age"], "run", "in.h5ad")
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["--corpus", "c", "mlm", "--output_dir", "mlm"],
+        ["--corpus", "c", "--output_dir", "mlm", "mlm"],
+        ["--output_dir=mlm", "mlm", "--corpus", "c"],
+        ["mlm", "--output-dir", "mlm", "--corpus=c"],
+    ],
+    ids=["verb in the middle", "a value that equals the verb", "value by equals sign", "dashes for underscores"],
+)
+def test_flags_may_come_before_the_verb(tokens):
+    assert parse_args(tokens) == MlmConfig(corpus="c", output_dir="mlm")
+
+
+def test_a_list_before_the_verb_ends_at_the_verb():
+    config = parse_args(["--given", "sex", "predict", "run", "in.h5ad", "--output", "o"])
+    assert (config.given, config.run) == (["sex"], "run")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["0.1", "1", "2"], ["0.1,1,2"], ["0.1,", "1,", "2"], ["1e-1", "1,2"]],
+    ids=["spaces", "commas", "both", "mixed"],
+)
+def test_lists_are_cut_at_spaces_and_commas(values):
+    assert parse_args([*MLM, "--bin_edges", *values]).bin_edges == [0.1, 1.0, 2.0]
+
+
+def test_braces_and_labels_keep_their_commas():
+    paths = parse_args(
+        [*FILES[:3], "--train_data_paths", "s_{0,1}.h5ad,t.h5ad", "--bin_edges", "1", "--vocab_path", "."]
+    )
+    assert paths.train_data_paths == ["s_{0,1}.h5ad", "t.h5ad"]
+    given = parse_args([*PREDICT, "--given", "cell_type=CD4-positive,alpha-beta T cell"]).given_labels
+    assert given == {"cell_type": "CD4-positive,alpha-beta T cell"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["--use_flash_attn"], True),
+        (["--use_flash_attn", "false"], False),
+        (["--use_flash_attn=no"], False),
+        (["--no_use_flash_attn"], False),
+        (["--no-use-flash-attn"], False),
+        ([], False),
+    ],
+)
+def test_booleans_may_stand_alone_be_told_or_be_negated(tokens, expected):
+    assert parse_args([*MLM, *tokens]).use_flash_attn is expected
+
+
+def test_a_boolean_leaves_the_next_positional_alone():
+    assert parse_args(["evaluate", "--no_baselines", "run"]).run == "run"
+    assert parse_args(["prepare", "--overwrite", "a.h5ad", "--output", "c"]).inputs == ["a.h5ad"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name", "expected"),
+    [
+        (["--learning_rate", "1e-4"], "learning_rate", 1e-4),
+        (["--max_steps", "1e3"], "max_steps", 1000),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--num_top_genes", "none"], "num_top_genes", None),
+        (["--resume_from_checkpoint"], "resume_from_checkpoint", "latest"),
+        (["--resume_from_checkpoint", "true"], "resume_from_checkpoint", "latest"),
+        (["--resume_from_checkpoint", "run/checkpoint-5"], "resume_from_checkpoint", "run/checkpoint-5"),
+        (["--report_to", "wandb", "tensorboard"], "report_to", ["wandb", "tensorboard"]),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+    ],
+)
+def test_values_have_the_type_of_their_field(tokens, name, expected):
+    value = getattr(parse_args([*MLM, *tokens]), name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+# YAML
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = write_yaml(tmp_path, "corpus: c\noutput_dir: run\nlearning_rate: 1e-4\nseed: 7\n")
+    config = parse_args(["mlm", "--seed", "8", "--config", path])
+    assert (config.learning_rate, config.seed, config.max_length) == (1e-4, 8, 2048)
+
+
+def test_yaml_values_are_typed_like_flags(tmp_path):
+    text = "corpus: c\noutput_dir: run\n"
+    text += "bin_edges: [1e-1, 1]\neval_strategy: no\nsave_total_limit: null\nadam_beta2: 95e-2\n"
+    config = parse_args(["mlm", "--config", write_yaml(tmp_path, text)])
+    assert config.bin_edges == [0.1, 1.0]
+    assert (config.eval_strategy, config.save_total_limit) == ("no", None)
+    assert config.training_overrides == {"adam_beta2": 0.95}
+
+
+def test_numeric_donors_in_yaml_become_names(tmp_path):
+    path = write_yaml(tmp_path, "inputs: a.h5ad\noutput: c\neval_donors: [1, D2]\n")
+    assert parse_args(["prepare", "--config", path]).eval_donors == ["1", "D2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("lerning_rate: 1", "lerning_rate in .*Did you mean 'learning_rate'"),
+        ("seed: [1, 2]", "seed in .*not a number"),
+        ("output_dir: null", "output_dir in .*is empty"),
+        ("layer: yes", "put it in quotes"),
+        ("seed: 1\nseed: 2", "'seed' more than once"),
+        ("- 1\n- 2", "holds no `name: value`"),
+        ("seed: [1", "no plain YAML"),
+        ("seed: !!python/object/apply:os.getcwd []", "no plain YAML"),
+        ("verb: cls", "of the verb 'cls'"),
+        ("config: other.yaml", "name another"),
+        ("evaluation_strategy: steps", "called --eval_strategy"),
+    ],
+)
+def test_yaml_that_cannot_be_is_refused_by_name(tmp_path, text, match):
+    with pytest.raises(InputError, match=match):
+        parse_args([*MLM, "--config", write_yaml(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        MLM,
+        [*MLM, "--bin_edges", "1e-5", "2"],
+        [*MLM, "--bf16", "--eval_steps", "0.1", "--adam_beta2", "0.95", "--optim", "adamw_torch", "--fsdp"],
+        [*MLM, "--lr_scheduler_kwargs", '{"num_cycles": 1}', "--optim_target_modules", "a", "b"],
+        [*CLS, "--binary_label", "1e-4", "--balanced_dataset", "--learning_rate", "1e-5"],
+        ["prepare", "a.h5ad", "--output", "c", "--eval_donors", "007", "no", "--phenotypes", "a=b"],
+        ["evaluate", "run", "--ask", "sex", "--no_baselines"],
+        [*PREDICT, "--given", "tissue=lung, left", "sex"],
+        ["download", "https://host/a.h5ad", "--retries", "0"],
+    ],
+    ids=lambda tokens: tokens[0],
+)
+def test_a_dumped_configuration_reads_back_equal(tmp_path, tokens):
+    config = parse_args(tokens)
+    config.save(tmp_path / "run.yaml")
+    assert parse_args([tokens[0], "--config", str(tmp_path / "run.yaml")]) == config
+    assert load_config(tmp_path / "run.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_dump_holds_neither_tokens_nor_passwords():
+    urls = ["https://me:s3cret@host/a.h5ad", "https://host/b_{0..3}.h5ad?X-Signature=s3cret", "s3://bucket/*.h5ad"]
+    text = parse_args([*MLM, "--hub_token", "s3cret", "--eval_data_paths", *urls]).to_yaml()
+    assert "s3cret" not in text
+    shown = ["https://***@host/a.h5ad", "https://host/b_{0..3}.h5ad?***", "s3://bucket/*.h5ad"]
+    assert yaml.safe_load(text)["eval_data_paths"] == shown
+
+
+def test_a_dumped_configuration_with_a_hidden_url_takes_the_whole_url_again(tmp_path):
+    url = "https://host/a.h5ad?token=s3cret"
+    config = parse_args([*MLM, "--eval_data_paths", url])
+    config.save(tmp_path / "run.yaml")
+    again = ["mlm", "--config", str(tmp_path / "run.yaml")]
+    assert parse_args([*again, "--eval_data_paths", url]) == config
+    with pytest.raises(InputError, match="https://host/a.h5ad[?][*]{3} is a URL as it is shown.* Give the whole URL"):
+        expand_paths(parse_args(again).eval_data_paths)
+
+
+def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
+    with pytest.raises(InputError, match="does not say its verb"):
+        load_config(write_yaml(tmp_path, "seed: 1"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        ([], "The verb is missing"),
+        (["mlmm"], "Did you mean 'mlm'"),
+        (["--seed", "1"], "The verb is missing"),
+        (["mlm", "--corpus", "c"], "output_dir is missing.*--output_dir"),
+        (["mlm", "--output_dir", "r"], "Neither corpus nor train_data_paths"),
+        ([*MLM, "--train_data_paths", "a"], "corpus and train_data_paths are both given"),
+        ([*MLM, "--lerning_rate", "1"], "--lerning_rate is unknown to mlm. Did you mean 'learning_rate'"),
+        ([*MLM, "--learn", "1"], "--learn is unknown"),
+        ([*MLM, "-x"], "-x is unknown"),
+        ([*MLM, "stray"], "'stray' belongs to no flag"),
+        ([*MLM, "--seed", "1", "2"], "'2' belongs to no flag"),
+        ([*MLM, "--seed"], "--seed needs a value"),
+        ([*MLM, "--seed", "--bf16"], "--seed needs a value"),
+        ([*MLM, "--seed="], "--seed was given '', which is not a number"),
+        ([*MLM, "--seed", "1.5"], "not a whole number"),
+        ([*MLM, "--seed", "-1"], "must lie in"),
+        ([*MLM, "--max_steps", "inf"], "not a whole number"),
+        ([*MLM, "--max_steps", "0"], "trains nothing"),
+        ([*MLM, "--learning_rate", "fast"], "--learning_rate was given 'fast', which is not a number"),
+        ([*MLM, "--learning_rate", "nan"], "must lie in"),
+        ([*MLM, "--bf16", "--fp16=maybe"], "neither true nor false"),
+        ([*MLM, "--no_bf16=1"], "takes no value"),
+        ([*MLM, "--eval_strategy", "none"], "Give --eval_strategy one of auto.no.steps.epoch"),
+        ([*MLM, "--model_arch", "smal"], "did you mean 'small'"),
+        ([*MLM, "--optim", "adam"], "not among its choices"),
+        ([*MLM, "--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
+        ([*MLM, "--lr_scheduler_kwargs", "{num: 1}"], "not a JSON object"),
+        ([*MLM, "--phenotype_category", "x"], "is a setting of cls, not of mlm"),
+        ([*MLM, "--gene_mask_prob", "1.5"], r"gene_mask_prob is 1.5, but it must lie in \[0, 1\]. Change"),
+        ([*MLM, "--phenotype_mask_prob", "0", "--gene_mask_prob", "0"], "nothing to learn"),
+        ([*MLM, "--max_length", "2"], "must lie in"),
+        ([*MLM, "--max_length", "4", "--included_phenotypes", "a", "b"], "need 5 tokens. Raise --max_length"),
+        ([*MLM, "--included_phenotypes", "a", "a"], "'a' more than once"),
+        ([*MLM, "--pad_to_multiple_of", "0"], "must lie in"),
+        ([*MLM, "--hidden_size", "100", "--num_attention_heads", "3"], "cannot share equally"),
+        ([*MLM, "--use_flash_attn", "--attn_implementation", "sdpa"], "contradicts"),
+        (
+            [*MLM, "--tokens_per_batch", "2047"],
+            "a single cell may have max_length 2048 tokens. Raise --tokens_per_batch",
+        ),
+        (
+            [*MLM, "--tokens_per_batch", "4096", "--per_device_train_batch_size", "16"],
+            "tokens_per_batch 4096 and per_device_train_batch_size 16 are both given",
+        ),
+        ([*MLM, "--tokens_per_batch", "4096", "--pad_to_multiple_of", "8"], "packed without padding"),
+        (
+            [*CLS, "--tokens_per_batch", "4096", "--train_sampling_strategy", "group_by_length"],
+            "train_sampling_strategy is group_by_length, but",
+        ),
+        ([*MLM, "--train_sampling_strategy", "sequential"], "train_sampling_strategy"),
+        ([*MLM, "--bin_edges", "1", "0.1"], r"edge 1 \(0.1\) does not exceed edge 0 \(1\). Sort"),
+        ([*MLM, "--bin_edges", "1", "1"], "does not exceed"),
+        ([*MLM, "--bin_edges", "0", "1"], "above 0, but edge 0 is 0"),
+        ([*MLM, "--bin_edges", "1", "inf"], "edge 1 is inf"),
+        ([*MLM, "--bin_edges", "nan"], "edge 0 is nan"),
+        ([*MLM, "--bin_edges", "1", "--bin_edges_path", "."], "both given"),
+        ([*MLM, "--bin_edges_path", "nowhere.json"], "nothing lies there"),
+        ([*MLM, "--vocab_path", "nowhere.json"], "nothing lies there"),
+        ([*MLM, "--panel", "nowhere.txt"], "nothing lies there"),
+        ([*MLM, "--pretrained_model_path", "./nowhere"], "nothing lies there"),
+        ([*MLM, "--pretrained_model_path", ".", "--hidden_size", "64"], "has its own. Remove --hidden_size"),
+        ([*MLM, "--config", "nowhere.yaml"], "cannot be read"),
+        ([*MLM, "--config", "."], "cannot be read"),
+        ([*MLM, "--eval_steps", "5", "--eval_strategy", "epoch"], "pays no heed"),
+        ([*MLM, "--save_strategy", "steps"], "Give --save_steps"),
+        (FILES, "Bin edges are missing"),
+        ([*FILES, "--bin_edges", "1"], "vocabulary is missing"),
+        ([*FILES, "--bin_edges", "1", "--vocab_path", ".", "--eval_strategy", "epoch"], "nothing to evaluate on"),
+        (CLS[:-2], "phenotype_category is missing"),
+        ([*CLS, "--included_phenotypes", "sex", "cell_type"], "would be given the answer"),
+        (["prepare", "--output", "c"], "INPUTS after the verb, or --inputs"),
+        (["prepare", "a", "--output", "c", "--eval_fraction", "1"], "must lie in"),
+        (["prepare", "a", "--output", "c", "--eval_donors", "D1", "--split_by", "cell"], "needs a split by donor"),
+        (["prepare", "a", "--output", "c", "--phenotypes", "a="], "NAME=VALUE"),
+        (["prepare", "a", "--output", "c", "--phenotypes", "a", "a=b"], "'a' more than once"),
+        (["prepare", "a", "--output", "c", "--bin_edges", "1", "--per_gene_bins"], "both given"),
+        (["evaluate"], "RUN after the verb"),
+        (["evaluate", "r", "extra"], "takes RUN"),
+        (["evaluate", "r", "--ask", "a", "--given", "a"], "asked and given at once"),
+        (["evaluate", "r", "--device", "gpu"], "none of auto, cpu"),
+        (["evaluate", "r", "--corpus", "c", "--eval_data_paths", "a"], "both given"),
+        (["predict", "r", "--output", "o"], "INPUT after the verb"),
+        (["predict", "r", "a.h5ad", "--output", "a.h5ad"], "the input itself"),
+        ([*PREDICT, "--ask", "sex", "--given", "sex=male"], "asked and given at once"),
+        (["download", "tabula-sapien"], "Did you mean 'tabula-sapiens'"),
+        (["download", "tabula-sapiens", "--num_shards", "0"], "must lie in"),
+        (["download", "tabula-sapiens", "--adam_beta2", "0.9"], "unknown to download"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_nonsense_is_refused_with_a_way_out(tokens, match):
+    with pytest.raises(InputError, match=match):
+        parse_args(tokens)
+
+
+@pytest.mark.parametrize("name", sorted(GONE_IN_V5))
+def test_arguments_gone_from_transformers_5_get_a_hint(name):
+    assert name not in configs.training_flags()
+    with pytest.raises(InputError, match=f"--{name} is gone from transformers 5. "):
+        parse_args([*MLM, f"--{name}", "1"])
+
+
+def test_a_hub_id_need_not_exist_here():
+    assert parse_args([*MLM, "--pretrained_model_path", "owner/model"]).pretrained_model_path == "owner/model"
+
+
+def test_a_pretrained_model_brings_vocabulary_and_bins():
+    assert parse_args([*FILES, "--pretrained_model_path", "."]).bin_edges == []
+
+
+def test_settings_made_in_python_are_checked_alike():
+    with pytest.raises(InputError, match="Change --eval_fraction"):
+        PrepareConfig(inputs=["a"], output="b", eval_fraction=0.0)
+    with pytest.raises(InputError, match="phenotype_category is missing"):
+        ClsConfig(corpus="c", output_dir="r")
+
+
+# Training arguments
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name", "override", "expected"),
+    [
+        (["--adam_beta2", "0.95"], "adam_beta2", 0.95, 0.95),
+        (["--gradient_checkpointing"], "gradient_checkpointing", True, True),
+        (["--no_average_tokens_across_devices"], "average_tokens_across_devices", False, False),
+        (["--optim", "adamw_torch_fused"], "optim", "adamw_torch_fused", "adamw_torch_fused"),
+        (["--label_smoothing_factor", "1e-1"], "label_smoothing_factor", 0.1, 0.1),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 1}'], "lr_scheduler_kwargs", {"num_cycles": 1}, {"num_cycles": 1}),
+        (["--accelerator_config", "{}"], "accelerator_config", {}, None),
+        (["--fsdp", "full_shard"], "fsdp", "full_shard", None),
+        (["--ddp_backend", "gloo"], "ddp_backend", "gloo", None),
+        (["--run_name", "1"], "run_name", "1", "1"),
+        (["--include_for_metrics", "inputs", "loss"], "include_for_metrics", ["inputs", "loss"], ["inputs", "loss"]),
+        (["--optim_target_modules", "all-linear"], "optim_target_modules", "all-linear", "all-linear"),
+        (["--dataloader_prefetch_factor", "none"], "dataloader_prefetch_factor", None, None),
+        (["--debug", "underflow_overflow"], "debug", "underflow_overflow", None),
+        (["--metric_for_best_model", "eval_accuracy"], "metric_for_best_model", "eval_accuracy", "eval_accuracy"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_training_arguments_are_reached_by_their_own_names(tokens, name, override, expected):
+    config = parse_args([*MLM, *tokens])
+    assert config.training_overrides == {name: override}
+    if expected is not None:
+        assert getattr(config.training_arguments(), name) == expected
+
+
+def test_every_field_of_training_arguments_is_a_flag():
+    from transformers import TrainingArguments
+
+    for declared in dataclasses.fields(TrainingArguments):
+        assert configs.find_flag(declared.name, MlmConfig, where="").name == declared.name
+
+
+def test_own_settings_reach_the_training_arguments():
+    config = parse_args([*MLM, "--learning_rate=2e-3", "--max_steps=5", "--warmup_steps=0.2", "--no_bf16", "--seed=3"])
+    arguments = config.training_arguments()
+    assert (arguments.learning_rate, arguments.max_steps, arguments.warmup_steps) == (2e-3, 5, 0.2)
+    assert (arguments.bf16, arguments.seed, arguments.output_dir) == (False, 3, "run")
+    assert (arguments.report_to, arguments.label_names) == (["tensorboard"], ["labels"])
+    assert not arguments.logging_nan_inf_filter
+    assert not arguments.remove_unused_columns
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden_size", "expected"),
+    [
+        (MLM, 64, 2e-3),
+        (MLM, 256, 5e-4),
+        (MLM, 768, 1.67e-4),
+        ([*MLM, "--pretrained_model_path", "."], 64, 1e-3),
+        ([*MLM, "--learning_rate", "3e-4"], 64, 3e-4),
+    ],
+)
+def test_the_learning_rate_falls_with_the_width_and_is_halved_on_given_weights(tokens, hidden_size, expected):
+    assert parse_args(tokens).with_learning_rate(hidden_size).learning_rate == expected
+
+
+def test_the_best_model_is_told_by_loss_for_mlm_and_by_macro_f1_for_cls():
+    mlm, cls = parse_args(MLM).training_arguments(), parse_args(CLS).training_arguments()
+    assert (mlm.metric_for_best_model, mlm.greater_is_better) == ("eval_loss", False)
+    assert (cls.metric_for_best_model, cls.greater_is_better) == ("eval_macro_f1", True)
+    assert mlm.load_best_model_at_end
+    assert (mlm.eval_strategy, mlm.save_strategy) == ("epoch", "epoch")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["--eval_steps", "5"], ("steps", "steps", 5, True)),
+        (["--eval_steps", "5", "--save_steps", "10"], ("steps", "steps", 10, True)),
+        (["--eval_steps", "5", "--save_steps", "7"], ("steps", "steps", 7, False)),
+        (["--eval_steps", "0.1", "--save_steps", "0.2"], ("steps", "steps", 0.2, True)),
+        (["--save_steps", "7"], ("epoch", "steps", 7, False)),
+        (["--eval_strategy", "no"], ("no", "epoch", 500, False)),
+        (["--save_strategy", "no"], ("epoch", "no", 500, False)),
+        (["--save_strategy", "best"], ("epoch", "best", 500, True)),
+    ],
+)
+def test_the_best_model_is_loaded_where_evaluation_and_saving_meet(tokens, expected):
+    arguments = parse_args([*MLM, *tokens]).training_arguments()
+    schedule = (arguments.eval_strategy, arguments.save_strategy, arguments.save_steps)
+    assert (*schedule, arguments.load_best_model_at_end) == expected
+
+
+def test_without_evaluation_data_nothing_is_evaluated():
+    config = parse_args([*FILES, "--bin_edges", "1", "--vocab_path", "."])
+    arguments = config.training_arguments()
+    assert (arguments.eval_strategy, arguments.eval_on_start, arguments.metric_for_best_model) == ("no", False, None)
+
+
+def test_what_transformers_refuses_is_a_clean_error():
+    with pytest.raises(InputError, match="refused by transformers"):
+        parse_args([*MLM, "--fp16", "--bf16"]).training_arguments()
+
+
+# Manual pages
+
+
+@pytest.mark.parametrize("verb", list(CONFIGS))
+def test_a_manual_page_names_every_own_flag_with_its_default(verb):
+    with pytest.raises(HelpRequested) as page:
+        parse_args([verb, "-h"])
+    text = str(page.value)
+    assert CONFIGS[verb].example in text
+    for flag in own_flags(CONFIGS[verb]).values():
+        assert f"\n  --{flag.spelling}" in text
+    assert max(map(len, text.splitlines())) <= 125
+
+
+def test_the_full_page_also_names_every_training_argument():
+    with pytest.raises(HelpRequested) as page:
+        parse_args(["cls", "--help-all"])
+    assert all(f"\n  --{name}" in str(page.value) for name in configs.training_flags())
+
+
+def test_help_without_a_verb_lists_the_verbs():
+    with pytest.raises(HelpRequested, match="prepare"):
+        parse_args(["--help"])
+
+
+def test_settings_are_plain_values():
+    assert json.loads(json.dumps(parse_args(CLS).to_dict()))["phenotype_category"] == "cell_type"

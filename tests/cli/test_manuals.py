@@ -1,0 +1,65 @@
+"""Every shell command of the manuals runs as it is written, on a small run and cells that have what it names."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import anndata as ad
+import pytest
+
+from perturbgene.main import main
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+#: Page -> how many commands it shows; a block that is not found would leave nothing to run.
+PAGES = {"asking.md": 8, "embedding.md": 4, "perturbation.md": 5}
+
+#: What the small run was not trained on -> what stands for it.
+KNOWN = {"disease=normal": "tissue=lung", "disease=asthma": "tissue=blood", "GATA1": "CD79B", "SPI1": "CD74"}
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Return the words of each command in the page's bash blocks."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def arguments_of(command: list[str]) -> list[str]:
+    """Return what `perturbgene` gets; torchrun's own parser reads its part, which one process here stands for."""
+    if command[0] == "perturbgene":
+        return command[1:]
+    assert command[0] == "torchrun"
+    from torch.distributed.run import parse_args
+
+    read = parse_args(command[1:])
+    assert read.module and read.training_script == "perturbgene.main"
+    return list(read.training_script_args)
+
+
+@pytest.fixture
+def folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run, which `evaluate` adds to, and the files that the pages name."""
+    shutil.copytree(small_folder / "runs", tmp_path / "runs")
+    for name in ("cells", "labelled", "patients"):
+        shutil.copy(small_folder / "cells.h5ad", tmp_path / f"{name}.h5ad")
+    unlabelled = ad.read_h5ad(small_folder / "cells.h5ad")
+    unlabelled.obs = unlabelled.obs[[]]
+    unlabelled.write_h5ad(tmp_path / "new_cells.h5ad")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_manual_runs_and_writes_its_output(
+    page: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = [arguments_of(command) for command in commands_of(page)]
+    assert len(commands) == PAGES[page]
+    for command in commands:
+        known = [KNOWN.get(word, word) for word in command]
+        assert main(known) == 0, f"{shlex.join(command)}\n{capsys.readouterr().err}"
+        outputs = [known[at + 1] for at, word in enumerate(known) if word == "--output"]
+        assert all((folder / output).stat().st_size for output in outputs), command
+        assert outputs or (folder / "runs/mlm/evaluation/metrics.json").is_file()

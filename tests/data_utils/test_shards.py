@@ -1,0 +1,293 @@
+"""A file through a panel: which rows, on which scale, with which labels, and what is said about the rest."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from torch.utils.data import DataLoader, IterableDataset
+
+from perturbgene.data_utils import shards
+from perturbgene.data_utils.genes import GenePanel
+from perturbgene.data_utils.labels import Vocabulary
+from perturbgene.data_utils.opening import H5adFile, MemoryFile
+from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
+from perturbgene.errors import InputError
+
+Write = Callable[..., str]
+
+COUNTS = np.array([[1, 0, 2, 0], [0, 0, 0, 0], [0, 3, 0, 4]], dtype=np.float32)
+LOGS = np.array([[0.7, 0, 1.1, 0], [0, 0, 0, 0], [0, 1.4, 0, 1.6]], dtype=np.float32)
+PANEL = GenePanel(("CD3E", "MS4A1", "NKG7", "LYZ"))
+VOCABULARY = Vocabulary({"cell_type": ["B", "T"]})
+
+
+def shard_of(source: Any, **options: Any) -> Shard:
+    source = H5adFile(source) if isinstance(source, str) else MemoryFile(source)
+    return Shard(source, **{"panel": PANEL, "vocabulary": VOCABULARY, **options})
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[0], [1], [0, 2], [3, 4, 90, 91, 150], [*range(200)]],
+    ids=["first", "empty cell", "a gap", "far apart", "all"],
+)
+def test_scattered_rows_are_the_rows_asked_for(write_h5ad: Write, rows: list[int]) -> None:
+    values = np.random.default_rng(0).poisson(0.7, size=(200, 4)).astype(np.float32)
+    values[1] = 0
+    block = shard_of(write_h5ad(values)).read(np.array(rows), first_cell=1000)
+    got = sparse.csr_matrix((block.values_l, block.columns_l, block.offsets_n1), shape=(len(rows), 4)).toarray()
+    assert got.tolist() == values[rows].tolist()
+    assert block.cells_n.tolist() == [1000 + row for row in rows]
+
+
+# -- scale ---------------------------------------------------------------------------------------------------------
+
+
+def test_counts_travel_with_the_total_of_their_cell(write_h5ad: Write) -> None:
+    block = shard_of(write_h5ad(COUNTS)).read(np.arange(3))
+    assert block.is_counts
+    assert block.library_size_n is not None
+    assert block.library_size_n.tolist() == [3.0, 0.0, 7.0]
+
+
+def test_the_total_counts_genes_outside_the_panel(write_h5ad: Write) -> None:
+    block = shard_of(write_h5ad(COUNTS), panel=GenePanel(("LYZ",))).read(np.arange(3))
+    assert block.library_size_n is not None
+    assert block.library_size_n.tolist() == [3.0, 0.0, 7.0]
+
+
+def test_a_stored_total_replaces_the_sum(write_h5ad: Write) -> None:
+    path = write_h5ad(COUNTS, obs={LIBRARY_SIZE_COLUMN: [30.0, 1.0, 70.0]})
+    block = shard_of(path).read(np.array([0, 2]))
+    assert block.library_size_n is not None
+    assert block.library_size_n.tolist() == [30.0, 70.0]
+
+
+@pytest.mark.parametrize(
+    "totals",
+    [[np.nan, 1.0, 70.0], [30.0, 1.0, 0.0], [30.0, 1.0, 6.0]],
+    ids=["NaN", "zero beside counts", "less than the counts"],
+)
+def test_a_stored_total_that_cannot_be_true_is_refused(write_h5ad: Write, totals: list[float]) -> None:
+    path = write_h5ad(COUNTS, obs={LIBRARY_SIZE_COLUMN: totals})
+    with pytest.raises(InputError, match="perturbgene_library_size"):
+        shard_of(path).read(np.arange(3))
+
+
+def test_log_values_are_not_counts(write_h5ad: Write) -> None:
+    assert shard_of(write_h5ad(LOGS)).is_counts is False
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        pytest.param([[-1.04, 0, 0.3, 2.0]], r"\(X\) holds negative expression values", id="z-scores"),
+        pytest.param([[np.nan, 0, 1, 2]], r"\(X\) holds NaN", id="NaN"),
+        pytest.param([[np.inf, 0, 1, 2]], r"\(X\) holds NaN or infinite", id="infinite"),
+    ],
+)
+def test_a_matrix_without_bins_is_refused_by_its_name(write_h5ad: Write, values: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _ = shard_of(write_h5ad(values)).is_counts
+
+
+def test_the_scale_is_not_guessed_from_cells_without_values(write_h5ad: Write) -> None:
+    values = np.zeros((2_000, 4), dtype=np.float32)
+    values[900] = LOGS[0]
+    assert shard_of(write_h5ad(values)).is_counts is False
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd"),
+    [
+        pytest.param([1.0, 0, 2, 0], [0.5, 0, 1.7, 0], id="log values among counts"),
+        pytest.param([0.5, 0, 1.7, 0], [300.0, 0, 0.5, 0], id="large values among logarithms"),
+    ],
+)
+def test_a_file_that_mixes_scales_is_refused_where_it_does(
+    write_h5ad: Write, usual: list[float], odd: list[float]
+) -> None:
+    values = np.tile(np.array(usual, dtype=np.float32), (2_000, 1))
+    values[1_850] = odd
+    shard = shard_of(write_h5ad(values))
+    shard.read(np.arange(10))
+    with pytest.raises(InputError, match="--normalization"):
+        shard.read(np.arange(1_800, 1_900))
+
+
+# -- genes ---------------------------------------------------------------------------------------------------------
+
+
+def test_genes_are_found_through_feature_name(make_adata: Any) -> None:
+    cells = make_adata(LOGS, genes=["g1", "g2", "g3", "g4"], var={"feature_name": ["LYZ", "NKG7", "MS4A1", "CD3E"]})
+    assert shard_of(cells).alignment.gene_of_column_c.tolist() == [3, 2, 1, 0]
+
+
+def test_genes_are_found_through_the_column_named(make_adata: Any) -> None:
+    cells = make_adata(LOGS, genes=["g1", "g2", "g3", "g4"], var={"mine": ["LYZ", "NKG7", "MS4A1", "CD3E"]})
+    assert shard_of(cells, gene_id_column="mine").alignment.gene_of_column_c.tolist() == [3, 2, 1, 0]
+
+
+def test_several_columns_of_one_gene_are_refused_for_log_values(make_adata: Any) -> None:
+    cells = make_adata(LOGS, genes=["CD3E", "CD3E", "NKG7", "LYZ"])
+    with pytest.raises(InputError, match=r"several columns are the same gene \('CD3E'\).*cannot be summed"):
+        _ = shard_of(cells).alignment
+
+
+@pytest.mark.parametrize("normalization", ["auto", "none", "log1p_cp10k"])
+def test_several_columns_of_one_gene_pass_for_counts(make_adata: Any, normalization: str) -> None:
+    cells = make_adata(COUNTS, genes=["CD3E", "CD3E", "NKG7", "LYZ"])
+    assert shard_of(cells, normalization=normalization).alignment.duplicated == ("CD3E",)
+
+
+def test_more_names_than_columns_are_refused(write_h5ad: Write) -> None:
+    path = write_h5ad(COUNTS)
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["shape"] = (3, 5)
+    with pytest.raises(InputError, match="4 gene names for 5 columns"):
+        _ = shard_of(path).alignment
+
+
+# -- labels --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_labels_are_absent_and_said_with_their_count(
+    write_h5ad: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_h5ad(COUNTS, obs={"cell_type": ["NK", "B", "NK"]})
+    shard = shard_of(path, included_phenotypes=["cell_type"])
+    with caplog.at_level(logging.WARNING):
+        assert shard.read(np.arange(3)).label_ids_np.tolist() == [[-1], [4], [-1]]
+        shard.read(np.arange(2))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: 2 cells have a cell_type that the vocabulary lacks ('NK'); it counts as absent"
+    ]
+
+
+def test_missing_labels_are_absent_and_said_with_their_count(make_adata: Any, caplog: pytest.LogCaptureFixture) -> None:
+    cells = make_adata(COUNTS, obs={"cell_type": pd.Categorical(["T", None, "nan"])})
+    with caplog.at_level(logging.INFO):
+        assert shard_of(cells).label_ids("cell_type").tolist() == [5, -1, -1]
+    assert "2 of 3 cells have no cell_type" in caplog.text
+
+
+def test_a_missing_label_column_is_absent_everywhere_and_said(
+    make_adata: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert shard_of(make_adata(COUNTS)).label_ids("cell_type").tolist() == [-1, -1, -1]
+    assert "no obs column 'cell_type'" in caplog.text
+
+
+def test_a_missing_label_column_is_refused_where_labels_are_needed(make_adata: Any) -> None:
+    with pytest.raises(InputError, match="no obs column 'cell_type'. Did you mean 'celltype'"):
+        shard_of(make_adata(COUNTS, obs={"celltype": [*"BTB"]}), optional_labels=False).label_ids("cell_type")
+
+
+def test_labels_may_stand_in_a_column_of_another_name(make_adata: Any) -> None:
+    cells = make_adata(COUNTS, obs={"bulk_labels": [*"BTB"]})
+    assert shard_of(cells, obs_columns={"cell_type": "bulk_labels"}).label_ids("cell_type").tolist() == [4, 5, 4]
+
+
+def test_labels_of_more_cells_than_the_matrix_has_are_refused(write_h5ad: Write) -> None:
+    path = write_h5ad(COUNTS, obs={"cell_type": [*"BTB"]})
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["shape"] = (2, 4)
+        offsets = file["X/indptr"][:3]
+        del file["X/indptr"]
+        file["X/indptr"] = offsets
+    with pytest.raises(InputError, match="3 cells in obs for 2 rows"):
+        shard_of(path).label_ids("cell_type")
+
+
+# -- many files ----------------------------------------------------------------------------------------------------
+
+
+def open_h5ad_files() -> int:
+    folder = Path("/proc/self/fd")
+    return sum(os.readlink(entry).endswith(".h5ad") for entry in folder.iterdir() if entry.is_symlink())
+
+
+def test_a_cache_of_many_files_keeps_few_open(write_h5ad: Write, tmp_path: Path) -> None:
+    first = write_h5ad(COUNTS)
+    paths = [tmp_path / f"copy_{index}.h5ad" for index in range(MOST_OPEN_FILES + 6)]
+    for path in paths:
+        shutil.copy(first, path)
+    cache = ShardCache(paths, panel=PANEL, vocabulary=VOCABULARY)
+    open_before = open_h5ad_files()
+    totals = [cache[index].read(np.array([2])).values_l.sum() for index in range(len(cache))]
+    assert totals == [7.0] * len(paths)
+    assert open_h5ad_files() - open_before <= MOST_OPEN_FILES
+    assert cache[0].read(np.array([2])).values_l.sum() == 7.0
+
+
+def test_files_that_name_the_same_columns_share_one_alignment(write_h5ad: Write) -> None:
+    same = [write_h5ad(COUNTS, name=f"{name}.h5ad") for name in "ab"]
+    other = write_h5ad(COUNTS[:, ::-1], name="c.h5ad", genes=PANEL.genes[::-1])
+    cache = ShardCache([*same, other], panel=PANEL, vocabulary=VOCABULARY)
+    assert cache[0].alignment is cache[1].alignment
+    assert cache[2].alignment.gene_of_column_c.tolist() == cache[0].alignment.gene_of_column_c.tolist()[::-1]
+
+
+def test_few_files_compressed_by_columns_are_kept_in_memory_at_a_time(write_h5ad: Write) -> None:
+    paths = [write_h5ad(sparse.csc_matrix(COUNTS), name=f"{number}.h5ad") for number in range(4)]
+    cache = ShardCache(paths, panel=PANEL, vocabulary=VOCABULARY)
+    shards = [cache[index] for index in range(4)]
+    assert [shard.read(np.array([2])).values_l.sum() for shard in shards] == [7.0] * 4
+    assert len(cache._open) == MOST_WHOLE_FILES
+
+
+class _Rows(IterableDataset[float]):
+    def __init__(self, cache: ShardCache) -> None:
+        self.cache = cache
+
+    def __iter__(self) -> Iterator[float]:
+        for row in range(3):
+            yield float(self.cache[0].read(np.array([row])).values_l.sum())
+
+
+def test_a_cache_opened_in_the_parent_reads_on_in_a_loader_worker(write_h5ad: Write) -> None:
+    rows = _Rows(ShardCache([write_h5ad(COUNTS)], panel=PANEL, vocabulary=VOCABULARY))
+    assert [*rows] == [3.0, 0.0, 7.0]
+    assert [*DataLoader(rows, batch_size=None, num_workers=1)] == [3.0, 0.0, 7.0]
+    assert [*rows] == [3.0, 0.0, 7.0]
+
+
+def test_a_copy_gets_a_matrix_block_by_block_and_columns_when_their_turn_comes(write_h5ad, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "COPIED_ROWS", 2)
+    path, matrix = write_h5ad(np.eye(4)[:3]), np.arange(6, dtype=np.float32).reshape(3, 2)
+    taken = []
+
+    class Rows:
+        shape, dtype = matrix.shape, matrix.dtype
+
+        def __getitem__(self, rows):
+            taken.append(rows)
+            return matrix[rows]
+
+    label = lambda: pd.Categorical(["a", "b", "a"])  # noqa: E731
+    target = tmp_path / "out.h5ad"
+    shards.write_h5ad_copy(path, target, obs={"label": label}, obsm={"X_new": Rows()}, uns={"run": "here"})
+    copy = ad.read_h5ad(target)
+    assert copy.obs["label"].tolist() == ["a", "b", "a"]
+    np.testing.assert_array_equal(copy.obsm["X_new"], matrix)
+    assert taken == [slice(0, 2), slice(2, 4)]
+
+
+def test_a_matrix_must_fit_the_rows_of_the_file(write_h5ad, tmp_path):
+    with pytest.raises(InputError, match="2 answers do not fit the 3 cells"):
+        shards.write_h5ad_copy(
+            write_h5ad(np.eye(4)[:3]), tmp_path / "out.h5ad", obsm={"X_new": np.zeros((2, 2))}, uns={}
+        )

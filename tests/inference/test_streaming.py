@@ -1,0 +1,160 @@
+"""What verbs share: cells are divided, results lie on disk and are merged in row order, and targets are checked."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.errors import InputError
+from perturbgene.inference.streaming import (
+    Parts,
+    Ranks,
+    RowArray,
+    check_target,
+    fill,
+    has_genes,
+    parts_beside,
+    stream,
+    token_batches,
+)
+
+CELLS = [[1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 0], [1.0, 1.0, 1.0, 0], [0, 0, 0, 3.0]]
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Ranks that are threads of this process and meet at a barrier of threads."""
+
+    meeting: threading.Barrier | None = None
+
+    def barrier(self) -> None:
+        assert self.meeting is not None
+        self.meeting.wait(timeout=20)
+
+
+def a_block(lengths: list[int]) -> TokenBlock:
+    ids = np.arange(sum(lengths))
+    return TokenBlock(ids, ids, np.cumsum([0, *lengths]), np.arange(len(lengths)))
+
+
+def test_a_process_that_nobody_launched_is_alone() -> None:
+    ranks = Ranks.join()
+    assert (ranks, ranks.is_main, ranks.device("auto")) == (Ranks(0, 1, 0), True, "auto")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [1, 5, 8])
+def test_slices_of_a_row_array_are_slices_of_the_whole(size: int, num_rows: int) -> None:
+    whole = np.random.default_rng(0).normal(size=(num_rows, 2))
+    array = RowArray([whole[rank::size] for rank in range(size)], whole.shape)
+    for start in range(num_rows + 1):
+        for stop in range(start, num_rows + 2):
+            np.testing.assert_array_equal(array[start:stop], whole[start:stop])
+
+
+def test_blocks_of_a_row_array_come_in_order() -> None:
+    array = RowArray([np.array([0, 2, 4]), np.array([1, 3])], (5,))
+    assert [(start, rows.tolist()) for start, rows in array.blocks(2)] == [(0, [0, 1]), (2, [2, 3]), (4, [4])]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(100, [3]), (5, [2, 1]), (3, [1, 1, 1]), (1, [1, 1, 1]), (6, [2, 1]), (9, [3])]
+)
+def test_batches_hold_at_most_so_many_tokens_and_a_longer_cell_goes_alone(most: int, expected: list[int]) -> None:
+    batches = list(token_batches(a_block([3, 2, 4]), most_tokens=most))
+    assert [len(batch) for _, batch in batches] == expected
+    np.testing.assert_array_equal(np.concatenate([batch.input_ids_l for _, batch in batches]), np.arange(9))
+    assert [rows.start for rows, _ in batches] == [0, *np.cumsum(expected)[:-1].tolist()]
+
+
+def test_cells_without_genes_are_told_apart(make_adata, four_gene_tokenizer) -> None:
+    (block,) = IterableAnnDataset(make_adata(CELLS), four_gene_tokenizer, batch_size=5).blocks()
+    assert has_genes(block, four_gene_tokenizer).tolist() == [True, True, False, True, True]
+
+
+def answer(block: TokenBlock) -> dict[str, np.ndarray]:
+    """Answer with each cell's number and its number of tokens, thrice."""
+    lengths_n = np.diff(block.offsets_n1).astype(np.float32)
+    return {"cell": block.cells_n, "tokens": np.repeat(lengths_n[:, None], 3, axis=1)}
+
+
+def of_rank(path: str, target: Path, tokenizer, ranks: Ranks) -> dict[str, np.ndarray]:
+    dataset = IterableAnnDataset(path, tokenizer, batch_size=2, rank=ranks.rank, world_size=ranks.size)
+    with parts_beside(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
+        merged = fill(parts, stream(dataset, text="test", ranks=ranks), answer)
+        return {name: np.array(array[:]) for name, array in merged.items()}
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_several_processes_write_what_one_writes(size: int, write_h5ad, four_gene_tokenizer, tmp_path) -> None:
+    path, meeting, results = write_h5ad(CELLS), threading.Barrier(size), {}
+    alone = of_rank(path, tmp_path / "alone", four_gene_tokenizer, Ranks())
+
+    def work(rank: int) -> None:
+        ranks = ThreadRanks(rank, size, meeting=meeting)
+        results[rank] = of_rank(path, tmp_path / "together", four_gene_tokenizer, ranks)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert alone["cell"].tolist() == [0, 1, 2, 3, 4]
+    assert [results[rank] for rank in range(1, size)] == [{}] * (size - 1)
+    for name, values in alone.items():
+        np.testing.assert_array_equal(results[0][name], values)
+
+
+def test_results_lie_on_disk_while_they_are_collected_and_nowhere_after(tmp_path) -> None:
+    with parts_beside(tmp_path / "out.h5ad", num_cells=2) as parts:
+        parts.write(np.array([1, 0]), {"x": np.array([[5.0], [4.0]])})
+        (stored,) = (tmp_path / ".out.h5ad.part").iterdir()
+        assert np.load(stored).shape == (2, 1)
+        assert parts.merge()["x"][:].tolist() == [[4.0], [5.0]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path) -> None:
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part/000.00001.npy").write_bytes(b"half")
+    with parts_beside(tmp_path / "out", num_cells=1):
+        assert list((tmp_path / ".out.part").iterdir()) == []
+
+
+def test_a_failure_leaves_no_results_behind(tmp_path) -> None:
+    with pytest.raises(InputError, match="values"), parts_beside(tmp_path / "out", num_cells=1):
+        raise InputError("bad values")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_below_a_file_is_refused(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match="cannot be written .* Choose another --output"),
+        parts_beside(tmp_path / "file/out", num_cells=1),
+    ):
+        pass
+
+
+def test_results_of_one_process_may_stay_in_memory() -> None:
+    parts = Parts(3)
+    parts.write(np.array([2]), {"x": np.array([7])})
+    parts.write(np.array([0, 1]), {"x": np.array([5, 6])})
+    assert parts.merge()["x"][:].tolist() == [5, 6, 7]
+
+
+def test_a_target_that_exists_or_is_the_input_or_several_inputs_are_refused(tmp_path) -> None:
+    source, other = tmp_path / "in.h5ad", tmp_path / "out.h5ad"
+    source.touch()
+    other.touch()
+    with pytest.raises(InputError, match="exists. Choose another --output, or pass --overwrite"):
+        check_target(str(source), other, overwrite=False, verb="predict")
+    with pytest.raises(InputError, match="the input itself"):
+        check_target(str(source), source, overwrite=True, verb="predict")
+    with pytest.raises(InputError, match="2 files, but predict writes one"):
+        check_target(str(tmp_path / "*.h5ad"), tmp_path / "new", overwrite=False, verb="predict")
+    assert check_target(str(source), other, overwrite=True, verb="predict") == (str(source), other)

@@ -1,0 +1,272 @@
+"""`perturb` end to end: files in, table out; screened beside exact, donors as units, interrupted and resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+from perturbgene.errors import InputError
+from perturbgene.inference.run import Run
+from perturbgene.main import main
+from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
+from perturbgene.perturbation.cells_in_parts import PartFolder
+from perturbgene.perturbation.perturb import perturb
+from perturbgene.training.train import tokenizer_facts
+from tests.nine_genes import a_tokenizer
+
+GENES = [f"G{i}" for i in range(40)]
+TOKENIZER = a_tokenizer(genes=GENES, max_length=64)
+TOWARDS = "cell_type=B cell"
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    torch.manual_seed(0)
+    config = GeneBertConfig(
+        **tokenizer_facts(TOKENIZER), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        norm_position="branch", initializer_range=0.2, embedding_range=0.5,
+    )  # fmt: skip
+    return Run(GeneBertForPhenotypicMLM(config).eval(), TOKENIZER, "memory")
+
+
+@pytest.fixture(scope="module")
+def cells() -> ad.AnnData:
+    """60 cells of 3 donors and 2 tissues; gene i is expressed in about 20 + 2 i percent, G0 in none."""
+    random = np.random.default_rng(0)
+    values = random.integers(1, 5, (60, 40)) * (random.random((60, 40)) < 0.2 + np.arange(40) / 50)
+    values[:, 0] = 0
+    obs = pd.DataFrame(index=[f"cell_{i}" for i in range(60)])
+    obs["donor_id"] = pd.Categorical([f"d{i % 3}" for i in range(60)])
+    obs["tissue"] = ["blood" if i < 40 else "spleen" for i in range(60)]
+    return ad.AnnData(sparse.csr_matrix(values.astype(np.float32)), obs=obs, var=pd.DataFrame(index=GENES))
+
+
+@pytest.fixture(scope="module")
+def folder(run: Run, cells: ad.AnnData, tmp_path_factory) -> Path:
+    """A run folder `run` and a file `cells.h5ad`."""
+    folder = tmp_path_factory.mktemp("perturb")
+    run.model.save_pretrained(folder / "run")
+    TOKENIZER.save_pretrained(folder / "run")
+    cells.write_h5ad(folder / "cells.h5ad")
+    return folder
+
+
+def command(folder: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "perturb", f"{folder}/run", f"{folder}/cells.h5ad", "--output", str(output), "--genes", "all", "--towards",
+        TOWARDS, "--top_k", "4", "--num_controls", "12", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_all_genes_are_screened_and_the_strongest_and_controls_are_exact(run, cells):
+    table = perturb(cells, run, towards=TOWARDS, top_k=4, num_controls=12, min_cells=1)
+    exact = perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1)
+    assert set(table["perturbation"]) == set(GENES[1:])  # nobody expresses G0
+    assert 12 <= (table["method"] == "exact").sum() <= 16
+    merged = table.merge(exact, on="perturbation", suffixes=("", "_all_exact"))
+    is_exact = merged["method"] == "exact"
+    np.testing.assert_allclose(merged["effect"][is_exact], merged["effect_all_exact"][is_exact], atol=1e-6)
+    np.testing.assert_array_equal(merged["effect"][~is_exact], merged["screened_effect"][~is_exact])
+    strongest = merged["screened_effect"].abs().nlargest(4).index
+    assert is_exact[strongest].all()
+    assert table.attrs["screen"]["num_genes"] == 12
+    assert table["effect"].abs().is_monotonic_decreasing
+
+
+def test_effects_are_means_over_cells_then_donors(run, cells):
+    """Of one gene, by hand: each donor's own table, averaged."""
+    together = perturb(cells, run, genes="G30", towards=TOWARDS)
+    own = [
+        perturb(cells[cells.obs["donor_id"] == name].copy(), run, genes="G30", towards=TOWARDS)
+        for name in ("d0", "d1", "d2")
+    ]
+    effects = [table["effect"][0] for table in own]
+    assert together["effect"][0] == pytest.approx(np.mean(effects), abs=1e-6)
+    assert together["num_donors"][0] == 3
+    assert together["num_cells"][0] == sum(table["num_cells"][0] for table in own)
+    assert together["ci_low"][0] < together["effect"][0] < together["ci_high"][0]
+
+
+def test_named_genes_are_tested_against_the_screen_of_all(run, cells):
+    table = perturb(cells, run, genes=["G30", "G31+G32"], towards=TOWARDS).set_index("perturbation")
+    assert set(table.index) == {"G30", "G31+G32"}
+    assert table["method"].tolist() == ["exact", "exact"]
+    assert 0 < table["p_value"]["G30"] <= table["q_value"]["G30"] <= 1
+    assert np.isnan(table["p_value"]["G31+G32"])  # single genes are no null for a pair
+
+
+def test_a_pair_alone_and_a_gene_of_no_cell_have_rows_without_a_p_value(run, cells):
+    table = perturb(cells, run, genes=["G38+G39"], towards=TOWARDS)
+    assert table["num_donors"].tolist() == [3] and np.isfinite(table["effect"]).all() and table["p_value"].isna().all()
+    table = perturb(cells, run, genes=["G0"], towards=TOWARDS)
+    assert table[["perturbation", "effect", "num_cells"]].values.tolist() == [["G0", 0.0, 0]]
+    table = perturb(cells, run, genes=["G0", "G39"], towards=TOWARDS, groupby="tissue").set_index("perturbation")
+    assert table.loc["G0", "effect"].tolist() == [0.0, 0.0] and (table.loc["G39", "effect"] != 0).all()
+
+
+def test_a_donor_counts_with_enough_changed_cells_and_few_cells_are_told(run, cells, caplog):
+    obs = cells.obs.assign(donor_id=pd.Categorical(["a"] * 30 + ["b"] * 27 + ["c"] * 3))
+    some = ad.AnnData(cells.X, obs=obs, var=cells.var)
+    assert perturb(some, run, genes=["G39"], towards=TOWARDS)["num_donors"].tolist() == [2]
+    assert perturb(some, run, genes=["G39"], towards=TOWARDS, min_cells=1)["num_donors"].tolist() == [3]
+    lonely = perturb(some, run, genes=["G39"], towards=TOWARDS, min_cells=31)
+    assert lonely["num_donors"].tolist() == [0] and "no donor has 31 cells in which a gene changes" in caplog.text
+
+
+def test_a_single_donor_with_few_cells_counts_when_all_of_them_change(run, cells):
+    alone = ad.AnnData(cells.X, obs=cells.obs.assign(donor_id="a"), var=cells.var)
+    is_changed_n = cells.X[:, 39].toarray().ravel() > 0
+    some = perturb(alone, run, genes=["G39"], towards=TOWARDS, min_cells=60)
+    assert some["num_donors"].tolist() == [0] and some["num_cells"].tolist() == [is_changed_n.sum()]
+    few = perturb(alone[np.flatnonzero(is_changed_n)[:3]].copy(), run, genes=["G39"], towards=TOWARDS)
+    assert few["num_donors"].tolist() == [1] and np.isfinite(few["effect"]).all()
+
+
+def test_without_donors_there_is_an_effect_and_no_p_value(run, cells, folder, tmp_path, capsys):
+    alone = cells.copy()
+    del alone.obs["donor_id"]
+    table = perturb(alone, run, genes=["G30"], towards=TOWARDS)
+    assert np.isfinite(table["effect"][0])
+    assert table[["p_value", "ci_low"]].isna().all(axis=None)
+    alone.write_h5ad(tmp_path / "cells.h5ad")
+    assert (
+        main(
+            [
+                *command(folder, tmp_path / "out.csv")[:2],
+                f"{tmp_path}/cells.h5ad",
+                "--output",
+                f"{tmp_path}/out.csv",
+                "--genes",
+                "G30",
+            ]
+        )
+        == 0
+    )
+    assert "no p-values: a test needs at least two donors" in capsys.readouterr().out
+
+
+def test_over_expression_is_exact_and_has_random_genes_for_a_null(run, cells):
+    table = perturb(cells, run, genes=["G0", "G5"], kind="over_express", towards=TOWARDS, num_controls=20)
+    assert table.set_index("perturbation")["num_cells"]["G0"] == 60  # it comes into every cell
+    assert set(table["perturbation"]) == {"G0", "G5"}
+    assert table["p_value"].notna().all()
+
+
+def test_groups_get_effects_of_their_own(run, cells):
+    both = perturb(cells, run, genes=["G30"], towards=TOWARDS, groupby="tissue").set_index("group")
+    spleen = perturb(cells[40:].copy(), run, genes=["G30"], towards=TOWARDS)
+    assert set(both.index) == {"blood", "spleen"}
+    assert both["effect"]["spleen"] == pytest.approx(spleen["effect"][0], abs=1e-6)
+
+
+def test_names_do_for_what_is_given(run, cells):
+    options = {"genes": ["G39"], "towards": TOWARDS}
+    expected = perturb(cells, run, given={"tissue": None}, **options)
+    pd.testing.assert_frame_equal(perturb(cells, run, given=["tissue"], **options), expected)
+
+
+def test_given_phenotypes_stand_in_the_sequence(run, cells):
+    plain, given, read = (
+        perturb(cells, run, genes=["G30"], towards=TOWARDS, given=given)["effect"][0]
+        for given in (None, {"tissue": "blood"}, {"tissue": None})
+    )
+    assert len({round(float(value), 6) for value in (plain, given, read)}) == 3
+
+
+def test_the_state_moves_by_a_distance(run, cells):
+    for embedding in ("cls", "mean"):
+        table = perturb(cells, run, embedding=embedding, top_k=4, num_controls=12, min_cells=1)
+        assert (table["effect"] > 0).all()
+
+
+def test_bfloat16_is_near_float32(run, cells):
+    first, second = (
+        perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1, precision=precision).set_index("perturbation")
+        for precision in ("float32", "bfloat16")
+    )
+    assert np.corrcoef(first["effect"], second["effect"][first.index])[0, 1] > 0.9
+
+
+def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "out.csv", "--per_cell", "--part_cells", "25")) == 0
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert len(table) == 39
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    origin = json.loads((tmp_path / "out.json").read_text())
+    assert origin["towards"] == TOWARDS and origin["gene_coverage"] == 1.0
+    assert origin["screen"]["num_genes"] == 12
+    assert "rank correlation" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.cells", "out.csv", "out.json", "out.png"]
+    files = sorted((tmp_path / "out.cells").glob("exact.*.csv"))
+    assert len(files) == 3
+    long = pd.concat(map(pd.read_csv, files)).assign(donor=lambda frame: frame["cell"] % 3)
+    row = table[table["method"] == "exact"].iloc[0]
+    own = long[long["perturbation"] == row["perturbation"]]
+    assert row["effect"] == pytest.approx(own.groupby("donor")["effect"].mean().mean(), abs=1e-6)
+
+
+def test_a_parquet_table_reads_back_as_the_csv(folder, tmp_path):
+    pytest.importorskip("pyarrow")
+    for suffix in ("csv", "parquet"):
+        assert main(command(folder, tmp_path / f"out.{suffix}", "--per_cell", "--part_cells", "25", "--overwrite")) == 0
+        tables = tmp_path / "out.cells"
+        assert len(list(tables.glob(f"*.{suffix}"))) == 6
+    whole = pd.read_parquet(tmp_path / "out.parquet")
+    pd.testing.assert_frame_equal(whole, pd.read_csv(tmp_path / "out.csv"), rtol=1e-12)
+    first = pd.read_csv(tables / "exact.000000.csv")
+    read = pd.read_parquet(tables / "exact.000000.parquet")
+    pd.testing.assert_frame_equal(read, first, check_dtype=False, rtol=1e-5)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog, monkeypatch):
+    """Ctrl-C comes when the fifth part has been written; a part that was damaged since is made again."""
+    more = ("--part_cells", "6", "--batch_size", "3")
+    assert main(command(folder, tmp_path / "whole.csv", *more)) == 0
+    save, written = PartFolder.save, []
+
+    def save_and_interrupt(*arguments: Any) -> None:
+        save(*arguments)
+        written.append(arguments)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFolder, "save", save_and_interrupt)
+        code = main(command(folder, tmp_path / "out.csv", *more))
+    assert code == 130
+    assert not (tmp_path / "out.csv").exists()
+    assert len(list(tmp_path.glob(".out.csv.*.parts/screened.*.npz"))) == 5
+    damaged = next(iter(sorted(tmp_path.glob(".out.csv.*.parts/screened.*.npz"))))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with caplog.at_level("INFO", logger="perturbgene"):
+        assert main(command(folder, tmp_path / "out.csv", *more)) == 0
+    assert "screened: 4 of 10 parts were finished before" in caplog.text
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not list(tmp_path.glob(".out.csv.*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--from", "cell_type=T cell", "--towards", "tissue=blood"], "are not two labels of one phenotype"),
+        (["--kind", "set_bin"], "a bin belongs to set_bin and only there"),
+        (["--donor", "donor"], "no obs column 'donor'. Did you mean 'donor_id'"),
+        (["--given", "cell_type=B cell"], "'cell_type' is given and asked at once"),
+        (["--given", "tissue=brain"], "tissue=brain is not in the run's vocabulary"),
+        (["--output", "out.txt"], "a table ends in .csv or .parquet"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_refused(folder, tmp_path, capsys, more, message):
+    assert main(command(folder, tmp_path / "out.csv", *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_label_to_leave_needs_one_to_go_to(run, cells):
+    with pytest.raises(InputError, match="Give --towards as well"):
+        perturb(cells, run, genes="G1", away="cell_type=B cell")

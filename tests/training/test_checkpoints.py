@@ -1,0 +1,161 @@
+"""A checkpoint counts when it is as it was written; others are named, set aside or refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perturbgene.errors import InputError
+from perturbgene.training.checkpoints import (
+    changed_settings,
+    check_whole,
+    checkpoints,
+    clean_up,
+    commit,
+    damage_of,
+    delete,
+    move_files,
+    newest_whole,
+    rotate,
+    seal,
+    unfinished_folder,
+)
+
+FILES = {"model.safetensors": "weights", "trainer_state.json": "{}", "scheduler.pt": "rate", "shards/0.distcp": "part"}
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    for name, text in FILES.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    seal(path, step=step, world_size=1)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_sealed_checkpoint_is_whole(tmp_path: Path) -> None:
+    assert damage_of(make_checkpoint(tmp_path, 2)) is None
+
+
+DAMAGES = {
+    "file missing": (lambda path: (path / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "file empty": (lambda path: (path / "scheduler.pt").write_text(""), "scheduler.pt has 0 bytes, not 4"),
+    "one letter changed": (lambda path: (path / "shards/0.distcp").write_text("pert"), "shards/0.distcp is damaged"),
+    "manifest missing": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+    "manifest torn": (lambda path: (path / "manifest.json").write_text('{"ver'), "manifest.json is missing or unread"),
+    "manifest foreign": (lambda path: (path / "manifest.json").write_text("[1]"), "not written by perturbgene"),
+}
+
+
+@pytest.mark.parametrize(("harm", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(harm, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = make_checkpoint(tmp_path, 2)
+    harm(path)
+    with pytest.raises(InputError, match=f"checkpoint-2 cannot be used: .*{message}.*Give an older one"):
+        check_whole(path)
+
+
+def test_a_checkpoint_without_its_schedule_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 2)
+    (path / "scheduler.pt").unlink()
+    seal(path)
+    with pytest.raises(InputError, match="without scheduler.pt .as --save_only_model"):
+        check_whole(path)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        check_whole(tmp_path / "checkpoint-9")
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (2, 4, 10):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-10" / "model.safetensors").write_text("weightz")
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert names(tmp_path) == ["checkpoint-10.incomplete", "checkpoint-2", "checkpoint-4"]
+    assert "model.safetensors is damaged" in caplog.text
+
+
+def test_a_second_torn_checkpoint_of_a_step_gets_another_name(tmp_path: Path) -> None:
+    for _ in range(2):
+        (make_checkpoint(tmp_path, 4) / "scheduler.pt").unlink()
+        assert newest_whole(tmp_path) is None
+    assert names(tmp_path) == ["checkpoint-4.incomplete", "checkpoint-4.incomplete-2"]
+
+
+def test_committing_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
+    final = make_checkpoint(tmp_path, 4)
+    written = make_checkpoint(unfinished_folder(tmp_path, 4), 4)
+    (written / "new").touch()
+    commit(written, final)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert (final / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (None, None, [2, 4, 8, 16]), (2, None, [8, 16]), (2, 2, [2, 16]),
+        (1, 4, [4, 16]), (1, 16, [16]), (9, 2, [2, 4, 8, 16]),
+    ],
+    ids=["no limit", "the newest", "the best is one of them", "the best beside", "the best is the newest", "few"],
+)  # fmt: skip
+def test_rotation_keeps_the_newest_and_the_best(
+    keep: int | None, best: int | None, left: list[int], tmp_path: Path
+) -> None:
+    for step in (2, 4, 8, 16):
+        make_checkpoint(tmp_path, step)
+    rotate(tmp_path, keep=keep, best=None if best is None else tmp_path / f"checkpoint-{best}")
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+def test_deleting_leaves_nothing(tmp_path: Path) -> None:
+    delete(make_checkpoint(tmp_path, 2))
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_run_left_half_done_is_cleared_away(tmp_path: Path) -> None:
+    make_checkpoint(unfinished_folder(tmp_path, 8), 8)
+    make_checkpoint(tmp_path, 6)
+    (tmp_path / "checkpoint-2.del").mkdir()
+    make_checkpoint(tmp_path, 4).rename(tmp_path / "checkpoint-4.del")  # between the two renames of `commit`
+    clean_up(tmp_path)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_files_are_moved_over_older_ones(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, text in ((source, "new"), (target, "old")):
+        folder.mkdir()
+        (folder / "a").write_text(text)
+    move_files(source, target, last=["a", "absent"])
+    assert (target / "a").read_text() == "new"
+    assert not source.exists()
+
+
+def test_the_same_cells_per_step_cut_otherwise_are_no_difference() -> None:
+    then = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    now = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert changed_settings(then, now, ranks=(1, 2)) == ([], ["processes were 1, are 2"])
+
+
+def test_other_settings_are_told_apart_by_what_depends_on_them() -> None:
+    then = {"seed": 1, "learning_rate": 0.1, "max_steps": 3, "output_dir": "a", "dataloader_num_workers": 0}
+    now = {"seed": 2, "learning_rate": 0.2, "max_steps": 4, "output_dir": "b", "dataloader_num_workers": 2}
+    grave, noted = changed_settings(then, now, ranks=(1, 1))
+    assert grave == ["seed was 1, is 2", "learning_rate was 0.1, is 0.2"]
+    assert noted == ["max_steps was 3, is 4"]
+
+
+def test_the_manifest_names_every_file_with_its_size(tmp_path: Path) -> None:
+    manifest = json.loads((make_checkpoint(tmp_path, 2) / "manifest.json").read_text())
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
+        name: len(text) for name, text in FILES.items()
+    }

@@ -1,0 +1,284 @@
+"""Killed at any moment, a run goes on from its last checkpoint and ends with the weights of an undisturbed run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from perturbgene.corpus.prepare import prepare
+from perturbgene.main import main
+from perturbgene.sharded_trainer import ShardedTrainer
+from tests.faults import Killed, plant
+
+# 96 training cells, 16 a step: 6 steps an epoch, so that saves every 4 steps fall into the midst of epochs.
+STEPS = 14
+COMMON = (
+    "--model_arch tiny --num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --no_bf16 --report_to none "
+    "--max_length 40 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 3e-3 "
+    f"--max_steps {STEPS} --save_steps 4 --eval_steps 4 --eval_on_start false --logging_steps 1 --save_total_limit 2"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import scanpy as sc
+
+    whole = sc.datasets.pbmc68k_reduced()
+    cells = ad.AnnData(whole.raw.X.copy(), obs=whole.obs[["bulk_labels", "phase"]], var=whole.raw.var)[:120]
+    folder = tmp_path_factory.mktemp("safe") / "corpus"
+    return prepare(cells.copy(), folder, phenotypes=["cell_type=bulk_labels"], num_top_genes=60)
+
+
+def command(corpus: Path, out: Path, more: str = "") -> list[str]:
+    return f"mlm --corpus {corpus} --output_dir {out} {COMMON} {more}".split()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(command(corpus, out)) == 0
+    return (out / "model.safetensors").read_bytes()
+
+
+def resume(corpus: Path, out: Path, more: str = "") -> int:
+    return main(command(corpus, out, f"--resume_from_checkpoint {more}"))
+
+
+WORKERS = "--dataloader_num_workers 2"
+
+
+def log_of(run: Path) -> list[tuple[int, float]]:
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+FAULTS = [("save:optimizer", 4), ("save:manifest", 8), ("step", 10), ("rotate", 12), ("deliver", 14)]
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_weights_and_log(
+    corpus: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    """Each kill at another phase; what is on disk then is what `kill -9` leaves."""
+    out, more = tmp_path / "run", WORKERS
+    for phase, step in FAULTS:
+        with pytest.raises(Killed), plant(phase, step, raise_killed):
+            main(command(corpus, out, more))
+        more = f"--resume_from_checkpoint {WORKERS}"
+    assert resume(corpus, out, WORKERS) == 0
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+    assert [step for step, _ in log_of(out)] == list(range(1, STEPS + 1))
+    left = [path.name for path in out.glob("*checkpoint*")]
+    assert len(left) == 2  # the newest and the best, and nothing half-done
+    assert "checkpoint-14" in left
+
+
+def raise_killed() -> None:
+    raise Killed
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_run_that_goes_on(
+    corpus: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    """The real thing: the lock stays behind, and the process's loader workers lose their parent."""
+    out = tmp_path / "run"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads would add in another order
+    environment = {
+        **os.environ,
+        **threads,
+        "PG_FAULT": "save:optimizer@8",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    call = [sys.executable, str(Path(__file__).parents[1] / "faults.py"), *command(corpus, out, WORKERS)]
+    done = subprocess.run(call, env=environment, capture_output=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (out / ".lock").exists()
+    assert (out / "tmp-checkpoint-8").exists()
+    assert resume(corpus, out) == 0
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_torn_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    corpus: Path, undisturbed: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 10, raise_killed):
+        main(command(corpus, out))
+    weights = out / "checkpoint-8" / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    assert resume(corpus, out) == 0
+    assert "checkpoint-8 cannot be used: model.safetensors is damaged" in caplog.text
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+    assert (out / "checkpoint-8.incomplete").is_dir()
+
+
+def test_a_torn_checkpoint_given_by_name_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 5, raise_killed):
+        main(command(corpus, out))
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    assert resume(corpus, out, f"{out}/checkpoint-4") == 2
+    assert "checkpoint-4 cannot be used: optimizer.pt is missing" in capsys.readouterr().err
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal during a step."""
+
+    number, step = signal.SIGTERM, 6
+
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        if state.global_step == self.step - 1:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "code"), [("SIGTERM", 3, 143), ("SIGUSR1", 6, 138), ("SIGINT", 8, 130)]
+)  # in the midst of an epoch, at its end, at a step that is saved anyway
+def test_a_signal_ends_the_run_after_its_step_with_everything_saved(
+    name: str, step: int, code: int, corpus: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, before = tmp_path / "run", signal.getsignal(getattr(signal, name))
+    monkeypatch.setattr(SignalAt, "number", getattr(signal, name))
+    monkeypatch.setattr(SignalAt, "step", step)
+    make = ShardedTrainer.__init__
+
+    def make_and_add(trainer: ShardedTrainer, *args: object, **kwargs: object) -> None:
+        make(trainer, *args, **kwargs)
+        trainer.add_callback(SignalAt())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardedTrainer, "__init__", make_and_add)
+        assert main(command(corpus, out)) == code
+    message = capsys.readouterr().err
+    assert f"stopped by {name} after step {step} of {STEPS}" in message
+    assert "--resume_from_checkpoint goes on" in message
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert not (out / ".lock").exists()
+    assert resume(corpus, out) == 0
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_older_checkpoints_whole(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with plant("save:optimizer", 8, full):
+        assert main(command(corpus, out)) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: checkpoint")
+    assert "No space left on device" in error
+    assert sorted(path.name for path in out.glob("*checkpoint*")) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(("change", "message"), [("--learning_rate 1e-3", "learning_rate was 0.003, is 0.001")])
+def test_other_settings_on_resuming_are_refused(
+    change: str, message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 5, raise_killed):
+        main(command(corpus, out))
+    assert resume(corpus, out, change) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_pickle_of_the_arguments_is_left(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(command(corpus, out, "--max_steps 4")) == 0
+    assert not list(out.rglob("training_args.bin"))
+
+
+def test_a_step_that_is_no_number_stops_the_run_before_it_is_applied(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, whole = tmp_path / "run", ShardedTrainer.compute_loss
+
+    def broken(trainer: ShardedTrainer, *args: object, **kwargs: object) -> object:
+        loss = whole(trainer, *args, **kwargs)
+        return loss * float("nan") if trainer.state.global_step == 5 else loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardedTrainer, "compute_loss", broken)
+        assert main(command(corpus, out)) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: step 6 gave a gradient of norm nan")
+    assert "shard_00000.h5ad row" in error
+    assert f"Last good checkpoint: {out}/checkpoint-4" in error
+    report = json.loads((out / "nan_report.json").read_text())
+    assert (report["step"], len(report["cells"]), report["loss_of_each_batch"]) == (6, 16, ["nan", "nan"])
+
+
+def test_the_optimizer_leaves_a_step_out_that_is_no_number_without_being_waited_for() -> None:
+    """What the trainer relies on where a look at the norm would stop the device."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    weight.grad = torch.full((2,), float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert weight.tolist() == [1, 1]
+    weight.grad = torch.ones(2)
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.899, 0.899], abs=1e-5)
+
+
+def test_a_device_whose_memory_is_full_hears_of_the_batch_that_fitted(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with plant("step", 2, full):
+        assert main(command(corpus, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"does not hold a batch of \d+ tokens; the largest that fitted had (\d+). .*_batch \1,", error)
+    assert "--resume_from_checkpoint" not in error  # there is no checkpoint yet
+    with plant("step", 9, full):
+        assert main(command(corpus, tmp_path / "other")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"Go on from {tmp_path}/other/checkpoint-8 with --resume_from_checkpoint --allow_changed.")
+
+
+def test_averaged_weights_are_resumed_and_delivered(corpus: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(command(corpus, whole, "--ema_decay 0.9")) == 0
+    with pytest.raises(Killed), plant("step", 10, raise_killed):
+        main(command(corpus, broken, "--ema_decay 0.9"))
+    assert resume(corpus, broken, "--ema_decay 0.9") == 0
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    averages = [load_file(path) for path in whole.glob("checkpoint-*/ema.safetensors")]
+    final = load_file(whole / "model.safetensors")
+    assert any(all(torch.equal(final[name], average[name]) for name in average) for average in averages)
+
+
+def test_each_log_tells_speed_memory_and_time_left(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    with caplog.at_level("INFO", logger="perturbgene"):
+        assert main(command(corpus, out, "--max_steps 4")) == 0
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    first = next(entry for entry in history if "loss" in entry)
+    wanted = {"grad_norm", "learning_rate", "loss_genes", "loss_phenotypes", "cells_per_second", "tokens_per_second"}
+    assert wanted | {"padding", "flops_per_second", "mfu", "memory_gb", "seconds_left"} <= set(first)
+    assert first["padding"] == 0
+    assert 0 < first["mfu"] < 1.5
+    assert re.search(r"step 4/4 · epoch 0.67 · loss [\d.]+ \(phenotypes [\d.]+, genes [\d.]+\) · grad", caplog.text)
