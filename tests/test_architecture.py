@@ -113,9 +113,7 @@ def test_rooms_import_only_from_rooms_to_their_left(module: str) -> None:
 
 @every_module
 def test_imports_name_the_module_itself_and_not_the_package_around_it(module: str) -> None:
-    unknown = (
-        own_imports(module) - set(MODULES) - {"model"}
-    )  # whose `__init__` re-exports what transformers' users know
+    unknown = own_imports(module) - set(MODULES) - {"model"}  # which re-exports its parts
     assert not unknown, f"{module} imports {sorted(unknown)}; import from the module that owns the name"
 
 
