@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 
-from perturbgene.counterfactuals.contrast import Contrast, Predictor
+from perturbgene.counterfactuals.contrast import Contrast, GenePredictor
 from perturbgene.counterfactuals.counterfactual import counterfactual
 from perturbgene.counterfactuals.statistics import weigh_strata
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, pack
@@ -24,7 +24,7 @@ from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.states import ALONE, find_genes, open_cells
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run, load_run
-from perturbgene.inference.streaming import BATCH_TOKENS, stream
+from perturbgene.inference.streaming import BATCH_TOKENS, stream_batches
 from perturbgene.main import main as perturbgene
 from perturbgene.perturbation.perturb import perturb
 
@@ -107,10 +107,10 @@ def token_changes(run: Run, controls: ad.AnnData, genes: Iterable[str]) -> pd.Da
     dataset = open_cells(controls, run, {})
     tokenizer, names = dataset.tokenizer, list(genes)
     num_genes, types = len(tokenizer.panel), tokenizer.first_gene_type + find_genes(tokenizer, names)
-    predictor = Predictor(run, Contrast(LABEL, 0, num_null=0), tokenizer=tokenizer)
+    predictor = GenePredictor(run, Contrast(LABEL, 0, num_null=0), tokenizer=tokenizer)
     collator = DataCollatorForPhenotypicMLM(tokenizer, packed=True, seed=SEED, gene_mask_prob=HIDDEN)
     sums, counts_sg = np.zeros((len(names), 2 * num_genes)), np.zeros(2 * num_genes)
-    for block in stream(dataset, text="knock-outs", ranks=ALONE, most_tokens=BATCH_TOKENS):
+    for block in stream_batches(dataset, text="knock-outs", ranks=ALONE, most_tokens=BATCH_TOKENS):
         for number in range(PASSES):
             masked, labels_l = collator.mask(replace(block, epochs_n=np.full(len(block), number, dtype=np.int64)))
             hidden = labels_l != -100
@@ -127,7 +127,7 @@ def token_changes(run: Run, controls: ad.AnnData, genes: Iterable[str]) -> pd.Da
     return pd.DataFrame(changes.T, index=share_g.index, columns=names)
 
 
-def _expected(predictor: Predictor, block: TokenBlock, labels_l: np.ndarray) -> np.ndarray:
+def _expected(predictor: GenePredictor, block: TokenBlock, labels_l: np.ndarray) -> np.ndarray:
     return predictor.expected({name: t for name, t in pack(block, labels_l=labels_l).items() if name != "labels"})[:, 0]
 
 

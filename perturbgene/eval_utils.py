@@ -225,7 +225,7 @@ class MaskedTally:
 
 
 @dataclass(frozen=True)
-class Kept:
+class LabeledLogits:
     """Logits of one phenotype under one question, for cells whose number divides evenly.
 
     Args:
@@ -237,7 +237,7 @@ class Kept:
     true_n: np.ndarray
 
     @classmethod
-    def join(cls, pieces: "Sequence[Kept]") -> "Kept":
+    def join(cls, pieces: "Sequence[LabeledLogits]") -> "LabeledLogits":
         """Put batches behind each other, by cell number."""
         cells, logits, true = (
             np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("cells_n", "logits_nk", "true_n")
@@ -246,17 +246,17 @@ class Kept:
         return cls(cells[order], logits[order], true[order])
 
 
-class Keeper:
+class LogitCollector:
     """Keeps the logits of every `stride`-th cell that an evaluator sees."""
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
-        self.pieces: dict[tuple[str, Question], list[Kept]] = {}
+        self.pieces: dict[tuple[str, Question], list[LabeledLogits]] = {}
 
     def add(self, category: str, question: Question, block: TokenBlock, logits_nk: np.ndarray, true_n: Any) -> None:
         """Keep what is to be kept of a batch."""
         rows = np.flatnonzero(block.cells_n % self.stride == 0)
-        kept = Kept(block.cells_n[rows], logits_nk[rows], np.asarray(true_n)[rows])
+        kept = LabeledLogits(block.cells_n[rows], logits_nk[rows], np.asarray(true_n)[rows])
         self.pieces.setdefault((category, question), []).append(kept)
 
 
@@ -273,7 +273,7 @@ class MlmEvaluator:
         self, tokenizer: GeneTokenizer, *, collator: DataCollatorForPhenotypicMLM | None, questions: Sequence[Question]
     ) -> None:
         self.tokenizer, self.collator, self.questions = tokenizer, collator, list(questions)
-        self.keeper: Keeper | None = None
+        self.keeper: LogitCollector | None = None
         self.all_questions = self.questions
         self.reset()
 
@@ -367,7 +367,7 @@ class ClassEvaluator:
         self.collate = collate_fn_wrapper(tokenizer, packed=True)
         self.question = Question("classifier", (category,), tokenizer.included_phenotypes)
         self.all_questions = [self.question]
-        self.keeper: Keeper | None = None
+        self.keeper: LogitCollector | None = None
         self.reset()
 
     def reset(self) -> None:

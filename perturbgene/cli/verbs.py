@@ -302,8 +302,8 @@ class PredictConfig(FileOptions):
     )
 
     @property
-    def telling(self) -> dict[str, Any]:
-        """What is told of the answers, by the names of `Telling`."""
+    def options(self) -> dict[str, Any]:
+        """What is told of the answers, by the names of `AnswerOptions`."""
         names = ("joint", "top_k", "abstain", "calibrate", "ood", "ood_draws", "audit")
         return {name: getattr(self, name) for name in names}
 

@@ -62,7 +62,7 @@ class Contrast:
     seed: int = 0
 
 
-class Predictor:
+class GenePredictor:
     """Expected values of hidden genes under a given label.
 
     Args:
@@ -200,8 +200,8 @@ def _cells_of_mask(block: TokenBlock) -> Iterator[tuple[np.ndarray | None, np.nd
 
 
 def add_block(
-    sums: Sums, predictor: Predictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, *, group_n: np.ndarray,
-    is_null_n: np.ndarray,
+    sums: Sums, predictor: GenePredictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, *,
+    group_n: np.ndarray, is_null_n: np.ndarray,
 ) -> None:  # fmt: skip
     """Predict the hidden genes of changed cells under both labels, and under the null where it is wanted.
 
@@ -226,7 +226,7 @@ def add_block(
 
 
 def _hidden(
-    sums: Sums, predictor: Predictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, number: int,
+    sums: Sums, predictor: GenePredictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, number: int,
     group_n: np.ndarray,
 ) -> tuple[Batch, np.ndarray]:  # fmt: skip
     """Hide genes of cells: the packed batch, and where in (s, k, g) each hidden gene belongs, int64 of shape (m,).

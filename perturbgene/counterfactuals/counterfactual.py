@@ -18,7 +18,7 @@ from scipy import stats
 
 from perturbgene.configs import MlmConfig, load_config
 from perturbgene.corpus.prepare import shard_paths
-from perturbgene.counterfactuals.contrast import Contrast, Predictor, Sums, add_block, bin_values
+from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block, bin_values
 from perturbgene.counterfactuals.statistics import change_table
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
@@ -27,18 +27,18 @@ from perturbgene.data_utils.opening import H5adFile, expand_paths
 from perturbgene.embedding.genes import read_groups, write_whole
 from perturbgene.embedding.states import ALONE, as_run, check_masked, open_cells
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.inference.asking import Given, named
+from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     BATCH_TOKENS,
-    Parts,
+    CellResults,
     Ranks,
-    add_up,
+    cell_results,
     check_target,
     has_genes,
-    parts_beside,
-    reading_of,
-    stream,
+    reading_options,
+    stream_batches,
+    sum_over_ranks,
 )
 from perturbgene.plots import changes_figure, save_figure
 
@@ -122,7 +122,7 @@ def check_combinations(run: Run, asked_nc: np.ndarray, categories: Sequence[str]
 
 
 @dataclass(frozen=True)
-class Cells:
+class CellSelection:
     """Which cells are changed, which have the label anyway, and their groups.
 
     Args:
@@ -142,7 +142,7 @@ class Cells:
 
 def choose_cells(
     dataset: IterableAnnDataset, contrast: Contrast, *, groupby: str | None, null_cells: int
-) -> Cells:  # fmt: skip
+) -> CellSelection:  # fmt: skip
     """Sort cells by their own label, and draw those of each group that the null is computed on.
 
     Raises:
@@ -162,13 +162,13 @@ def choose_cells(
     for group in range(len(groups)):
         rows = np.flatnonzero(is_changed_n & (group_n == group))
         is_null_n[rows[np.argsort(draw_n[rows], kind="stable")[:null_cells]]] = True
-    return Cells(groups, group_n, is_changed_n, has_label_n, is_null_n)
+    return CellSelection(groups, group_n, is_changed_n, has_label_n, is_null_n)
 
 
 def _given_of(data: "AnnData | str | Path", run: Run, category: str, given: Given | None) -> dict[str, str | None]:
     """Return the other phenotypes that stand in the sequence: those named, or all of the run that `obs` has."""
     if given is not None:
-        others = named(given)
+        others = given_labels(given)
         if category in others:
             raise InputError(f"{category!r} is set, so it cannot be given too. Remove it from --given.")
         return others
@@ -198,18 +198,18 @@ def _collator_of(run: Run, dataset: IterableAnnDataset, *, gene_mask_prob: float
 
 
 def sum_changes(
-    run: Run, dataset: IterableAnnDataset, contrast: Contrast, cells: Cells, *, parts: Parts,
+    run: Run, dataset: IterableAnnDataset, contrast: Contrast, cells: CellSelection, *, parts: CellResults,
     gene_mask_prob: float | None = None, batch_tokens: int = BATCH_TOKENS,
 ) -> Sums:  # fmt: skip
     """Stream the cells of all ranks into sums; only rank 0 gets those of all."""
     tokenizer = dataset.tokenizer
-    predictor = Predictor(run, contrast, tokenizer=tokenizer)
+    predictor = GenePredictor(run, contrast, tokenizer=tokenizer)
     collator = _collator_of(run, dataset, gene_mask_prob=gene_mask_prob, seed=contrast.seed)
     sums = Sums.zeros(
         num_groups=len(cells.groups), num_genes=len(tokenizer.panel), num_null=contrast.num_null
     )  # fmt: skip
     values_gb, num_empty = bin_values(tokenizer.bin_edges), 0
-    for whole in stream(dataset, text="counterfactual", ranks=parts.ranks, most_tokens=batch_tokens):
+    for whole in stream_batches(dataset, text="counterfactual", ranks=parts.ranks, most_tokens=batch_tokens):
         is_used_n = cells.is_changed_n[whole.cells_n] | cells.has_label_n[whole.cells_n]
         has_genes_n = has_genes(whole, tokenizer)
         num_empty += int((is_used_n & ~has_genes_n).sum())
@@ -222,7 +222,7 @@ def sum_changes(
         if len(rows):
             is_null_n = cells.is_null_n[block.cells_n[rows]]
             add_block(sums, predictor, collator, block.take(rows), group_n=group_n[rows], is_null_n=is_null_n)
-    *arrays, empty = add_up([*sums.arrays().values(), np.array(num_empty)], parts)
+    *arrays, empty = sum_over_ranks([*sums.arrays().values(), np.array(num_empty)], parts)
     if empty and parts.ranks.is_main:
         logger.warning("%d cells express no gene of the panel and are left out", empty)
     return Sums(*arrays)
@@ -250,20 +250,20 @@ def contrast_of(run: Run, wanted: Mapping[str, str], *, num_passes: int, num_nul
 
 
 @dataclass(frozen=True)
-class Question:
+class CounterfactualTask:
     """A counterfactual that has been checked: ready to be predicted."""
 
     run: Run
     contrast: Contrast
     given: dict[str, str | None]
     dataset: IterableAnnDataset
-    cells: Cells
+    cells: CellSelection
 
 
 def _question(
     data: Any, run: Run, contrast: Contrast, *, given: Given | None, groupby: str | None, null_cells: int, force: bool,
     ranks: Ranks = ALONE, **reading: Any,
-) -> Question:  # fmt: skip
+) -> CounterfactualTask:  # fmt: skip
     others = _given_of(data, run, contrast.category, given)
     dataset = open_cells(data, run, {contrast.category: None, **others}, ranks=ranks, **reading)
     cells = choose_cells(dataset, contrast, groupby=groupby, null_cells=null_cells)
@@ -271,10 +271,12 @@ def _question(
         labels = [dataset.shards[0].label_ids(name)[cells.is_changed_n] for name in others]
         set_n = np.full(int(cells.is_changed_n.sum()), contrast.label_id, dtype=np.int32)
         check_combinations(run, np.stack([set_n, *labels], axis=1), [contrast.category, *others])
-    return Question(run, contrast, others, dataset, cells)
+    return CounterfactualTask(run, contrast, others, dataset, cells)
 
 
-def _answer(question: Question, parts: Parts, *, gene_mask_prob: float | None, batch_tokens: int) -> pd.DataFrame:
+def _answer(
+    question: CounterfactualTask, parts: CellResults, *, gene_mask_prob: float | None, batch_tokens: int
+) -> pd.DataFrame:
     run = question.run
     sums = sum_changes(
         run, question.dataset, question.contrast, question.cells, parts=parts, gene_mask_prob=gene_mask_prob,
@@ -341,7 +343,7 @@ def counterfactual(
     question = _question(
         adata, run, contrast, given=given, groupby=groupby, null_cells=null_cells, force=force, **reading
     )
-    parts = Parts(question.dataset.num_cells)
+    parts = CellResults(question.dataset.num_cells)
     return _answer(question, parts, gene_mask_prob=gene_mask_prob, batch_tokens=batch_tokens)
 
 
@@ -355,15 +357,15 @@ def run_counterfactual(config: "CounterfactualConfig") -> str | None:
     )  # fmt: skip
     question = _question(
         source, run, contrast, given=config.given_labels, groupby=config.groupby, null_cells=config.null_cells,
-        force=config.force, ranks=ranks, **reading_of(config),
+        force=config.force, ranks=ranks, **reading_options(config),
     )  # fmt: skip
-    with parts_beside(target, num_cells=question.dataset.num_cells, ranks=ranks) as parts:
+    with cell_results(target, num_cells=question.dataset.num_cells, ranks=ranks) as parts:
         rate = config.gene_mask_prob
         table = _answer(question, parts, gene_mask_prob=rate, batch_tokens=config.batch_tokens)
     return _write(table, question, config, target) if ranks.is_main else None
 
 
-def _write(table: pd.DataFrame, question: Question, config: "CounterfactualConfig", target: Path) -> str:
+def _write(table: pd.DataFrame, question: CounterfactualTask, config: "CounterfactualConfig", target: Path) -> str:
     import anndata
 
     names = ("groupby", "num_passes", "num_null", "null_cells", "gene_mask_prob", "force", "seed")
@@ -379,7 +381,7 @@ def _write(table: pd.DataFrame, question: Question, config: "CounterfactualConfi
     return "\n".join([*_summary(table, question, config), f"written to {target}, {csv} and {png}"])
 
 
-def _summary(table: pd.DataFrame, question: Question, config: "CounterfactualConfig") -> list[str]:
+def _summary(table: pd.DataFrame, question: CounterfactualTask, config: "CounterfactualConfig") -> list[str]:
     """Say for the first groups what rises, what falls and how it compares to what is observed."""
     cells = question.cells
     num_changed = int(table["n_cells"].max()) if len(table) else 0

@@ -26,20 +26,20 @@ from perturbgene.embedding.states import (
     open_cells,
 )
 from perturbgene.errors import InputError, listed
-from perturbgene.inference.asking import Given, named
+from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     BATCH_TOKENS,
-    Parts,
+    CellResults,
     Ranks,
     RowArray,
+    cell_results,
     check_target,
-    fill,
+    collect_results,
     has_genes,
-    parts_beside,
     read_cells,
-    reading_of,
-    stream,
+    reading_options,
+    stream_batches,
 )
 
 if TYPE_CHECKING:
@@ -179,12 +179,12 @@ def embed(
         >>> pg.embed("cells.h5ad", "runs/mlm").obsm["X_perturbgene"].shape
         (255, 32)
     """
-    run, given = as_run(model, device=device), named(given)
+    run, given = as_run(model, device=device), given_labels(given)
     wanted = wanted_of(run, pooling=pooling, phenotypes=phenotypes, genes=genes, given=list(given))
     cells = read_cells(adata) if isinstance(adata, str | Path) else adata
     dataset = open_cells(cells, run, given, **reading)
-    batches = stream(dataset, text="embed", ranks=Ranks(), most_tokens=batch_tokens)
-    found = fill(Parts(dataset.num_cells), batches, lambda block: embed_block(run, block, wanted))
+    batches = stream_batches(dataset, text="embed", ranks=Ranks(), most_tokens=batch_tokens)
+    found = collect_results(CellResults(dataset.num_cells), batches, lambda block: embed_block(run, block, wanted))
     result = cells.to_memory() if cells.isbacked else cells.copy()
     for key, rows in found.items():
         result.obsm[key] = rows[:]
@@ -224,10 +224,10 @@ def run_embed(config: "EmbedConfig") -> str | None:
         return run_gene_means(config, run, source=source, target=target, ranks=ranks)
     given = config.given_labels
     wanted = wanted_of(run, pooling=config.pooling, phenotypes=config.phenotype, genes=config.genes, given=list(given))
-    dataset = open_cells(source, run, given, ranks=ranks, **reading_of(config))
-    with parts_beside(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
-        batches = stream(dataset, text="embed", ranks=ranks, most_tokens=config.batch_tokens)
-        found = fill(parts, batches, lambda block: embed_block(run, block, wanted))
+    dataset = open_cells(source, run, given, ranks=ranks, **reading_options(config))
+    with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
+        batches = stream_batches(dataset, text="embed", ranks=ranks, most_tokens=config.batch_tokens)
+        found = collect_results(parts, batches, lambda block: embed_block(run, block, wanted))
         if not ranks.is_main:
             return None
         facts = _facts(run, wanted, given, coverage=dataset.coverage)

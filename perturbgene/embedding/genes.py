@@ -26,9 +26,17 @@ from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.networks import centred, link_graph, nearest_genes, role_distances, role_table, unit_rows
 from perturbgene.embedding.states import ALL, GeneTokens, as_run, hidden_at, open_cells
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.inference.asking import Given, named
+from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.run import Run, provenance
-from perturbgene.inference.streaming import BATCH_TOKENS, Parts, Ranks, add_up, parts_beside, reading_of, stream
+from perturbgene.inference.streaming import (
+    BATCH_TOKENS,
+    CellResults,
+    Ranks,
+    cell_results,
+    reading_options,
+    stream_batches,
+    sum_over_ranks,
+)
 
 if TYPE_CHECKING:
     import networkx
@@ -115,7 +123,7 @@ def read_groups(dataset: IterableAnnDataset, column: str | None) -> tuple[list[s
 
 
 def sum_genes(
-    run: Run, dataset: IterableAnnDataset, *, groups: Sequence[str], group_n: np.ndarray, parts: Parts,
+    run: Run, dataset: IterableAnnDataset, *, groups: Sequence[str], group_n: np.ndarray, parts: CellResults,
     batch_tokens: int = BATCH_TOKENS,
 ) -> GeneSums:  # fmt: skip
     """Stream the cells of all ranks into sums; only rank 0 gets those of all.
@@ -130,9 +138,9 @@ def sum_genes(
             "column with fewer values for --groupby."
         )
     sums = GeneSums(num_groups=shape[1], num_genes=shape[2], hidden_size=shape[3])
-    for block in stream(dataset, text="embed genes", ranks=parts.ranks, most_tokens=batch_tokens):
+    for block in stream_batches(dataset, text="embed genes", ranks=parts.ranks, most_tokens=batch_tokens):
         sums.add(run, block, group_n[block.cells_n])
-    sums.sums_2kgh, sums.counts_2kg = add_up([sums.sums_2kgh, sums.counts_2kg], parts)
+    sums.sums_2kgh, sums.counts_2kg = sum_over_ranks([sums.sums_2kgh, sums.counts_2kg], parts)
     return sums
 
 
@@ -197,10 +205,10 @@ def gene_embeddings(
         >>> table.n_vars, table.obs["group"].cat.categories.tolist()
         (32, ['B cell', 'NK cell', 'monocyte'])
     """
-    run, given = as_run(model, device=device), named(given)
+    run, given = as_run(model, device=device), given_labels(given)
     dataset = open_cells(adata, run, given, **reading)
     groups, group_n = read_groups(dataset, groupby)
-    parts = Parts(dataset.num_cells)
+    parts = CellResults(dataset.num_cells)
     sums = sum_genes(run, dataset, groups=groups, group_n=group_n, parts=parts, batch_tokens=batch_tokens)
     table = gene_table(sums, run, groups=groups)
     question = {"verb": "embed", "groupby": groupby or ALL, "given": given}
@@ -297,9 +305,9 @@ def gene_roles(table: "AnnData", *, min_cells: int = 10) -> pd.DataFrame:
 def run_gene_means(config: "EmbedConfig", run: Run, *, source: str, target: Path, ranks: Ranks) -> str | None:
     """Write what `embed --groupby` or `embed --network` asks for; every file by way of a temporary name."""
     given = config.given_labels
-    dataset = open_cells(source, run, given, ranks=ranks, **reading_of(config))
+    dataset = open_cells(source, run, given, ranks=ranks, **reading_options(config))
     groups, group_n = read_groups(dataset, config.groupby)
-    with parts_beside(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
+    with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
         sums = sum_genes(
             run, dataset, groups=groups, group_n=group_n, parts=parts, batch_tokens=config.batch_tokens
         )  # fmt: skip

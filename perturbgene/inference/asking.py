@@ -74,11 +74,11 @@ def questions_of(run: Run, ask: Sequence[str], given: Sequence[str], *, joint: b
 Given = Mapping[str, str | None] | Sequence[str]
 
 
-def named(given: Given | None) -> dict[str, str | None]:
+def given_labels(given: Given | None) -> dict[str, str | None]:
     """Return given phenotypes with their labels; names alone stand for each cell's own label in `obs`.
 
     Example:
-        >>> named(["tissue"]), named("tissue"), named({"tissue": "lung"}), named(None)
+        >>> given_labels(["tissue"]), given_labels("tissue"), given_labels({"tissue": "lung"}), given_labels(None)
         ({'tissue': None}, {'tissue': None}, {'tissue': 'lung'}, {})
     """
     if isinstance(given, str):
@@ -101,7 +101,7 @@ def constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -
 
 
 @dataclass(frozen=True)
-class Telling:
+class AnswerOptions:
     """What is told of every answer.
 
     Args:
@@ -133,26 +133,26 @@ class Telling:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be {range_}. Change --{name}.")
 
 
-class Asker:
+class Predictor:
     """Puts one question to blocks of cells and turns the answers into columns.
 
     Args:
         run: A loaded run.
         ask: Phenotypes to predict; none named means all that are not given.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
-        telling: What is told of the answers.
+        options: What is told of the answers.
 
     Raises:
         InputError: The question cannot be put to this run.
     """
 
-    def __init__(self, run: Run, ask: Sequence[str], given: Given | None, telling: Telling) -> None:
-        self.run, self.given, self.telling = run, named(given), telling
+    def __init__(self, run: Run, ask: Sequence[str], given: Given | None, options: AnswerOptions) -> None:
+        self.run, self.given, self.options = run, given_labels(given), options
         self.ask = [ask] if isinstance(ask, str) else list(ask)
-        self.questions = questions_of(run, self.ask, list(self.given), joint=telling.joint)
+        self.questions = questions_of(run, self.ask, list(self.given), joint=options.joint)
         self.asked = [name for question in self.questions for name in question.asked]
         self.constants = constant_labels(run.tokenizer, self.given)
-        found = read_calibration(run.path) if telling.calibrate else None
+        found = read_calibration(run.path) if options.calibrate else None
         self.is_calibrated, self.calibration = found is not None, found or Calibration()
         self.collate = collate_fn_wrapper(run.tokenizer, packed=True)
         self._own_ids_n: dict[str, np.ndarray] = {}
@@ -162,7 +162,7 @@ class Asker:
     @property
     def audits(self) -> list[Question]:
         """For each asked phenotype the question that its audit puts: given all others."""
-        if not self.telling.audit:
+        if not self.options.audit:
             return []
         if self.run.is_classifier:
             return self.questions
@@ -236,11 +236,11 @@ class Asker:
         for question in self.questions:
             for name, logits_nk in self._logits(block, question).items():
                 probability_nk = self._probabilities(logits_nk, name, question)
-                answers |= _told(name, probability_nk, is_answered_n, top_k=self.telling.top_k)
-                if self.telling.ood:
+                answers |= _told(name, probability_nk, is_answered_n, top_k=self.options.top_k)
+                if self.options.ood:
                     answers[f"energy:{name}"] = _where(energy(logits_nk), is_answered_n)
-        if self.telling.ood and not self.run.is_classifier:
-            draws = self.telling.ood_draws
+        if self.options.ood and not self.run.is_classifier:
+            draws = self.options.ood_draws
             answers["genes"] = gene_log_likelihood(self.run.model, block, self.tokenizer, num_draws=draws)
         for question in self.audits:
             answers |= self._audited(block, question, is_answered_n)
@@ -261,7 +261,7 @@ class Asker:
         for question in self.questions:
             for name in question.asked:
                 columns |= self._columns_of(name, merged)
-                if self.telling.ood:
+                if self.options.ood:
                     fitted = self.temperature(name, question)
                     columns |= _strangeness(
                         f"ood_{name}_energy", merged[f"energy:{name}"], fitted.energy_quantiles if fitted else ()
@@ -278,7 +278,7 @@ class Asker:
 
     def _columns_of(self, name: str, merged: Mapping[str, RowArray]) -> Columns:
         codes, probability, labels = merged[f"code:{name}"], merged[f"probability:{name}"], self.labels(name)
-        abstain = self.telling.abstain
+        abstain = self.options.abstain
         columns: Columns = {
             f"predicted_{name}": lambda: _chosen(codes[:][:, 0], probability[:][:, 0], labels, abstain=abstain),
             f"predicted_{name}_probability": lambda: probability[:][:, 0],
@@ -293,18 +293,18 @@ class Asker:
 
     def facts(self, dataset: IterableAnnDataset) -> dict[str, Any]:
         """Say what was asked and how, for the provenance."""
-        telling = self.telling
-        told: dict[str, Any] = {"ask": self.ask, "given": self.given, "joint": telling.joint, "entropy_unit": "nats"}
+        options = self.options
+        told: dict[str, Any] = {"ask": self.ask, "given": self.given, "joint": options.joint, "entropy_unit": "nats"}
         told["calibration"] = self.describe_calibration()
-        told |= {"abstain": telling.abstain} if telling.abstain else {}
-        told |= {"ood_percentile": "of the run's evaluation cells; high is strange"} if telling.ood else {}
+        told |= {"abstain": options.abstain} if options.abstain else {}
+        told |= {"ood_percentile": "of the run's evaluation cells; high is strange"} if options.ood else {}
         unknown = self.unknown_labels(dataset)
         return told | ({"unknown_labels_count_as_absent": json.dumps(unknown)} if unknown else {})
 
     def describe_calibration(self) -> dict[str, str]:
         """Say for each asked phenotype which temperature its probabilities were divided by."""
         if not self.is_calibrated:
-            reason = "run `perturbgene evaluate` first" if self.telling.calibrate else "not wanted"
+            reason = "run `perturbgene evaluate` first" if self.options.calibrate else "not wanted"
             return dict.fromkeys(self.asked, f"uncalibrated ({reason})")
         described = {}
         for question in self.questions:

@@ -30,8 +30,8 @@ from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
     ClassEvaluator,
     Evaluator,
-    Keeper,
-    Kept,
+    LabeledLogits,
+    LogitCollector,
     MlmEvaluator,
     Question,
     gene_log_likelihood,
@@ -39,7 +39,7 @@ from perturbgene.eval_utils import (
     standard_questions,
     write_results,
 )
-from perturbgene.inference.asking import Asker, Columns, Given, Telling, question_of_classifier
+from perturbgene.inference.asking import AnswerOptions, Columns, Given, Predictor, question_of_classifier
 from perturbgene.inference.calibration import (
     MOST_CELLS,
     Calibration,
@@ -53,14 +53,14 @@ from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     BATCH_CELLS,
     BATCH_TOKENS,
-    Parts,
+    CellResults,
     Ranks,
+    cell_results,
     check_target,
-    fill,
-    parts_beside,
+    collect_results,
     read_cells,
-    reading_of,
-    stream,
+    reading_options,
+    stream_batches,
 )
 from perturbgene.metrics import logistic_regression_baseline, majority_baseline
 
@@ -78,15 +78,19 @@ MOST_BASELINE_CELLS = 20_000
 # -- predict ------------------------------------------------------------------------------------------------------
 
 
-def _ask_all(asker: Asker, dataset: IterableAnnDataset, parts: Parts, *, ranks: Ranks, most_tokens: int) -> Columns:
+def _ask_all(
+    predictor: Predictor, dataset: IterableAnnDataset, parts: CellResults, *, ranks: Ranks, most_tokens: int
+) -> Columns:
     """Answer every cell of this rank; rank 0 gets the columns of all, the others nothing."""
-    merged = fill(parts, stream(dataset, text="predict", ranks=ranks, most_tokens=most_tokens), asker.answer)
-    return asker.columns(merged) if ranks.is_main else {}
+    merged = collect_results(
+        parts, stream_batches(dataset, text="predict", ranks=ranks, most_tokens=most_tokens), predictor.answer
+    )
+    return predictor.columns(merged) if ranks.is_main else {}
 
 
 def predict_table(
     data: Any, run: Run, *, ask: Sequence[str] = (), given: Given | None = None,
-    telling: Telling | None = None, batch_tokens: int = BATCH_TOKENS, **reading: Any,
+    options: AnswerOptions | None = None, batch_tokens: int = BATCH_TOKENS, **reading: Any,
 ) -> pd.DataFrame:  # fmt: skip
     """Predict phenotypes of cells as a table.
 
@@ -95,7 +99,7 @@ def predict_table(
         run: A loaded run.
         ask: Phenotypes to predict; none named means all that are not given.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
-        telling: What is told of each answer; see `Telling`.
+        options: What is told of each answer; see `AnswerOptions`.
         batch_tokens: Tokens per batch at most.
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage` of `IterableAnnDataset`.
 
@@ -103,7 +107,7 @@ def predict_table(
         For each asked phenotype X, a row per cell in the order of the input: `predicted_X` (category),
         `predicted_X_probability` (float32), `predicted_X_entropy` (nats), and for the next labels `predicted_X_2`,
         `predicted_X_2_probability`, ... A cell that expresses no gene of the panel has no prediction (missing).
-        `Telling` says what else may come.
+        `AnswerOptions` says what else may come.
 
     Example:
         >>> import perturbgene as pg
@@ -111,19 +115,19 @@ def predict_table(
         >>> table.shape, list(table.columns[:3])
         ((255, 7), ['predicted_cell_type', 'predicted_cell_type_probability', 'predicted_cell_type_entropy'])
     """
-    return _predict(data, run, ask, given, telling, batch_tokens, reading)[0]
+    return _predict(data, run, ask, given, options, batch_tokens, reading)[0]
 
 
 def _predict(
-    data: Any, run: Run, ask: Sequence[str], given: Given | None, telling: Telling | None,
+    data: Any, run: Run, ask: Sequence[str], given: Given | None, options: AnswerOptions | None,
     batch_tokens: int, reading: Mapping[str, Any],
 ) -> tuple[pd.DataFrame, dict[str, Any]]:  # fmt: skip
     """Return the table and where it came from."""
-    asker = Asker(run, ask, given, telling or Telling())
-    dataset = asker.open(data, **{"batch_size": BATCH_CELLS, **reading})
-    columns = _ask_all(asker, dataset, Parts(dataset.num_cells), ranks=Ranks(), most_tokens=batch_tokens)
+    predictor = Predictor(run, ask, given, options or AnswerOptions())
+    dataset = predictor.open(data, **{"batch_size": BATCH_CELLS, **reading})
+    columns = _ask_all(predictor, dataset, CellResults(dataset.num_cells), ranks=Ranks(), most_tokens=batch_tokens)
     table = pd.DataFrame({name: values() for name, values in columns.items()})
-    return table, provenance(run, asker.facts(dataset), coverage=dataset.coverage)
+    return table, provenance(run, predictor.facts(dataset), coverage=dataset.coverage)
 
 
 def predict(
@@ -138,7 +142,7 @@ def predict(
         adata: Cells, in memory or backed, or the path or URL of an h5ad file; no label column is needed.
         model: Run folder, or a loaded run.
         ask, given, batch_tokens, reading: See `predict_table`.
-        top_k, joint, abstain, ood, audit, calibrate: See `Telling`.
+        top_k, joint, abstain, ood, audit, calibrate: See `AnswerOptions`.
         device: "auto", "cpu", "cuda", ...
 
     Raises:
@@ -151,9 +155,9 @@ def predict(
         ['monocyte', 'NK cell', 'B cell']
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
-    telling = Telling(top_k=top_k, joint=joint, abstain=abstain, ood=ood, audit=audit, calibrate=calibrate)
+    options = AnswerOptions(top_k=top_k, joint=joint, abstain=abstain, ood=ood, audit=audit, calibrate=calibrate)
     cells = read_cells(adata) if isinstance(adata, str | Path) else adata
-    table, facts = _predict(cells, run, ask, given, telling, batch_tokens, reading)
+    table, facts = _predict(cells, run, ask, given, options, batch_tokens, reading)
     result = cells.to_memory() if cells.isbacked else cells.copy()
     for name in table:
         result.obs[name] = table[name].array
@@ -166,26 +170,26 @@ def run_predict(config: "PredictConfig") -> str | None:
     path, target = check_target(config.input, config.output, overwrite=config.overwrite, verb="predict")
     ranks = Ranks.join(config.device)
     run = load_run(config.run, device=ranks.device(config.device))
-    asker = Asker(run, config.ask, config.given_labels, Telling(**config.telling))
-    dataset = asker.open(path, rank=ranks.rank, world_size=ranks.size, **reading_of(config))
-    with parts_beside(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
-        columns = _ask_all(asker, dataset, parts, ranks=ranks, most_tokens=config.batch_tokens)
+    predictor = Predictor(run, config.ask, config.given_labels, AnswerOptions(**config.options))
+    dataset = predictor.open(path, rank=ranks.rank, world_size=ranks.size, **reading_options(config))
+    with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
+        columns = _ask_all(predictor, dataset, parts, ranks=ranks, most_tokens=config.batch_tokens)
         if not ranks.is_main:
             return None
-        facts = provenance(run, asker.facts(dataset), coverage=dataset.coverage)
+        facts = provenance(run, predictor.facts(dataset), coverage=dataset.coverage)
         write_h5ad_copy(path, target, obs=columns, uns=facts)
         lines = [f"{dataset.num_cells:,} cells predicted by {config.run}, written to {target}"]
-        return "\n".join([*lines, *(_summary(name, columns, asker) for name in asker.asked)])
+        return "\n".join([*lines, *(_summary(name, columns, predictor) for name in predictor.asked)])
 
 
-def _summary(phenotype: str, columns: Columns, asker: Asker) -> str:
+def _summary(phenotype: str, columns: Columns, predictor: Predictor) -> str:
     """Say in one line what was answered about a phenotype."""
     answers = pd.Series(columns[f"predicted_{phenotype}"]())
     probability_n = columns[f"predicted_{phenotype}_probability"]()
     counts = answers.value_counts().head(5)
     shown = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
     mean = np.nanmean(probability_n) if answers.notna().any() else np.nan
-    how = asker.describe_calibration()[phenotype]
+    how = predictor.describe_calibration()[phenotype]
     return (
         f"predicted_{phenotype}: {shown} (mean probability {mean:.2f}, {how}; "
         f"{int(answers.isna().sum())} cells without genes)"
@@ -282,12 +286,17 @@ def _units(dataset: IterableAnnDataset, column: str | None) -> np.ndarray | None
 
 
 def _calibrate(
-    run: Run, keeper: Keeper, dataset: IterableAnnDataset, *, donor_column: str | None, genes_n: Sequence[np.ndarray]
+    run: Run,
+    keeper: LogitCollector,
+    dataset: IterableAnnDataset,
+    *,
+    donor_column: str | None,
+    genes_n: Sequence[np.ndarray],
 ) -> Calibration:
     """Fit the temperatures of all questions on half of the donors, and the quantiles of strangeness on all cells."""
     units_n, fitted, how = _units(dataset, donor_column), [], "cells"
     for (category, question), pieces in keeper.pieces.items():
-        kept = Kept.join(pieces)
+        kept = LabeledLogits.join(pieces)
         of_cells = None if units_n is None else units_n[kept.cells_n]
         is_fitted_n, how = split_halves(of_cells, num_cells=len(kept.cells_n))
         fitted.append(
@@ -355,10 +364,10 @@ def evaluate(
     dataset = IterableAnnDataset(
         eval_paths, run.tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
     )
-    blocks = stream(dataset, text="evaluate", ranks=Ranks(), most_tokens=batch_tokens)
+    blocks = stream_batches(dataset, text="evaluate", ranks=Ranks(), most_tokens=batch_tokens)
     genes_n: list[np.ndarray] = []
     if calibrate:
-        evaluator.keeper = Keeper(-(-dataset.num_cells // MOST_CELLS))
+        evaluator.keeper = LogitCollector(-(-dataset.num_cells // MOST_CELLS))
         blocks = _with_gene_scores(blocks, run, genes_n)
     run_evaluator(evaluator, run.model, blocks)
     results = evaluator.results()

@@ -7,8 +7,8 @@ The road of a verb, types at the arrows:
 
 1. `Ranks.join(device)` -> which part of the cells is this process's; `check_target` -> the one file to read.
 2. `IterableAnnDataset(..., rank=ranks.rank, world_size=ranks.size)` -> `stream` -> `TokenBlock` of its own cells.
-3. `Parts.write(block.cells_n, {"name": values_mx})` -> an array per name and rank, on disk beside the target.
-4. `Parts.merge()` waits for all ranks -> `RowArray` per name, in row order, read slice by slice; rank 0 writes.
+3. `CellResults.write(block.cells_n, {"name": values_mx})` -> an array per name and rank, on disk beside the target.
+4. `CellResults.merge()` waits for all ranks -> `RowArray` per name, in row order, read slice by slice; rank 0 writes.
 """
 
 import datetime
@@ -157,7 +157,9 @@ def token_batches(block: TokenBlock, *, most_tokens: int = BATCH_TOKENS) -> Iter
         yield slice(start, len(block)), block.take(np.arange(start, len(block)))
 
 
-def stream(dataset: Blocks, *, text: str, ranks: Ranks, most_tokens: int = BATCH_TOKENS) -> Iterator[TokenBlock]:
+def stream_batches(
+    dataset: Blocks, *, text: str, ranks: Ranks, most_tokens: int = BATCH_TOKENS
+) -> Iterator[TokenBlock]:
     """Yield this rank's cells in batches of at most so many tokens, with a progress bar in cells/s on rank 0."""
     is_hidden = None if ranks.is_main else True  # None: hidden where there is no terminal
     with tqdm(total=len(dataset), desc=text, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
@@ -213,7 +215,7 @@ class RowArray:
 
 
 @dataclass
-class Parts:
+class CellResults:
     """Per-cell results of one rank, until all ranks' are merged.
 
     Args:
@@ -284,7 +286,7 @@ class Parts:
 
 
 @contextmanager
-def parts_beside(target: str | Path, *, num_cells: int, ranks: Ranks = Ranks()) -> Iterator[Parts]:
+def cell_results(target: str | Path, *, num_cells: int, ranks: Ranks = Ranks()) -> Iterator[CellResults]:
     """Keep per-cell results in a hidden folder beside the target, `.TARGET.part`, which is removed at the end.
 
     Raises:
@@ -300,15 +302,15 @@ def parts_beside(target: str | Path, *, num_cells: int, ranks: Ranks = Ranks()) 
             except OSError as error:
                 raise _unwritable(target, error) from error
         ranks.barrier()
-        yield Parts(num_cells, ranks, folder)
+        yield CellResults(num_cells, ranks, folder)
         ranks.barrier()
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def fill(
-    parts: Parts, batches: Iterator[TokenBlock], answer: Callable[[TokenBlock], Mapping[str, np.ndarray]]
+def collect_results(
+    parts: CellResults, batches: Iterator[TokenBlock], answer: Callable[[TokenBlock], Mapping[str, np.ndarray]]
 ) -> dict[str, RowArray]:
     """Answer every batch, keep the results and merge them."""
     for block in batches:
@@ -316,12 +318,12 @@ def fill(
     return parts.merge()
 
 
-def reading_of(config: Any) -> dict[str, Any]:
+def reading_options(config: Any) -> dict[str, Any]:
     """Return the arguments of `IterableAnnDataset` that a verb's settings hold."""
     return {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}
 
 
-def add_up(arrays: Sequence[np.ndarray], parts: Parts) -> list[np.ndarray]:
+def sum_over_ranks(arrays: Sequence[np.ndarray], parts: CellResults) -> list[np.ndarray]:
     """Add arrays over all ranks, in the order of the ranks; ranks other than the first get their own back."""
     if parts.ranks.size == 1:
         return list(arrays)

@@ -21,11 +21,11 @@ from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
-from perturbgene.inference.asking import Given, named
+from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run, load_run, provenance
-from perturbgene.inference.streaming import Ranks, check_target, has_genes, reading_of
-from perturbgene.perturbation.cells_in_parts import ALONE, Cells, PartFolder, run_stage, write_table
+from perturbgene.inference.streaming import Ranks, check_target, has_genes, reading_options
+from perturbgene.perturbation.cells_in_parts import ALONE, GroupedCells, PartFolder, run_stage, write_table
 from perturbgene.perturbation.perturb import PART_CELLS, file_identity, readout_of
 from perturbgene.perturbation.readouts import LabelReadout, in_budget, sequences, token_budget
 from perturbgene.perturbation.screening import screen_removals
@@ -142,7 +142,9 @@ def marker_table(tally: Tally, run: Run, labels: list[str]) -> pd.DataFrame:
 # -- faithfulness ---------------------------------------------------------------------------------------------------
 
 
-def deletion_curves(run: Run, cells: Cells, readout: LabelReadout, *, num_cells: int, budget: int) -> pd.DataFrame:
+def deletion_curves(
+    run: Run, cells: GroupedCells, readout: LabelReadout, *, num_cells: int, budget: int
+) -> pd.DataFrame:
     """Remove genes step by step, the most supporting first and in random order, and follow the label's log-odds.
 
     Args:
@@ -241,16 +243,16 @@ def attribute(
         True
     """
     run = model if isinstance(model, Run) else load_run(model, device=device)
-    given = named(given)
+    given = given_labels(given)
     readout, labels = _readout(run, ask, given)
     reading = {"batch_size": 256, **reading}
-    cells = Cells.open(adata, run, readout, given=given, donor=None, groupby=None, **reading)
+    cells = GroupedCells.open(adata, run, readout, given=given, donor=None, groupby=None, **reading)
     budget = token_budget(run.model) if batch_tokens is None else batch_tokens
     return _attributed(run, cells, readout, labels, num_check_cells=num_check_cells, budget=budget)
 
 
 def _attributed(
-    run: Run, cells: Cells, readout: LabelReadout, labels: list[str], *, num_check_cells: int, budget: int,
+    run: Run, cells: GroupedCells, readout: LabelReadout, labels: list[str], *, num_check_cells: int, budget: int,
     part_cells: int = PART_CELLS, parts: PartFolder | None = None, ranks: Ranks = ALONE,
 ) -> pd.DataFrame:  # fmt: skip
     tally = run_stage(Attributing(run, readout, budget), cells, part_cells=part_cells, parts=parts, ranks=ranks)
@@ -276,8 +278,8 @@ def run_attribute(config: "AttributeConfig") -> str | None:
     ranks = Ranks.join(config.device)
     run = load_run(config.run, device=ranks.device(config.device))
     readout, labels = _readout(run, config.ask, config.given_labels)
-    cells = Cells.open(
-        path, run, readout, given=config.given_labels, donor=None, groupby=None, **reading_of(config)
+    cells = GroupedCells.open(
+        path, run, readout, given=config.given_labels, donor=None, groupby=None, **reading_options(config)
     )  # fmt: skip
     facts = {**config.to_dict(), "source": file_identity(path), "weights": weights_hash(run.path), "readout": readout}
     parts = PartFolder.beside(target, facts)

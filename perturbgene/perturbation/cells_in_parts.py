@@ -43,7 +43,7 @@ ALONE = Ranks()
 
 
 @dataclass(frozen=True)
-class Cells:
+class GroupedCells:
     """The cells of one file or AnnData, read by rows, with the donor and the group of each.
 
     Args:
@@ -69,7 +69,7 @@ class Cells:
         donor: str | None,
         groupby: str | None,
         **reading: Any,
-    ) -> "Cells":
+    ) -> "GroupedCells":
         """Open a file or AnnData for a readout.
 
         Raises:
@@ -190,7 +190,7 @@ class Pass(Protocol):
         """Return cell (row of the block), which sum, and effect, each of shape (m,)."""
 
 
-def _tally(stage: Pass, cells: Cells, start: int, stop: int, *, table: Path | None) -> Tally:
+def _tally(stage: Pass, cells: GroupedCells, start: int, stop: int, *, table: Path | None) -> Tally:
     """Add up the effects of a range of cells; with `table` also write each of them there."""
     tally, frames = Tally(stage.num_effects), []
     for block in cells.blocks(start, stop):
@@ -286,7 +286,7 @@ class PartFolder:
 
 
 def run_stage(
-    stage: Pass, cells: Cells, *, part_cells: int, parts: PartFolder | None = None, ranks: Ranks = ALONE
+    stage: Pass, cells: GroupedCells, *, part_cells: int, parts: PartFolder | None = None, ranks: Ranks = ALONE
 ) -> Tally:
     """Add up the effects of all cells, part by part, every rank its share; all ranks get the whole sum.
 

@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 
 from perturbgene.errors import InputError
-from perturbgene.inference.asking import Given, named
+from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.calibration import read_calibration, weights_hash
 from perturbgene.inference.run import Run, load_run, provenance
-from perturbgene.inference.streaming import Ranks, check_target, reading_of
-from perturbgene.perturbation.cells_in_parts import ALONE, Cells, PartFolder, Stage, run_stage, write_table
+from perturbgene.inference.streaming import Ranks, check_target, reading_options
+from perturbgene.perturbation.cells_in_parts import ALONE, GroupedCells, PartFolder, Stage, run_stage, write_table
 from perturbgene.perturbation.edits import ALL_GENES, Kind, Perturbations, perturbations_of
 from perturbgene.perturbation.readouts import LabelReadout, Pooling, Readout, StateReadout, label_readout, token_budget
 from perturbgene.perturbation.statistics import Agreement, Null, Tally, agreement, held_against_null, mean_over_donors
@@ -80,14 +80,14 @@ class Results:
     is_all: bool = False
 
 
-def _wants_screen(asked: Perturbations, is_all: bool, cells: Cells, choice: Choice) -> bool:
+def _wants_screen(asked: Perturbations, is_all: bool, cells: GroupedCells, choice: Choice) -> bool:
     """A screen ranks all genes; for a few named ones it is the null that donors are tested against."""
     return asked.new_id < 0 and not choice.exact and (is_all or len(cells.donors) > 1)
 
 
 def compute(
     run: Run,
-    cells: Cells,
+    cells: GroupedCells,
     readout: Readout,
     *,
     asked: Perturbations,
@@ -123,7 +123,7 @@ def compute(
     return Results(asked, computed, exact, screened, controls, is_all)
 
 
-def _chosen(screened: Tally, cells: Cells, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+def _chosen(screened: Tally, cells: GroupedCells, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
     """Return the genes with the strongest screened effect in any group, and a random control set."""
     tables = [_means(screened, cells, group, choice) for group in screened.groups()]
     effects_uq = np.stack([np.abs(table["effect"].to_numpy()) for table in tables] or [np.zeros(0)])
@@ -156,7 +156,7 @@ def _with_controls(
 # -- the table ------------------------------------------------------------------------------------------------------
 
 
-def _means(tally: Tally, cells: Cells, group: int, choice: Choice) -> pd.DataFrame:
+def _means(tally: Tally, cells: GroupedCells, group: int, choice: Choice) -> pd.DataFrame:
     """Return the mean effects over donors; a single donor with few cells in all counts when these are changed."""
     means_dq, counts_dq = tally.of_group(group, num_donors=len(cells.donors))
     least = choice.min_cells
@@ -184,7 +184,9 @@ def _null(results: Results, means: Mapping[str, pd.DataFrame], first_gene_type: 
     return Null(table["effect"].to_numpy()[rows], table["num_cells"].to_numpy()[rows], gene_q[rows])
 
 
-def _group_table(results: Results, cells: Cells, group: int, choice: Choice, first_gene_type: int) -> pd.DataFrame:
+def _group_table(
+    results: Results, cells: GroupedCells, group: int, choice: Choice, first_gene_type: int
+) -> pd.DataFrame:
     """Return one row for each perturbation asked for, exact where it was computed, else screened."""
     means = {"exact": _means(results.exact, cells, group, choice).assign(method="exact")}
     gene_q = _genes_of(results.computed, first_gene_type)
@@ -210,7 +212,7 @@ def _group_table(results: Results, cells: Cells, group: int, choice: Choice, fir
     return table.join(tested).drop(columns="gene")
 
 
-def table_of(results: Results, cells: Cells, *, choice: Choice, first_gene_type: int) -> pd.DataFrame:
+def table_of(results: Results, cells: GroupedCells, *, choice: Choice, first_gene_type: int) -> pd.DataFrame:
     """Return the effects of all groups, strongest first; `docs/perturbation.md` defines the columns."""
     tables = []
     for group in range(len(cells.groups)):
@@ -221,7 +223,7 @@ def table_of(results: Results, cells: Cells, *, choice: Choice, first_gene_type:
     return pd.concat(tables, ignore_index=True)
 
 
-def agreement_of(results: Results, cells: Cells, *, choice: Choice, first_gene_type: int) -> Agreement | None:
+def agreement_of(results: Results, cells: GroupedCells, *, choice: Choice, first_gene_type: int) -> Agreement | None:
     """Compare screened and exact effects of the control genes, over all groups; None without a screen of all genes."""
     if results.screened is None or not len(results.controls):
         return None
@@ -311,18 +313,18 @@ def perturb(
         'CD79A  exact  101  4'
     """
     run = _in_precision(model if isinstance(model, Run) else load_run(model, device=device), precision)
-    given = named(given)
+    given = given_labels(given)
     names = [genes] if isinstance(genes, str) else list(genes)
     asked = perturbations_of(names, run.tokenizer, kind=kind, level=bin)
     choice = Choice(exact, top_k, num_controls, min_cells)
     readout = readout_of(run, towards=towards, away=away, given=given, embedding=embedding)
     reading = {"batch_size": 256, **reading}
-    cells = Cells.open(adata, run, readout, given=given, donor=donor, groupby=groupby, **reading)
+    cells = GroupedCells.open(adata, run, readout, given=given, donor=donor, groupby=groupby, **reading)
     results = compute(run, cells, readout, asked=asked, is_all=names == [ALL_GENES], choice=choice, budget=batch_tokens)
     return _finished(results, cells, choice=choice, run=run)
 
 
-def _finished(results: Results, cells: Cells, *, choice: Choice, run: Run) -> pd.DataFrame:
+def _finished(results: Results, cells: GroupedCells, *, choice: Choice, run: Run) -> pd.DataFrame:
     first = run.tokenizer.first_gene_type
     table = table_of(results, cells, choice=choice, first_gene_type=first)
     found = agreement_of(results, cells, choice=choice, first_gene_type=first)
@@ -343,7 +345,7 @@ def run_perturb(config: "PerturbConfig") -> str | None:
     )
     asked = perturbations_of(config.genes, run.tokenizer, kind=config.kind, level=config.bin)
     columns: dict[str, Any] = {"given": config.given_labels, "donor": config.donor, "groupby": config.groupby}
-    cells = Cells.open(path, run, readout, **columns, **reading_of(config))
+    cells = GroupedCells.open(path, run, readout, **columns, **reading_options(config))
     choice = Choice(config.exact, config.top_k, config.num_controls, config.min_cells)
     facts = {**config.to_dict(), "source": file_identity(path), "weights": weights_hash(run.path)}
     facts |= {"readout": readout, "fingerprint": run.tokenizer.fingerprint}
@@ -389,7 +391,7 @@ def _effect_name(readout: Readout) -> str:
 
 
 def _write(
-    table: pd.DataFrame, target: Path, *, config: "PerturbConfig", run: Run, cells: Cells, readout: Readout
+    table: pd.DataFrame, target: Path, *, config: "PerturbConfig", run: Run, cells: GroupedCells, readout: Readout
 ) -> None:
     """Write the table, the picture and where it all came from."""
     write_table(table, target)
@@ -404,13 +406,13 @@ def _write(
     os.replace(temporary, target.with_suffix(".json"))
 
 
-def _donors(cells: Cells) -> str:
+def _donors(cells: GroupedCells) -> str:
     if len(cells.donors) > 1:
         return f"{len(cells.donors)} donors"
     return "one donor" if cells.donors != ("all",) else "donors unknown"
 
 
-def _report(table: pd.DataFrame, target: Path, *, config: "PerturbConfig", cells: Cells) -> str:
+def _report(table: pd.DataFrame, target: Path, *, config: "PerturbConfig", cells: GroupedCells) -> str:
     """Say what was done, how good the screen was, and what came first."""
     counts = table["method"].value_counts()
     lines = [

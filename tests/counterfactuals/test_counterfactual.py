@@ -17,7 +17,7 @@ from scipy import stats
 import perturbgene as pg
 from perturbgene.configs import MlmConfig, parse_args
 from perturbgene.counterfactuals import counterfactual as counterfactuals
-from perturbgene.counterfactuals.contrast import Contrast, Predictor, Sums, add_block, bin_values
+from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block, bin_values
 from perturbgene.counterfactuals.counterfactual import choose_cells, counterfactual, sum_changes, unseen_combinations
 from perturbgene.counterfactuals.statistics import against_null, change_table, pool_groups, squared_errors, weigh_strata
 from perturbgene.data_utils.binning import BinEdges
@@ -25,7 +25,7 @@ from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, 
 from perturbgene.embedding.states import open_cells
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import parts_beside
+from perturbgene.inference.streaming import cell_results
 from perturbgene.main import main
 from perturbgene.plots import changes_figure
 from tests.inference.test_streaming import ThreadRanks
@@ -63,14 +63,14 @@ def test_a_bin_stands_for_its_middle_and_the_top_one_for_half_a_width_above_its_
 
 def test_setting_a_label_changes_its_token_and_no_other(run: Run, cells: ad.AnnData) -> None:
     batch = pack(block_of(run, cells))
-    changed = Predictor(run, Contrast("tissue", SPLEEN), tokenizer=run.tokenizer).with_label(batch)
+    changed = GenePredictor(run, Contrast("tissue", SPLEEN), tokenizer=run.tokenizer).with_label(batch)
     is_tissue = batch["token_type_ids"] == 2
     assert set(changed["input_ids"][is_tissue].tolist()) == {SPLEEN}
     assert torch.equal(changed["input_ids"][~is_tissue], batch["input_ids"][~is_tissue])
 
 
 def test_a_null_moves_the_label_as_far_as_the_real_change_and_nothing_else(run: Run, cells: ad.AnnData) -> None:
-    predictor = Predictor(run, Contrast("tissue", SPLEEN, num_null=5), tokenizer=run.tokenizer)
+    predictor = GenePredictor(run, Contrast("tissue", SPLEEN, num_null=5), tokenizer=run.tokenizer)
     batch = pack(block_of(run, cells))
     embeddings = run.model.genebert.embeddings
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_change_is_the_difference_of_expected_values_of_the_hidden_genes(run: 
         bins = [torch.softmax(run.model(**side).logits[..., 9:], dim=-1) for side in (batch, changed)]
     expected = ((bins[1] - bins[0]) @ torch.tensor([0.0, 2.0, 4.0]))[labels != -100]
     found = Sums.zeros(num_groups=1, num_genes=9, num_null=0)
-    predictor = Predictor(run, Contrast("tissue", SPLEEN, num_passes=1, num_null=0), tokenizer=run.tokenizer)
+    predictor = GenePredictor(run, Contrast("tissue", SPLEEN, num_passes=1, num_null=0), tokenizer=run.tokenizer)
     collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True, phenotype_mask_prob=0, absent_prob=0)
     add_block(found, predictor, collator, block_of(run, one), group_n=np.zeros(1, int), is_null_n=np.zeros(1, bool))
     strata = np.where(labels[labels != -100].numpy() == 9, 1, 0)
@@ -128,7 +128,7 @@ def test_ranks_add_up_to_the_table_of_one_process(run: Run, cells: ad.AnnData, t
         ranks = ThreadRanks(rank, 2, meeting=meeting)
         dataset = open_cells(cells, run, {"tissue": None, "cell_type": None}, ranks=ranks)
         chosen = choose_cells(dataset, contrast, groupby="donor", null_cells=256)
-        with parts_beside(tmp_path / "out", num_cells=40, ranks=ranks) as parts:
+        with cell_results(tmp_path / "out", num_cells=40, ranks=ranks) as parts:
             sums = sum_changes(run, dataset, contrast, chosen, parts=parts)
         return change_table(sums, run.tokenizer.panel, groups=chosen.groups)
 

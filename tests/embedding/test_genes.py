@@ -16,7 +16,7 @@ from perturbgene.embedding.genes import gene_embeddings, gene_network, gene_role
 from perturbgene.embedding.states import open_cells
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import parts_beside
+from perturbgene.inference.streaming import cell_results
 from perturbgene.main import main
 from tests.inference.test_streaming import ThreadRanks
 from tests.nine_genes import GENES
@@ -87,7 +87,7 @@ def test_ranks_add_up_to_the_sums_of_one_process(run: Run, cells: ad.AnnData, tm
         ranks = ThreadRanks(rank, 3, meeting=meeting)
         dataset = open_cells(cells, run, {}, ranks=ranks)
         groups, group_n = read_groups(dataset, "tissue")
-        with parts_beside(tmp_path / "out", num_cells=60, ranks=ranks) as parts:
+        with cell_results(tmp_path / "out", num_cells=60, ranks=ranks) as parts:
             return sum_genes(run, dataset, groups=groups, group_n=group_n, parts=parts).means()
 
     with ThreadPoolExecutor(3) as pool:

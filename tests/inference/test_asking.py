@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from perturbgene.errors import InputError
-from perturbgene.inference.asking import Asker, Telling, questions_of
+from perturbgene.inference.asking import AnswerOptions, Predictor, questions_of
 from perturbgene.inference.calibration import Calibration, Temperature
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import Parts, RowArray
+from perturbgene.inference.streaming import CellResults, RowArray
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.training.train import tokenizer_facts
 
@@ -25,17 +25,17 @@ def run(four_gene_tokenizer) -> Run:
     return Run(GeneBertForPhenotypicMLM(config).eval(), four_gene_tokenizer, "untrained")
 
 
-def asked(run: Run, data, *, ask=(), given=None, **telling) -> pd.DataFrame:
+def asked(run: Run, data, *, ask=(), given=None, **options) -> pd.DataFrame:
     """Return all columns of an answer."""
-    asker = Asker(run, ask, given or {}, Telling(**telling))
-    dataset = asker.open(data, batch_size=3)
-    parts = Parts(dataset.num_cells)
+    predictor = Predictor(run, ask, given or {}, AnswerOptions(**options))
+    dataset = predictor.open(data, batch_size=3)
+    parts = CellResults(dataset.num_cells)
     for block in dataset.blocks():
-        parts.write(block.cells_n, asker.answer(block))
-    return pd.DataFrame({name: values() for name, values in asker.columns(parts.merge()).items()})
+        parts.write(block.cells_n, predictor.answer(block))
+    return pd.DataFrame({name: values() for name, values in predictor.columns(parts.merge()).items()})
 
 
-def named(answers: dict[str, list]) -> dict[str, RowArray]:
+def row_arrays(answers: dict[str, list]) -> dict[str, RowArray]:
     arrays = {
         name: np.array(values, dtype=np.int32 if "code" in name else np.float32) for name, values in answers.items()
     }
@@ -59,19 +59,19 @@ def test_nothing_named_asks_what_is_not_given(run):
 
 def test_only_labels_that_are_used_are_read_and_the_genes_of_a_long_cell_stay_the_same(run):
     """Of 8 tokens, [CLS], [EOS] and two phenotype slots leave room for four genes, whatever is read."""
-    for given, telling, read in (({}, Telling(), ()), ({"sex": None}, Telling(), ("sex",)),
-                                 ({}, Telling(audit=True), ("cell_type", "sex"))):  # fmt: skip
-        tokenizer = Asker(run, ["cell_type"] if given else [], given, telling).tokenizer
+    for given, options, read in (({}, AnswerOptions(), ()), ({"sex": None}, AnswerOptions(), ("sex",)),
+                                 ({}, AnswerOptions(audit=True), ("cell_type", "sex"))):  # fmt: skip
+        tokenizer = Predictor(run, ["cell_type"] if given else [], given, options).tokenizer
         assert set(tokenizer.included_phenotypes) == set(read)
         assert tokenizer.max_length - 2 - len(read) == 4
 
 
 def test_values_that_the_vocabulary_lacks_are_counted_by_phenotype(run, make_adata):
     cells = make_adata(CELLS, obs={"sex": ["male", "?", "f", "?"]})
-    asker = Asker(run, ["cell_type"], {"sex": None}, Telling())
-    dataset = asker.open(cells)
-    assert asker.unknown_labels(dataset) == {"sex": {"?": 2, "f": 1}}
-    assert json.loads(asker.facts(dataset)["unknown_labels_count_as_absent"]) == {"sex": {"?": 2, "f": 1}}
+    predictor = Predictor(run, ["cell_type"], {"sex": None}, AnswerOptions())
+    dataset = predictor.open(cells)
+    assert predictor.unknown_labels(dataset) == {"sex": {"?": 2, "f": 1}}
+    assert json.loads(predictor.facts(dataset)["unknown_labels_count_as_absent"]) == {"sex": {"?": 2, "f": 1}}
 
 
 # -- columns ------------------------------------------------------------------------------------------------------
@@ -93,29 +93,31 @@ def test_columns_say_label_probability_entropy_and_the_next_labels(run, make_ada
 
 
 def test_unsure_answers_become_unknown_and_cells_without_genes_stay_missing(run):
-    asker = Asker(run, ["sex"], {}, Telling(abstain=0.7))
-    told = named({"code:sex": [[1, 0], [0, 1], [-1, -1]], "entropy:sex": [0.5, 0.6, np.nan],
+    predictor = Predictor(run, ["sex"], {}, AnswerOptions(abstain=0.7))
+    told = row_arrays({"code:sex": [[1, 0], [0, 1], [-1, -1]], "entropy:sex": [0.5, 0.6, np.nan],
                   "probability:sex": [[0.7, 0.3], [0.69, 0.31], [np.nan, np.nan]]})  # fmt: skip
-    columns = {name: list(values()) for name, values in asker.columns(told).items()}
+    columns = {name: list(values()) for name, values in predictor.columns(told).items()}
     assert columns["predicted_sex"][:2] == ["male", "unknown"] and pd.isna(columns["predicted_sex"][2])
     assert columns["predicted_sex_1"][:2] == ["male", "female"]
-    assert list(asker.columns(told)["predicted_sex"]().categories) == ["female", "male", "unknown"]
+    assert list(predictor.columns(told)["predicted_sex"]().categories) == ["female", "male", "unknown"]
 
 
 def test_ranks_of_an_audit_begin_with_the_least_probable_label(run):
-    asker = Asker(run, ["sex"], {}, Telling(audit=True, top_k=1))
-    told = named({"code:sex": [[0]] * 4, "probability:sex": [[1.0]] * 4, "entropy:sex": [0.0] * 4,
+    predictor = Predictor(run, ["sex"], {}, AnswerOptions(audit=True, top_k=1))
+    told = row_arrays({"code:sex": [[0]] * 4, "probability:sex": [[1.0]] * 4, "entropy:sex": [0.0] * 4,
                   "audit:sex": [0.9, 0.2, np.nan, 0.5]})  # fmt: skip
-    assert asker.columns(told)["audit_sex_rank"]().tolist() == [3, 1, 0, 2]
+    assert predictor.columns(told)["audit_sex_rank"]().tolist() == [3, 1, 0, 2]
 
 
 def test_a_low_log_likelihood_is_as_strange_as_a_high_energy(run):
-    asker = Asker(run, ["sex"], {}, Telling(ood=True, top_k=1))
+    predictor = Predictor(run, ["sex"], {}, AnswerOptions(ood=True, top_k=1))
     entry = Temperature("sex", ("sex",), (), 2.0, 50, energy_quantiles=(-4.0, -2.0, 0.0))
-    asker.calibration = Calibration((entry,), gene_quantiles=(-3.0, -2.0, -1.0))
-    told = named({"code:sex": [[0]] * 2, "probability:sex": [[1.0]] * 2, "entropy:sex": [0.0] * 2,
+    predictor.calibration = Calibration((entry,), gene_quantiles=(-3.0, -2.0, -1.0))
+    told = row_arrays({"code:sex": [[0]] * 2, "probability:sex": [[1.0]] * 2, "entropy:sex": [0.0] * 2,
                   "energy:sex": [-4.0, -1.0], "genes": [-1.0, -2.5]})  # fmt: skip
-    columns = {name: values().tolist() for name, values in asker.columns(told).items() if name.endswith("percentile")}
+    columns = {
+        name: values().tolist() for name, values in predictor.columns(told).items() if name.endswith("percentile")
+    }
     assert columns == {"ood_sex_energy_percentile": [0, 75], "ood_gene_log_likelihood_percentile": [0, 75]}
 
 
@@ -142,4 +144,4 @@ def test_the_temperature_softens_probabilities_and_keeps_answers(run, make_adata
 
 def test_telling_checks_its_ranges():
     with pytest.raises(InputError, match="abstain is 2, but must be a probability in 0..1. Change --abstain"):
-        Telling(abstain=2)
+        AnswerOptions(abstain=2)

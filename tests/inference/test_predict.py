@@ -25,7 +25,7 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Question, answer, question_logits, true_labels
 from perturbgene.inference import predict as inference
-from perturbgene.inference.asking import Asker, Telling
+from perturbgene.inference.asking import AnswerOptions, Predictor
 from perturbgene.inference.predict import baselines, evaluate, predict, predict_table
 from perturbgene.inference.run import Run, choose_device, load_run
 from perturbgene.main import main
@@ -193,14 +193,14 @@ def test_the_function_takes_cells_that_lie_on_disk(trained, mlm, expected):
 
 
 def test_nothing_asked_means_every_phenotype(cells, mlm):
-    table = predict_table(cells, mlm, telling=Telling(top_k=1))
+    table = predict_table(cells, mlm, options=AnswerOptions(top_k=1))
     assert list(table) == [
         COLUMN, PROBABILITY, ENTROPY, "predicted_phase", "predicted_phase_probability", "predicted_phase_entropy",
     ]  # fmt: skip
 
 
 def test_nothing_asked_means_what_is_not_given(cells, mlm):
-    assert list(predict_table(cells, mlm, given={"phase": "S"}, telling=Telling(top_k=1))) == [
+    assert list(predict_table(cells, mlm, given={"phase": "S"}, options=AnswerOptions(top_k=1))) == [
         COLUMN, PROBABILITY, ENTROPY,
     ]  # fmt: skip
 
@@ -995,7 +995,7 @@ def test_entropy_is_in_nats(expected, logits):
 
 
 def test_there_are_no_more_labels_than_the_phenotype_has(cells, mlm):
-    table = predict_table(cells, mlm, ask=["phase"], telling=Telling(top_k=9))
+    table = predict_table(cells, mlm, ask=["phase"], options=AnswerOptions(top_k=9))
     assert list(table)[-1] == f"predicted_phase_{len(mlm.tokenizer.phenotypes['phase'])}_probability"
 
 
@@ -1007,7 +1007,7 @@ def test_one_by_one_an_answer_does_not_depend_on_what_else_is_asked(cells, mlm, 
 def test_jointly_all_are_asked_in_one_sequence(cells, mlm):
     block = block_of(list(IterableAnnDataset(cells, mlm.tokenizer)))
     together = answer(mlm.model, block, mlm.tokenizer, Question("together", ("cell_type", "phase")))
-    table = predict_table(cells, mlm, telling=Telling(joint=True))
+    table = predict_table(cells, mlm, options=AnswerOptions(joint=True))
     for name, probability_nk in together.items():
         np.testing.assert_allclose(table[f"predicted_{name}_probability"], probability_nk.max(axis=1), atol=1e-6)
 
@@ -1079,15 +1079,15 @@ def test_the_file_says_which_temperature_was_taken(given, joint, question, metri
 
 
 def test_a_question_that_was_not_fitted_takes_the_nearest_and_says_so(calibrated, cells):
-    asker = Asker(calibrated, ["cell_type"], {"phase": None}, Telling())
-    lacking = replace(asker.calibration, temperatures=asker.calibration.temperatures[:1])
-    asker.calibration = lacking
-    assert "the nearest question that was fitted" in asker.describe_calibration()["cell_type"]
+    predictor = Predictor(calibrated, ["cell_type"], {"phase": None}, AnswerOptions())
+    lacking = replace(predictor.calibration, temperatures=predictor.calibration.temperatures[:1])
+    predictor.calibration = lacking
+    assert "the nearest question that was fitted" in predictor.describe_calibration()["cell_type"]
 
 
 def test_without_evaluate_the_file_says_that_nothing_is_calibrated(cells, mlm, calibrated, expected):
     assert "run `perturbgene evaluate` first" in predict(cells, mlm).uns["perturbgene"]["calibration"]
-    table = predict_table(cells, calibrated, ask=["cell_type"], telling=Telling(calibrate=False))
+    table = predict_table(cells, calibrated, ask=["cell_type"], options=AnswerOptions(calibrate=False))
     np.testing.assert_allclose(table[PROBABILITY], expected[PROBABILITY][:12], atol=1e-6)
 
 
@@ -1119,7 +1119,7 @@ def test_a_run_without_a_folder_cannot_be_calibrated(mlm, cells):
 
 
 def test_an_answer_that_is_not_sure_enough_becomes_unknown(held_out, mlm, expected):
-    table = predict_table(held_out, mlm, ask=["cell_type"], telling=Telling(abstain=0.5))
+    table = predict_table(held_out, mlm, ask=["cell_type"], options=AnswerOptions(abstain=0.5))
     is_sure = expected[PROBABILITY] >= 0.5
     assert 0 < is_sure.sum() < len(is_sure)
     assert table[COLUMN].tolist() == expected[COLUMN].astype(object).where(is_sure, "unknown").tolist()
@@ -1130,7 +1130,7 @@ def test_an_answer_that_is_not_sure_enough_becomes_unknown(held_out, mlm, expect
 def test_a_cell_without_genes_is_missing_and_not_unknown(cells, mlm):
     cells.X = cells.X * 0
     cells.X.eliminate_zeros()
-    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(abstain=0.9, ood=True))
+    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(abstain=0.9, ood=True))
     assert table[[COLUMN, "ood_gene_log_likelihood", "ood_cell_type_energy"]].isna().all(axis=None)
 
 
@@ -1140,7 +1140,7 @@ def test_a_cell_without_genes_is_missing_and_not_unknown(cells, mlm):
 @pytest.fixture(scope="module")
 def strangeness(held_out: ad.AnnData, calibrated: Run) -> pd.DataFrame:
     """How strange the calibrated run finds the held-out cells."""
-    return predict_table(held_out, calibrated, ask=["cell_type"], telling=Telling(ood=True))
+    return predict_table(held_out, calibrated, ask=["cell_type"], options=AnswerOptions(ood=True))
 
 
 def test_energy_is_that_of_the_logits(strangeness, logits):
@@ -1156,18 +1156,18 @@ def test_percentiles_are_shares_of_the_evaluation_cells_and_high_for_strange_one
 
 def test_how_strange_a_cell_is_does_not_depend_on_its_row(strangeness, held_out, calibrated):
     rows = [120, 3, 77]
-    found = predict_table(held_out[rows], calibrated, ask=["cell_type"], telling=Telling(ood=True))
+    found = predict_table(held_out[rows], calibrated, ask=["cell_type"], options=AnswerOptions(ood=True))
     for name in ("ood_gene_log_likelihood", "ood_cell_type_energy"):
         np.testing.assert_allclose(found[name], strangeness[name].to_numpy()[rows], atol=1e-5)
 
 
 def test_strangeness_without_calibration_has_no_percentile(cells, mlm):
-    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(ood=True, ood_draws=2))
+    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(ood=True, ood_draws=2))
     assert [name for name in table if name.startswith("ood_")] == ["ood_cell_type_energy", "ood_gene_log_likelihood"]
 
 
 def test_a_classifier_tells_energy_only(cells, cls):
-    table = predict_table(cells, cls, telling=Telling(ood=True))
+    table = predict_table(cells, cls, options=AnswerOptions(ood=True))
     assert [name for name in table if name.startswith("ood_")] == ["ood_cell_type_energy"]
 
 
@@ -1176,14 +1176,14 @@ def test_an_audit_gives_the_probability_of_the_own_label_given_the_others(cells,
     others = Question("given_others", ("cell_type",), ("phase",))
     probability_nk = answer(mlm.model, block, mlm.tokenizer, others)["cell_type"]
     own_n = true_labels(block, mlm.tokenizer, "cell_type")
-    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(audit=True))
     found_n = table["audit_cell_type_probability"]
     np.testing.assert_allclose(found_n, probability_nk[np.arange(12), own_n], atol=1e-6)
     assert table["audit_cell_type_rank"].tolist() == found_n.rank().astype(int).tolist()
 
 
 def test_an_audit_does_not_change_the_answers(held_out, mlm, expected):
-    table = predict_table(held_out, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    table = predict_table(held_out, mlm, ask=["cell_type"], options=AnswerOptions(audit=True))
     np.testing.assert_allclose(table[PROBABILITY], expected[PROBABILITY], atol=1e-6)
 
 
@@ -1192,13 +1192,15 @@ def test_swapped_labels_are_improbable(held_out, mlm):
     labels = cells.obs["cell_type"].astype(str).to_numpy()
     labels[is_swapped] = np.where(labels[is_swapped] == "Dendritic", "CD19+ B", "Dendritic")
     cells.obs["cell_type"] = labels
-    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(audit=True))
     assert roc_auc_score(is_swapped, -table["audit_cell_type_probability"]) > 0.75
 
 
 @pytest.mark.parametrize("kind", ["cls", "binary"])
 def test_a_classifier_audits_its_own_phenotype(kind, cells, trained):
-    table = predict_table(cells, load_run(getattr(trained, kind), device="cpu"), telling=Telling(top_k=20, audit=True))
+    table = predict_table(
+        cells, load_run(getattr(trained, kind), device="cpu"), options=AnswerOptions(top_k=20, audit=True)
+    )
     own = cells.obs["cell_type"].astype(str).to_numpy()
     if kind == "binary":
         own = np.where(own == "Dendritic", "Dendritic", "not Dendritic")
@@ -1211,7 +1213,7 @@ def test_a_classifier_audits_its_own_phenotype(kind, cells, trained):
 def test_cells_without_a_label_are_not_audited(cells, mlm):
     cells.obs["cell_type"] = cells.obs["cell_type"].astype(object)
     cells.obs.iloc[3, cells.obs.columns.get_loc("cell_type")] = None
-    table = predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(audit=True))
     assert table.index[table["audit_cell_type_probability"].isna()].tolist() == [3]
     assert sorted(table["audit_cell_type_rank"]) == list(range(12))
 
@@ -1219,13 +1221,13 @@ def test_cells_without_a_label_are_not_audited(cells, mlm):
 def test_an_audit_without_labels_is_refused(cells, mlm):
     cells.obs = cells.obs.drop(columns="cell_type")
     with pytest.raises(InputError, match="no obs column 'cell_type'"):
-        predict_table(cells, mlm, ask=["cell_type"], telling=Telling(audit=True))
+        predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(audit=True))
 
 
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"abstain": 1.5}, {"ood_draws": 0}], ids=str)
 def test_a_telling_out_of_range_is_refused(wrong):
     with pytest.raises(InputError, match=f"Change --{next(iter(wrong))}"):
-        Telling(**wrong)
+        AnswerOptions(**wrong)
 
 
 # -- command lines ------------------------------------------------------------------------------------------------

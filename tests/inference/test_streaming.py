@@ -11,14 +11,14 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.inference.streaming import (
-    Parts,
+    CellResults,
     Ranks,
     RowArray,
+    cell_results,
     check_target,
-    fill,
+    collect_results,
     has_genes,
-    parts_beside,
-    stream,
+    stream_batches,
     token_batches,
 )
 
@@ -84,8 +84,8 @@ def answer(block: TokenBlock) -> dict[str, np.ndarray]:
 
 def of_rank(path: str, target: Path, tokenizer, ranks: Ranks) -> dict[str, np.ndarray]:
     dataset = IterableAnnDataset(path, tokenizer, batch_size=2, rank=ranks.rank, world_size=ranks.size)
-    with parts_beside(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
-        merged = fill(parts, stream(dataset, text="test", ranks=ranks), answer)
+    with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
+        merged = collect_results(parts, stream_batches(dataset, text="test", ranks=ranks), answer)
         return {name: np.array(array[:]) for name, array in merged.items()}
 
 
@@ -110,7 +110,7 @@ def test_several_processes_write_what_one_writes(size: int, write_h5ad, four_gen
 
 
 def test_results_lie_on_disk_while_they_are_collected_and_nowhere_after(tmp_path) -> None:
-    with parts_beside(tmp_path / "out.h5ad", num_cells=2) as parts:
+    with cell_results(tmp_path / "out.h5ad", num_cells=2) as parts:
         parts.write(np.array([1, 0]), {"x": np.array([[5.0], [4.0]])})
         (stored,) = (tmp_path / ".out.h5ad.part").iterdir()
         assert np.load(stored).shape == (2, 1)
@@ -121,12 +121,12 @@ def test_results_lie_on_disk_while_they_are_collected_and_nowhere_after(tmp_path
 def test_what_a_killed_process_left_is_removed(tmp_path) -> None:
     (tmp_path / ".out.part").mkdir()
     (tmp_path / ".out.part/000.00001.npy").write_bytes(b"half")
-    with parts_beside(tmp_path / "out", num_cells=1):
+    with cell_results(tmp_path / "out", num_cells=1):
         assert list((tmp_path / ".out.part").iterdir()) == []
 
 
 def test_a_failure_leaves_no_results_behind(tmp_path) -> None:
-    with pytest.raises(InputError, match="values"), parts_beside(tmp_path / "out", num_cells=1):
+    with pytest.raises(InputError, match="values"), cell_results(tmp_path / "out", num_cells=1):
         raise InputError("bad values")
     assert list(tmp_path.iterdir()) == []
 
@@ -135,13 +135,13 @@ def test_a_target_below_a_file_is_refused(tmp_path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(InputError, match="cannot be written .* Choose another --output"),
-        parts_beside(tmp_path / "file/out", num_cells=1),
+        cell_results(tmp_path / "file/out", num_cells=1),
     ):
         pass
 
 
 def test_results_of_one_process_may_stay_in_memory() -> None:
-    parts = Parts(3)
+    parts = CellResults(3)
     parts.write(np.array([2]), {"x": np.array([7])})
     parts.write(np.array([0, 1]), {"x": np.array([5, 6])})
     assert parts.merge()["x"][:].tolist() == [5, 6, 7]

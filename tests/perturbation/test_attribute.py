@@ -17,7 +17,7 @@ from perturbgene.inference.run import Run
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
 from perturbgene.perturbation.attribute import _readout, _without_top, attribute, support
-from perturbgene.perturbation.cells_in_parts import Cells
+from perturbgene.perturbation.cells_in_parts import GroupedCells
 from perturbgene.perturbation.readouts import sequences
 from perturbgene.training.train import tokenizer_facts
 from tests.nine_genes import GENES, a_tokenizer
@@ -94,7 +94,7 @@ def test_support_agrees_with_integrated_gradients_over_gates_that_let_genes_in(r
     """Captum is the oracle: a gate per gene token goes from shut to open, and its share of the log-odds is measured."""
     captum = pytest.importorskip("captum.attr")
     readout, _ = _readout(run, "cell_type", {})
-    opened = Cells.open(cells, run, readout, given={}, donor=None, groupby=None, batch_size=30)
+    opened = GroupedCells.open(cells, run, readout, given={}, donor=None, groupby=None, batch_size=30)
     asked = sequences(opened.read(np.arange(12)), TOKENIZER, readout)
     label_n, support_l = support(run, asked, readout, budget=1000)
     is_gene_l, batch = torch.from_numpy(np.isfinite(support_l)), pack(asked)
