@@ -49,7 +49,7 @@ from perturbgene.corpus.workers import Workers, WorkStoppedError, available_core
 from perturbgene.data_utils.binning import LOWEST_EDGE, ValueHistogram, read_edges
 from perturbgene.data_utils.genes import GenePanel, clean_gene, gene_report, is_ensembl, read_panel
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
-from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.opening import FileList, expand_paths
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
@@ -618,7 +618,7 @@ def _sources_of(inputs: Any) -> tuple[list[Any], bool]:
         return [inputs], True
     if not isinstance(inputs, str | Path) and any(hasattr(item, "obs_names") for item in inputs):
         return list(inputs), True
-    return list(expand_paths(inputs)), False
+    return expand_paths(inputs), False
 
 
 def _num_processes(sources: Sequence[Any], options: PrepareOptions, *, is_memory: bool) -> int:
@@ -754,9 +754,12 @@ def read_manifest(corpus: str | Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def shard_paths(corpus: str | Path, split: str) -> list[str]:
+def shard_paths(corpus: str | Path, split: str) -> FileList:
     """Return the shards of one split ("train" or "eval") of a corpus."""
-    return [str(Path(corpus) / entry["file"]) for entry in read_manifest(corpus)["shards"][split]]
+    files = FileList(str(Path(corpus) / entry["file"]) for entry in read_manifest(corpus)["shards"][split])
+    if missing := [path for path in files if not Path(path).exists()]:
+        raise InputError(f"{listed(missing)} of corpus {corpus} does not exist. Run prepare again.")
+    return files
 
 
 def shard_sizes(corpus: str | Path, split: str) -> list[int]:

@@ -681,4 +681,4 @@ def _as_sources(paths: str | Path | Sequence[Any]) -> list[Any]:
         return [paths]
     if not isinstance(paths, str | Path) and any(hasattr(path, "obs_names") for path in paths):
         return list(paths)
-    return list(expand_paths(paths))
+    return expand_paths(paths)

@@ -77,14 +77,21 @@ def _files_of(path: str, *, given: str) -> list[str]:
     return [file for one in found for file in _files_of(one, given=given)]
 
 
-def expand_paths(patterns: str | Path | Sequence[str | Path]) -> list[str]:
-    """Turn paths, URLs, brace patterns, globs and folders into a list of files, each once.
+class FileList(list[str]):
+    """Files that `expand_paths` found, each once; every function that takes patterns takes this list as it is."""
 
-    Web addresses are not visited here: one that leads nowhere is refused when its file is opened.
+
+def expand_paths(patterns: str | Path | Sequence[str | Path]) -> FileList:
+    """Return the files that paths, URLs, brace patterns, globs and folders name, each once.
+
+    Web addresses are not visited here: one that leads nowhere is refused when its file is opened. A `FileList` has been
+    expanded already and is returned as it is.
 
     Raises:
         InputError: A path does not exist, a pattern matches nothing or too much, or a file is named twice.
     """
+    if isinstance(patterns, FileList):
+        return patterns
     given = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     if not given:
         raise InputError("no input file was given. Name at least one .h5ad file, pattern or folder.")
@@ -97,7 +104,7 @@ def expand_paths(patterns: str | Path | Sequence[str | Path]) -> list[str]:
                 f"{shown_path(path)} is the same file as {shown_path(twin)}: its cells would count twice. "
                 "Name each file once."
             )
-    return paths
+    return FileList(paths)
 
 
 def identity(path: str) -> Any:

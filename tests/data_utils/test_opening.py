@@ -64,6 +64,12 @@ def test_folders_globs_and_braces_give_shards_in_counting_order(folder: Path, pa
     assert [Path(path).name for path in expand_paths(folder / pattern)] == ["s_1.h5ad", "s_2.h5ad", "s_10.h5ad"]
 
 
+def test_a_list_of_files_is_not_expanded_again(folder: Path) -> None:
+    files = expand_paths(folder)
+    (folder / "s_1.h5ad").unlink()
+    assert expand_paths(files) is files
+
+
 def test_a_glob_that_matches_folders_gives_their_shards(folder: Path) -> None:
     (folder / "train").mkdir()
     (folder / "s_1.h5ad").rename(folder / "train" / "s_1.h5ad")
