@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Worked example: train a model by masking genes and phenotypes together.
-# Runs as it stands, on the 700 PBMC cells that ship inside scanpy:  ./train_mlm.sh [FOLDER]
+# Runs as it is, on the 700 PBMC cells that ship inside scanpy:  ./train_mlm.sh [FOLDER]
 # For your own cells, change the two lines marked (*). `perturbgene mlm -h` lists every flag.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -28,16 +28,16 @@ mlm=(
   --corpus "$work/corpus"             # made above
   --output_dir "$work/mlm"            # run folder: weights, tokenizer, settings, scores (must not exist yet)
   --model_arch tiny                   # tiny, small (laptop); base, large (GPU)
-  --included_phenotypes cell_type phase   # which phenotypes stand in a cell's sequence, in this order
+  --included_phenotypes cell_type phase   # phenotypes in a cell's sequence, in this order
   --max_length 512                    # longest sequence; longer cells keep their most variable genes
   --gene_mask_prob 0.15               # share of the expressed genes that are hidden
   --phenotype_mask_prob 0.8           # share of the phenotypes that are asked
-  --absent_prob 0.1                   # share of the phenotypes that are left out, so that none is ever needed
+  --absent_prob 0.1                   # share of the phenotypes that are left out, so that the model never depends on one
   --unexpressed_ratio 0.5             # hidden genes that the cell does not express, per hidden expressed one
   --phenotype_loss_weight 1.0         # weight of the phenotypes' mean loss
   --gene_loss_weight 0.3              # weight of the genes' mean loss
-  --gene_drop_prob 0.9                # thin each cell by a share up to this, anew each epoch: little data, much noise
-  --num_hidden_layers 1               # in place of the preset's two: enough for so few cells
+  --gene_drop_prob 0.9                # remove up to this share of each cell's genes, redrawn each epoch: for small data sets
+  --num_hidden_layers 1               # instead of the preset's two: enough for so few cells
   --num_train_epochs 10               # passes over the training cells; 64 for a good model of so few cells
   --per_device_train_batch_size 32    # cells per step
   --learning_rate 7.5e-4              # peak; small models take more

@@ -41,7 +41,7 @@ class Contender:
         epoch: Opens the files and returns the function that starts an epoch.
         limit: Name of the contender that merely reads the same files, or "".
         needs: Packages without which it is skipped.
-        workers: Loader workers beside the main process.
+        workers: Loader workers in addition to the main process.
         threads: Threads that read; with more than one it may use every core.
         is_buffered: True measures whole epochs, as such a loader delivers in bursts.
         build: Converts the files into the contender's own format, untimed.
@@ -194,7 +194,7 @@ def per_cell_masking(job: Job) -> Epoch:
 
 
 def scgpt_like(job: Job) -> Epoch:
-    """Bin each cell by its own quantiles, sample genes, pad and mask cell by cell, from rows that lie in memory."""
+    """Bin each cell by its own quantiles, sample genes, pad and mask cell by cell, from rows in memory."""
     import anndata as ad
     import torch
 

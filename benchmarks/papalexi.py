@@ -68,12 +68,12 @@ def train(data: Path, folder: Path, *, held_out: str, epochs: int) -> Run:
     """Prepare a corpus without a replicate and train one layer on it; what is there already is used again."""
     corpus, run = folder / "corpus", folder / "mlm"
     split = ["--phenotypes", LABEL, "--split_by", REPLICATE, "--eval_donors", held_out]
-    told = ["--gene_mask_prob", "0.6", "--phenotype_mask_prob", "0.3", "--absent_prob", "0", "--gene_loss_weight", "3"]
+    rates = ["--gene_mask_prob", "0.6", "--phenotype_mask_prob", "0.3", "--absent_prob", "0", "--gene_loss_weight", "3"]
     size = f"--model_arch tiny --num_hidden_layers 1 --learning_rate 2e-3 --num_train_epochs {epochs}".split()
     quiet = ["--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no", "--no_bf16", "--use_cpu"]
     if not corpus.exists() and perturbgene(["prepare", str(data), "--output", str(corpus), *split]):
         raise SystemExit(2)  # the verb has said why
-    mlm = ["mlm", "--corpus", str(corpus), "--output_dir", str(run), *told, *size, *quiet]
+    mlm = ["mlm", "--corpus", str(corpus), "--output_dir", str(run), *rates, *size, *quiet]
     if not (run / "model.safetensors").exists() and perturbgene(mlm):
         raise SystemExit(2)
     return load_run(run, device="cpu")
@@ -103,7 +103,7 @@ def _without(block: TokenBlock, labels_l: np.ndarray, token_type: int) -> tuple[
 
 
 def token_changes(run: Run, controls: ad.AnnData, genes: Iterable[str]) -> pd.DataFrame:
-    """Return the change expected of hidden genes when a gene's token leaves, no label told, genes x knock-outs."""
+    """Return the change expected of hidden genes when a gene's token is removed and no label is given, genes x knock-outs."""
     dataset = open_cells(controls, run, {})
     tokenizer, names = dataset.tokenizer, list(genes)
     num_genes, types = len(tokenizer.panel), tokenizer.first_gene_type + find_genes(tokenizer, names)

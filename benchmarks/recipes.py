@@ -1,4 +1,4 @@
-"""Which settings learn best: trains recipes on real cells and scores them beside their baselines.
+"""Which settings learn best: trains recipes on real cells and scores them next to their baselines.
 
 Owns the sets, their splits and the bookkeeping: one JSON line per run. The work itself is the product's own `prepare`,
 `mlm`, `cls` and `evaluate`. `docs/experiments.md` is written from its tables. A *recipe* is `{"prepare": FLAGS, "mlm":
@@ -64,7 +64,7 @@ class CellSet:
 _KANG, _BARON = "kang18_pbmc_ctrl_5donors.h5ad", "pancreas_baron_indrop.h5ad"
 _ZHENG, _LUNG = "pbmc_facs_zheng17.h5ad", "lung_lines_5batches_mixology.h5ad"
 
-#: Sets by name. A set that ends in `_dev` lies within the training cells of its namesake: settings are screened there,
+#: Sets by name. A set that ends in `_dev` is a part of the training cells of its namesake: settings are screened there,
 #: so that the namesake's held-out cells are seen by few. Sources: Zheng 2017 (sorted PBMC, the authors' split),
 #: Kang 2018 (GSE96583, control cells), Baron 2016 (GSE84133), Tian 2019 (GSE118767), Kong 2023 (SCP1884).
 SETS = {

@@ -76,13 +76,13 @@ def strangers(folder: Path, cells: ad.AnnData, held_out: str) -> dict[str, float
     run = train(folder, known)
     eval_names = ad.read_h5ad(folder / "corpus/eval/shard_00000.h5ad").obs_names
     asked = cells[is_stranger_n | cells.obs_names.isin(eval_names)]
-    told = predict(asked, run, ask=[CATEGORY], ood=True, layer="raw", device="cpu").obs
-    is_new_n = (told["bulk_labels"] == held_out).to_numpy()
+    answers = predict(asked, run, ask=[CATEGORY], ood=True, layer="raw", device="cpu").obs
+    is_new_n = (answers["bulk_labels"] == held_out).to_numpy()
     scores = {
-        "energy": told[f"ood_{CATEGORY}_energy"],
-        "gene log-likelihood": -told["ood_gene_log_likelihood"],
-        "1 - probability": 1 - told[f"predicted_{CATEGORY}_probability"],
-        "entropy": told[f"predicted_{CATEGORY}_entropy"],
+        "energy": answers[f"ood_{CATEGORY}_energy"],
+        "gene log-likelihood": -answers["ood_gene_log_likelihood"],
+        "1 - probability": 1 - answers[f"predicted_{CATEGORY}_probability"],
+        "entropy": answers[f"predicted_{CATEGORY}_entropy"],
     }
     counts = {"strangers": int(is_new_n.sum()), "known": int((~is_new_n).sum())}
     return counts | {name: float(roc_auc_score(is_new_n, values)) for name, values in scores.items()}
@@ -90,8 +90,8 @@ def strangers(folder: Path, cells: ad.AnnData, held_out: str) -> dict[str, float
 
 def audited_swaps(run: Path, cells: ad.AnnData, column: str) -> float:
     """Return the AUROC of swapped labels by `1 - audit probability`; obs says which are swapped."""
-    told = predict(cells, run, ask=[CATEGORY], audit=True, device="cpu", layer=column or None).obs
-    return float(roc_auc_score(told["is_swapped"], -told[f"audit_{CATEGORY}_probability"]))
+    answers = predict(cells, run, ask=[CATEGORY], audit=True, device="cpu", layer=column or None).obs
+    return float(roc_auc_score(answers["is_swapped"], -answers[f"audit_{CATEGORY}_probability"]))
 
 
 def swaps_in_new_cells(run: Path) -> dict[str, float]:
