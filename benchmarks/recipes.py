@@ -27,7 +27,7 @@ import anndata as ad
 import pandas as pd
 
 from perturbgene.configs import parse_args
-from perturbgene.corpus.prepare import shard_paths
+from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.demo import write_cells
 from perturbgene.errors import InputError
@@ -121,7 +121,7 @@ def bars_of(corpus: Path, run: Path) -> dict[str, dict[str, float]]:
     path = corpus.parent / "bars.json"
     if not path.exists():
         tokenizer = load_run(run, device="cpu").tokenizer
-        train, held_out = (IterableAnnDataset(shard_paths(str(corpus), part), tokenizer) for part in ("train", "eval"))
+        train, held_out = (IterableAnnDataset(Corpus.open(corpus).paths(part), tokenizer) for part in ("train", "eval"))
         path.write_text(json.dumps(baselines(train, held_out, CATEGORY)))
     bars: dict[str, dict[str, float]] = json.loads(path.read_text())
     return bars
@@ -132,7 +132,7 @@ def _scored(run: Path, corpus: Path) -> dict[str, float]:
     loaded = load_run(run, device="cpu")
     rates = None if loaded.is_classifier else MASKS
     asked = () if loaded.is_classifier else (CATEGORY,)
-    results = evaluate(loaded, shard_paths(str(corpus), "eval"), ask=asked, mask_rates=rates)
+    results = evaluate(loaded, Corpus.open(corpus).paths("eval"), ask=asked, mask_rates=rates)
     scores = results[CATEGORY]["classifier" if loaded.is_classifier else "alone"]
     kept = {name: round(scores[name], 4) for name in ("accuracy", "macro_f1", "log_loss")}
     if "genes" in results:

@@ -7,7 +7,8 @@ import anndata as ad
 import torch
 
 from perturbgene.configs import MlmConfig
-from perturbgene.corpus.prepare import prepare, shard_paths
+from perturbgene.corpus.manifest import Corpus
+from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -49,7 +50,7 @@ def train(
     tokenizer = GeneTokenizer.from_pretrained(corpus)
     config = GeneBertConfig(**tokenizer_facts(tokenizer), **SIZES, **(WIDE if wide else {}), dropout=0.0)
     model = GeneBertForPhenotypicMLM(config).train()
-    cells = IterableAnnDataset(shard_paths(corpus, "train"), tokenizer, shuffle=True, batch_size=32)
+    cells = IterableAnnDataset(Corpus.open(corpus).paths("train"), tokenizer, shuffle=True, batch_size=32)
     batches = cells.batches(DataCollatorForPhenotypicMLM(tokenizer, packed=True, **masks))
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for epoch in range(num_epochs):

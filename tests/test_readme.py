@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from perturbgene.configs import parse_args
-from perturbgene.corpus.prepare import prepare, read_manifest
+from perturbgene.corpus.manifest import Corpus
+from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.labels import token_text
 from perturbgene.demo import commands
 from perturbgene.main import main
@@ -57,7 +58,9 @@ def folder(cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     prepare(cells, folder / "made", phenotypes=["cell_type"], split_by="cell", shard_size=80)
     (folder / "shards").mkdir()
-    shards = [entry["file"] for split in ("train", "eval") for entry in read_manifest(folder / "made")["shards"][split]]
+    shards = [
+        entry["file"] for split in ("train", "eval") for entry in Corpus.open(folder / "made").manifest["shards"][split]
+    ]
     for number, shard in enumerate(shards[:3]):
         (folder / "made" / shard).rename(folder / "shards" / f"shard_{number}.h5ad")
     return folder

@@ -32,10 +32,10 @@ from tqdm.auto import tqdm
 
 from perturbgene import __version__
 from perturbgene.corpus.journal import JOURNAL_FILE, Journal
+from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE, MANIFEST_VERSION
 from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, finish_shard, hashes_of, spool_part, tasks_of
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, FileSurvey, Statistics, fit_part, merged, survey_file
 from perturbgene.corpus.survey import (
-    BY_CELL,
     PART_ROWS,
     SPLITS,
     HvgFlavor,
@@ -49,16 +49,13 @@ from perturbgene.corpus.workers import Workers, WorkStoppedError, available_core
 from perturbgene.data_utils.binning import LOWEST_EDGE, ValueHistogram, read_edges
 from perturbgene.data_utils.genes import GenePanel, clean_gene, gene_report, is_ensembl, read_panel
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
-from perturbgene.data_utils.opening import FileList, expand_paths
+from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.urls import shown_path
 
 logger = logging.getLogger(__name__)
-
-MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
 
 #: Columns of obs that name the donor, in the order they are tried when --split_by is not given.
 DONOR_COLUMNS = ("donor_id", "donor", "individual", "patient", "sample")
@@ -736,35 +733,4 @@ def run_prepare(config: Any) -> Path:
     return prepare(config.inputs, config.output, **{name: getattr(config, name) for name in names})
 
 
-def read_manifest(corpus: str | Path) -> dict[str, Any]:
-    """Read a corpus folder's manifest.
-
-    Raises:
-        InputError: The folder is no corpus, or of another version.
-    """
-    path = Path(corpus) / MANIFEST_FILE
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{corpus} is not a corpus ({error}). Make one with `perturbgene prepare`.") from error
-    if manifest.get("manifest_version") != MANIFEST_VERSION:
-        raise InputError(
-            f"{path} has version {manifest.get('manifest_version')!r}, not {MANIFEST_VERSION}. Run prepare again."
-        )
-    return dict(manifest)
-
-
-def shard_paths(corpus: str | Path, split: str) -> FileList:
-    """Return the shards of one split ("train" or "eval") of a corpus."""
-    files = FileList(str(Path(corpus) / entry["file"]) for entry in read_manifest(corpus)["shards"][split])
-    if missing := [path for path in files if not Path(path).exists()]:
-        raise InputError(f"{listed(missing)} of corpus {corpus} does not exist. Run prepare again.")
-    return files
-
-
-def shard_sizes(corpus: str | Path, split: str) -> list[int]:
-    """Return the number of cells of each of `shard_paths`."""
-    return [int(entry["cells"]) for entry in read_manifest(corpus)["shards"][split]]
-
-
-__all__ = ["PrepareOptions", "prepare", "read_manifest", "run_prepare", "shard_paths", "shard_sizes"]
+__all__ = ["PrepareOptions", "prepare", "run_prepare"]

@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 from scipy import sparse
 
 from perturbgene.corpus.journal import entry_of, temporary_name
+from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.shuffle import shuffled_positions
 from perturbgene.corpus.statistics import by_gene, per_10_000
-from perturbgene.corpus.survey import BY_CELL, SPLITS, CellTable, Part, Plan, blocks_of, table_of
+from perturbgene.corpus.survey import SPLITS, CellTable, Part, Plan, blocks_of, table_of
 from perturbgene.data_utils.scale import TARGET_SUM, ExpressionBlock
 from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, write_shard
 

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 
 from perturbgene.corpus.journal import entry_of, temporary_name
+from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.moments import CountTable, GeneMoments
 from perturbgene.corpus.survey import (
-    BY_CELL,
     SPLITS,
     CellTable,
     Part,

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from perturbgene.cli.checks import named_values
+from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GenePanel
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
 from perturbgene.data_utils.opening import H5adFile
@@ -26,9 +27,6 @@ from perturbgene.errors import InputError
 
 SPLITS = ("train", "eval")
 HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
-
-#: Split by single cells, by a hash of their names.
-BY_CELL = "cell"
 
 #: A numeric obs column with more distinct values than this is a measurement, not a phenotype.
 MOST_NUMERIC_LABELS = 50

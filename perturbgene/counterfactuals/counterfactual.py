@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from perturbgene.configs import MlmConfig, load_config
-from perturbgene.corpus.prepare import shard_paths
+from perturbgene.corpus.manifest import Corpus
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block, bin_values
 from perturbgene.counterfactuals.statistics import change_table
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
@@ -66,7 +66,9 @@ def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray | N
     """
     try:
         settings: Any = load_config(Path(run.path) / "run.yaml")
-        paths = shard_paths(settings.corpus, "train") if settings.corpus else expand_paths(settings.train_data_paths)
+        paths = (
+            Corpus.open(settings.corpus).paths("train") if settings.corpus else expand_paths(settings.train_data_paths)
+        )
         found = [_combinations_of(path, run.tokenizer.vocabulary, categories) for path in paths]
     except (InputError, OSError, AttributeError) as error:
         logger.warning("%s: its training cells cannot be read (%s)", run.path, error)

@@ -16,8 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbgene.configs import MlmConfig, check_question, load_config
-from perturbgene.corpus.prepare import read_manifest, shard_paths
-from perturbgene.corpus.survey import BY_CELL
+from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
@@ -398,18 +397,12 @@ def _settings_of(run: Run) -> "BaseConfig | None":
     return load_config(path) if path.exists() else None
 
 
-def _train_paths(config: "EvaluateConfig", trained: "BaseConfig | None", corpus: str | None) -> list[str]:
+def _train_paths(config: "EvaluateConfig", trained: "BaseConfig | None", corpus: Corpus | None) -> list[str]:
     """Return the files that the baselines are fitted on; none when neither they nor the run name any."""
     if corpus and not config.train_data_paths:
-        return shard_paths(corpus, "train")
+        return corpus.paths("train")
     given = config.train_data_paths or getattr(trained, "train_data_paths", [])
     return expand_paths(given) if given else []
-
-
-def _donor_column(corpus: str | None) -> str:
-    """Return the column that a corpus was split by."""
-    by = str(read_manifest(corpus)["split"]["by"]) if corpus else BY_CELL
-    return by if by != BY_CELL else "donor_id"
 
 
 def run_evaluate(config: "EvaluateConfig") -> str | None:
@@ -421,9 +414,10 @@ def run_evaluate(config: "EvaluateConfig") -> str | None:
         return None
     run = load_run(config.run, device=config.device)
     trained = _settings_of(run)
-    corpus = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
+    folder = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
+    corpus = Corpus.open(folder) if folder else None
     if corpus:
-        eval_paths = shard_paths(corpus, "eval")
+        eval_paths = corpus.paths("eval")
     else:
         eval_paths = expand_paths(config.eval_data_paths or getattr(trained, "eval_data_paths", []))
     train_paths = _train_paths(config, trained, corpus) if config.baselines else []
@@ -431,9 +425,10 @@ def run_evaluate(config: "EvaluateConfig") -> str | None:
         name: getattr(trained, name) for name in ("layer", "gene_id_column") if trained is not None and not corpus
     }
     output = Path(config.output) if config.output else Path(config.run) / "evaluation"
+    donor_column = (corpus.split_by if corpus else None) or "donor_id"
     results = evaluate(
         run, eval_paths, train_paths=train_paths or None, ask=config.ask, given=config.given,
-        mask_rates=config.mask_rates, calibrate=config.calibrate, donor_column=_donor_column(corpus),
+        mask_rates=config.mask_rates, calibrate=config.calibrate, donor_column=donor_column,
         batch_size=config.batch_size, batch_tokens=config.batch_tokens, output=output, **reading,
     )  # fmt: skip
     return f"{_table_of(results)}\nwritten to {output}"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from perturbgene import __version__
-from perturbgene.corpus.prepare import shard_paths, shard_sizes
+from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import expand_paths, identity
@@ -61,11 +61,11 @@ RUN_FILE, METRICS_FILE, CARD_FILE = "run.yaml", "metrics.json", "README.md"
 # -- data ---------------------------------------------------------------------------------------------------------
 
 
-def _paths(config: "TrainingConfig", split: str) -> list[str]:
+def _paths(config: "TrainingConfig", split: str, corpus: Corpus | None) -> list[str]:
     given = config.train_data_paths if split == "train" else config.eval_data_paths
     if given:
         return expand_paths(given)
-    return shard_paths(config.corpus, split) if config.corpus else []
+    return corpus.paths(split) if corpus else []
 
 
 def _check_overlap(train: Sequence[str], evaluation: Sequence[str], *, is_allowed: bool) -> None:
@@ -79,14 +79,15 @@ def _check_overlap(train: Sequence[str], evaluation: Sequence[str], *, is_allowe
 
 
 def _dataset(
-    config: "TrainingConfig", tokenizer: GeneTokenizer, arguments: TrainingArguments, split: str, **options: Any
-) -> IterableAnnDataset | None:
-    paths = _paths(config, split)
+    config: "TrainingConfig", tokenizer: GeneTokenizer, arguments: TrainingArguments, split: str,
+    corpus: Corpus | None, **options: Any,
+) -> IterableAnnDataset | None:  # fmt: skip
+    paths = _paths(config, split, corpus)
     if not paths:
         return None
     is_train = split == "train"
-    if config.corpus and not (config.train_data_paths if is_train else config.eval_data_paths):
-        options["known_sizes"] = shard_sizes(config.corpus, split)
+    if corpus and not (config.train_data_paths if is_train else config.eval_data_paths):
+        options["known_sizes"] = corpus.sizes(split)
     if is_train:
         is_grouped = config.train_sampling_strategy == "group_by_length"
         options |= {"tokens_per_batch": config.tokens_per_batch, "group_by_length": is_grouped}
@@ -108,8 +109,10 @@ def _dataset(
 def _datasets(
     config: "TrainingConfig", tokenizer: GeneTokenizer, arguments: TrainingArguments, **options: Any
 ) -> tuple[IterableAnnDataset, IterableAnnDataset | None]:
-    _check_overlap(_paths(config, "train"), _paths(config, "eval"), is_allowed=config.allow_overlap)
-    train = _dataset(config, tokenizer, arguments, "train", **options)
+    corpus = Corpus.open(config.corpus) if config.corpus else None
+    paths = [_paths(config, split, corpus) for split in ("train", "eval")]
+    _check_overlap(*paths, is_allowed=config.allow_overlap)
+    train = _dataset(config, tokenizer, arguments, "train", corpus, **options)
     assert train is not None  # the configuration was checked
     sizes = set(train.sizes)
     if config.shard_size and sizes != {config.shard_size}:
@@ -126,7 +129,7 @@ def _datasets(
             f"{len(train)} training cells per process are fewer than one batch of "
             f"{arguments.per_device_train_batch_size}. Lower --per_device_train_batch_size."
         )
-    return train, _dataset(config, tokenizer, arguments, "eval", **options)
+    return train, _dataset(config, tokenizer, arguments, "eval", corpus, **options)
 
 
 # -- model --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from perturbgene.corpus.journal import Journal
-from perturbgene.corpus.prepare import MANIFEST_FILE, PrepareOptions, _Work, prepare, read_manifest, shard_paths
+from perturbgene.corpus.manifest import MANIFEST_FILE, Corpus
+from perturbgene.corpus.prepare import PrepareOptions, _Work, prepare
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import H5adFile
@@ -59,12 +60,12 @@ def cells(
 
 def split(corpus: Path, name: str) -> ad.AnnData:
     """Read all shards of one split with anndata."""
-    return ad.concat([ad.read_h5ad(path) for path in shard_paths(corpus, name)], merge="same")
+    return ad.concat([ad.read_h5ad(path) for path in Corpus.open(corpus).paths(name)], merge="same")
 
 
 def audit(corpus: Path) -> str:
     """Return the findings as one text."""
-    return "\n".join(read_manifest(corpus)["audit"])
+    return "\n".join(Corpus.open(corpus).manifest["audit"])
 
 
 def log1p_cp10k(values_ng: np.ndarray) -> np.ndarray:
@@ -82,7 +83,7 @@ def corpus_tokens(corpus: Path) -> dict[str, tuple[Any, ...]]:
     """Return the tokens of all cells of both splits, by name."""
     tokenizer, found = GeneTokenizer.from_pretrained(corpus), {}
     for name in ("train", "eval"):
-        found.update(tokens_by_name(shard_paths(corpus, name), tokenizer, split(corpus, name).obs_names))
+        found.update(tokens_by_name(Corpus.open(corpus).paths(name), tokenizer, split(corpus, name).obs_names))
     return found
 
 
@@ -164,7 +165,7 @@ def test_held_out_donors_hold_about_the_asked_share_of_the_cells(tmp_path: Path,
 def test_named_donors_are_held_out(tmp_path: Path) -> None:
     made = prepare(cells(counts(50)), tmp_path / "corpus", eval_donors=["b", "d"])
     assert set(split(made, "eval").obs["donor_id"]) == {"b", "d"}
-    assert read_manifest(made)["split"]["eval"] == ["b", "d"]
+    assert Corpus.open(made).manifest["split"]["eval"] == ["b", "d"]
 
 
 def test_unknown_donors_are_refused_with_the_known_ones(tmp_path: Path) -> None:
@@ -225,7 +226,9 @@ def test_cells_without_a_donor_stay_together_and_are_reported(tmp_path: Path) ->
 
 
 def test_shards_hold_every_cell_once_in_files_of_shard_size(corpus: Path) -> None:
-    sizes = {name: [entry["cells"] for entry in read_manifest(corpus)["shards"][name]] for name in ("train", "eval")}
+    sizes = {
+        name: [entry["cells"] for entry in Corpus.open(corpus).manifest["shards"][name]] for name in ("train", "eval")
+    }
     assert sizes == {"train": [30, 30, 20], "eval": [20]}
     names = [*split(corpus, "train").obs_names, *split(corpus, "eval").obs_names]
     assert sorted(names) == sorted(f"cell{i}" for i in range(100))
@@ -237,7 +240,7 @@ def test_shards_are_shuffled(corpus: Path) -> None:
 
 
 def test_shards_open_with_scanpy_as_counts_in_panel_order(corpus: Path) -> None:
-    shard = sc.read_h5ad(shard_paths(corpus, "train")[0])
+    shard = sc.read_h5ad(Corpus.open(corpus).paths("train")[0])
     assert shard.X.dtype.kind == "u"
     assert shard.var_names.tolist() == list(GeneTokenizer.from_pretrained(corpus).genes)
     assert shard.var["highly_variable_rank"].tolist() == list(range(8))
@@ -262,7 +265,7 @@ def test_cutting_genes_keeps_the_library_size_and_so_the_tokens(tmp_path: Path) 
 
 def test_the_same_inputs_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
     made = [prepare(cells(counts(60)), tmp_path / name, phenotypes=["cell_type"]) for name in "ab"]
-    assert read_manifest(made[0])["shards"] == read_manifest(made[1])["shards"]
+    assert Corpus.open(made[0]).manifest["shards"] == Corpus.open(made[1]).manifest["shards"]
 
 
 @pytest.mark.parametrize("matrix", [sparse.csc_matrix, lambda x: x.toarray()], ids=["csc", "dense"])
@@ -271,7 +274,7 @@ def test_csc_and_dense_files_become_the_same_shards(tmp_path: Path, matrix: Any)
     expected = prepare(adata, tmp_path / "csr")
     ad.AnnData(matrix(adata.X), obs=adata.obs, var=adata.var).write_h5ad(tmp_path / "other.h5ad")
     made = prepare(tmp_path / "other.h5ad", tmp_path / "other")
-    assert read_manifest(made)["shards"] == read_manifest(expected)["shards"]
+    assert Corpus.open(made).manifest["shards"] == Corpus.open(expected).manifest["shards"]
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.3, 0.7], [1e-3, 2.2, 5.5]])
@@ -305,7 +308,7 @@ def test_files_of_counts_and_of_logs_become_one_scale(tmp_path: Path) -> None:
     log = cells(values_ng, prefix="log")
     log.X = sparse.csr_matrix(log1p_cp10k(values_ng).astype(np.float32))
     made = prepare([cells(values_ng, prefix="raw"), log], tmp_path / "corpus", bin_edges=[5.0, 6.5, 7.5])
-    assert read_manifest(made)["values"] == "log1p_cp10k"
+    assert Corpus.open(made).manifest["values"] == "log1p_cp10k"
     tokens = corpus_tokens(made)
     assert len(tokens) == 60
     assert [tokens[f"raw{i}"] for i in range(30)] == [tokens[f"log{i}"] for i in range(30)]
@@ -416,7 +419,7 @@ def test_columns_of_the_same_gene_are_summed_before_the_logarithm(tmp_path: Path
 def test_a_file_without_cells_changes_nothing(tmp_path: Path) -> None:
     alone = prepare(cells(counts(40)), tmp_path / "a", phenotypes=["cell_type"])
     beside = prepare([cells(counts(40)[:0]), cells(counts(40))], tmp_path / "b", phenotypes=["cell_type"])
-    assert read_manifest(alone)["shards"] == read_manifest(beside)["shards"]
+    assert Corpus.open(alone).manifest["shards"] == Corpus.open(beside).manifest["shards"]
 
 
 # -- panel and bins -----------------------------------------------------------------------------------------------
@@ -485,7 +488,7 @@ def test_bins_per_gene_exist_also_for_panel_genes_that_no_training_cell_expresse
 
 def test_given_edges_are_used(tmp_path: Path) -> None:
     made = prepare(cells(counts(40)), tmp_path / "corpus", bin_edges=[0.5, 2.0])
-    assert read_manifest(made)["bin_edges"] == [0.5, 2.0]
+    assert Corpus.open(made).manifest["bin_edges"] == [0.5, 2.0]
 
 
 def test_a_panel_of_unexpressed_genes_is_refused(tmp_path: Path) -> None:
@@ -523,15 +526,15 @@ def test_a_phenotype_may_have_any_name(tmp_path: Path, name: str) -> None:
     made = prepare(adata, tmp_path / "corpus", phenotypes=[name])
     assert set(split(made, "train").obs[name]) == {"x"}
     assert set(split(made, "train").obs_names) < set(adata.obs_names)
-    assert read_manifest(made)["split"]["by"] == "donor_id"
-    assert len(read_manifest(made)["split"]["train"]) == 4
+    assert Corpus.open(made).manifest["split"]["by"] == "donor_id"
+    assert len(Corpus.open(made).manifest["split"]["train"]) == 4
 
 
 def test_missing_labels_are_counted_and_stay_missing(tmp_path: Path) -> None:
     adata = cells(counts(50))
     adata.obs["cell_type"] = pd.Categorical(np.resize(["B cell", None, "unknown", " B cell", "T cell"], 50))
     made = prepare(adata, tmp_path / "corpus", phenotypes=["cell_type"], split_by="cell")
-    found = read_manifest(made)["phenotypes"]["cell_type"]
+    found = Corpus.open(made).manifest["phenotypes"]["cell_type"]
     assert {label: found["train"][label] + found["eval"][label] for label in found["train"]} == {
         "(missing)": 20, "B cell": 20, "T cell": 10,
     }  # fmt: skip
@@ -667,7 +670,7 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_manifest_names_inputs_shards_and_split(corpus: Path) -> None:
-    manifest = read_manifest(corpus)
+    manifest = Corpus.open(corpus).manifest
     assert manifest["inputs"][0]["cells"] == 100
     assert manifest["values"] == "counts"
     assert manifest["split"]["by"] == "donor_id"
@@ -677,13 +680,13 @@ def test_the_manifest_names_inputs_shards_and_split(corpus: Path) -> None:
 
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a corpus"):
-        read_manifest(tmp_path)
+        Corpus.open(tmp_path)
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_FILE).write_text(json.dumps({"manifest_version": 99}))
     with pytest.raises(InputError, match=r"has version 99, not 1. Run prepare again"):
-        read_manifest(tmp_path)
+        Corpus.open(tmp_path)
 
 
 def test_more_files_than_may_be_open_are_prepared_with_few_open(
@@ -740,7 +743,10 @@ def test_shards_have_the_same_bytes_in_any_order_of_files_and_on_any_number_of_p
     made = prepare([*files[5:], *files[:5]][::-1], tmp_path / "corpus", num_processes=num_processes, **OPTIONS)
     assert len(checksums(made)) == 17
     assert checksums(made) == checksums(undisturbed)
-    assert read_manifest(made)["tokenizer_fingerprint"] == read_manifest(undisturbed)["tokenizer_fingerprint"]
+    assert (
+        Corpus.open(made).manifest["tokenizer_fingerprint"]
+        == Corpus.open(undisturbed).manifest["tokenizer_fingerprint"]
+    )
 
 
 def test_names_of_files_change_nothing(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:
@@ -819,7 +825,7 @@ def test_unfinished_work_of_other_settings_starts_again_and_says_so(
     stopped(files, tmp_path, after="genes and bins")
     made = prepare(files, tmp_path / "corpus", **{**OPTIONS, "num_bins": 3})
     assert "was begun with other inputs or settings: starting again" in caplog.text
-    assert len(read_manifest(made)["bin_edges"]) == 3
+    assert len(Corpus.open(made).manifest["bin_edges"]) == 3
 
 
 def test_a_folder_of_somebody_else_in_the_place_of_unfinished_work_is_left_alone(
@@ -877,7 +883,7 @@ def test_every_cell_knows_which_genes_its_source_measured(tmp_path: Path) -> Non
     parts = [cells(counts(30, 6), prefix="x"), cells(counts(30, 6), genes=GENES[2:], prefix="y")]
     made = prepare(parts, tmp_path / "corpus", shard_size=20)
     genes = GeneTokenizer.from_pretrained(made).genes
-    measured_tg = measured_genes(shard_paths(made, "train")[0])
+    measured_tg = measured_genes(Corpus.open(made).paths("train")[0])
     for name, table in split(made, "train").obs[SOURCE_COLUMN].items():
         expected = GENES[:6] if name.startswith("x") else GENES[2:]
         assert {gene for gene, is_measured in zip(genes, measured_tg[table], strict=True) if is_measured} == set(
@@ -897,7 +903,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_gene_that_its_source_did_not_measure_is_never_shown_as_unexpressed(mixed: Path, path: str) -> None:
     tokenizer = GeneTokenizer.from_pretrained(mixed)
     collator = DataCollatorForPhenotypicMLM(tokenizer, gene_mask_prob=1, unexpressed_ratio=9)
-    dataset = IterableAnnDataset(shard_paths(mixed, "train"), tokenizer, batch_size=7)
+    dataset = IterableAnnDataset(Corpus.open(mixed).paths("train"), tokenizer, batch_size=7)
     names, shown = split(mixed, "train").obs_names, {"x": set[str](), "y": set[str]()}
     for epoch in range(3):
         dataset.set_epoch(epoch)
@@ -910,26 +916,26 @@ def test_a_gene_that_its_source_did_not_measure_is_never_shown_as_unexpressed(mi
 
 
 def test_cells_of_all_shards_share_one_mask_per_source(mixed: Path) -> None:
-    paths = shard_paths(mixed, "train")
+    paths = Corpus.open(mixed).paths("train")
     stream = list(IterableAnnDataset(paths, GeneTokenizer.from_pretrained(mixed), shuffle=True))
     assert len(paths) > 1
     assert len({id(cell.is_measured_g) for cell in stream}) == 2
 
 
 def test_cells_of_a_shard_in_memory_know_what_their_source_measured(mixed: Path) -> None:
-    path, tokenizer = shard_paths(mixed, "train")[0], GeneTokenizer.from_pretrained(mixed)
+    path, tokenizer = Corpus.open(mixed).paths("train")[0], GeneTokenizer.from_pretrained(mixed)
     from_file, in_memory = (list(IterableAnnDataset(given, tokenizer)) for given in (path, ad.read_h5ad(path)))
     masks = [(a.is_measured_g, b.is_measured_g) for a, b in zip(from_file, in_memory, strict=True)]
     assert all(np.array_equal(ours, theirs) for ours, theirs in masks)
 
 
 def test_cells_of_a_corpus_in_which_all_files_measure_all_carry_no_mask(corpus: Path) -> None:
-    stream = IterableAnnDataset(shard_paths(corpus, "train"), GeneTokenizer.from_pretrained(corpus))
+    stream = IterableAnnDataset(Corpus.open(corpus).paths("train"), GeneTokenizer.from_pretrained(corpus))
     assert {id(cell.is_measured_g) for cell in stream} == {id(None)}
 
 
 def test_what_was_measured_follows_columns_that_are_taken_out_or_moved(mixed: Path) -> None:
-    tokenizer, whole = GeneTokenizer.from_pretrained(mixed), ad.read_h5ad(shard_paths(mixed, "train")[0])
+    tokenizer, whole = GeneTokenizer.from_pretrained(mixed), ad.read_h5ad(Corpus.open(mixed).paths("train")[0])
     generator = np.random.default_rng(0)
     moved = whole[:, generator.permutation(whole.n_vars)].copy()
     for ours, theirs in zip(IterableAnnDataset(whole, tokenizer), IterableAnnDataset(moved, tokenizer), strict=True):
@@ -941,14 +947,14 @@ def test_what_was_measured_follows_columns_that_are_taken_out_or_moved(mixed: Pa
 
 
 def test_a_damaged_table_of_measured_genes_is_refused(mixed: Path) -> None:
-    odd = ad.read_h5ad(shard_paths(mixed, "train")[0])
+    odd = ad.read_h5ad(Corpus.open(mixed).paths("train")[0])
     odd.varm[MEASURED_KEY] = np.zeros((odd.n_vars, 2))
     with pytest.raises(InputError, match=r"does not say which of 8 columns were measured"):
         next(iter(IterableAnnDataset(odd, tokenizer=GeneTokenizer.from_pretrained(mixed))))
 
 
 def test_a_shard_that_names_an_unknown_table_of_genes_is_refused(mixed: Path) -> None:
-    odd = ad.read_h5ad(shard_paths(mixed, "train")[0])
+    odd = ad.read_h5ad(Corpus.open(mixed).paths("train")[0])
     odd.obs[SOURCE_COLUMN] = 2
     with pytest.raises(InputError, match=r"names table 2 of 2 tables of genes"):
         next(iter(IterableAnnDataset(odd, GeneTokenizer.from_pretrained(mixed))))
@@ -966,7 +972,7 @@ def test_the_manifest_says_what_became_of_every_column(tmp_path: Path) -> None:
     second = cells(counts(30), genes=[*GENES[:5], ENSEMBL[4] + ".2", "7", ""], prefix="y")
     (tmp_path / "panel.txt").write_text("\n".join([*ENSEMBL[:5], "G6", "Z1"]))
     made = prepare([first, second], tmp_path / "corpus", panel=str(tmp_path / "panel.txt"), split_by="cell")
-    reports = {report["mapped"]["count"]: report for report in read_manifest(made)["gene_tables"]}
+    reports = {report["mapped"]["count"]: report for report in Corpus.open(made).manifest["gene_tables"]}
     counted = [{kind: report["count"] for kind, report in reports[mapped].items()} for mapped in (0, 5)]
     assert counted[0] == {"kept": 6, "mapped": 0, "summed": 0, "dropped": 2, "unknown": 0, "unmeasured": 1}
     assert counted[1] == {"kept": 1, "mapped": 5, "summed": 1, "dropped": 0, "unknown": 2, "unmeasured": 2}
@@ -980,7 +986,7 @@ def test_a_given_panel_stays_whole(tmp_path: Path) -> None:
     (tmp_path / "panel.txt").write_text("G5\nZ1\nG1\n")
     made = prepare(cells(counts(40)), tmp_path / "corpus", panel=str(tmp_path / "panel.txt"))
     assert GeneTokenizer.from_pretrained(made).genes == ("G5", "Z1", "G1")
-    assert measured_genes(shard_paths(made, "train")[0]).tolist() == [[True, False, True]]
+    assert measured_genes(Corpus.open(made).paths("train")[0]).tolist() == [[True, False, True]]
 
 
 def test_numbers_are_not_taken_for_genes_where_a_symbol_stands_beside(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from perturbgene.configs import parse_args
-from perturbgene.corpus.prepare import prepare, shard_paths
+from perturbgene.corpus.manifest import Corpus
+from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -210,7 +211,7 @@ def test_a_run_resumed_with_other_batches_continues_with_the_cells_that_are_left
 ) -> None:
     out = long_run(corpus, tmp_path / "run", "--num_train_epochs 1 --save_steps 2")
     dataset = IterableAnnDataset(
-        shard_paths(corpus, "train"), GeneTokenizer.from_pretrained(out), shuffle=True, seed=42
+        Corpus.open(corpus).paths("train"), GeneTokenizer.from_pretrained(out), shuffle=True, seed=42
     )
     left = [cell.index for cell in dataset][4 * 16 :]
     trained_cells.clear()
@@ -268,7 +269,7 @@ def planned_run(corpus: Path, out: Path, more: str, *, rule: str) -> Path:
 
 def planned_stream(corpus: Path, run: Path) -> IterableAnnDataset:
     """Make the stream that a run under the budget trained on."""
-    tokenizer, paths = GeneTokenizer.from_pretrained(run), shard_paths(corpus, "train")
+    tokenizer, paths = GeneTokenizer.from_pretrained(run), Corpus.open(corpus).paths("train")
     return IterableAnnDataset(paths, tokenizer, shuffle=True, seed=42, tokens_per_batch=130)
 
 
@@ -350,7 +351,7 @@ def test_a_checkpoint_without_a_position_resumes_as_well(corpus: Path, whole: Pa
 
 def test_resuming_on_other_cells_is_refused(corpus: Path, stopped: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(corpus, tmp_path / "other"))
-    shutil.copy(shard_paths(other, "eval")[0], shard_paths(other, "train")[0])
+    shutil.copy(Corpus.open(other).paths("eval")[0], Corpus.open(other).paths("train")[0])
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["shards"]["train"][0]["cells"] = manifest["shards"]["eval"][0]["cells"]
     (other / "manifest.json").write_text(json.dumps(manifest))

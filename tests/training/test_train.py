@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from perturbgene.configs import load_config, parse_args
-from perturbgene.corpus.prepare import prepare, shard_paths
+from perturbgene.corpus.manifest import Corpus
+from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -62,7 +63,7 @@ def accuracy_on_training_cells(run: Path, corpus: Path) -> float:
 def test_a_tiny_model_learns_64_cells_by_heart(cells: ad.AnnData, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).permutation(cells.n_obs)[:80]
     corpus = prepare(cells[rows], tmp_path / "c", phenotypes=["cell_type=bulk_labels"], num_top_genes=120)
-    train = shard_paths(corpus, "train")[0]
+    train = Corpus.open(corpus).paths("train")[0]
     run = mlm(
         f"--corpus {corpus} --eval_data_paths {train} --allow_overlap --output_dir {tmp_path}/run {QUIET} "
         "--num_train_epochs 60 --learning_rate 3e-3 --dropout 0 --phenotype_mask_prob 1 --absent_prob 0 "
@@ -82,7 +83,7 @@ def test_permuted_labels_do_not_beat_the_majority_on_held_out_cells(cells: ad.An
         "--num_train_epochs 6 --learning_rate 2e-3"
     )
     scores = json.loads((run / "metrics.json").read_text())["cell_type"]["classifier"]
-    labels = ad.read_h5ad(shard_paths(corpus, "eval")[0]).obs["cell_type"]
+    labels = ad.read_h5ad(Corpus.open(corpus).paths("eval")[0]).obs["cell_type"]
     majority = labels.value_counts(normalize=True).max()
     noise = 2 * np.sqrt(majority * (1 - majority) / len(labels))
     assert scores["accuracy"] <= majority + noise
@@ -106,7 +107,7 @@ def test_the_resolved_configuration_loads_again(short_run: Path, corpus: Path) -
 
 def test_a_loaded_model_gives_the_same_logits(short_run: Path, corpus: Path) -> None:
     tokenizer = GeneTokenizer.from_pretrained(short_run)
-    cells = list(IterableAnnDataset(shard_paths(corpus, "eval"), tokenizer))[:4]
+    cells = list(IterableAnnDataset(Corpus.open(corpus).paths("eval"), tokenizer))[:4]
     batch = collate_fn_wrapper(tokenizer, packed=True)(cells)
     first, second = (GeneBertForPhenotypicMLM.from_pretrained(short_run).eval() for _ in range(2))
     with torch.no_grad():
@@ -250,7 +251,7 @@ def test_weights_of_another_tokenizer_are_refused(short_run: Path, cells: ad.Ann
 
 
 def test_the_same_file_in_training_and_evaluation_is_refused(corpus: Path, tmp_path: Path) -> None:
-    train = shard_paths(corpus, "train")[0]
+    train = Corpus.open(corpus).paths("train")[0]
     with pytest.raises(InputError, match="allow_overlap"):
         mlm(f"--corpus {corpus} --eval_data_paths {train} --output_dir {tmp_path}/r {QUIET} --max_steps 1")
 

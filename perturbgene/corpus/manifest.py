@@ -1,0 +1,79 @@
+"""A corpus on disk: its manifest, read once, and where its shards are.
+
+Owns the manifest's name and version and what other commands ask of it; leaves what goes into it to `audit`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perturbgene.data_utils.opening import FileList
+from perturbgene.errors import InputError, listed
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 1
+
+#: The value of `split_by` that splits single cells, by a hash of their names.
+BY_CELL = "cell"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder that `prepare` has written. `Corpus.open` reads the manifest; pass the object on instead of the path.
+
+    Args:
+        folder: The corpus folder.
+        manifest: The parsed `manifest.json`.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Corpus":
+        """Read the manifest of a corpus folder.
+
+        Raises:
+            InputError: The folder is not a corpus, or was written by another version.
+        """
+        path = Path(folder) / MANIFEST_FILE
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} is not a corpus ({error}). Make one with `perturbgene prepare`.") from error
+        version = manifest.get("manifest_version") if isinstance(manifest, dict) else None
+        if version != MANIFEST_VERSION:
+            raise InputError(f"{path} has version {version!r}, not {MANIFEST_VERSION}. Run prepare again.")
+        return cls(Path(folder), manifest)
+
+    def paths(self, split: str) -> FileList:
+        """Return the shards of one split, "train" or "eval".
+
+        Raises:
+            InputError: A shard is missing.
+        """
+        files = FileList(str(self.folder / shard["file"]) for shard in self.manifest["shards"][split])
+        if missing := [path for path in files if not Path(path).exists()]:
+            raise InputError(f"{listed(missing)} of corpus {self.folder} does not exist. Run prepare again.")
+        return files
+
+    def sizes(self, split: str) -> list[int]:
+        """Return the number of cells in each of `paths`."""
+        return [int(shard["cells"]) for shard in self.manifest["shards"][split]]
+
+    def checksums(self, split: str) -> list[str]:
+        """Return the SHA-256 of each of `paths`, as it was written."""
+        return [str(shard["sha256"]) for shard in self.manifest["shards"][split]]
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """The labels of every phenotype that training cells have."""
+        phenotypes = self.manifest["phenotypes"]
+        return {name: [label for label in of["train"] if label != "(missing)"] for name, of in phenotypes.items()}
+
+    @property
+    def split_by(self) -> str | None:
+        """The obs column that the split keeps whole, such as the donor; None where cells were split one by one."""
+        by = str(self.manifest["split"]["by"])
+        return None if by == BY_CELL else by
