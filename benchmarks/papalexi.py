@@ -103,7 +103,7 @@ def _without(block: TokenBlock, labels_l: np.ndarray, token_type: int) -> tuple[
 
 
 def token_changes(run: Run, controls: ad.AnnData, genes: Iterable[str]) -> pd.DataFrame:
-    """Return the change expected of hidden genes when a gene's token is removed (no label given), genes x knock-outs."""
+    """Return the expected change of hidden genes if a gene's token is removed and no label given, genes x knock-outs."""
     dataset = open_cells(controls, run, {})
     tokenizer, names = dataset.tokenizer, list(genes)
     num_genes, types = len(tokenizer.panel), tokenizer.first_gene_type + find_genes(tokenizer, names)
