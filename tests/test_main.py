@@ -83,7 +83,7 @@ NONSENSE = [
     "predict run in.h5ad --output in.h5ad",
     "download",
     "download nothing",
-    "download tabula-sapiens --retries -1",
+    "download https://host/a.h5ad --retries -1",
     "--debug predict",
 ]
 

@@ -13,7 +13,7 @@ from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
 from perturbgene.cli.checks import check_exists, check_no_repeats, check_not_both, check_question, named_values
 from perturbgene.cli.flags import option
 from perturbgene.cli.training import TrainingConfig
-from perturbgene.errors import InputError, did_you_mean
+from perturbgene.errors import InputError
 
 HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
 
@@ -322,30 +322,28 @@ class DownloadConfig(BaseConfig):
     """Settings of `download`."""
 
     verb: ClassVar[str] = "download"
-    summary: ClassVar[str] = "Fetch data sets, resuming where a download broke off."
-    about: ClassVar[str] = "Fetches a known set of shards, or any URLs; resumes, retries and compares checksums."
-    example: ClassVar[str] = "perturbgene download tabula-sapiens --output_dir data --num_shards 4"
-
-    known_sources: ClassVar[tuple[str, ...]] = ("tabula-sapiens",)
+    summary: ClassVar[str] = "Download files and resume where a download stopped."
+    about: ClassVar[str] = "Downloads files from URLs; resumes, retries and compares checksums."
+    example: ClassVar[str] = "perturbgene download https://host/shard_{0..3}.h5ad --output_dir data"
 
     sources: list[str] = option(
-        [], help="tabula-sapiens, or URLs.", group="Input and output", is_required=True, is_positional=True
+        [],
+        help="URLs, also with brace patterns.",
+        group="Input and output",
+        is_required=True,
+        is_positional=True,
     )
     output_dir: str = option(".", help="Folder to write.", group="Input and output")
-    base_url: str | None = option(None, help="Where the shards of tabula-sapiens lie, in place of the usual place.")
-    num_shards: int = option(48, help="First shards to fetch of tabula-sapiens.", within="[1, 48]")
     checksums: str | None = option(None, help="File with lines `SHA256  NAME`.", group="Input and output")
-    retries: int = option(5, help="Attempts after a dropped connection.", within="[0, inf)")
-    overwrite: bool = option(False, help="Fetch again what is already there.", group="Input and output")
+    retries: int = option(5, help="Number of failed tries in a row before a download stops.", within="[0, inf)")
+    overwrite: bool = option(False, help="Download files again that are already there.", group="Input and output")
 
     def check(self) -> None:
         super().check()
         check_exists(self.checksums, flag="checksums")
         for source in self.sources:
-            if source not in self.known_sources and "://" not in source:
-                raise InputError(
-                    f"{source!r} is neither a URL nor a known set. {did_you_mean(source, self.known_sources)}"
-                )
+            if "://" not in source:
+                raise InputError(f"{source!r} is not a URL. Write it as https://host/file.h5ad.")
 
 
 @dataclass(frozen=True, kw_only=True)

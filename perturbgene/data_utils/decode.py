@@ -1,63 +1,29 @@
 """Spans of one-dimensional HDF5 data sets, read as fast as their storage allows.
 
-Owns three ways to the same numbers: a memory map of contiguous data, own decompression of gzip chunks (ISA-L, about
-twice the speed of zlib, outside the interpreter lock), and h5py for all else. Opens nothing itself. Letters: l values.
+Owns three ways to the same numbers: a memory map of contiguous data, its own decompression of gzip chunks (ISA-L: twice
+the speed of zlib, and outside the interpreter lock), and h5py for everything else. Letters: l values, m spans.
 """
 
 import importlib
 import zlib
-from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
 
-
-def _inflater() -> Any:
-    """Return ISA-L's module where it is installed (extra `fast`), else zlib: the same bytes, more slowly."""
-    try:
-        return importlib.import_module("isal.isal_zlib")
-    except ImportError:
-        return zlib
-
-
-_INFLATER = _inflater()
+try:
+    inflater: Any = importlib.import_module("isal.isal_zlib")
+except ImportError:  # no wheel for this machine: zlib gives the same bytes more slowly
+    inflater = zlib
 
 _GZIP_FILTER, _SHUFFLE_FILTER = 1, 2
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a data set lies in its file.
-
-    Args:
-        kind: "contiguous", "gzip" or "other".
-        is_shuffled: True when bytes were regrouped by significance before gzip.
-    """
-
-    kind: str
-    is_shuffled: bool = False
-
-    @classmethod
-    def of(cls, dataset: Any) -> "Storage":
-        """Look at a data set's creation properties; what is not understood is "other"."""
-        properties = dataset.id.get_create_plist()
-        codes = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
-        is_plain = dataset.ndim == 1 and dataset.dtype.isnative and dataset.dtype.kind in "iuf"
-        if not is_plain or dataset.is_virtual or dataset.external:
-            return cls("other")
-        if dataset.chunks is None:
-            return cls("contiguous" if dataset.id.get_offset() is not None else "other")
-        if codes in ([_GZIP_FILTER], [_SHUFFLE_FILTER, _GZIP_FILTER]):
-            return cls("gzip", is_shuffled=_SHUFFLE_FILTER in codes)
-        return cls("other")
 
 
 @numba.njit(nogil=True, cache=True)
 def copy_spans(
     bytes_l: np.ndarray, starts_m: np.ndarray, stops_m: np.ndarray, out: np.ndarray
 ) -> None:  # pragma: no cover
-    """Copy spans of bytes behind each other."""
+    """Copy spans of bytes one after the other."""
     at = 0
     for m in range(len(starts_m)):
         length = stops_m[m] - starts_m[m]
@@ -70,25 +36,30 @@ class SpanReader:
 
     Args:
         dataset: An open one-dimensional `h5py.Dataset`.
-        path: Its file on this machine, for memory maps; None when it is read from elsewhere.
+        path: Its file.
     """
 
-    def __init__(self, dataset: Any, *, path: str | None) -> None:
-        self.dataset, self.storage = dataset, Storage.of(dataset)
-        self._is_remote = path is None
+    def __init__(self, dataset: Any, *, path: str) -> None:
+        self.dataset = dataset
         self._map: np.ndarray | None = None
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=dataset.dtype))
-        if self.storage.kind == "contiguous" and path is not None and len(dataset):
-            offset = dataset.id.get_offset()
+        properties = dataset.id.get_create_plist()
+        filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
+        is_plain = dataset.ndim == 1 and dataset.dtype.isnative and dataset.dtype.kind in "iuf"
+        is_plain = is_plain and not dataset.is_virtual and not dataset.external
+        is_chunked, self.is_shuffled = dataset.chunks is not None, _SHUFFLE_FILTER in filters
+        #: True for chunks that are decompressed here.
+        self.is_gzip = is_plain and is_chunked and filters in ([_GZIP_FILTER], [_SHUFFLE_FILTER, _GZIP_FILTER])
+        if is_plain and not is_chunked and len(dataset) and (offset := dataset.id.get_offset()) is not None:
             self._map = np.asarray(np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape))
 
     @property
     def is_mapped(self) -> bool:
-        """True when any span costs the same, whatever lies between."""
+        """True when any span costs the same, whatever is between."""
         return self._map is not None
 
     def gather(self, starts_m: np.ndarray, stops_m: np.ndarray) -> np.ndarray:
-        """Return the values of several spans behind each other, shape (l,), of mapped data."""
+        """Return the values of several spans one after the other, shape (l,), of mapped data."""
         assert self._map is not None
         values = np.empty(int((stops_m - starts_m).sum()), dtype=self.dataset.dtype)
         size = values.itemsize
@@ -105,29 +76,21 @@ class SpanReader:
             return np.empty(0, dtype=self.dataset.dtype)
         if self._map is not None:
             return np.asarray(self._map[start:stop])
-        if self.storage.kind == "gzip" and not self._is_remote:
-            return self._read_chunks(start, stop)
-        return np.asarray(self.dataset[start:stop])
-
-    def _read_chunks(self, start: int, stop: int) -> np.ndarray:
+        if not self.is_gzip:
+            return np.asarray(self.dataset[start:stop])
         (length,) = self.dataset.chunks
         values = np.empty(stop - start, dtype=self.dataset.dtype)
         for first in range(start - start % length, stop, length):
-            chunk = self._chunk(first)
+            known, chunk = self._last  # read at once: several threads may share a reader
+            if known != first:  # the last chunk is kept, because neighbouring spans share it
+                chunk = self._inflate(first)
+                self._last = (first, chunk)
             low, high = max(start, first), min(stop, first + length)
             values[low - start : high - start] = chunk[low - first : high - first]
         return values
 
-    def _chunk(self, first: int) -> np.ndarray:
-        """Return one decompressed chunk; the last one is kept, because neighbouring spans share it."""
-        known, chunk = self._last  # read at once: several threads may share a reader
-        if known != first:
-            chunk = self._inflate(first)
-            self._last = (first, chunk)
-        return chunk
-
     def _inflate(self, first: int) -> np.ndarray:
-        (length,) = self.dataset.chunks
+        (length,), size = self.dataset.chunks, self.dataset.dtype.itemsize
         try:
             mask, raw = self.dataset.id.read_direct_chunk((first,))
         except (ValueError, RuntimeError):  # a chunk that was never written holds the fill value
@@ -135,12 +98,11 @@ class SpanReader:
         if mask:  # a filter was left out for this chunk
             return np.asarray(self.dataset[first : first + length])
         try:
-            plain = _INFLATER.decompress(raw, bufsize=length * self.dataset.dtype.itemsize)
-        except (zlib.error, _INFLATER.error) as error:
+            plain = inflater.decompress(raw, bufsize=length * size)
+        except (zlib.error, inflater.error) as error:
             raise OSError(f"chunk at value {first} of {self.dataset.name}: {error}") from error
-        if len(plain) != length * self.dataset.dtype.itemsize:
+        if len(plain) != length * size:
             raise OSError(f"chunk at value {first} of {self.dataset.name} holds {len(plain)} bytes")
-        if self.storage.is_shuffled:
-            size = self.dataset.dtype.itemsize
+        if self.is_shuffled:  # bytes were regrouped by significance before gzip
             plain = np.frombuffer(plain, dtype=np.uint8).reshape(size, length).T.tobytes()
         return np.frombuffer(plain, dtype=self.dataset.dtype)

@@ -499,8 +499,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """Read and tokenise sorted rows, chunk by chunk, the chunks of a few files at a time in several threads."""
         blocks: list[TokenBlock] = []
         for chunks in self._windows(rows_m):
-            is_local = all(shard.source.is_local for shard, _, _ in chunks)
-            do = pool.map if self.threads > 1 and is_local and get_worker_info() is None else map
+            do = pool.map if self.threads > 1 and get_worker_info() is None else map
             blocks += do(self._tokenize_chunk, chunks, itertools.repeat(epoch))
         return blocks
 

@@ -1,6 +1,6 @@
-"""h5ad files as they are on disk: paths, matrices by rows, columns of obs and var.
+"""h5ad files as they are: paths, matrices by rows, columns of obs and var.
 
-Owns everything HDF5 about reading; knows nothing of panels, tokens or phenotypes. Letters: n cells, c columns,
+Owns everything HDF5 about reading; knows nothing of panels, tokens or phenotypes. Letters: n cells, m rows, c columns,
 l values.
 """
 
@@ -8,11 +8,10 @@ import glob
 import itertools
 import os
 import re
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,9 +19,9 @@ import pandas as pd
 from scipy import sparse
 
 from perturbgene.data_utils.decode import SpanReader
-from perturbgene.data_utils.remote import RemoteFile, default_cache_dir, expand_url, open_remote, url_identity
+from perturbgene.data_utils.remote import expand_url, kind_of, local_path
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.urls import is_url, shown_path, shown_text
+from perturbgene.urls import is_url, shown_path, shown_text, url_identity
 
 MOST_PATHS = 100_000
 
@@ -118,31 +117,58 @@ def identity(path: str) -> Any:
     return status.st_dev, status.st_ino
 
 
-def _refusal(path: str, error: Exception, *, head: bytes | None = None) -> InputError:
-    """Say what an unreadable file really is; `head` is how a remote one begins."""
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{path} does not exist. Check the path.")
-    if isinstance(error, PermissionError | BlockingIOError):
-        return InputError(f"{path} cannot be opened ({error}): it is protected, or locked by a program that writes it.")
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    if os.path.isfile(path) and size == 0:
-        return InputError(f"{path} is empty (0 bytes). Download or write it again.")
-    kind = "not an HDF5 file"
-    if head is None and os.path.isfile(path):
-        with open(path, "rb") as stream:
-            head = stream.read(64)
-    if head is not None:
-        if head.startswith(b"\x1f\x8b"):
-            kind = "gzip-compressed as a whole; unpack it with gunzip first"
-        elif head.lstrip().lower().startswith((b"<!doc", b"<html")):
-            kind = "a web page, probably an error page saved instead of the data"
-        elif head.startswith(b"\x89HDF"):
-            kind = "an HDF5 file that is truncated or damaged"
-    return InputError(f"{path} cannot be read ({kind}: {error}). Give an .h5ad file written by anndata.")
+class CellSource:
+    """What an h5ad file and an AnnData in memory have in common: columns that are found by name.
+
+    Attributes:
+        path: The source, for messages.
+        layer: Name of a layer, "raw" for `.raw`, or None for `X`.
+    """
+
+    path: str
+    layer: str | None
+
+    def columns_of(self, frame: str) -> list[str]:
+        """Return the names of the columns of `obs`, `var` or `raw/var`."""
+        raise NotImplementedError
+
+    def _column(self, frame: str, column: str) -> pd.Series:
+        raise NotImplementedError
+
+    @property
+    def var_frame(self) -> str:
+        """Where the columns of the chosen matrix are named.
+
+        Raises:
+            InputError: `.raw` was chosen and there is none.
+        """
+        raise NotImplementedError
+
+    def obs_column(self, column: str) -> pd.Series:
+        """Return one column of `obs`, positional index.
+
+        Raises:
+            InputError: No such column, with the nearest name.
+        """
+        return self._known_column("obs", column)
+
+    def var_column(self, column: str) -> pd.Series:
+        """Return one column of `var` (or `raw/var`), positional index."""
+        return self._known_column(self.var_frame, column)
+
+    def _known_column(self, frame: str, column: str) -> pd.Series:
+        known = self.columns_of(frame)
+        if column not in known:
+            name = "obs" if frame == "obs" else "var"
+            raise InputError(f"{self.path} has no {name} column {column!r}. {did_you_mean(column, known)}")
+        return self._column(frame, column).reset_index(drop=True)
+
+    def close(self) -> None:
+        """Close what is open; the next access opens it again."""
 
 
 @dataclass
-class H5adFile:
+class H5adFile(CellSource):
     """One open h5ad file; opened lazily in the process that reads it, never handed across a fork.
 
     Args:
@@ -153,7 +179,6 @@ class H5adFile:
     path: str
     layer: str | None = None
     _place: str = field(default="", repr=False)
-    _remote: RemoteFile | None = field(default=None, repr=False)
     _file: h5py.File | None = field(default=None, repr=False)
     _pid: int = field(default=0, repr=False)
     _whole: Any = field(default=None, repr=False)
@@ -165,53 +190,31 @@ class H5adFile:
         self._place, self.path = self.path, shown_path(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        closed = {"_remote": None, "_file": None, "_pid": 0, "_whole": None, "_offsets": None}
-        closed |= {"_readers": None, "_checked": None}
-        return {"path": self.path, "layer": self.layer, "_place": self._place, **closed}
+        closed = dict.fromkeys(("_file", "_whole", "_offsets", "_readers", "_checked"))
+        return {"path": self.path, "layer": self.layer, "_place": self._place, "_pid": 0, **closed}
 
     @property
     def file(self) -> h5py.File:
-        """The open HDF5 file, reopened after a fork."""
+        """The open HDF5 file, reopened after a fork.
+
+        Raises:
+            InputError: It cannot be fetched or opened, keeps data in other files, or is no AnnData.
+        """
         if self._file is None or self._pid != os.getpid():
-            self._remote = open_remote(self._place, default_cache_dir()) if is_url(self._place) else None
+            local = local_path(self._place)
             try:
-                file = self._opened()
+                file = h5py.File(local, "r")
                 self._check(file)
             except (OSError, RuntimeError) as error:
-                head = self._remote.read_range(0, min(64, self._remote.size)) if self._remote else None
-                raise _refusal(self.path, error, head=head) from error
+                raise _refusal(self.path, local, error) from error
             self._file, self._pid = file, os.getpid()
         return self._file
-
-    def _opened(self) -> h5py.File:
-        if self._remote is None:
-            return h5py.File(self._place, "r")
-        file = h5py.File(self._remote.local_path or self._remote, "r")
-        # Left to the end of the program, HDF5 may close a file whose Python stream is gone by then, and crash.
-        weakref.finalize(self, _close, file, pid=os.getpid())
-        return file
-
-    @property
-    def is_local(self) -> bool:
-        """True for a file of this machine, which several threads may read; one from afar is opened anew at times."""
-        return not is_url(self._place)
-
-    def _prefer_cached(self) -> None:
-        """Open a remote file again once it lies whole in the cache, where HDF5 reads it without our help."""
-        remote = self._remote
-        if remote is not None and self._pid == os.getpid() and remote.is_cached_since_opened:
-            known = self._whole, self._offsets
-            self.close()
-            self._whole, self._offsets = known
 
     def close(self) -> None:
         """Close the file; the next access opens it again."""
         if self._file is not None and self._pid == os.getpid():
             self._file.close()
-            if self._remote is not None:
-                self._remote.close()
-        self._file, self._remote, self._whole, self._offsets = None, None, None, None
-        self._readers, self._checked = None, None
+        self._file = self._whole = self._offsets = self._readers = self._checked = None
 
     def _check(self, file: h5py.File) -> None:
         links: list[str] = []
@@ -225,27 +228,14 @@ class H5adFile:
                 "(MuData and Loom files are not). Save the modality you want with AnnData.write_h5ad."
             )
 
-    @property
-    def matrix_name(self) -> str:
-        """Path of the chosen matrix within the file."""
-        return {None: "X", "raw": "raw/X"}.get(self.layer, f"layers/{self.layer}")
-
-    @property
-    def _node(self) -> h5py.Group | h5py.Dataset:
-        name = self.matrix_name
-        if name not in self.file:
-            found = [*(["X"] if "X" in self.file else []), *(["raw"] if "raw/X" in self.file else [])]
-            found += list(self.file.get("layers", {}))
-            found_text = f"but has: {listed(found)}. Choose with --layer" if found else "nor any other. Add one"
-            raise InputError(f"{self.path} has no matrix {name!r}, {found_text}.")
-        return self.file[name]
+    # -- the matrix ------------------------------------------------------------------------------------------------
 
     @property
     def matrix(self) -> h5py.Group | h5py.Dataset:
         """The chosen matrix.
 
         Raises:
-            InputError: The file has no such matrix, stores it in a form that is none, or keeps it in another file.
+            InputError: The file has no such matrix, stores it in an unknown form, or keeps it in another file.
         """
         return self._checked_matrix()[0]
 
@@ -255,24 +245,31 @@ class H5adFile:
         return self._checked_matrix()[1]
 
     def _checked_matrix(self) -> tuple[h5py.Group | h5py.Dataset, str]:
-        """The matrix and how it is stored, looked at once each time the file is opened."""
-        if self._checked is None or self._checked[0] is not self.file:
-            self._checked = (self.file, *self._look_at_matrix())
-        return self._checked[1:]
-
-    def _look_at_matrix(self) -> tuple[h5py.Group | h5py.Dataset, str]:
-        node = self._node
+        """Return the matrix and how it is stored, looked at once each time the file is opened."""
+        if self._checked is not None and self._checked[0] is self.file:
+            return self._checked[1:]
+        name = self.matrix_name
+        if name not in self.file:
+            found = [*(["X"] if "X" in self.file else []), *(["raw"] if "raw/X" in self.file else [])]
+            found += list(self.file.get("layers", {}))
+            found_text = f"but has: {listed(found)}. Choose with --layer" if found else "nor any other. Add one"
+            raise InputError(f"{self.path} has no matrix {name!r}, {found_text}.")
+        node = self.file[name]
         format_ = _format_of(node)
         if format_ == "unknown":
-            raise InputError(
-                f"{self.path}: {self.matrix_name} is stored in a form that is no matrix. Re-save it with anndata."
-            )
+            raise InputError(f"{self.path}: {name} is stored in a form that is no matrix. Re-save it with anndata.")
         for part in [node] if isinstance(node, h5py.Dataset) else [node[key] for key in ("data", "indices", "indptr")]:
             if part.external or part.is_virtual:
                 raise InputError(
                     f"{self.path} keeps {part.name[1:]} in another file, which is refused. Copy the data in."
                 )
+        self._checked = (self.file, node, format_)
         return node, format_
+
+    @property
+    def matrix_name(self) -> str:
+        """Path of the chosen matrix within the file."""
+        return {None: "X", "raw": "raw/X"}.get(self.layer, f"layers/{self.layer}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -284,88 +281,6 @@ class H5adFile:
         if shape is None or len(shape) != 2:
             raise InputError(f"{self.path}: {self.matrix_name} does not say its shape. Re-save it with anndata.")
         return int(shape[0]), int(shape[1])
-
-    def _read_elem(self, name: str) -> Any:
-        from anndata.io import read_elem
-
-        try:
-            return read_elem(self.file[name])
-        except InputError:  # the network, which says enough
-            raise
-        except Exception as error:  # anndata raises many kinds here; all mean the same to a user
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{self.path}: {name} cannot be read ({reason}). Re-save it with anndata.") from error
-
-    def _frame(self, frame: str) -> pd.DataFrame:
-        node = self.file[frame]
-        return _frame_of_table(node, self.file) if isinstance(node, h5py.Dataset) else self._read_elem(frame)
-
-    def _frame_column(self, frame: str, column: str) -> pd.Series:
-        node = self.file[frame]
-        # Version 0.1 keeps the categories of all columns apart: a column read alone would be codes, not labels.
-        stands_alone = isinstance(node, h5py.Group) and node.attrs.get("encoding-version") == "0.2.0" and column in node
-        if stands_alone:
-            return pd.Series(self._read_elem(f"{frame}/{column}"))
-        return self._frame(frame)[column].reset_index(drop=True)
-
-    def columns_of(self, frame: str) -> list[str]:
-        """Names of the columns of `obs`, `var` or `raw/var`."""
-        node = self.file[frame]
-        if isinstance(node, h5py.Group) and "column-order" in node.attrs:
-            return [_text(name) for name in node.attrs["column-order"]]
-        return [str(name) for name in self._frame(frame).columns]
-
-    def obs_column(self, column: str) -> pd.Series:
-        """Read one column of `obs`, positional index.
-
-        Raises:
-            InputError: No such column, with the nearest name.
-        """
-        known = self.columns_of("obs")
-        if column not in known:
-            raise InputError(f"{self.path} has no obs column {column!r}. {did_you_mean(column, known)}")
-        return self._frame_column("obs", column)
-
-    def varm_array(self, name: str) -> np.ndarray | None:
-        """Read one array of `varm`, or None where there is none of that name."""
-        node = self.file.get(f"varm/{name}")
-        return node[()] if isinstance(node, h5py.Dataset) and node.shape else None
-
-    def _index_of(self, frame: str) -> np.ndarray:
-        node = self.file[frame]
-        if isinstance(node, h5py.Group) and "_index" in node.attrs and node.attrs["_index"] in node:
-            return np.asarray(self._read_elem(f"{frame}/{node.attrs['_index']}"), dtype=object)
-        return np.asarray(self._frame(frame).index, dtype=object)
-
-    @property
-    def obs_names(self) -> np.ndarray:
-        """Names of the cells, shape (n,)."""
-        return self._index_of("obs")
-
-    @property
-    def var_frame(self) -> str:
-        """Where the columns of the chosen matrix are named.
-
-        Raises:
-            InputError: `.raw` was chosen and the file has none, or one without names.
-        """
-        if self.layer != "raw":
-            return "var"
-        if "raw/var" not in self.file:
-            raise InputError(f"{self.path} has no .raw with gene names. Choose another matrix with --layer.")
-        return "raw/var"
-
-    @property
-    def var_names(self) -> np.ndarray:
-        """Names of the columns of the chosen matrix, shape (c,)."""
-        return self._index_of(self.var_frame)
-
-    def var_column(self, column: str) -> pd.Series:
-        """Read one column of `var` (or `raw/var`)."""
-        known = self.columns_of(self.var_frame)
-        if column not in known:
-            raise InputError(f"{self.path} has no var column {column!r}. {did_you_mean(column, known)}")
-        return self._frame_column(self.var_frame, column)
 
     @property
     def offsets(self) -> np.ndarray:
@@ -394,17 +309,15 @@ class H5adFile:
         return self._whole
 
     def _spans(self) -> tuple[SpanReader, SpanReader]:
-        """Readers of the values and columns of a CSR matrix, made anew whenever the file was opened again."""
+        """Return readers of the values and columns of a CSR matrix, made again whenever the file is reopened."""
         if self._readers is None or self._readers[0] is not self.file:
-            group = self.matrix
-            place = self._place if self._remote is None else self._remote.local_path
-            local = str(place) if place is not None else None
-            self._readers = (self.file, SpanReader(group["data"], path=local), SpanReader(group["indices"], path=local))
-        return self._readers[1], self._readers[2]
+            data, indices = (SpanReader(self.matrix[key], path=self.file.filename) for key in ("data", "indices"))
+            self._readers = (self.file, data, indices)
+        return self._readers[1:]
 
     def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Read scattered rows as CSR where that costs no more than neighbouring ones, else return None."""
-        if not self.is_local or self.format != "csr" or not all(span.is_mapped for span in self._spans()):
+        if self.format != "csr" or not all(span.is_mapped for span in self._spans()):
             return None
         starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
         values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
@@ -413,9 +326,8 @@ class H5adFile:
     def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read neighbouring rows as CSR: values (l,), columns (l,), offsets from 0 (stop - start + 1,).
 
-        CSR is read straight from disk, dense rows are compressed as they are read, CSC is converted once in memory.
+        CSR is read straight from disk, dense rows are compressed as they are read. CSC is converted once, in memory.
         """
-        self._prefer_cached()
         try:
             if self.format == "dense":
                 return _compress(self.matrix[start:stop])
@@ -432,14 +344,84 @@ class H5adFile:
                 "compression needs a plugin (pip install hdf5plugin)."
             ) from error
 
+    # -- obs and var -----------------------------------------------------------------------------------------------
 
-def _close(file: h5py.File, *, pid: int) -> None:
-    if pid == os.getpid():
-        file.close()
+    @property
+    def var_frame(self) -> str:
+        """Where the columns of the chosen matrix are named."""
+        if self.layer != "raw":
+            return "var"
+        if "raw/var" not in self.file:
+            raise InputError(f"{self.path} has no .raw with gene names. Choose another matrix with --layer.")
+        return "raw/var"
+
+    def columns_of(self, frame: str) -> list[str]:
+        """Return the names of the columns of `obs`, `var` or `raw/var`."""
+        node = self.file[frame]
+        if isinstance(node, h5py.Group) and "column-order" in node.attrs:
+            return [_text(name) for name in node.attrs["column-order"]]
+        return [str(name) for name in self._frame(frame).columns]
+
+    def _column(self, frame: str, column: str) -> pd.Series:
+        node = self.file[frame]
+        # Version 0.1 keeps the categories of all columns apart: a column read alone would be codes, not labels.
+        is_self_contained = isinstance(node, h5py.Group) and node.attrs.get("encoding-version") == "0.2.0"
+        if is_self_contained and column in node:
+            return pd.Series(self._read_elem(f"{frame}/{column}"))
+        return self._frame(frame)[column]
+
+    def _frame(self, frame: str) -> pd.DataFrame:
+        node = self.file[frame]
+        return _frame_of_table(node, self.file) if isinstance(node, h5py.Dataset) else self._read_elem(frame)
+
+    def _read_elem(self, name: str) -> Any:
+        from anndata.io import read_elem
+
+        try:
+            return read_elem(self.file[name])
+        except Exception as error:  # anndata raises many kinds here; all mean the same to a user
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"{self.path}: {name} cannot be read ({reason}). Re-save it with anndata.") from error
+
+    def _index_of(self, frame: str) -> np.ndarray:
+        node = self.file[frame]
+        if isinstance(node, h5py.Group) and "_index" in node.attrs and node.attrs["_index"] in node:
+            return np.asarray(self._read_elem(f"{frame}/{node.attrs['_index']}"), dtype=object)
+        return np.asarray(self._frame(frame).index, dtype=object)
+
+    @property
+    def obs_names(self) -> np.ndarray:
+        """Names of the cells, shape (n,)."""
+        return self._index_of("obs")
+
+    @property
+    def var_names(self) -> np.ndarray:
+        """Names of the columns of the chosen matrix, shape (c,)."""
+        return self._index_of(self.var_frame)
+
+    def varm_array(self, name: str) -> np.ndarray | None:
+        """Return one array of `varm`, or None where there is none of that name."""
+        node = self.file.get(f"varm/{name}")
+        return node[()] if isinstance(node, h5py.Dataset) and node.shape else None
+
+
+def _refusal(path: str, local: str, error: Exception) -> InputError:
+    """Say what an unreadable file really is."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} does not exist. Check the path.")
+    if isinstance(error, PermissionError | BlockingIOError):
+        return InputError(f"{path} cannot be opened ({error}): it is protected, or locked by a program that writes it.")
+    if not os.path.isfile(local):
+        return InputError(f"{path} cannot be read ({error}). Give an .h5ad file written by anndata.")
+    with open(local, "rb") as stream:
+        head = stream.read(64)
+    if not head:
+        return InputError(f"{path} is empty (0 bytes). Download or write it again.")
+    return InputError(f"{path} is {kind_of(head)}: {error}. Give an .h5ad file written by anndata.")
 
 
 @dataclass
-class MemoryFile:
+class MemoryFile(CellSource):
     """An AnnData in memory, read in the same way as a file.
 
     Args:
@@ -450,7 +432,7 @@ class MemoryFile:
     adata: Any
     layer: str | None = None
     path: str = "AnnData"
-    is_local: ClassVar[bool] = True
+    format: str = "csr"
     _csr: sparse.csr_matrix | None = field(default=None, repr=False)
 
     @property
@@ -472,15 +454,11 @@ class MemoryFile:
         """Cells and columns of the chosen matrix."""
         return self.adata.n_obs, len(self._var)
 
-    @property
-    def format(self) -> str:
-        """How rows are stored: always csr once in memory."""
-        return "csr"
-
-    @property
-    def obs_names(self) -> np.ndarray:
-        """Names of the cells, shape (n,)."""
-        return np.asarray(self.adata.obs_names, dtype=object)
+    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return neighbouring rows as CSR: values, columns, offsets from 0."""
+        offsets = self._matrix.indptr[start : stop + 1].astype(np.int64)
+        span = slice(int(offsets[0]), int(offsets[-1]))
+        return self._matrix.data[span], self._matrix.indices[span], offsets - offsets[0]
 
     @property
     def _var(self) -> pd.DataFrame:
@@ -489,45 +467,31 @@ class MemoryFile:
         return self.adata.raw.var if self.layer == "raw" else self.adata.var
 
     @property
+    def var_frame(self) -> str:
+        """Where the columns of the chosen matrix are named."""
+        return "raw/var" if self.layer == "raw" else "var"
+
+    def columns_of(self, frame: str) -> list[str]:
+        """Return the names of the columns of `obs` or `var`."""
+        return [str(name) for name in (self.adata.obs if frame == "obs" else self._var).columns]
+
+    def _column(self, frame: str, column: str) -> pd.Series:
+        return (self.adata.obs if frame == "obs" else self._var)[column]
+
+    @property
+    def obs_names(self) -> np.ndarray:
+        """Names of the cells, shape (n,)."""
+        return np.asarray(self.adata.obs_names, dtype=object)
+
+    @property
     def var_names(self) -> np.ndarray:
         """Names of the columns of the chosen matrix, shape (c,)."""
         return np.asarray(self._var.index, dtype=object)
-
-    def columns_of(self, frame: str) -> list[str]:
-        """Names of the columns of `obs` or `var`."""
-        return [str(name) for name in (self.adata.obs if frame == "obs" else self._var).columns]
-
-    def obs_column(self, column: str) -> pd.Series:
-        """Return one column of `obs`, positional index."""
-        if column not in self.adata.obs:
-            raise InputError(
-                f"{self.path} has no obs column {column!r}. {did_you_mean(column, self.columns_of('obs'))}"
-            )
-        return self.adata.obs[column].reset_index(drop=True)
 
     def varm_array(self, name: str) -> np.ndarray | None:
         """Return one array of `varm`, or None where there is none of that name."""
         found = self.adata.varm.get(name)
         return found if isinstance(found, np.ndarray) and found.shape else None
-
-    @property
-    def var_frame(self) -> str:
-        """Where the columns of the chosen matrix are named."""
-        return "raw/var" if self.layer == "raw" else "var"
-
-    def var_column(self, column: str) -> pd.Series:
-        """Return one column of `var` (or `raw.var`)."""
-        if column not in self._var:
-            raise InputError(
-                f"{self.path} has no var column {column!r}. {did_you_mean(column, self.columns_of('var'))}"
-            )
-        return self._var[column].reset_index(drop=True)
-
-    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return neighbouring rows as CSR: values, columns, offsets from 0."""
-        offsets = self._matrix.indptr[start : stop + 1].astype(np.int64)
-        span = slice(int(offsets[0]), int(offsets[-1]))
-        return self._matrix.data[span], self._matrix.indices[span], offsets - offsets[0]
 
 
 def _compress(dense_nc: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

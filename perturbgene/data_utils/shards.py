@@ -7,6 +7,7 @@ tokenizer and the order of rows to the plan. Letters: n cells, m rows asked for,
 import hashlib
 import logging
 import os
+import shutil
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GeneAlignme
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
 from perturbgene.data_utils.opening import H5adFile, MemoryFile
 from perturbgene.data_utils.order import runs_of
-from perturbgene.data_utils.remote import copy_file
+from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.scale import (
     ExpressionBlock,
     Normalization,
@@ -430,7 +431,7 @@ def write_h5ad_copy(
     temporary = Path(target).with_name(f"{Path(target).name}.{os.getpid()}.part")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source, temporary)
+        shutil.copyfile(local_path(source), temporary)
         with h5py.File(temporary, "r+") as file:
             if obs is not None and len(obs.keys()):
                 _add_columns(file, obs, source=source)

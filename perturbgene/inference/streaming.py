@@ -15,7 +15,6 @@ import datetime
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from perturbgene.data_utils.opening import expand_paths
-from perturbgene.data_utils.remote import copy_file
+from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.urls import is_url, shown_path
@@ -130,12 +129,7 @@ def read_cells(path: str | Path) -> "AnnData":
     paths = expand_paths([str(path)])
     if len(paths) > 1:
         raise InputError(f"{shown_path(str(path))} names {len(paths):,} files, but one is read here. Name one file.")
-    if not is_url(paths[0]):
-        return anndata.read_h5ad(paths[0])
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "cells.h5ad"
-        copy_file(paths[0], copy)
-        return anndata.read_h5ad(copy)
+    return anndata.read_h5ad(local_path(paths[0]))
 
 
 def token_batches(block: TokenBlock, *, most_tokens: int = BATCH_TOKENS) -> Iterator[tuple[slice, TokenBlock]]:

@@ -70,7 +70,7 @@ def test_verbs_take_positionals_in_order():
     assert parse_args(PREDICT) == PredictConfig(run="run", input="in.h5ad", output="out.h5ad")
     assert parse_args(["evaluate", "--device", "cpu", "run"]) == EvaluateConfig(run="run", device="cpu")
     assert parse_args(["prepare", "a.h5ad", "b.h5ad", "--output", "c"]).inputs == ["a.h5ad", "b.h5ad"]
-    assert parse_args(["download", "tabula-sapiens"]) == DownloadConfig(sources=["tabula-sapiens"])
+    assert parse_args(["download", "https://host/a.h5ad"]) == DownloadConfig(sources=["https://host/a.h5ad"])
 
 
 def test_two_dashes_end_a_list_before_positionals():
@@ -335,9 +335,9 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
         (["predict", "r", "--output", "o"], "INPUT after the verb"),
         (["predict", "r", "a.h5ad", "--output", "a.h5ad"], "the input itself"),
         ([*PREDICT, "--ask", "sex", "--given", "sex=male"], "asked and given at once"),
-        (["download", "tabula-sapien"], "Did you mean 'tabula-sapiens'"),
-        (["download", "tabula-sapiens", "--num_shards", "0"], "must lie in"),
-        (["download", "tabula-sapiens", "--adam_beta2", "0.9"], "unknown to download"),
+        (["download", "a.h5ad"], "'a.h5ad' is not a URL"),
+        (["download", "https://host/a.h5ad", "--retries", "-1"], "must lie in"),
+        (["download", "https://host/a.h5ad", "--adam_beta2", "0.9"], "unknown to download"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

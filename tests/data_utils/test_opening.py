@@ -253,7 +253,7 @@ def test_tables_of_anndata_0_6_give_names_and_labels(compound_path: str) -> None
     ("content", "message"),
     [
         pytest.param(b"", r"is empty \(0 bytes\)", id="empty file"),
-        pytest.param(b"hello", "not an HDF5 file", id="text"),
+        pytest.param(b"hello", "a file that begins with b'hello'", id="text"),
         pytest.param(gzip.compress(b"hello"), "unpack it with gunzip", id="gzip"),
         pytest.param(b"<!DOCTYPE html><title>404</title>", "a web page", id="web page"),
     ],
