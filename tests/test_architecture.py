@@ -37,7 +37,6 @@ ROOM_OF_MODULE = {"sharded_trainer": "training", "eval_utils": "training"}
 SEAMS = {
     "h5py": {"data_utils.opening", "data_utils.shards"},
     "fsspec": {"data_utils.remote"},
-    "aiohttp": {"data_utils.remote"},
     "matplotlib": {"plots"},
     "seaborn": set(),
     "pickle": set(),
