@@ -18,7 +18,7 @@ import pandas as pd
 
 from perturbgene.cli.checks import named_values
 from perturbgene.corpus.manifest import BY_CELL
-from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GenePanel
+from perturbgene.data_utils.genes import GenePanel, names_of
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
 from perturbgene.data_utils.opening import H5adFile
 from perturbgene.data_utils.scale import ExpressionBlock, Normalization, check_values
@@ -271,11 +271,8 @@ def _checked(block: ExpressionBlock) -> ExpressionBlock:
 
 def gene_names_of(shard: Shard, gene_id_column: str | None) -> tuple[tuple[object, ...], ...]:
     """Return what a file calls its genes: names, ids and symbols (the names where it has no such column)."""
-    source = shard.source
-    known = source.columns_of(source.var_frame)
-    names = source.var_names if gene_id_column is None else source.var_column(gene_id_column).to_numpy(dtype=object)
-    others = [next((column for column in wanted if column in known), None) for wanted in (ID_COLUMNS, SYMBOL_COLUMNS)]
-    return tuple(tuple(names if column is None else source.var_column(column)) for column in (None, *others))
+    names = names_of(shard.source, gene_id_column)
+    return tuple(map(tuple, (names.own_c, *((columns or (names.own_c,))[0] for columns in names[1:]))))
 
 
 def digest_of(*texts: object) -> str:

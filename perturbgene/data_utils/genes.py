@@ -1,7 +1,7 @@
 """Gene identity: which column of a file is which gene of the panel.
 
-Owns gene names, the panel and its alignment to a file; knows nothing of values, tokens or HDF5. Letters: g genes of the
-panel, c columns of a file.
+Owns what a file calls its genes (`names_of`), aligning them to a panel (`GenePanel.align`) and finding genes that a
+user names (`GenePanel.find_all`); knows nothing of values, tokens or HDF5. Letters: g genes of the panel, c columns.
 """
 
 import re
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import InputError, did_you_mean, listed
 
 NOT_IN_PANEL = -1
 
@@ -43,17 +43,41 @@ def is_ensembl(name: str) -> bool:
     return _ENSEMBL.match(name) is not None
 
 
-@dataclass(frozen=True)
-class GeneAlignment:
-    """Where each column of one file lies in the panel, and what became of the rest.
+class GeneNames(NamedTuple):
+    """What a file calls its genes: the name of each column, and further ids and symbols, arrays of shape (c,)."""
+
+    own_c: np.ndarray
+    ids: tuple[np.ndarray, ...]
+    symbols: tuple[np.ndarray, ...]
+
+
+def names_of(source: Any, gene_id_column: str | None = None) -> GeneNames:
+    """Return what a file calls its genes.
 
     Args:
-        gene_of_column_c: Panel index of each column, int32 of shape (c,), -1 where the panel lacks it.
+        source: A `CellSource`, such as `H5adFile`.
+        gene_id_column: Column of `var` with the names, in place of `var_names`.
+    """
+    known = source.columns_of(source.var_frame)
+    ids, symbols = (
+        tuple(np.asarray(source.var_column(column), dtype=object) for column in columns if column in known)
+        for columns in (ID_COLUMNS, SYMBOL_COLUMNS)
+    )
+    own_c = source.var_names if gene_id_column is None else source.var_column(gene_id_column)
+    return GeneNames(np.asarray(own_c, dtype=object), ids, symbols)
+
+
+@dataclass(frozen=True)
+class GeneAlignment:
+    """Which gene of the panel each column of a file is.
+
+    Args:
+        gene_of_column_c: Panel index of each column, int32 of shape (c,), -1 if the panel lacks it.
         num_genes: Size of the panel g.
-        by_symbol: Names of columns that were found through a symbol rather than an id.
-        duplicated: Panel genes that several columns claim.
+        by_symbol: Names of columns that were found by a symbol instead of an id.
+        duplicated: Panel genes that several columns are.
         unknown: Names of columns that the panel lacks.
-        other_case: Of these, names that the panel has in another case, where it has few of the file's.
+        other_case: Those of them that the panel has in another case, if it has few of the file's genes.
     """
 
     gene_of_column_c: np.ndarray
@@ -74,12 +98,6 @@ class GeneAlignment:
     def coverage(self) -> float:
         """Share of the panel's genes that the file has, in 0..1."""
         return float(self.is_measured_g.mean()) if self.num_genes else 0.0
-
-    @cached_property
-    def is_ordered(self) -> bool:
-        """True when the file's panel columns already stand in panel order, so rows need no sorting."""
-        known = self.gene_of_column_c[self.gene_of_column_c >= 0]
-        return bool((np.diff(known) > 0).all())
 
     def describe(self) -> str:
         """Return the coverage line that every verb prints."""
@@ -152,13 +170,6 @@ class GenePanel:
     def _uses_ensembl(self) -> bool:
         return sum(map(is_ensembl, self.genes)) > len(self.genes) / 2
 
-    @cached_property
-    def _caseless(self) -> frozenset[str]:
-        return frozenset(name.casefold() for name in (*self.genes, *self.symbols) if name)
-
-    def _in_other_case(self, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in names if name.casefold() in self._caseless)
-
     def display_name(self, index: int) -> str:
         """Return the symbol of gene `index` when there is one, else its id."""
         return (self.symbols[index] if self.symbols else "") or self.genes[index]
@@ -167,6 +178,21 @@ class GenePanel:
         """Return the panel index of an id or symbol, or -1."""
         key = clean_gene(name)
         return self._index_of_id.get(key, self._index_of_symbol.get(key, NOT_IN_PANEL))
+
+    def find_all(self, names: Sequence[str], *, flag: str) -> np.ndarray:
+        """Return the panel index of each id or symbol, int64 of the same length.
+
+        Raises:
+            InputError: The panel lacks one; the message suggests the nearest and names the flag.
+        """
+        found = np.array([self.find(name) for name in names], dtype=np.int64)
+        for at in np.flatnonzero(found == NOT_IN_PANEL)[:1]:
+            known = [name for name in dict.fromkeys([*self.symbols, *self.genes]) if name]
+            raise InputError(
+                f"gene {names[at]!r} is not among the {len(self):,} genes of the run's panel. "
+                f"{did_you_mean(names[at], known)} Change --{flag}."
+            )
+        return found
 
     def align(
         self, names_c: Sequence[object] | np.ndarray, *, other_names_c: Sequence[Sequence[object] | np.ndarray] = ()
@@ -195,35 +221,37 @@ class GenePanel:
                 by_symbol.append(columns[column])
         claims = Counter(gene_of_column_c[gene_of_column_c >= 0].tolist())
         unknown = tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0))
+        caseless = {name.casefold() for name in (*self.genes, *self.symbols) if name}
+        has_few = len(claims) < len(self) / 2
         return GeneAlignment(
             gene_of_column_c,
             len(self),
             by_symbol=tuple(by_symbol),
             duplicated=tuple(self.display_name(gene) for gene, count in claims.items() if count > 1),
             unknown=unknown,
-            other_case=self._in_other_case(unknown) if len(claims) < len(self) / 2 else (),
+            other_case=tuple(name for name in unknown if name.casefold() in caseless) if has_few else (),
         )
 
 
-#: Names shown of each kind in a gene report.
+#: Number of names in each part of a gene report.
 _EXAMPLES = 10
 
 
 def gene_report(
     names_c: Sequence[object] | np.ndarray, alignment: GeneAlignment, *, panel_of_gene: np.ndarray, panel: GenePanel
 ) -> dict[str, dict[str, Any]]:
-    """Say what became of each column of a file, and which genes of the panel it lacks.
+    """Count what became of each column of a file, and which genes of the panel it lacks.
 
     Args:
         names_c: What the file calls its columns, length c.
         alignment: Its columns among all known genes.
-        panel_of_gene: Place in the panel of each known gene, -1 where it was not chosen.
+        panel_of_gene: Panel index of each known gene, -1 if it was not chosen.
         panel: The chosen genes.
 
     Returns:
-        Count and first examples of: columns kept under their own id, kept through a symbol ("mapped"), dropped because
-        their gene is not in the panel, unknown because nothing names a gene; genes of the panel that are the sum of
-        several columns, and those that no column measures.
+        Count and first examples of each kind: columns `kept` by their own id; columns `mapped` by a symbol; columns
+        `dropped` because their gene is not in the panel; `unknown` columns, whose names are no known gene; genes of
+        the panel `summed` from several columns; genes of the panel that are `unmeasured` because no column has them.
     """
     names = np.array([clean_gene(name) for name in names_c], dtype=object)
     is_known_c = alignment.gene_of_column_c >= 0

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbgene.data_utils.genes import ID_COLUMNS, SYMBOL_COLUMNS, GeneAlignment, GenePanel
+from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
 from perturbgene.data_utils.opening import H5adFile, MemoryFile
 from perturbgene.data_utils.order import runs_of
@@ -103,13 +103,8 @@ class Shard:
         Raises:
             InputError: Several columns are one gene, and the values are logarithms, which cannot be summed.
         """
-        names = self.source.var_names
-        if self.gene_id_column is not None:
-            names = np.asarray(self.source.var_column(self.gene_id_column), dtype=object)
-        known = self.source.columns_of(self.source.var_frame)
-        others = [
-            np.asarray(self.source.var_column(c), dtype=object) for c in (*ID_COLUMNS, *SYMBOL_COLUMNS) if c in known
-        ]
+        names, ids, symbols = names_of(self.source, self.gene_id_column)
+        others = [*ids, *symbols]
         key = _hash_of_names([names, *others])
         alignment = self.alignments.get(key) or self.panel.align(names, other_names_c=others)
         self.alignments[key] = alignment

@@ -14,10 +14,9 @@ import pandas as pd
 import torch
 
 from perturbgene.data_utils.data_collators import Batch
-from perturbgene.data_utils.genes import NOT_IN_PANEL
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.errors import InputError, did_you_mean
+from perturbgene.errors import InputError
 from perturbgene.eval_utils import inference_mode, to_device
 from perturbgene.inference.asking import constant_labels
 from perturbgene.inference.run import Run, load_run
@@ -63,15 +62,7 @@ def find_genes(tokenizer: GeneTokenizer, names: Sequence[str]) -> np.ndarray:
     Raises:
         InputError: The panel lacks one; the message suggests the nearest.
     """
-    panel = tokenizer.panel
-    found = np.array([panel.find(name) for name in names], dtype=np.int64)
-    for at in np.flatnonzero(found == NOT_IN_PANEL)[:1]:
-        known = [name for name in dict.fromkeys([*panel.symbols, *panel.genes]) if name]
-        raise InputError(
-            f"gene {names[at]!r} is not among the {len(panel):,} genes of the run's panel. "
-            f"{did_you_mean(names[at], known)} Change --genes."
-        )
-    return found
+    return tokenizer.panel.find_all(names, flag="genes")
 
 
 def layout_of(run: Run, given: Sequence[str]) -> GeneTokenizer:

@@ -1,12 +1,14 @@
 """Columns are found by name only: ids, versions, symbols, duplicates, each on a panel of a few genes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from perturbgene.data_utils.genes import GenePanel, clean_gene, read_panel
+from perturbgene.data_utils.genes import GenePanel, clean_gene, names_of, read_panel
+from perturbgene.data_utils.opening import MemoryFile
 from perturbgene.errors import InputError
 
 CD3E, MS4A1, LYZ = "ENSG00000198851", "ENSG00000156738", "ENSG00000090382"
@@ -40,7 +42,6 @@ def test_columns_are_found_in_any_order_and_extra_ones_are_set_aside(panel: Gene
     assert alignment.gene_of_column_c.tolist() == [2, -1, 0]
     assert alignment.is_measured_g.tolist() == [True, False, True]
     assert alignment.unknown == ("ENSG00000000001",)
-    assert alignment.is_ordered is False
 
 
 def test_versions_do_not_matter_on_either_side() -> None:
@@ -139,6 +140,21 @@ def test_genes_show_their_symbol_where_they_have_one() -> None:
 @pytest.mark.parametrize(("name", "index"), [(f"{LYZ}.7", 2), ("MS4A1", 1), ("ms4a1", -1)])
 def test_a_gene_is_found_by_id_or_symbol(panel: GenePanel, name: str, index: int) -> None:
     assert panel.find(name) == index
+
+
+def test_genes_that_a_user_names_are_found_together(panel: GenePanel) -> None:
+    assert panel.find_all(["MS4A1", f"{LYZ}.7"], flag="genes").tolist() == [1, 2]
+    with pytest.raises(InputError, match="'MS4A2' is not among the 3 genes .* Did you mean 'MS4A1'.*--marker_genes"):
+        panel.find_all(["LYZ", "MS4A2"], flag="marker_genes")
+
+
+def test_a_file_names_its_genes_by_columns_of_var_in_the_order_of_habit(make_adata: Any) -> None:
+    var = {"gene_symbols": [*"abcd"], "feature_name": [*"efgh"], "gene_ids": [*"1234"], "other": [*"5678"]}
+    names = names_of(MemoryFile(make_adata([[1, 0, 0, 0]], var=var)))
+    assert names.own_c.tolist() == ["CD3E", "MS4A1", "NKG7", "LYZ"]
+    assert [[*column] for column in names.ids] == [[*"1234"]]
+    assert [[*column] for column in names.symbols] == [[*"efgh"], [*"abcd"]]
+    assert names_of(MemoryFile(make_adata([[1, 0, 0, 0]], var=var)), "other").own_c.tolist() == [*"5678"]
 
 
 def test_two_thousand_shuffled_columns_keep_their_genes() -> None:
