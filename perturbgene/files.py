@@ -56,6 +56,44 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def whole_files(main: Path, *others: Path, flag: str = "output") -> Iterator[Path]:
+    """Yield an empty folder for all files of one output, under their own names; move them into place at the end.
+
+    `main` is moved last, and an older `main` is deleted before the others move: where `main` exists, the others belong
+    to it. Of `others`, those that the block does not write stay as they were.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
+    staged = partial_path(main)
+    try:
+        shutil.rmtree(staged, ignore_errors=True)  # of a killed process
+        with whole_folder(staged) as folder:
+            yield folder
+        main.unlink(missing_ok=True)
+        for path in [path for path in (*others, main) if (staged / path.name).exists()]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(staged / path.name, path)
+    except OSError as error:
+        raise InputError(f"{main} cannot be written ({error.strerror or error}). Choose another --{flag}.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_new(main: Path, *others: Path, overwrite: bool, flag: str = "output") -> None:
+    """Refuse to replace the files of an output, unless `overwrite` says so or a killed `whole_files` left them.
+
+    Raises:
+        InputError: Names the first file that exists.
+    """
+    was_killed = partial_path(main).is_dir()  # all files were written, and some may have been moved
+    for path in (main, *others):
+        if path.exists() and not overwrite and not (was_killed and path != main):
+            raise InputError(f"{path} exists. Choose another --{flag}, or pass --overwrite.")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with whole_file(path) as temporary:

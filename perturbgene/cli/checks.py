@@ -3,6 +3,7 @@
 Owns the single checks; leaves to each dataclass of `verbs` which of them apply. Letters: e edges.
 """
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,19 @@ def check_exists(path: str | None, *, flag: str) -> None:
     """
     if path and "://" not in path and not Path(path).exists():
         raise InputError(f"{flag} is {path!r}, but nothing lies there. Correct the path given to --{flag}.")
+
+
+def check_suffix(output: str, *suffixes: str, verb: str) -> None:
+    """Refuse an output in a form that the verb does not write.
+
+    Raises:
+        InputError: Another suffix, or a .parquet file without pyarrow.
+    """
+    suffix = Path(output).suffix
+    if suffix not in suffixes:
+        raise InputError(f"output is {output!r}, but {verb} writes {' or '.join(suffixes)} files. Change --output.")
+    if suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise InputError("a .parquet file needs pyarrow. Name a .csv file, or pip install 'perturbgene[parquet]'.")
 
 
 def check_not_both(config: object, first: str, second: str) -> None:

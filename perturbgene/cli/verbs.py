@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
-from perturbgene.cli.checks import check_exists, check_no_repeats, check_not_both, check_question, named_values
+from perturbgene.cli.checks import (
+    check_exists,
+    check_no_repeats,
+    check_not_both,
+    check_question,
+    check_suffix,
+    named_values,
+)
 from perturbgene.cli.flags import option
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.errors import InputError
@@ -455,101 +462,113 @@ Precision = Literal["float32", "bfloat16"]
 Pooling = Literal["cls", "mean"]
 
 
+def check_bin(kind: str, bin: int | None) -> None:
+    """Refuse `set_bin` without a bin, and a bin without `set_bin`."""
+    if (kind == "set_bin") != (bin is not None):
+        raise InputError(
+            f"kind is {kind} and bin is {bin}, but set_bin needs a bin and no other kind takes one. "
+            "Change --kind or --bin."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
-class PerturbConfig(FileOptions):
+class ScoringOptions(FileOptions):
+    """What `perturb` and `attribute` share, which score genes."""
+
+    given: list[str] = option(
+        [], help="Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
+        keeps_commas=True,
+    )  # fmt: skip
+    batch_tokens: int | None = option(  # type: ignore[assignment]
+        None, help="Maximum number of tokens that run at once. Default: what suits the device.", group="Running",
+        within="[1, inf)",
+    )  # fmt: skip
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbConfig(ScoringOptions):
     """Settings of `perturb`."""
 
     verb: ClassVar[str] = "perturb"
-    summary: ClassVar[str] = "Knock genes out, or raise them, in silico."
+    summary: ClassVar[str] = "Knock out or raise genes in silico."
     about: ClassVar[str] = (
-        "Removes or changes genes in every cell and writes how far that moves the cell's state, or the log-odds of a "
-        "label: a table with statistics over donors, and a picture. All genes are screened by gradients; the "
-        "strongest and a random control set are computed exactly. An interrupted run goes on where it stopped."
+        "Removes or changes genes in every cell and measures how far that moves the cell's state, or the log-odds of a "
+        "label. Writes a table with statistics over donors (.csv or .parquet), a picture (.png) and a record (.json). "
+        "All genes are screened by gradients; the strongest and a random control set are computed exactly. An "
+        "interrupted run continues where it stopped."
     )
     example: ClassVar[str] = (
         "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal --donor donor_id"
     )
 
     genes: list[str] = option(
-        [], help="Genes by id or symbol, A+B together; or `all` that a cell expresses.", is_required=True
+        [], help="Genes by id or symbol, A+B for both at once; or `all` genes that a cell expresses.", is_required=True
     )
     kind: PerturbationKind = option(
-        "knock_out", help="Remove the token, set it to the highest bin, or set it to --bin; absent genes come in."
-    )
+        "knock_out", help="Remove the gene's token, set it to the highest bin, or to --bin; the last two insert genes "
+        "that a cell does not express."
+    )  # fmt: skip
     bin: int | None = option(None, help="Bin for set_bin.", within="[1, inf)")
     towards: str | None = option(
-        None, help="PHENOTYPE=LABEL whose log-odds are followed; none means the cell's state (cosine distance)."
+        None, help="PHENOTYPE=LABEL whose log-odds are measured. Default: the cell's state (cosine distance)."
     )
     from_: str | None = option(
-        None, help="PHENOTYPE=LABEL that --towards is held against; none means all other labels together."
+        None, help="PHENOTYPE=LABEL to compare --towards with. Default: all other labels of the phenotype."
     )
-    given: list[str] = option(
-        [], help="Phenotypes to tell the model: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
-    )
-    embedding: Pooling = option("cls", help="State: [CLS], or the mean over genes other than the perturbed one.")
+    embedding: Pooling = option("cls", help="State: that of [CLS], or the mean over genes other than the perturbed.")
     exact: bool = option(False, help="Compute every effect exactly instead of screening.")
-    top_k: int = option(64, help="Strongest genes of the screen that are computed exactly.", within="[0, inf)")
+    top_k: int = option(64, help="Number of strongest genes of the screen to compute exactly.", within="[0, inf)")
     num_controls: int = option(
-        64, help="Random genes computed exactly: they judge the screen, or are the null of named genes.",
-        within="[0, inf)",
+        64, help="Number of random genes to compute exactly: they show how good the screen is, and what an ordinary "
+        "gene does.", within="[0, inf)",
     )  # fmt: skip
     donor: str | None = option(
-        None, help="Column of obs with donors, the unit of statistics; none means donor_id where there is one."
+        None, help="Column of obs with donors, the unit of the statistics. Default: donor_id if there is one."
     )
-    groupby: str | None = option(None, help="Column of obs whose groups get effects of their own.")
+    groupby: str | None = option(None, help="Column of obs; effects are computed for each of its groups.")
     min_cells: int = option(
-        5, help="Cells of a donor that a gene must change for the donor to count.", within="[1, inf)"
-    )
+        5, help="Minimum number of changed cells per donor; donors with fewer are ignored for that gene.",
+        within="[1, inf)",
+    )  # fmt: skip
     per_cell: bool = option(
-        False, help="Also write every cell's effects, in parts, to a folder beside.", group="Input and output"
+        False, help="Also write every cell's effects, to a folder OUTPUT.cells.", group="Input and output"
     )
-    part_cells: int = option(1000, help="Cells of a part, which is done once.", group="Running", within="[1, inf)")
-    precision: Precision = option("float32", help="bfloat16 is faster where the machine has it.", group="Running")
-
-    @property
-    def given_labels(self) -> dict[str, str | None]:
-        """Label of each given phenotype, None where it is read from obs."""
-        return named_values(self.given, flag="given")
+    precision: Precision = option("float32", help="bfloat16 is faster on some machines.", group="Running")
 
     def check(self) -> None:
         super().check()
+        check_suffix(self.output, ".csv", ".parquet", verb=self.verb)
         named_values(self.given, flag="given")
         check_no_repeats(self.genes, flag="genes")
-        if (self.kind == "set_bin") != (self.bin is not None):
-            raise InputError(
-                f"kind is {self.kind} and bin is {self.bin}, but a bin belongs to set_bin and only there. "
-                "Change --kind or --bin."
-            )
+        check_bin(self.kind, self.bin)
         if self.from_ and not self.towards:
-            raise InputError("from names a label to leave, but none to go to is given. Give --towards as well.")
+            raise InputError("--from needs a label to compare with. Give --towards as well.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttributeConfig(FileOptions):
+class AttributeConfig(ScoringOptions):
     """Settings of `attribute`."""
 
     verb: ClassVar[str] = "attribute"
-    summary: ClassVar[str] = "Tell from which genes the model reads a label."
+    summary: ClassVar[str] = "Find the genes from which the model reads a label."
     about: ClassVar[str] = (
-        "Scores each gene of every cell by what it adds to the log-odds of the label that the model gives the cell, "
-        "averages by label (the model's marker genes), and checks the scores by removing genes in their order."
+        "Scores each gene of every cell by what it adds to the log-odds of the label that the model predicts, averages "
+        "by label (the model's marker genes), and checks the scores by removing genes in their order. Writes a table "
+        "(.csv), the check as a picture (.png) and a record (.json). An interrupted run continues where it stopped."
     )
     example: ClassVar[str] = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
 
     ask: str = option("", help="Phenotype whose labels are explained.", is_required=True)
-    given: list[str] = option(
-        [], help="Phenotypes to tell the model: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
-    )
-    num_check_cells: int = option(50, help="Cells from which genes are removed as a check.", within="[1, inf)")
-    part_cells: int = option(1000, help="Cells of a part, which is done once.", group="Running", within="[1, inf)")
-
-    @property
-    def given_labels(self) -> dict[str, str | None]:
-        """Label of each given phenotype, None where it is read from obs."""
-        return named_values(self.given, flag="given")
+    num_check_cells: int = option(50, help="Number of cells whose genes are removed as a check.", within="[1, inf)")
 
     def check(self) -> None:
         super().check()
+        check_suffix(self.output, ".csv", verb=self.verb)
         check_question([self.ask], list(self.given_labels))
 
 

@@ -24,7 +24,7 @@ from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
 from perturbgene.data_utils.opening import H5adFile, expand_paths
-from perturbgene.embedding.genes import read_groups, write_whole
+from perturbgene.embedding.genes import write_whole
 from perturbgene.embedding.states import ALONE, as_run, check_masked, open_cells
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.inference.asking import Given, given_labels
@@ -36,6 +36,7 @@ from perturbgene.inference.streaming import (
     cell_results,
     check_target,
     has_genes,
+    read_groups,
     reading_options,
     stream_batches,
     sum_over_ranks,

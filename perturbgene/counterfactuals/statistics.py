@@ -13,7 +13,7 @@ from scipy import stats
 
 from perturbgene.counterfactuals.contrast import EXPRESSED, UNEXPRESSED, Sums
 from perturbgene.data_utils.genes import GenePanel
-from perturbgene.embedding.states import ALL
+from perturbgene.inference.streaming import ALL
 from perturbgene.perturbation.statistics import adjusted
 
 #: A gene whose predictions stand for less than this share of a group's cells gets no change.

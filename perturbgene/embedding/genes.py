@@ -20,19 +20,20 @@ from scipy import sparse
 
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.labels import ABSENT, label_text
 from perturbgene.data_utils.order import cell_key
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.networks import centred, link_graph, nearest_genes, role_distances, role_table, unit_rows
-from perturbgene.embedding.states import ALL, GeneTokens, as_run, hidden_at, open_cells
+from perturbgene.embedding.states import GeneTokens, as_run, hidden_at, open_cells
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.run import Run, provenance
 from perturbgene.inference.streaming import (
+    ALL,
     BATCH_TOKENS,
     CellResults,
     Ranks,
     cell_results,
+    read_groups,
     reading_options,
     stream_batches,
     sum_over_ranks,
@@ -99,27 +100,6 @@ def halves(cells_n: np.ndarray) -> np.ndarray:
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def read_groups(dataset: IterableAnnDataset, column: str | None) -> tuple[list[str], np.ndarray]:
-    """Return the groups of a column of `obs` and each cell's, int64 of shape (n,), -1 where it is missing.
-
-    Raises:
-        InputError: There is no such column.
-    """
-    if column is None:
-        return [ALL], np.zeros(dataset.num_cells, dtype=np.int64)
-    factor = pd.Categorical(dataset.shards[0].source.obs_column(column))
-    names = [label_text(value) for value in factor.categories]
-    groups = sorted({name for name in names if name})
-    place = {name: at for at, name in enumerate(groups)}
-    code_of = np.array([*(place.get(name, ABSENT) for name in names), ABSENT], dtype=np.int64)
-    group_n = code_of[factor.codes]
-    if not groups:
-        raise InputError(f"obs[{column!r}] holds no value, so there are no groups. Change --groupby.")
-    if missing := int((group_n == ABSENT).sum()):
-        logger.warning("%d of %d cells have no %s and are left out", missing, len(group_n), column)
-    return groups, group_n
 
 
 def sum_genes(

@@ -24,8 +24,6 @@ from perturbgene.inference.streaming import Ranks
 
 #: A process by itself.
 ALONE = Ranks()
-#: The one group of all cells.
-ALL = "all"
 
 
 def as_run(model: str | Path | Run, *, device: str = "auto") -> Run:

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
+from perturbgene.data_utils.labels import ABSENT, label_text
 from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
@@ -33,6 +35,12 @@ from perturbgene.urls import is_url, shown_path
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+
+logger = logging.getLogger(__name__)
+
+#: Name of the one group of all cells.
+ALL = "all"
 LONGEST_WAIT = datetime.timedelta(days=2)
 #: Cells of a batch at most, where a caller names no other number.
 BATCH_CELLS = 256
@@ -310,6 +318,31 @@ def collect_results(
     for block in batches:
         parts.write(block.cells_n, answer(block))
     return parts.merge()
+
+
+def read_groups(
+    dataset: "IterableAnnDataset", column: str | None, *, flag: str = "groupby"
+) -> tuple[list[str], np.ndarray]:
+    """Return the groups of a column of `obs` and the index of each cell's group, int64 of shape (n,), -1 if missing.
+
+    Without a column, all cells are one group.
+
+    Raises:
+        InputError: There is no such column, or it is empty.
+    """
+    if column is None:
+        return [ALL], np.zeros(dataset.num_cells, dtype=np.int64)
+    factor = pd.Categorical(dataset.shards[0].source.obs_column(column))
+    names = [label_text(value) for value in factor.categories]
+    groups = sorted({name for name in names if name})
+    place = {name: at for at, name in enumerate(groups)}
+    code_of = np.array([*(place.get(name, ABSENT) for name in names), ABSENT], dtype=np.int64)
+    group_n = code_of[factor.codes]
+    if not groups:
+        raise InputError(f"obs[{column!r}] has no value, so there are no groups. Change --{flag}.")
+    if missing := int((group_n == ABSENT).sum()):
+        logger.warning("%d of %d cells have no %s and are left out", missing, len(group_n), column)
+    return groups, group_n
 
 
 def reading_options(config: Any) -> dict[str, Any]:

@@ -711,7 +711,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
         return cast(Tensor, self.ffn_norm(hidden + self.dropout(self._feed_forward(hidden))))
 
     def attend(self, x_lh: Tensor, packing: Packing, read_positions: Tensor | None, gate_l: Tensor | None) -> Tensor:
-        """Attend and project, (l, h) -> (a, h); `screening` and `first_layer` stand in for it."""
+        """Attend and project, (l, h) -> (a, h); `perturbation.screening` replaces it."""
         q, k, v = self.queries_keys_values(x_lh, read_positions)
         out_ahd = attention(
             q,

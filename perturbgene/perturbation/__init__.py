@@ -1,5 +1,6 @@
-"""The verbs `perturb` and `attribute`: genes knocked out in silico, and the genes from which a label is read.
+"""The verbs `perturb` and `attribute`: genes knocked out in silico, and the genes from which the model reads a label.
 
-Read `perturb` first: `edits` (changed sequences), `readouts` (what is compared), `screening` (all genes by gradient),
-`cells_in_parts` (resumable passes over cells), `statistics` (donors, null). `attribute` stands on the same parts.
+Read `perturb` first, then `readouts` (what is compared, and how a knock-out is scored exactly), `edits` (edited
+sequences), `screening` (all knock-outs of a cell estimated by gradients), `cells` (donors, groups and resumable sums
+over all cells), `statistics` (donors, null). `attribute` uses the same parts.
 """

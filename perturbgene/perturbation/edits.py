@@ -1,23 +1,22 @@
-"""Perturbations as edits of token sequences: a gene's token leaves, changes its bin, or comes in.
+"""Perturbations as edits of token sequences: a gene's token is removed, gets another bin, or is inserted.
 
 Owns what a perturbation is, which cells it changes and the edited sequences; knows nothing of models or effects.
 Letters: n cells, l tokens, q perturbations, m edited sequences, j genes of all perturbations.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import get_args
 
 import numba
 import numpy as np
 
+from perturbgene.cli.verbs import PerturbationKind, check_bin
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.embedding.states import find_genes
+from perturbgene.errors import InputError, did_you_mean
 
-Kind = Literal["knock_out", "over_express", "set_bin"]
-KINDS: tuple[Kind, ...] = ("knock_out", "over_express", "set_bin")
 ALL_GENES = "all"
 REMOVED = -1  # in place of an input id
 
@@ -31,7 +30,7 @@ class Perturbations:
         types_j: Token types of the genes, ascending within a perturbation, int64 of shape (j,).
         offsets_q1: Perturbation q owns `types_j[offsets_q1[q]:offsets_q1[q + 1]]`, int64 of shape (q + 1,).
         new_id: Input id that the genes get; `REMOVED` takes their tokens away.
-        inserts: True puts a token where the cell does not express the gene.
+        inserts: True inserts a token where the cell does not express the gene.
     """
 
     names: tuple[str, ...]
@@ -43,34 +42,45 @@ class Perturbations:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def is_single(self) -> bool:
-        """True when every perturbation is of one gene."""
-        return len(self.types_j) == len(self.names)
+    def types(self, row: int) -> np.ndarray:
+        """Return the token types of one perturbation's genes."""
+        return self.types_j[self.offsets_q1[row] : self.offsets_q1[row + 1]]
 
     def take(self, rows: np.ndarray) -> "Perturbations":
-        """Return some of the perturbations, in the order named."""
-        parts = [self.types_j[self.offsets_q1[row] : self.offsets_q1[row + 1]] for row in rows]
-        offsets = np.cumsum([0, *map(len, parts)]).astype(np.int64)
-        types = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
-        return replace(self, names=tuple(self.names[row] for row in rows), types_j=types, offsets_q1=offsets)
+        """Return some of the perturbations, in the given order."""
+        types = [self.types(row) for row in rows]
+        return replace(
+            self,
+            names=tuple(self.names[row] for row in rows),
+            types_j=np.concatenate([np.empty(0, dtype=np.int64), *types]),
+            offsets_q1=np.cumsum([0, *map(len, types)]).astype(np.int64),
+        )
+
+    def joined(self, other: "Perturbations") -> "Perturbations":
+        """Return these perturbations and then the others, which must be of the same kind."""
+        return replace(
+            self,
+            names=(*self.names, *other.names),
+            types_j=np.concatenate([self.types_j, other.types_j]),
+            offsets_q1=np.concatenate([self.offsets_q1, self.offsets_q1[-1] + other.offsets_q1[1:]]),
+        )
 
 
 def perturbations_of(
-    genes: Sequence[str], tokenizer: GeneTokenizer, *, kind: Kind = "knock_out", level: int | None = None
+    genes: Sequence[str], tokenizer: GeneTokenizer, *, kind: PerturbationKind = "knock_out", level: int | None = None
 ) -> Perturbations:
-    """Read perturbations from their names.
+    """Return the perturbations that names stand for.
 
     Args:
         genes: Ids or symbols of the panel, those of a combination joined by "+"; or "all" alone for every gene that a
             cell expresses.
-        tokenizer: Of the model.
-        kind: "knock_out" removes the token, "over_express" sets the highest bin, "set_bin" the bin `level`; the last
-            two put the gene into cells that do not express it, unless "all" is asked.
+        tokenizer: The model's.
+        kind: "knock_out" removes the token, "over_express" sets the highest bin, "set_bin" sets the bin `level`; the
+            last two insert the gene into cells that do not express it, except with "all".
         level: Bin for "set_bin", from 1 to the number of edges.
 
     Raises:
-        InputError: A gene is not in the panel, comes twice, or the bin does not exist.
+        InputError: A gene is not in the panel, is named twice, or the bin does not exist.
 
     Example:
         >>> tokenizer = GeneTokenizer(genes=["A", "B"], phenotypes={}, bin_edges=[1.0], max_length=4)
@@ -82,8 +92,10 @@ def perturbations_of(
         raise InputError("no gene is named. Give genes to --genes, or `--genes all`.")
     if list(genes) == [ALL_GENES]:
         types = tokenizer.first_gene_type + np.arange(len(tokenizer.panel), dtype=np.int64)
-        names = tuple(tokenizer.type_name(int(type_)) for type_ in types)
-        return Perturbations(_distinct(names, tokenizer), types, np.arange(len(types) + 1), new_id, inserts=False)
+        symbols = [tokenizer.type_name(int(type_)) for type_ in types]
+        count = Counter(symbols)  # genes that share a symbol are named by id
+        names = tuple(gene if count[name] > 1 else name for name, gene in zip(symbols, tokenizer.genes, strict=True))
+        return Perturbations(names, types, np.arange(len(types) + 1), new_id, inserts=False)
     parts = [_types_of(entry, tokenizer) for entry in genes]
     names = tuple("+".join(tokenizer.type_name(type_) for type_ in part) for part in parts)
     if len(set(map(tuple, parts))) < len(parts):
@@ -94,13 +106,10 @@ def perturbations_of(
 
 
 def _new_id(tokenizer: GeneTokenizer, kind: str, level: int | None) -> int:
-    top = tokenizer.bin_edges.num_edges
-    if kind not in KINDS:
-        raise InputError(f"kind {kind!r} is unknown. {did_you_mean(kind, KINDS)}")
-    if (kind == "set_bin") != (level is not None):
-        raise InputError(
-            f"--kind {kind} and --bin {level} do not fit: a bin belongs to --kind set_bin, and only there."
-        )
+    kinds, top = get_args(PerturbationKind), tokenizer.bin_edges.num_edges
+    if kind not in kinds:
+        raise InputError(f"kind {kind!r} is unknown. {did_you_mean(kind, kinds)}")
+    check_bin(kind, level)
     if level is not None and not 1 <= level <= top:
         raise InputError(
             f"--bin is {level}, but the run's bins go from 1 to {top} (bin 0 is a knock-out). Change --bin."
@@ -108,25 +117,11 @@ def _new_id(tokenizer: GeneTokenizer, kind: str, level: int | None) -> int:
     return REMOVED if kind == "knock_out" else tokenizer.first_bin_id + (top if level is None else level)
 
 
-def _distinct(names: tuple[str, ...], tokenizer: GeneTokenizer) -> tuple[str, ...]:
-    """Return symbols, but ids where several genes share a symbol."""
-    count = Counter(names)
-    return tuple(gene if count[name] > 1 else name for name, gene in zip(names, tokenizer.genes, strict=True))
-
-
 def _types_of(entry: str, tokenizer: GeneTokenizer) -> list[int]:
-    """Return the ascending token types of one perturbation, e.g. of "A+B"; a name may itself hold a "+"."""
+    """Return the ascending token types of one perturbation, e.g. of "A+B"; a gene's name may itself contain a "+"."""
     panel = tokenizer.panel
     parts = [entry] if panel.find(entry) >= 0 else [part.strip() for part in entry.split("+")]
-    for part in parts:
-        if panel.find(part) < 0:
-            known = [*panel.genes, *panel.symbols]
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = (
-                f"Did you mean {near[0]!r}?" if near else f"It has {len(panel):,} genes, e.g. {listed(known, most=3)}."
-            )
-            raise InputError(f"gene {part!r} is not in the run's panel. {hint} Change --genes.")
-    types = sorted(tokenizer.first_gene_type + panel.find(part) for part in parts)
+    types = sorted(tokenizer.first_gene_type + int(gene) for gene in find_genes(tokenizer, parts))
     if len(set(types)) < len(types):
         raise InputError(f"genes hold {entry!r}, which names a gene twice. Name each gene once in --genes.")
     return types
@@ -141,7 +136,7 @@ def changed_pairs(
     """Return (cell, perturbation) of every edit that changes a sequence, cell by cell, each int64 of shape (m,).
 
     All others have an effect of exactly zero by definition and are never run: a knock-out of a gene that the cell does
-    not express, or a bin that the gene has already.
+    not express, or a bin that the gene already has.
     """
     num_pairs = len(block) * len(perturbations)
     cell_m, perturbation_m = np.empty(num_pairs, dtype=np.int64), np.empty(num_pairs, dtype=np.int64)
@@ -158,7 +153,7 @@ def _find_pairs(  # type: ignore[no-untyped-def]
     ids_l, types_l, offsets_n1, types_j, offsets_q1, new_id, inserts, first_gene_type, id_of_type, cell_m,
     perturbation_m,
 ):  # fmt: skip  # pragma: no cover - compiled
-    """Write the pairs that change something; `id_of_type` is -1 everywhere on entry and exit."""
+    """Write the pairs that change something; `id_of_type` is all -1 on entry and exit."""
     count = 0
     for cell in range(len(offsets_n1) - 1):
         for k in range(offsets_n1[cell], offsets_n1[cell + 1]):
@@ -189,16 +184,16 @@ def edit(
 ) -> tuple[TokenBlock, np.ndarray]:
     """Apply perturbations to cells.
 
-    A gene that comes in stands at its place in the panel's order. A cell that is full gives up the last genes that are
-    not perturbed for it. A gene that leaves a cell makes no room: genes that truncation had cut stay out, for otherwise
-    the effect of one gene would be mixed with that of another.
+    An inserted gene is placed in the panel's order; a cell that is full loses its last unperturbed genes to make room.
+    After a removal, genes that truncation had cut stay out: otherwise the effect of one gene would be mixed with that
+    of another that comes in.
 
     Args:
         block: Sequences as the model reads them.
         perturbations: What is done.
-        tokenizer: Of the model.
+        tokenizer: The model's.
         pairs: Cell and perturbation of each edited sequence, each of shape (m,).
-        most_genes: How many genes a sequence holds at most.
+        most_genes: Maximum number of genes in a sequence.
 
     Returns:
         The m edited sequences, and True for tokens of perturbed genes, shape (l,).
@@ -219,7 +214,7 @@ def edit(
 
 @numba.njit(nogil=True, cache=True)
 def _first_spare(types, genes, first_gene_type, most_genes):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Return from which token on unperturbed genes leave, so that the absent ones of `genes` find room."""
+    """Return the first token from which unperturbed genes are dropped, so that the absent ones of `genes` fit in."""
     present, num_genes = 0, 0
     for k in range(len(types)):
         num_genes += types[k] >= first_gene_type

@@ -1,43 +1,45 @@
 """What of a cell is compared before and after a perturbation: its state, or the log-odds of a label.
 
-Owns the sequences that a question needs, how a model is read, and exact effects by re-running edited sequences; leaves
-the edits to `edits` and estimates without re-running to `screening`. Letters: n cells, l tokens, h hidden size, q
-perturbations, m edited sequences, v input ids.
+Owns how a cell is put to the model and read, and exact effects, for which every edited cell is run; leaves the edits to
+`edits` and estimates without running edited cells to `screening`. Letters: n cells, l tokens, h hidden size, q
+perturbations, m edited cells, k labels.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from perturbgene.cli.verbs import PerturbConfig, Pooling
 from perturbgene.data_utils.data_collators import Batch, ask, pack
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
+from perturbgene.inference.calibration import read_calibration
 from perturbgene.inference.run import Run
-from perturbgene.perturbation.edits import REMOVED, Perturbations, edit
-from perturbgene.perturbation.first_layer import LEAST_COPIES, FirstLayer
+from perturbgene.perturbation.edits import Perturbations, edit
 
-Pooling = Literal["cls", "mean"]
-POOLINGS: tuple[Pooling, ...] = ("cls", "mean")
 #: Tokens that run at once on each kind of device: enough to fill it, few enough for its memory, on a CPU for its cache.
 TOKEN_BUDGET = {"cpu": 4_096, "cuda": 262_144}
 
 
 class Readout(Protocol):
-    """What is compared before and after; `LabelReadout` and `StateReadout`."""
+    """What is compared before and after: `LabelReadout` or `StateReadout`."""
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Phenotypes whose tokens stand in the sequence."""
+        """Phenotypes whose tokens are in the sequence."""
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """Phenotypes whose slot stands masked in the sequence."""
+        """Phenotypes whose slot is in the sequence, masked."""
+
+    @property
+    def effect_name(self) -> str:
+        """What an effect is, with its unit."""
 
     def read(self, model: torch.nn.Module, batch: Batch, *, is_counted_l: Tensor) -> Tensor:
         """Run the model and return what is compared, differentiable: (n,) or (n, h)."""
@@ -50,10 +52,10 @@ class LabelReadout:
     Args:
         category: The phenotype.
         towards: Index of the label among the phenotype's labels.
-        away: Index of the label that it is held against; None means all others together.
-        given: Phenotypes whose tokens stand in the sequence.
-        first_id: Input id of the phenotype's first label; None for a classifier.
+        away: Index of the label that it is compared with; None means all others together.
         num_labels: Number of labels.
+        first_id: Input id of the phenotype's first label; None for a classifier.
+        given: Phenotypes whose tokens are in the sequence.
         temperature: Logits are divided by it.
     """
 
@@ -70,6 +72,11 @@ class LabelReadout:
         """The phenotype; a classifier's sequences hold no slot for it."""
         return () if self.first_id is None else (self.category,)
 
+    @property
+    def effect_name(self) -> str:
+        """What an effect is, with its unit."""
+        return f"change of the log-odds of the label of {self.category} (nats)"
+
     def logits(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Return the calibrated logits of the phenotype's labels, (n, k)."""
         if self.first_id is None:
@@ -79,7 +86,7 @@ class LabelReadout:
         return logits_nv[:, self.first_id : self.first_id + self.num_labels] / self.temperature
 
     def log_odds(self, logits_nk: Tensor, *, towards_n: Tensor | None = None) -> Tensor:
-        """Turn logits into log-odds, (n, k) -> (n,); `towards_n` names another label for each cell."""
+        """Turn logits into log-odds, (n, k) -> (n,); `towards_n` is the label of each cell, in place of `towards`."""
         if towards_n is None:
             towards_n = torch.full((len(logits_nk),), self.towards, device=logits_nk.device)
         wanted_n = logits_nk.gather(1, towards_n[:, None]).squeeze(1)
@@ -99,15 +106,20 @@ class StateReadout:
 
     Args:
         pooling: "cls" or "mean".
-        given: Phenotypes whose tokens stand in the sequence.
+        given: Phenotypes whose tokens are in the sequence.
     """
 
     pooling: Pooling = "cls"
     given: tuple[str, ...] = ()
     asked: tuple[str, ...] = field(default=(), init=False)
 
+    @property
+    def effect_name(self) -> str:
+        """What an effect is."""
+        return f"cosine distance of the state ({self.pooling})"
+
     def read(self, model: torch.nn.Module, batch: Batch, *, is_counted_l: Tensor) -> Tensor:
-        """Run the model and return the embeddings, (n, h); `is_counted_l` is True for tokens of the mean."""
+        """Run the model and return the embeddings, (n, h); `is_counted_l` is True for the tokens of a mean."""
         base = getattr(model, "genebert")  # noqa: B009 - typed as a module otherwise
         starts_n = batch["cu_seqlens"][:-1].long()
         if self.pooling == "cls":
@@ -119,15 +131,34 @@ class StateReadout:
         return sums_nh / torch.bincount(cell_m, minlength=len(starts_n))[:, None]
 
 
-def label_readout(
+def readout_of(
     run: Run,
     *,
-    towards: str,
+    towards: str | None,
     away: str | None = None,
-    given: tuple[str, ...] = (),
-    temperature: float = 1.0,
+    given: Sequence[str] = (),
+    embedding: Pooling = PerturbConfig.embedding,
+) -> Readout:
+    """Return what is compared: the state, or with `towards` the log-odds of a label, calibrated if `evaluate` ran.
+
+    Raises:
+        InputError: The label is unknown, or `away` is given without `towards`.
+    """
+    if towards is not None:
+        names = tuple(run.tokenizer.included_phenotypes) if run.is_classifier else tuple(given)
+        readout = label_readout(run, towards=towards, away=away, given=names)
+        calibration = read_calibration(run.path)
+        nearest = calibration.nearest(readout.category, asked=(readout.category,), given=names) if calibration else None
+        return replace(readout, temperature=nearest.temperature) if nearest else readout
+    if away is not None:
+        raise InputError("--from needs a label to compare with. Give --towards as well.")
+    return StateReadout(embedding, tuple(given))
+
+
+def label_readout(
+    run: Run, *, towards: str, away: str | None = None, given: tuple[str, ...] = (), temperature: float = 1.0
 ) -> LabelReadout:
-    """Read `category=label` texts into a readout.
+    """Return the readout of `category=label`, or of one such label against another.
 
     Raises:
         InputError: The phenotype or a label is unknown, the two are not of one phenotype, or it is given as well.
@@ -135,9 +166,10 @@ def label_readout(
     category, label = _category_and_label(towards, flag="towards")
     if category in given:
         raise InputError(f"{category!r} is given and asked at once. Remove it from --given.")
-    labels = run.class_labels if run.is_classifier else list(_labels_of(run, category))
     if run.is_classifier and category != run.category:
         raise InputError(f"{run.path} classifies {run.category!r} only, not {category!r}. Change --towards.")
+    run.tokenizer.vocabulary.check_category(category)
+    labels = run.class_labels if run.is_classifier else list(run.tokenizer.phenotypes[category])
     other = None
     if away is not None:
         other_category, other = _category_and_label(away, flag="from")
@@ -148,20 +180,15 @@ def label_readout(
     for name in [label] if other is None else [label, other]:
         if name not in labels:
             raise InputError(f"{category}={name} is no label of the run. Choose one of: {listed(labels, most=12)}.")
-    first = None if run.is_classifier else run.tokenizer.vocabulary.id_range(category)[0]
+    first_id = None if run.is_classifier else run.tokenizer.vocabulary.id_range(category)[0]
     away_index = None if other is None else labels.index(other)
-    return LabelReadout(category, labels.index(label), away_index, len(labels), first, given, temperature)
-
-
-def _labels_of(run: Run, category: str) -> tuple[str, ...]:
-    run.tokenizer.vocabulary.check_category(category)
-    return run.tokenizer.phenotypes[category]
+    return LabelReadout(category, labels.index(label), away_index, len(labels), first_id, given, temperature)
 
 
 def _category_and_label(text: str, *, flag: str) -> tuple[str, str]:
     category, equals, label = (part.strip() for part in text.partition("="))
     if not (category and equals and label):
-        raise InputError(f"--{flag} is {text!r}, but reads PHENOTYPE=LABEL, e.g. 'cell_type=B cell'.")
+        raise InputError(f"--{flag} is {text!r}, but it must read PHENOTYPE=LABEL, e.g. 'cell_type=B cell'.")
     return category, label
 
 
@@ -169,19 +196,68 @@ def _category_and_label(text: str, *, flag: str) -> tuple[str, str]:
 
 
 def most_genes(tokenizer: GeneTokenizer, readout: Readout) -> int:
-    """Return how many genes a sequence holds at most; see `data_collators.ask`."""
+    """Return the maximum number of genes in a sequence; see `data_collators.ask`."""
     slots = max(len(tokenizer.included_phenotypes), len(readout.asked) + len(readout.given))
     return max(0, tokenizer.max_length - 2 - slots)
 
 
 def sequences(block: TokenBlock, tokenizer: GeneTokenizer, readout: Readout) -> TokenBlock:
-    """Return cells as the readout needs them: asked slots masked behind `[CLS]`, given ones kept, all others absent."""
+    """Return cells as the readout needs them: asked slots masked after `[CLS]`, given ones kept, all others absent."""
     batch = ask(block, tokenizer, asked=readout.asked, given=readout.given)
     ids_l, types_l = batch["input_ids"].numpy(), batch["token_type_ids"].numpy()
     return TokenBlock(ids_l, types_l, batch["cu_seqlens"].numpy().astype(np.int64), block.cells_n)
 
 
 # -- exact effects --------------------------------------------------------------------------------------------------
+
+
+def exact_effects(
+    run: Run,
+    block: TokenBlock,
+    perturbations: Perturbations,
+    readout: Readout,
+    *,
+    pairs: tuple[np.ndarray, np.ndarray],
+    budget: int | None = None,
+) -> np.ndarray:
+    """Score perturbations exactly: run every edited cell, and compare it with the unperturbed cell.
+
+    Args:
+        run: The model and its tokenizer.
+        block: From `sequences`.
+        perturbations: What is done.
+        readout: What is compared.
+        pairs: Cell and perturbation of each edited cell, each of shape (m,); see `edits.changed_pairs`.
+        budget: Maximum number of tokens that run at once; None takes what suits the device.
+
+    Returns:
+        Effects of shape (m,), float32: the change of the log-odds in nats, or the cosine distance of states, in 0..2.
+        With mean states, a cell that has no gene but the perturbed ones has no effect (NaN).
+    """
+    cell_m, perturbation_m = pairs
+    if not len(cell_m):
+        return np.zeros(0, dtype=np.float32)
+    budget = token_budget(run.model) if budget is None else budget
+    first_gene_type, room = run.tokenizer.first_gene_type, most_genes(run.tokenizer, readout)
+    is_gene_l = block.token_type_ids_l >= first_gene_type
+    is_mean = isinstance(readout, StateReadout) and readout.pooling == "mean"
+    if is_mean:
+        hidden_lh = _hidden_states(run.model, block, budget=budget)
+    else:
+        before = read_block(run.model, block, readout, is_counted_l=is_gene_l, budget=budget)
+    effects = []
+    for piece in in_budget(np.diff(block.offsets_n1)[cell_m], budget=budget):
+        part = (cell_m[piece], perturbation_m[piece])
+        edited, is_own_l = edit(block, perturbations, run.tokenizer, pairs=part, most_genes=room)
+        is_counted_l = (edited.token_type_ids_l >= first_gene_type) & ~is_own_l
+        after = read_block(run.model, edited, readout, is_counted_l=is_counted_l, budget=budget)
+        if after.ndim == 1:
+            effects.append(after - before[part[0]])
+        elif is_mean:
+            effects.append(_cosine_distance(_means_of_others(hidden_lh, is_gene_l, block, perturbations, part), after))
+        else:
+            effects.append(_cosine_distance(before[part[0]], after))
+    return np.concatenate(effects).astype(np.float32)
 
 
 def token_budget(model: torch.nn.Module) -> int:
@@ -207,73 +283,50 @@ def in_budget(lengths_m: np.ndarray, *, budget: int) -> Iterator[slice]:
 
 
 def read_block(
-    model: torch.nn.Module, block: TokenBlock, readout: Readout, *, is_counted_l: np.ndarray, budget: int
+    model: torch.nn.Module,
+    block: TokenBlock,
+    readout: Readout,
+    *,
+    is_counted_l: np.ndarray,
+    budget: int,
 ) -> np.ndarray:
     """Read all sequences of a block: (n,) or (n, h), float32."""
     values = []
     for piece in in_budget(np.diff(block.offsets_n1), budget=budget):
-        rows = np.arange(piece.start, piece.stop)
         span = slice(block.offsets_n1[piece.start], block.offsets_n1[piece.stop])
-        batch = to_device(pack(block.take(rows)), model_device(model))
+        batch = to_device(pack(block.take(np.arange(piece.start, piece.stop))), model_device(model))
         is_counted = torch.from_numpy(is_counted_l[span]).to(batch["input_ids"].device)
         with inference_mode(model):
             values.append(readout.read(model, batch, is_counted_l=is_counted).cpu().numpy())
     return np.concatenate(values)
 
 
-def exact_effects(
-    run: Run,
+def _hidden_states(model: torch.nn.Module, block: TokenBlock, *, budget: int) -> np.ndarray:
+    """Return the final hidden states of all tokens, float64 of shape (l, h)."""
+    states = []
+    for piece in in_budget(np.diff(block.offsets_n1), budget=budget):
+        batch = to_device(pack(block.take(np.arange(piece.start, piece.stop))), model_device(model))
+        with inference_mode(model):
+            hidden_lh = getattr(model, "genebert")(**batch).last_hidden_state  # noqa: B009 - typed as a module otherwise
+        states.append(hidden_lh.double().cpu().numpy())
+    return np.concatenate(states)
+
+
+def _means_of_others(
+    hidden_lh: np.ndarray,
+    is_gene_l: np.ndarray,
     block: TokenBlock,
     perturbations: Perturbations,
-    readout: Readout,
-    *,
     pairs: tuple[np.ndarray, np.ndarray],
-    budget: int | None = None,
 ) -> np.ndarray:
-    """Re-run every edited sequence; several knock-outs of a cell share the attention of its first layer.
-
-    Args:
-        run: The model and its tokenizer.
-        block: From `sequences`.
-        perturbations, pairs: What is done to which cell; see `edits.changed_pairs`.
-        readout: What is compared.
-        budget: Tokens that run at once; None takes what suits the device.
-
-    Returns:
-        Effects of shape (m,), float32: the change of the log-odds in nats, or the cosine distance of states, in 0..2.
-        The mean state of a cell that has no other gene is missing (NaN).
-    """
-    model, tokenizer = run.model, run.tokenizer
-    budget = token_budget(model) if budget is None else budget
-    cell_m, perturbation_m = pairs
-    if not len(cell_m):
-        return np.zeros(0, dtype=np.float32)
-    before = _Before(run, block, readout, budget=budget)
-    room = most_genes(tokenizer, readout)
-    is_shared = perturbations.new_id == REMOVED and len(cell_m) >= LEAST_COPIES * len(np.unique(cell_m))
-    first_layer = FirstLayer(model, block) if is_shared else None
-    effects = []
-    for piece in in_budget(np.diff(block.offsets_n1)[cell_m], budget=budget):
-        part = (cell_m[piece], perturbation_m[piece])
-        edited, is_own_l = edit(block, perturbations, tokenizer, pairs=part, most_genes=room)
-        is_counted_l = (edited.token_type_ids_l >= tokenizer.first_gene_type) & ~is_own_l
-        attending = first_layer.without(part[0], _removed(block, perturbations, part)) if first_layer else nullcontext()
-        with attending:
-            after = read_block(model, edited, readout, is_counted_l=is_counted_l, budget=budget)
-        if after.ndim == 1:
-            effects.append(after - before.values[part[0]])
-        else:
-            effects.append(_cosine_distance(before.states(part, perturbations), after))
-    return np.concatenate(effects).astype(np.float32)
-
-
-def _removed(block: TokenBlock, perturbations: Perturbations, pairs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """Return the places, within its cell, of the tokens that each copy lacks."""
-    places = []
-    for cell, perturbation in zip(*pairs, strict=True):
-        genes = slice(perturbations.offsets_q1[perturbation], perturbations.offsets_q1[perturbation + 1])
-        places.append(np.flatnonzero(np.isin(block.cell(cell)[1], perturbations.types_j[genes])))
-    return places
+    """Return the mean state of each unperturbed cell over its genes other than the perturbed ones, (m, h)."""
+    mean_mh = np.full((len(pairs[0]), hidden_lh.shape[1]), np.nan)
+    for row, (cell, perturbation) in enumerate(zip(*pairs, strict=True)):
+        span = slice(block.offsets_n1[cell], block.offsets_n1[cell + 1])
+        is_other = is_gene_l[span] & ~np.isin(block.token_type_ids_l[span], perturbations.types(perturbation))
+        if is_other.any():
+            mean_mh[row] = hidden_lh[span][is_other].mean(axis=0)
+    return mean_mh
 
 
 def _cosine_distance(first_mh: np.ndarray, second_mh: np.ndarray) -> np.ndarray:
@@ -282,47 +335,3 @@ def _cosine_distance(first_mh: np.ndarray, second_mh: np.ndarray) -> np.ndarray:
         values / np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True) for values in (first_mh, second_mh)
     )
     return np.square(unit_mh - other_mh).sum(axis=1) / 2
-
-
-class _Before:
-    """What the unperturbed cells of a block read; for mean states also each gene's share, to leave it out.
-
-    Args:
-        values: Readout of each cell, (n,) or (n, h).
-    """
-
-    def __init__(self, run: Run, block: TokenBlock, readout: Readout, *, budget: int) -> None:
-        self.block, self.run = block, run
-        is_gene_l = block.token_type_ids_l >= run.tokenizer.first_gene_type
-        self.is_mean = isinstance(readout, StateReadout) and readout.pooling == "mean"
-        if not self.is_mean:
-            self.values = read_block(run.model, block, readout, is_counted_l=is_gene_l, budget=budget)
-            return
-        self.hidden_lh = _hidden(run.model, block, budget=budget)
-        self.sums_nh = np.add.reduceat(self.hidden_lh * is_gene_l[:, None], block.offsets_n1[:-1], axis=0)
-        self.counts_n = np.add.reduceat(is_gene_l, block.offsets_n1[:-1], dtype=np.int64)
-
-    def states(self, pairs: tuple[np.ndarray, np.ndarray], perturbations: Perturbations) -> np.ndarray:
-        """Return the state that each edited sequence is compared with, (m, h)."""
-        if not self.is_mean:
-            return self.values[pairs[0]]
-        sums_mh, counts_m = self.sums_nh[pairs[0]].copy(), self.counts_n[pairs[0]].copy()
-        for row, (cell, perturbation) in enumerate(zip(*pairs, strict=True)):
-            span = slice(self.block.offsets_n1[cell], self.block.offsets_n1[cell + 1])
-            genes = slice(perturbations.offsets_q1[perturbation], perturbations.offsets_q1[perturbation + 1])
-            is_own = np.isin(self.block.token_type_ids_l[span], perturbations.types_j[genes])
-            sums_mh[row] -= self.hidden_lh[span][is_own].sum(axis=0)
-            counts_m[row] -= is_own.sum()
-        with np.errstate(invalid="ignore"):
-            return sums_mh / np.where(counts_m > 0, counts_m, np.nan)[:, None]
-
-
-def _hidden(model: torch.nn.Module, block: TokenBlock, *, budget: int) -> np.ndarray:
-    """Return the final hidden states of all tokens, float64 of shape (l, h)."""
-    states = []
-    for piece in in_budget(np.diff(block.offsets_n1), budget=budget):
-        batch = to_device(pack(block.take(np.arange(piece.start, piece.stop))), model_device(model))
-        with inference_mode(model):
-            hidden_lh = getattr(model, "genebert")(**batch).last_hidden_state  # noqa: B009
-        states.append(hidden_lh.double().cpu().numpy())
-    return np.concatenate(states)

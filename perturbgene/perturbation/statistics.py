@@ -1,120 +1,27 @@
-"""Effects of perturbations from cells to donors to a table: means, confidence intervals, a null of random genes.
+"""Statistics of effects: means over donors, confidence intervals, and a test against the effects of ordinary genes.
 
-Owns adding up effects and their statistics; knows nothing of models, tokens or files. Cells of a donor are no
-replicates, so a donor is the unit of every test. Letters: d donors, q perturbations, m effects, z genes of the null, k
-keys of sums.
+Owns the numbers only; knows nothing of models, tokens or files. Cells of one donor are no replicates, so a donor is the
+unit of every test. Letters: d donors, q perturbations, z genes of the null.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-#: Genes nearest in expression frequency that a gene is held against.
+#: A gene is compared with this many genes that are expressed about as often.
 NUM_MATCHED = 100
-#: Fewer genes than this are no null.
+#: With fewer genes than this there is no null.
 LEAST_MATCHED = 10
-#: Of the donors' mean effect.
 CONFIDENCE = 0.95
-
-
-@dataclass
-class Tally:
-    """Number of cells, sum of effects and sum of their squares, for every donor, group and perturbation.
-
-    Args:
-        num_perturbations: q.
-        sums: (donor, group) -> float64 of shape (q, 3).
-    """
-
-    num_perturbations: int
-    sums: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-
-    def add(
-        self, effects_m: np.ndarray, *, donor_m: np.ndarray, group_m: np.ndarray, perturbation_m: np.ndarray
-    ) -> None:
-        """Count effects, each of shape (m,) beside its donor, group and perturbation; missing ones are left out."""
-        is_known_m = np.isfinite(effects_m)
-        for donor, group in np.unique(np.stack([donor_m, group_m])[:, is_known_m], axis=1).T.tolist():
-            is_here_m = is_known_m & (donor_m == donor) & (group_m == group)
-            sums_q3 = self._sums(donor, group)
-            effects, rows = effects_m[is_here_m].astype(np.float64), perturbation_m[is_here_m]
-            for column, values in enumerate((np.ones_like(effects), effects, effects**2)):
-                sums_q3[:, column] += np.bincount(rows, weights=values, minlength=self.num_perturbations)
-
-    def _sums(self, donor: int, group: int) -> np.ndarray:
-        return self.sums.setdefault((donor, group), np.zeros((self.num_perturbations, 3)))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return what is not zero as arrays for a file: `keys` (k, 3) of donor, group, perturbation; `sums` (k, 3)."""
-        keys, sums = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 3))]
-        for (donor, group), sums_q3 in sorted(self.sums.items()):
-            rows = np.flatnonzero(sums_q3[:, 0])
-            keys.append(np.stack([np.full_like(rows, donor), np.full_like(rows, group), rows], axis=1))
-            sums.append(sums_q3[rows])
-        return {"keys": np.concatenate(keys), "sums": np.concatenate(sums)}
-
-    def add_arrays(self, keys_k3: np.ndarray, sums_k3: np.ndarray) -> None:
-        """Add what `arrays` of another tally returned."""
-        for donor, group in np.unique(keys_k3[:, :2], axis=0).tolist():
-            is_here_k = (keys_k3[:, 0] == donor) & (keys_k3[:, 1] == group)
-            self._sums(donor, group)[keys_k3[is_here_k, 2]] += sums_k3[is_here_k]
-
-    def groups(self) -> list[int]:
-        """Groups that hold an effect."""
-        return sorted({group for _, group in self.sums})
-
-    def of_group(self, group: int, *, num_donors: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean effect and number of cells of each donor, both (d, q); means are missing where no cell is."""
-        counts_dq, sums_dq = np.zeros((2, num_donors, self.num_perturbations))
-        for (donor, other), sums_q3 in self.sums.items():
-            if other == group:
-                counts_dq[donor], sums_dq[donor] = sums_q3[:, 0], sums_q3[:, 1]
-        with np.errstate(invalid="ignore"):
-            return np.where(counts_dq > 0, sums_dq / np.maximum(counts_dq, 1), np.nan), counts_dq
-
-
-@dataclass(frozen=True)
-class Null:
-    """Effects of genes that others are held against.
-
-    Args:
-        effect_z: Mean effect over donors, shape (z,), all known.
-        num_cells_z: Cells that each gene's removal changed, shape (z,): its expression frequency.
-        gene_z: Which gene it is, so that none is held against itself.
-    """
-
-    effect_z: np.ndarray
-    num_cells_z: np.ndarray
-    gene_z: np.ndarray
-
-    @cached_property
-    def _order_z(self) -> np.ndarray:
-        """Genes by frequency; those of one frequency in random order, so that each meets other neighbours."""
-        shuffled = np.random.default_rng(0).permutation(len(self.gene_z))
-        return shuffled[np.argsort(self.num_cells_z[shuffled], kind="stable")]
-
-    @cached_property
-    def _place_of_gene(self) -> dict[int, int]:
-        return {int(gene): place for place, gene in enumerate(self.gene_z[self._order_z])}
-
-    def matched(self, num_cells: float, *, gene: int) -> np.ndarray:
-        """Return the effects of the `NUM_MATCHED` genes nearest in order of frequency, without the gene itself."""
-        place = self._place_of_gene.get(gene)
-        center = np.searchsorted(self.num_cells_z[self._order_z], num_cells) if place is None else place
-        most = NUM_MATCHED + (place is not None)
-        start = int(np.clip(center - most // 2, 0, max(0, len(self.gene_z) - most)))
-        window = self._order_z[start : start + most]
-        return np.asarray(self.effect_z[window[self.gene_z[window] != gene]])
 
 
 def mean_over_donors(means_dq: np.ndarray, counts_dq: np.ndarray, *, min_cells: int) -> pd.DataFrame:
     """Return the mean effect over donors with its confidence interval.
 
-    A donor counts for a perturbation when it changed at least `min_cells` of the donor's cells.
+    A donor counts for a perturbation if at least `min_cells` of the donor's cells were changed by it.
 
     Returns:
         A row per perturbation: `effect`, `ci_low`, `ci_high` (Student's t over donors, missing with one donor),
@@ -139,37 +46,94 @@ def mean_over_donors(means_dq: np.ndarray, counts_dq: np.ndarray, *, min_cells: 
     )
 
 
-def held_against_null(table: pd.DataFrame, null: Null, *, gene_q: Sequence[int]) -> pd.DataFrame:
-    """Ask of every effect whether it is an outlier among random genes of the same expression frequency.
+# -- tests ------------------------------------------------------------------------------------------------------------
 
-    Welch's t of the donors' mean against one more draw from the matched genes:
-    `t = (effect - mean_z) / sqrt(se^2 + s_z^2 (1 + 1 / z))`, where `se` is the standard error over donors and `s_z` the
-    standard deviation over the z matched genes' effects. The question is whether the gene is unlike a random one, not
-    whether it is unlike their mean. The degrees of freedom are Welch's, with d - 1 and z - 1.
+
+@dataclass(frozen=True)
+class Null:
+    """Effects of ordinary genes, with which others are compared.
 
     Args:
-        table: From `mean_over_donors`.
-        null: Genes to be held against.
-        gene_q: Which gene of the null each row is, -1 for none (then it is held against all matched ones).
+        effect_z: Mean effect over donors, shape (z,), all finite.
+        num_cells_z: Number of cells that express each gene, shape (z,).
+        gene_z: Panel index of each gene, so that no gene is compared with itself.
+    """
+
+    effect_z: np.ndarray
+    num_cells_z: np.ndarray
+    gene_z: np.ndarray
+
+    @cached_property
+    def _order_z(self) -> np.ndarray:
+        """Genes by frequency; those of one frequency in random order, so that each has other neighbors."""
+        shuffled = np.random.default_rng(0).permutation(len(self.gene_z))
+        return shuffled[np.argsort(self.num_cells_z[shuffled], kind="stable")]
+
+    @cached_property
+    def _place_of_gene(self) -> dict[int, int]:
+        return {int(gene): place for place, gene in enumerate(self.gene_z[self._order_z])}
+
+    def matched(self, num_cells: float, *, gene: int) -> np.ndarray:
+        """Return the effects of the `NUM_MATCHED` genes nearest in frequency, without the gene itself."""
+        place = self._place_of_gene.get(gene)
+        center = np.searchsorted(self.num_cells_z[self._order_z], num_cells) if place is None else place
+        most = NUM_MATCHED + (place is not None)
+        start = int(np.clip(center - most // 2, 0, max(0, len(self.gene_z) - most)))
+        window = self._order_z[start : start + most]
+        return np.asarray(self.effect_z[window[self.gene_z[window] != gene]])
+
+
+def against_null(table: pd.DataFrame, null: Null, *, scale_q: np.ndarray) -> pd.DataFrame:
+    """Test whether each effect is an outlier among the effects of genes that are expressed about as often.
+
+    Welch's t of the donors' mean effect against one more draw from the matched genes:
+    `t = (effect - mean_z) / sqrt(se^2 + s_z^2 (1 + 1 / z))`, where `se` is the standard error over donors and `s_z` the
+    standard deviation of the z matched genes' effects, with d - 1 and z - 1 degrees of freedom. The question is whether
+    the gene differs from a random gene, not whether it differs from the mean of all genes.
+
+    Args:
+        table: From `mean_over_donors`, with the panel index of each row's `gene`, -1 for none.
+        null: Ordinary genes.
+        scale_q: What the null's effects are multiplied by for each row, so that both were computed the same way:
+            1 for rows computed like the null, NaN if that factor is not known.
 
     Returns:
-        `null_mean`, `p_value` (two-sided; missing with fewer than two donors or fewer than ten genes), `q_value`
-        (Benjamini-Hochberg over the rows that have a p).
+        `null_mean`, `p_value` (two-sided; missing with fewer than two donors or `LEAST_MATCHED` genes) and `q_value`
+        (Benjamini-Hochberg over the rows that have a p-value).
     """
-    rows = []
-    for effect, error, donors, num_cells, gene in zip(
-        table["effect"], table["standard_error"], table["num_donors"], table["num_cells"], gene_q, strict=True
-    ):
-        matched_z = null.matched(num_cells, gene=gene)
-        if donors < 2 or len(matched_z) < LEAST_MATCHED:
-            rows.append((np.nan, np.nan))
-            continue
-        spread = (error**2, matched_z.var(ddof=1) * (1 + 1 / len(matched_z)))
-        freedom = sum(spread) ** 2 / (spread[0] ** 2 / (donors - 1) + spread[1] ** 2 / (len(matched_z) - 1) + 1e-300)
-        t = (effect - matched_z.mean()) / np.sqrt(sum(spread) + 1e-300)
-        rows.append((matched_z.mean(), 2 * stats.t.sf(abs(t), max(freedom, 1))))
-    result = pd.DataFrame(rows, columns=["null_mean", "p_value"], index=table.index, dtype=float)
-    return result.assign(q_value=adjusted(result["p_value"].to_numpy()))
+    mean_q, variance_q, count_q = np.full((3, len(table)), np.nan)
+    for row, (num_cells, gene) in enumerate(zip(table["num_cells"], table["gene"], strict=True)):
+        matched_z = null.matched(num_cells, gene=gene) * scale_q[row]
+        if table["num_donors"].iloc[row] >= 2 and len(matched_z) >= LEAST_MATCHED:
+            mean_q[row], variance_q[row], count_q[row] = matched_z.mean(), matched_z.var(ddof=1), len(matched_z)
+    errors_2q = np.stack([table["standard_error"].to_numpy(dtype=float) ** 2, variance_q * (1 + 1 / count_q)])
+    freedoms_2q = np.stack([table["num_donors"].to_numpy(dtype=float), count_q]) - 1
+    _, p_q = welch_t(table["effect"].to_numpy(dtype=float) - mean_q, errors_2q, freedoms_2q)
+    columns = {"null_mean": mean_q, "p_value": p_q, "q_value": adjusted(p_q)}
+    return pd.DataFrame(columns, index=table.index, dtype=float)
+
+
+def welch_t(
+    difference_q: np.ndarray, squared_errors_2q: np.ndarray, freedoms_2q: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return Welch's t and its two-sided p-value for differences of two means.
+
+    Args:
+        difference_q: Difference of the means.
+        squared_errors_2q: Squared standard error of each of the two means.
+        freedoms_2q: Degrees of freedom of each.
+
+    Example:
+        >>> t, p = welch_t(np.array([2.0]), np.array([[0.5], [0.5]]), np.array([[4.0], [4.0]]))
+        >>> t.item(), round(p.item(), 4)
+        (2.0, 0.0805)
+    """
+    least = 1e-300  # so that two means without any error differ by chance (0) or surely (infinity), not by 0 / 0
+    squared_q = squared_errors_2q.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom_q = squared_q**2 / ((squared_errors_2q**2 / freedoms_2q).sum(axis=0) + least)
+    t_q = difference_q / np.sqrt(squared_q + least)
+    return t_q, 2 * stats.t.sf(np.abs(t_q), np.maximum(freedom_q, 1))
 
 
 def adjusted(p_q: np.ndarray) -> np.ndarray:
@@ -186,30 +150,39 @@ def adjusted(p_q: np.ndarray) -> np.ndarray:
     return result_q
 
 
+# -- how good the screen is -------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Agreement:
-    """How well an estimate orders what was also computed exactly.
+    """How well screened effects agree with exact ones, on genes for which both were computed.
 
     Args:
-        spearman: Rank correlation over the genes compared.
-        recall: Share of the exact top eighth that lies in the estimated top quarter; 0.25 by chance.
+        spearman: Rank correlation.
+        recall: Share of the strongest eighth (exact) found in the strongest quarter of the screen; 0.25 by chance.
+        scale: Median of exact effect / screened effect.
         num_genes: Genes compared.
     """
 
     spearman: float
     recall: float
+    scale: float
     num_genes: int
 
 
-def agreement(exact_q: np.ndarray, estimated_q: np.ndarray) -> Agreement:
-    """Compare exact and estimated effects of the same genes, shape (q,); strength is the absolute value."""
-    is_known_q = np.isfinite(exact_q) & np.isfinite(estimated_q)
-    exact_q, estimated_q = exact_q[is_known_q], estimated_q[is_known_q]
+def agreement(exact_q: np.ndarray, screened_q: np.ndarray) -> Agreement:
+    """Compare exact and screened effects of the same genes, shape (q,); an effect's strength is its absolute value."""
+    is_known_q = np.isfinite(exact_q) & np.isfinite(screened_q)
+    exact_q, screened_q = exact_q[is_known_q], screened_q[is_known_q]
     count = len(exact_q)
     if count < 3:
-        return Agreement(np.nan, np.nan, count)
+        return Agreement(np.nan, np.nan, np.nan, count)
     top = np.argsort(-np.abs(exact_q), kind="stable")[: max(1, count // 8)]
-    candidates = np.argsort(-np.abs(estimated_q), kind="stable")[: max(1, count // 4)]
+    candidates = np.argsort(-np.abs(screened_q), kind="stable")[: max(1, count // 4)]
+    ratios = exact_q[screened_q != 0] / screened_q[screened_q != 0]
     return Agreement(
-        float(stats.spearmanr(exact_q, estimated_q).statistic), float(np.isin(top, candidates).mean()), count
+        spearman=float(stats.spearmanr(exact_q, screened_q).statistic),
+        recall=float(np.isin(top, candidates).mean()),
+        scale=float(np.median(ratios)) if len(ratios) else np.nan,
+        num_genes=count,
     )

@@ -12,11 +12,11 @@ import pytest
 
 from perturbgene.embedding import genes as gene_means
 from perturbgene.embedding.cells import KEY, embed
-from perturbgene.embedding.genes import gene_embeddings, gene_network, gene_roles, halves, read_groups, sum_genes
+from perturbgene.embedding.genes import gene_embeddings, gene_network, gene_roles, halves, sum_genes
 from perturbgene.embedding.states import open_cells
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import cell_results
+from perturbgene.inference.streaming import cell_results, read_groups
 from perturbgene.main import main
 from tests.inference.test_streaming import ThreadRanks
 from tests.nine_genes import GENES
@@ -107,7 +107,7 @@ def test_a_column_with_a_value_per_cell_is_refused_where_sums_would_not_fit(
 def test_a_column_without_any_value_is_no_grouping(run: Run, cells: ad.AnnData) -> None:
     some = cells.copy()
     some.obs["nothing"] = np.nan
-    with pytest.raises(InputError, match="holds no value"):
+    with pytest.raises(InputError, match="has no value"):
         gene_embeddings(some, run, groupby="nothing")
 
 

@@ -16,8 +16,9 @@ from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
-from perturbgene.perturbation.attribute import _readout, _without_top, attribute, support
-from perturbgene.perturbation.cells_in_parts import GroupedCells
+from perturbgene.perturbation import cells as cells_module
+from perturbgene.perturbation.attribute import _without_top, attribute, label_question, support
+from perturbgene.perturbation.cells import GroupedCells
 from perturbgene.perturbation.readouts import sequences
 from perturbgene.training.train import tokenizer_facts
 from tests.nine_genes import GENES, a_tokenizer
@@ -93,8 +94,8 @@ def test_cells_without_genes_count_for_no_label(run, cells, caplog):
 def test_support_agrees_with_integrated_gradients_over_gates_that_let_genes_in(run, cells):
     """Captum is the oracle: a gate per gene token goes from shut to open, and its share of the log-odds is measured."""
     captum = pytest.importorskip("captum.attr")
-    readout, _ = _readout(run, "cell_type", {})
-    opened = GroupedCells.open(cells, run, readout, given={}, donor=None, groupby=None, batch_size=30)
+    readout, _ = label_question(run, "cell_type", {})
+    opened = GroupedCells.open(cells, run, readout, given={}, batch_size=30)
     asked = sequences(opened.read(np.arange(12)), TOKENIZER, readout)
     label_n, support_l = support(run, asked, readout, budget=1000)
     is_gene_l, batch = torch.from_numpy(np.isfinite(support_l)), pack(asked)
@@ -129,14 +130,15 @@ def test_the_share_with_the_highest_scores_leaves():
     assert left.offsets_n1.tolist() == [0, 3, 5]
 
 
-def test_the_verb_writes_table_curves_and_origin(run, cells, tmp_path: Path, capsys):
+def test_the_verb_writes_table_curves_and_origin(run, cells, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(cells_module, "PART_CELLS", 7)
     run.model.save_pretrained(tmp_path / "run")
     TOKENIZER.save_pretrained(tmp_path / "run")
     cells.write_h5ad(tmp_path / "cells.h5ad")
     command = (
         f"attribute {tmp_path}/run {tmp_path}/cells.h5ad --output {tmp_path}/markers.csv --ask cell_type --device cpu"
     )
-    assert main([*command.split(), "--part_cells", "7"]) == 0
+    assert main(command.split()) == 0
     assert pd.read_csv(tmp_path / "markers.csv")["gene"][0] == "G1"
     assert (tmp_path / "markers.png").stat().st_size > 5_000
     assert json.loads((tmp_path / "markers.json").read_text())["areas"].keys() == {"attributed", "random"}

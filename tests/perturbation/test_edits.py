@@ -130,11 +130,11 @@ def test_a_knock_out_in_a_cut_cell_lets_no_other_gene_in(pbmc, truncation):
 @pytest.mark.parametrize(
     ("genes", "options", "message"),
     [
-        (["G10"], {}, "gene 'G10' is not in the run's panel. Did you mean 'G1'"),
+        (["G10"], {}, "gene 'G10' is not among the 9 genes of the run's panel. Did you mean 'G1'"),
         (["G1+G1"], {}, "'G1\\+G1', which names a gene twice"),
         (["G1+G2", "G2+G1"], {}, "name a perturbation twice"),
         ([], {}, "no gene is named"),
-        (["G1"], {"kind": "set_bin"}, "--kind set_bin and --bin None do not fit"),
+        (["G1"], {"kind": "set_bin"}, "kind is set_bin and bin is None, but set_bin needs a bin"),
         (["G1"], {"kind": "set_bin", "level": 3}, "--bin is 3, but the run's bins go from 1 to 2"),
         (["G1"], {"kind": "knockout"}, "Did you mean 'knock_out'"),
     ],

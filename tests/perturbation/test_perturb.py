@@ -1,6 +1,8 @@
 """`perturb` end to end: files in, table out; screened beside exact, donors as units, interrupted and resumed."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import pytest
 import torch
 from scipy import sparse
 
+from perturbgene.configs import parse_args
 from perturbgene.errors import InputError
+from perturbgene.files import claimed
 from perturbgene.inference.run import Run
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
-from perturbgene.perturbation.cells_in_parts import PartFolder
+from perturbgene.perturbation import cells as cells_module
+from perturbgene.perturbation.cells import PartStore
 from perturbgene.perturbation.perturb import perturb
 from perturbgene.training.train import tokenizer_facts
 from tests.nine_genes import a_tokenizer
@@ -76,7 +81,32 @@ def test_all_genes_are_screened_and_the_strongest_and_controls_are_exact(run, ce
     strongest = merged["screened_effect"].abs().nlargest(4).index
     assert is_exact[strongest].all()
     assert table.attrs["screen"]["num_genes"] == 12
-    assert table["effect"].abs().is_monotonic_decreasing
+    scale = table.attrs["screen"]["scale"]  # by which estimates are ranked among exact effects
+    strength = table["effect"].abs() * np.where(table["method"] == "screened", scale, 1.0)
+    assert strength.is_monotonic_decreasing and scale == pytest.approx(1.0, abs=0.2)
+
+
+def test_exact_effects_are_tested_on_the_scale_of_the_screen(run, cells):
+    """Random genes have the same p-values whether they are screened or computed exactly, which gives larger numbers."""
+    options = {"embedding": "mean", "min_cells": 1, "top_k": 0}
+    screened, exact = (
+        perturb(cells, run, num_controls=count, **options).set_index("perturbation") for count in (3, 40)
+    )
+    assert exact.attrs["screen"]["scale"] > 1.1
+    rows = screened.index[screened["method"] == "screened"]
+    assert (exact.loc[rows, "method"] == "exact").all() and len(rows) == 36
+    assert (exact.loc[rows, "effect"] / screened.loc[rows, "effect"]).median() > 1.1
+    assert (exact.loc[rows, "p_value"] - screened.loc[rows, "p_value"]).abs().median() < 0.05
+    assert (exact["p_value"] < 0.05).mean() < 0.1
+    ratio = exact.loc[rows, "null_mean"] / screened.loc[rows, "null_mean"]
+    np.testing.assert_allclose(ratio, exact.attrs["screen"]["scale"], rtol=1e-6)
+
+
+def test_without_controls_exact_effects_beside_a_screen_have_no_p_value(run, cells, caplog):
+    table = perturb(cells, run, towards=TOWARDS, top_k=4, num_controls=0, min_cells=1)
+    assert table.loc[table["method"] == "exact", "p_value"].isna().all()
+    assert table.loc[table["method"] == "screened", "p_value"].notna().all()
+    assert "exact effects have no p-values" in caplog.text and "Raise --num_controls" in caplog.text
 
 
 def test_effects_are_means_over_cells_then_donors(run, cells):
@@ -148,7 +178,7 @@ def test_without_donors_there_is_an_effect_and_no_p_value(run, cells, folder, tm
         )
         == 0
     )
-    assert "no p-values: a test needs at least two donors" in capsys.readouterr().out
+    assert "No p-values: they need two donors or more" in capsys.readouterr().out
 
 
 def test_over_expression_is_exact_and_has_random_genes_for_a_null(run, cells):
@@ -193,8 +223,9 @@ def test_bfloat16_is_near_float32(run, cells):
     assert np.corrcoef(first["effect"], second["effect"][first.index])[0, 1] > 0.9
 
 
-def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):
-    assert main(command(folder, tmp_path / "out.csv", "--per_cell", "--part_cells", "25")) == 0
+def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cells_module, "PART_CELLS", 25)
+    assert main(command(folder, tmp_path / "out.csv", "--per_cell")) == 0
     table = pd.read_csv(tmp_path / "out.csv")
     assert len(table) == 39
     assert (tmp_path / "out.png").stat().st_size > 10_000
@@ -211,24 +242,25 @@ def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):
     assert row["effect"] == pytest.approx(own.groupby("donor")["effect"].mean().mean(), abs=1e-6)
 
 
-def test_a_parquet_table_reads_back_as_the_csv(folder, tmp_path):
+def test_a_parquet_table_reads_back_as_the_csv(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells_module, "PART_CELLS", 25)
     pytest.importorskip("pyarrow")
     for suffix in ("csv", "parquet"):
-        assert main(command(folder, tmp_path / f"out.{suffix}", "--per_cell", "--part_cells", "25", "--overwrite")) == 0
-        tables = tmp_path / "out.cells"
-        assert len(list(tables.glob(f"*.{suffix}"))) == 6
-    whole = pd.read_parquet(tmp_path / "out.parquet")
-    pd.testing.assert_frame_equal(whole, pd.read_csv(tmp_path / "out.csv"), rtol=1e-12)
-    first = pd.read_csv(tables / "exact.000000.csv")
-    read = pd.read_parquet(tables / "exact.000000.parquet")
+        assert main(command(folder, tmp_path / f"{suffix}.{suffix}", "--per_cell")) == 0
+        assert len(list((tmp_path / f"{suffix}.cells").glob(f"*.{suffix}"))) == 6
+    whole = pd.read_parquet(tmp_path / "parquet.parquet")
+    pd.testing.assert_frame_equal(whole, pd.read_csv(tmp_path / "csv.csv"), rtol=1e-12)
+    first = pd.read_csv(tmp_path / "csv.cells/exact.000000.csv")
+    read = pd.read_parquet(tmp_path / "parquet.cells/exact.000000.parquet")
     pd.testing.assert_frame_equal(read, first, check_dtype=False, rtol=1e-5)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog, monkeypatch):
     """Ctrl-C comes when the fifth part has been written; a part that was damaged since is made again."""
-    more = ("--part_cells", "6", "--batch_size", "3")
+    monkeypatch.setattr(cells_module, "PART_CELLS", 6)
+    more = ("--batch_size", "3")
     assert main(command(folder, tmp_path / "whole.csv", *more)) == 0
-    save, written = PartFolder.save, []
+    save, written = PartStore.save, []
 
     def save_and_interrupt(*arguments: Any) -> None:
         save(*arguments)
@@ -237,7 +269,7 @@ def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartFolder, "save", save_and_interrupt)
+        patch.setattr(PartStore, "save", save_and_interrupt)
         code = main(command(folder, tmp_path / "out.csv", *more))
     assert code == 130
     assert not (tmp_path / "out.csv").exists()
@@ -251,15 +283,54 @@ def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog, 
     assert not list(tmp_path.glob(".out.csv.*"))
 
 
+def test_a_run_killed_among_its_files_leaves_no_table_and_is_finished_by_the_same_command(
+    folder, tmp_path, monkeypatch
+):
+    replace = os.replace
+
+    def fail_at_the_table(source: Any, target: Any) -> None:
+        if str(target).endswith("/out.csv"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_at_the_table)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nothing is cleaned up after a kill
+        assert main(command(folder, tmp_path / "out.csv")) == 130
+    assert (tmp_path / "out.json").exists() and not (tmp_path / "out.csv").exists()
+    assert main(command(folder, tmp_path / "out.csv")) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.png"]
+
+
+def test_a_file_of_the_user_next_to_the_table_is_not_replaced(folder, tmp_path, capsys):
+    (tmp_path / "out.json").write_text("mine")
+    assert main(command(folder, tmp_path / "out.csv")) == 2
+    assert "out.json exists. Choose another --output, or pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out.json").read_text() == "mine"
+
+
+def test_a_second_process_with_the_same_output_is_refused(folder, tmp_path, capsys):
+    with claimed(tmp_path / "out.csv", flag="output"):
+        assert main(command(folder, tmp_path / "out.csv")) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["perturb", "attribute"])
+def test_the_number_of_tokens_at_once_suits_the_device_unless_it_is_given(verb):
+    line = f"{verb} run cells.h5ad --output out.csv --{'ask' if verb == 'attribute' else 'genes'} x"
+    assert parse_args(line.split()).batch_tokens is None
+    assert parse_args([*line.split(), "--batch_tokens", "99"]).batch_tokens == 99
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--from", "cell_type=T cell", "--towards", "tissue=blood"], "are not two labels of one phenotype"),
-        (["--kind", "set_bin"], "a bin belongs to set_bin and only there"),
+        (["--kind", "set_bin"], "kind is set_bin and bin is None, but set_bin needs a bin"),
         (["--donor", "donor"], "no obs column 'donor'. Did you mean 'donor_id'"),
         (["--given", "cell_type=B cell"], "'cell_type' is given and asked at once"),
         (["--given", "tissue=brain"], "tissue=brain is not in the run's vocabulary"),
-        (["--output", "out.txt"], "a table ends in .csv or .parquet"),
+        (["--output", "out.txt"], "but perturb writes .csv or .parquet"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(folder, tmp_path, capsys, more, message):

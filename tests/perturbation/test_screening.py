@@ -247,7 +247,7 @@ def test_a_classifier_is_screened_and_rerun_too():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"towards": "cell_type"}, "--towards is 'cell_type', but reads PHENOTYPE=LABEL"),
+        ({"towards": "cell_type"}, "--towards is 'cell_type', but it must read PHENOTYPE=LABEL"),
         ({"towards": "cell_type=Bcell"}, "cell_type=Bcell is no label of the run. Choose one of: 'B cell'"),
         ({"towards": "organ=lung"}, "organ"),
         ({"towards": "cell_type=B cell", "away": "tissue=blood"}, "are not two labels of one phenotype"),

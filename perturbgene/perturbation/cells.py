@@ -1,0 +1,314 @@
+"""The cells of a file with their donors and groups, and sums of effects over them that survive an interruption.
+
+Owns reading cells by rows, the sums, and the parts in which they are computed and kept on disk; leaves effects of
+single cells to `readouts` and `screening`. Letters: n cells, m effects, d donors, q perturbations, k sums kept.
+
+A part is a fixed range of cells, and parts are added up in their order, so an interrupted run ends with the same table
+as one without interruption, whatever the number of processes.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.embedding.states import ALONE
+from perturbgene.errors import InputError
+from perturbgene.files import whole_file
+from perturbgene.inference.asking import constant_labels
+from perturbgene.inference.calibration import weights_hash
+from perturbgene.inference.run import Run
+from perturbgene.inference.streaming import Ranks, read_groups
+from perturbgene.perturbation.readouts import Readout, most_genes
+from perturbgene.urls import is_url, shown_path
+
+logger = logging.getLogger(__name__)
+
+#: The obs column with donors if none is named: CELLxGENE's name for it.
+DONOR_COLUMN = "donor_id"
+#: Cells of a part: what an interruption loses at most, for each process.
+PART_CELLS = 1000
+
+#: From a block of cells: row of the block, index of the sum, and effect of every effect, each of shape (m,).
+EffectsOf = Callable[[TokenBlock], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class GroupedCells:
+    """The cells of one file or AnnData, read by rows, with the donor and the group of each.
+
+    Args:
+        dataset: Opens and checks the source.
+        donors, donor_n: Names, and the index of each cell's donor, -1 where it has none.
+        groups, group_n: Names, and the index of each cell's group, -1 where it has none.
+    """
+
+    dataset: IterableAnnDataset
+    donors: list[str]
+    donor_n: np.ndarray
+    groups: list[str]
+    group_n: np.ndarray
+
+    @classmethod
+    def open(
+        cls,
+        source: Any,
+        run: Run,
+        readout: Readout,
+        *,
+        given: Mapping[str, str | None],
+        donor: str | None = None,
+        groupby: str | None = None,
+        **reading: Any,
+    ) -> "GroupedCells":
+        """Open a file or AnnData for a readout.
+
+        Raises:
+            InputError: A column is missing, a given label is unknown, or the genes do not cover the panel.
+        """
+        for name in given:
+            run.tokenizer.vocabulary.check_category(name)
+        # Given labels only, and long cells cut where `data_utils.ask` cuts them.
+        max_length = max(3, most_genes(run.tokenizer, readout) + 2) + len(readout.given)
+        tokenizer = run.tokenizer.with_settings(included=list(readout.given), max_length=max_length)
+        labels = constant_labels(run.tokenizer, given)
+        dataset = IterableAnnDataset(source, tokenizer, constant_labels=labels, **{"batch_size": 256, **reading})
+        file = dataset.shards[0].source
+        for name in [name for name, label in given.items() if label is None]:
+            file.obs_column(name)
+        if donor is None and DONOR_COLUMN in file.columns_of("obs"):
+            donor = DONOR_COLUMN
+        return cls(dataset, *read_groups(dataset, donor, flag="donor"), *read_groups(dataset, groupby, flag="groupby"))
+
+    def __len__(self) -> int:
+        return len(self.donor_n)
+
+    def blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
+        """Yield the cells of a range of rows, `batch_size` at a time; those without donor or group are left out."""
+        rows_n = start + np.flatnonzero((self.donor_n[start:stop] >= 0) & (self.group_n[start:stop] >= 0))
+        for first in range(0, len(rows_n), self.dataset.batch_size):
+            yield self.read(rows_n[first : first + self.dataset.batch_size])
+
+    def read(self, rows_m: np.ndarray) -> TokenBlock:
+        """Tokenize some cells, ascending."""
+        return self.dataset.tokenizer.tokenize_block(self.dataset.shards[0].read(rows_m))
+
+    def cells_per_donor(self, group: int) -> np.ndarray:
+        """Count the cells of each donor in a group, shape (d,)."""
+        is_here_n = (self.group_n == group) & (self.donor_n >= 0)
+        return np.bincount(self.donor_n[is_here_n], minlength=len(self.donors))
+
+
+# -- sums -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EffectSums:
+    """Number of cells and sum of effects, for every donor, group and perturbation.
+
+    Args:
+        num_effects: q.
+        sums: (donor, group) -> float64 of shape (q, 2).
+    """
+
+    num_effects: int
+    sums: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+
+    def add(
+        self, effects_m: np.ndarray, *, donor_m: np.ndarray, group_m: np.ndarray, perturbation_m: np.ndarray
+    ) -> None:
+        """Add effects, each with its donor, group and perturbation; missing ones (NaN) do not count."""
+        is_known_m = np.isfinite(effects_m)
+        for donor, group in np.unique(np.stack([donor_m, group_m])[:, is_known_m], axis=1).T.tolist():
+            is_here_m = is_known_m & (donor_m == donor) & (group_m == group)
+            effects, rows = effects_m[is_here_m].astype(np.float64), perturbation_m[is_here_m]
+            sums_q2 = self._sums(donor, group)
+            sums_q2[:, 0] += np.bincount(rows, minlength=self.num_effects)
+            sums_q2[:, 1] += np.bincount(rows, weights=effects, minlength=self.num_effects)
+
+    def _sums(self, donor: int, group: int) -> np.ndarray:
+        return self.sums.setdefault((donor, group), np.zeros((self.num_effects, 2)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what is not zero: `keys_k3` (donor, group, perturbation) and `sums_k2`."""
+        keys, sums = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2))]
+        for (donor, group), sums_q2 in sorted(self.sums.items()):
+            rows = np.flatnonzero(sums_q2[:, 0])
+            keys.append(np.stack([np.full_like(rows, donor), np.full_like(rows, group), rows], axis=1))
+            sums.append(sums_q2[rows])
+        return {"keys_k3": np.concatenate(keys), "sums_k2": np.concatenate(sums)}
+
+    def add_arrays(self, *, keys_k3: np.ndarray, sums_k2: np.ndarray) -> None:
+        """Add what `arrays` of other sums returned."""
+        for donor, group in np.unique(keys_k3[:, :2], axis=0).tolist():
+            is_here_k = (keys_k3[:, 0] == donor) & (keys_k3[:, 1] == group)
+            self._sums(donor, group)[keys_k3[is_here_k, 2]] += sums_k2[is_here_k]
+
+    def of_group(self, group: int, *, num_donors: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean effect and number of cells of each donor, both (d, q); means are NaN where there is no cell."""
+        counts_dq, sums_dq = np.zeros((2, num_donors, self.num_effects))
+        for (donor, other), sums_q2 in self.sums.items():
+            if other == group:
+                counts_dq[donor], sums_dq[donor] = sums_q2.T
+        with np.errstate(invalid="ignore"):
+            return np.where(counts_dq > 0, sums_dq / np.maximum(counts_dq, 1), np.nan), counts_dq
+
+
+def sum_effects(
+    name: str,
+    effects_of: EffectsOf,
+    cells: GroupedCells,
+    num_effects: int,
+    *,
+    store: "PartStore | None" = None,
+    names_q: Sequence[str] | None = None,
+    ranks: Ranks = ALONE,
+) -> EffectSums:
+    """Add up the effects of all cells, part by part; each process computes its share, and all get the whole sum.
+
+    Args:
+        name: Of the parts and of the progress bar.
+        effects_of: Computes the effects of a block of cells.
+        cells: The cells.
+        num_effects: How many sums, q.
+        store: Where finished parts are kept; None keeps them in memory (single process).
+        names_q: Name of each sum, if the store is to keep the effects of every cell, too.
+        ranks: Which of the processes this is.
+    """
+    starts = range(0, len(cells), PART_CELLS)
+    in_memory: dict[int, dict[str, np.ndarray]] = {}
+    num_kept = 0
+    is_hidden = None if ranks.is_main else True  # None: hidden where there is no terminal
+    with tqdm(total=len(cells), desc=name, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
+        for part, start in enumerate(starts):
+            stop = min(start + PART_CELLS, len(cells))
+            if part % ranks.size == ranks.rank:
+                if store is not None and store.load(name, part) is not None:
+                    num_kept += 1
+                else:
+                    sums, effects = _sum_part(effects_of, cells, start, stop, num_effects=num_effects)
+                    if store is None:
+                        in_memory[part] = sums.arrays()
+                    else:
+                        if names_q is not None:
+                            store.save_effects(name, part, effects, names_q=names_q)
+                        store.save(name, part, sums)
+            bar.update(stop - start)
+    if num_kept:
+        logger.info("%s: %d of %d parts were finished before", name, num_kept, len(starts))
+    ranks.barrier()
+    total = EffectSums(num_effects)
+    for part in range(len(starts)):
+        total.add_arrays(**(in_memory[part] if store is None else store.finished(name, part)))
+    ranks.barrier()  # rank 0 deletes the parts at the end; all ranks have read them now
+    return total
+
+
+def _sum_part(
+    effects_of: EffectsOf, cells: GroupedCells, start: int, stop: int, *, num_effects: int
+) -> tuple[EffectSums, list[pd.DataFrame]]:
+    """Return the sums of a range of cells, and the effects of which they are sums."""
+    sums, effects = EffectSums(num_effects), []
+    for block in cells.blocks(start, stop):
+        cell_m, perturbation_m, effects_m = effects_of(block)
+        row_m = block.cells_n[cell_m]
+        sums.add(effects_m, donor_m=cells.donor_n[row_m], group_m=cells.group_n[row_m], perturbation_m=perturbation_m)
+        effects.append(pd.DataFrame({"cell": row_m, "perturbation": perturbation_m, "effect": effects_m}))
+    return sums, effects
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartStore:
+    """Finished parts on disk, until the table is written.
+
+    Args:
+        folder: Hidden, next to the output; its name holds a hash of all that the parts depend on.
+        suffix: Of the output; tables of single cells, in the subfolder `cells`, are written in the same form.
+    """
+
+    folder: Path
+    suffix: str = ".csv"
+
+    @classmethod
+    def open(cls, output: Path, *, source: str, run: Run, readout: Readout, settings: Mapping[str, Any]) -> "PartStore":
+        """Return the store of an output; settings, weights or input other than before start a new one.
+
+        Raises:
+            InputError: It cannot be written.
+        """
+        facts: dict[str, Any] = {name: settings[name] for name in settings if name not in ("overwrite", "output")}
+        if is_url(source):
+            facts["source"] = shown_path(source)
+        else:
+            status = os.stat(source)
+            facts["source"] = [os.path.abspath(source), status.st_size, status.st_mtime_ns]
+        facts |= {"weights": weights_hash(run.path), "tokenizer": run.tokenizer.fingerprint, "readout": readout}
+        text = json.dumps(facts, sort_keys=True, default=str)
+        folder = output.with_name(f".{output.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.parts")
+        try:
+            (folder / "cells").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{output} cannot be written ({error}). Choose another --output.") from error
+        return cls(folder, output.suffix)
+
+    def path(self, name: str, part: int) -> Path:
+        """Return the file of a part's sums."""
+        return self.folder / f"{name}.{part:06d}.npz"
+
+    def save(self, name: str, part: int, sums: EffectSums) -> None:
+        """Write the sums of a part."""
+        with whole_file(self.path(name, part)) as temporary, open(temporary, "wb") as stream:
+            arrays = sums.arrays()
+            np.savez(stream, keys_k3=arrays["keys_k3"], sums_k2=arrays["sums_k2"])
+
+    def save_effects(self, name: str, part: int, effects: Sequence[pd.DataFrame], *, names_q: Sequence[str]) -> None:
+        """Write the effects of a part's cells as a table."""
+        table = pd.concat(effects or [pd.DataFrame(columns=["cell", "perturbation", "effect"])])
+        table["perturbation"] = np.asarray(names_q, dtype=object)[table["perturbation"].to_numpy(dtype=np.int64)]
+        with whole_file(self.folder / "cells" / f"{name}.{part:06d}{self.suffix}") as temporary:
+            write_table(table.assign(method=name), temporary, suffix=self.suffix)
+
+    def load(self, name: str, part: int) -> dict[str, np.ndarray] | None:
+        """Read the sums of a part; None if they are missing or damaged, so that they are computed again."""
+        try:
+            with open(self.path(name, part), "rb") as stream, np.load(stream) as arrays:
+                return {key: arrays[key] for key in ("keys_k3", "sums_k2")}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def finished(self, name: str, part: int) -> dict[str, np.ndarray]:
+        """Read the sums of a part that was finished."""
+        arrays = self.load(name, part)
+        if arrays is None:
+            raise InputError(f"{self.path(name, part)} is missing or damaged. Run the same command again.")
+        return arrays
+
+    def remove(self) -> None:
+        """Delete the parts of this output, those of other settings too."""
+        stem = glob.escape(self.folder.name.rsplit(".", 2)[0])
+        for folder in self.folder.parent.glob(f"{stem}.{'[0-9a-f]' * 12}.parts"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_table(table: pd.DataFrame, path: Path, *, suffix: str | None = None) -> None:
+    """Write a table as Parquet if its suffix is .parquet, else as CSV."""
+    if (suffix or path.suffix) == ".parquet":
+        table.to_parquet(path, index=False)
+    else:
+        table.to_csv(path, index=False)
