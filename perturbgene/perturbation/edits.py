@@ -14,7 +14,6 @@ import numpy as np
 
 from perturbgene.cli.verbs import PerturbationKind, check_bin
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.embedding.states import find_genes
 from perturbgene.errors import InputError, did_you_mean
 
 ALL_GENES = "all"
@@ -121,7 +120,7 @@ def _types_of(entry: str, tokenizer: GeneTokenizer) -> list[int]:
     """Return the ascending token types of one perturbation, e.g. of "A+B"; a gene's name may itself contain a "+"."""
     panel = tokenizer.panel
     parts = [entry] if panel.find(entry) >= 0 else [part.strip() for part in entry.split("+")]
-    types = sorted(tokenizer.first_gene_type + int(gene) for gene in find_genes(tokenizer, parts))
+    types = sorted(tokenizer.first_gene_type + int(gene) for gene in panel.find_all(parts, flag="genes"))
     if len(set(types)) < len(types):
         raise InputError(f"genes hold {entry!r}, which names a gene twice. Name each gene once in --genes.")
     return types
