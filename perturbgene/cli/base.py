@@ -72,6 +72,11 @@ class MatrixOptions(BaseConfig):
     """Where in an h5ad file the values and gene ids stand (prepare, mlm, cls, predict)."""
 
     layer: str | None = option(None, help="Layer to read in place of X; `raw` means .raw.", group="Genes and bins")
+    missing_labels: list[str] = option(
+        [],
+        help="Labels that mean `not known`, in addition to NaN, an empty label and `unknown` (in any case).",
+        group="Data",
+    )
     gene_id_column: str | None = option(
         None, help="Column of var with the gene ids, in place of var_names.", group="Genes and bins"
     )

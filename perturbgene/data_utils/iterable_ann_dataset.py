@@ -98,6 +98,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         binary_label: With `phenotype_category`: 1 for this label, 0 for all others.
         layer, gene_id_column, min_gene_coverage: Which matrix, which var column names the genes, least share of the
             panel that a file must have.
+        missing_labels: Labels that mean "not known", beside an empty one, NaN and `unknown`.
         rank, world_size: Which part of the cells this process yields.
         keep_all: True yields each cell exactly once over all ranks (evaluation); False gives every rank the same
             number. Default: the opposite of `shuffle`.
@@ -131,6 +132,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         binary_label: str | None = None,
         layer: str | None = None,
         gene_id_column: str | None = None,
+        missing_labels: Sequence[str] = (),
         min_gene_coverage: float = 0.5,
         rank: int = 0,
         world_size: int = 1,
@@ -169,6 +171,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self._begin, self._consumed = 0, 0
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
+        options |= {"missing_labels": tuple(missing_labels)}
         self.shards = ShardCache(_as_sources(paths), layer=layer, **options)
         self.sizes = self._checked_sizes(known_sizes, min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]

@@ -1,4 +1,4 @@
-"""Phenotype vocabulary: which labels exist, and the ids that special tokens, labels and bins get.
+"""Phenotype vocabulary: which labels exist, which mean "not known", and the ids of special tokens, labels and bins.
 
 Owns the id layout and the spelling of labels; knows nothing of genes, files or tensors. Letters: n cells, p phenotypes.
 """
@@ -19,8 +19,9 @@ from perturbgene.errors import InputError, listed
 SPECIAL_TOKENS = ("[CLS]", "[EOS]", "[MASK]", "[PAD]")
 CLS_ID, EOS_ID, MASK_ID, PAD_ID = range(4)
 
-#: How sources write "we do not know": such a label is absent unless the vocabulary lists it.
-MISSING_LABELS = frozenset({"", "nan", "na", "n/a", "none", "null", "unknown", "<na>"})
+#: Labels that mean "not known" unless the vocabulary lists them: an empty one, how pandas spells NaN, and `unknown`.
+#: `none`, `na`, `null` and the like are labels (untreated controls are often "none"); --missing_labels adds them.
+MISSING_LABELS = frozenset({"", "nan", "<na>", "unknown"})
 
 ABSENT = -1
 
@@ -36,13 +37,18 @@ def label_text(value: object) -> str:
     return unicodedata.normalize("NFC", str(value)).strip()
 
 
-def is_missing(label: str) -> bool:
-    """True for spellings of "not known", such as '', 'nan' and 'unknown'."""
-    return label.lower() in MISSING_LABELS
+def is_missing(label: str, missing_labels: Sequence[str] = ()) -> bool:
+    """True for labels that mean "not known": those of `MISSING_LABELS` and `missing_labels`, in any case.
+
+    Example:
+        >>> is_missing("Unknown"), is_missing("none"), is_missing("none", ["None"])
+        (True, False, True)
+    """
+    return label.lower() in MISSING_LABELS or label.lower() in {label_text(one).lower() for one in missing_labels}
 
 
 def token_text(label: str) -> str:
-    """Spell a label as a token; the token of a token is itself, whatever the number of brackets around it.
+    """Spell a label as a token; the token of a token is itself, however many brackets are around it.
 
     Example:
         >>> token_text(" B cell "), token_text("[B_cell]")
@@ -132,7 +138,7 @@ class Vocabulary:
 
     @property
     def first_bin_id(self) -> int:
-        """Input id of `bin_0`: all special tokens and labels lie below it."""
+        """Input id of `bin_0`: the ids of all special tokens and labels are below it."""
         return len(SPECIAL_TOKENS) + len(self._ids)
 
     def check_category(self, category: str) -> None:
@@ -164,23 +170,28 @@ class Vocabulary:
                 return category, self.phenotypes[category][input_id - start]
         raise InputError(f"input id {input_id} is not a phenotype label. Labels have ids 4..{self.first_bin_id - 1}.")
 
-    def encode(self, category: str, values_n: Sequence[object] | pd.Series) -> tuple[np.ndarray, dict[str, int]]:
+    def encode(
+        self, category: str, values_n: Sequence[object] | pd.Series, *, missing_labels: Sequence[str] = ()
+    ) -> tuple[np.ndarray, dict[str, int]]:
         """Turn one `obs` column into input ids.
 
         Args:
             category: The phenotype.
             values_n: One value per cell, of any dtype.
+            missing_labels: Labels that mean "not known", even if the vocabulary lists them.
 
         Returns:
-            Input ids, int32 of shape (n,), -1 where the label is missing or unknown; and how many cells carry each
-            unknown (not merely missing) label.
+            Input ids, int32 of shape (n,), -1 if the label is missing or not in the vocabulary; and how many cells have
+            each label that is not in the vocabulary and not missing.
         """
         factor = pd.Categorical(pd.Series(values_n))
         texts = [label_text(value) for value in factor.categories]
-        ids_of_codes = np.array([self.label_id(category, text) for text in texts] + [ABSENT], dtype=np.int32)
+        named = {label_text(label).lower() for label in missing_labels}
+        ids = [ABSENT if text.lower() in named else self.label_id(category, text) for text in texts]
+        ids_of_codes = np.array([*ids, ABSENT], dtype=np.int32)
         count_of_codes = np.bincount(factor.codes[factor.codes >= 0], minlength=len(texts))
         unknown: Counter[str] = Counter()
         for text, id_, count in zip(texts, ids_of_codes[:-1], count_of_codes, strict=True):
-            if id_ == ABSENT and count and not is_missing(text):
+            if id_ == ABSENT and count and not is_missing(text, missing_labels):
                 unknown[text] += int(count)
         return ids_of_codes[factor.codes], dict(unknown)

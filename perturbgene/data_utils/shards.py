@@ -74,6 +74,7 @@ class Shard:
         obs_columns: Phenotype -> obs column where the names differ.
         optional_labels: True lets label columns be missing (all absent); False refuses the file.
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
+        missing_labels: Labels that mean "not known", beside an empty one, NaN and `unknown`.
         alignments: Alignments of files seen before, by a hash of what they call their columns.
     """
 
@@ -86,6 +87,7 @@ class Shard:
     optional_labels: bool = True
     obs_columns: dict[str, str] = field(default_factory=dict)
     constant_labels: dict[str, int] = field(default_factory=dict)
+    missing_labels: Sequence[str] = ()
     alignments: "dict[bytes, GeneAlignment]" = field(default_factory=dict)
 
     @property
@@ -185,7 +187,8 @@ class Shard:
         if column not in self.source.columns_of("obs") and self.optional_labels:
             logger.info("%s has no obs column %r: %s is absent in all cells", self.path, column, category)
             return np.full(len(self), ABSENT, dtype=np.int32)
-        ids_n, unknown = self.vocabulary.encode(category, self.source.obs_column(column))
+        values_n = self.source.obs_column(column)
+        ids_n, unknown = self.vocabulary.encode(category, values_n, missing_labels=self.missing_labels)
         if unknown:
             logger.warning(
                 "%s: %d cells have a %s that the vocabulary lacks (%s); it counts as absent",

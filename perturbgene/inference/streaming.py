@@ -347,7 +347,8 @@ def read_groups(
 
 def reading_options(config: Any) -> dict[str, Any]:
     """Return the arguments of `IterableAnnDataset` that a verb's settings hold."""
-    return {name: getattr(config, name) for name in ("batch_size", "layer", "gene_id_column", "min_gene_coverage")}
+    names = ("batch_size", "layer", "gene_id_column", "missing_labels", "min_gene_coverage")
+    return {name: getattr(config, name) for name in names}
 
 
 def sum_over_ranks(arrays: Sequence[np.ndarray], parts: CellResults) -> list[np.ndarray]:

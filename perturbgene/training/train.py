@@ -99,6 +99,7 @@ def _dataset(
         batch_size=arguments.per_device_train_batch_size if is_train else arguments.per_device_eval_batch_size,
         layer=config.layer,
         gene_id_column=config.gene_id_column,
+        missing_labels=config.missing_labels,
         min_gene_coverage=config.min_gene_coverage,
         rank=arguments.process_index,
         world_size=arguments.world_size,

@@ -134,11 +134,21 @@ def test_a_column_of_any_dtype_becomes_ids(column: pd.Series, labels: list[str],
     assert (ids_n.tolist(), unknown) == (expected, {})
 
 
-@pytest.mark.parametrize("spelling", ["", "nan", "NA", "n/a", "None", "null", "Unknown", "<NA>"])
+@pytest.mark.parametrize("spelling", ["", "nan", "Unknown", "<NA>"])
 def test_spellings_of_not_known_are_missing_and_not_unknown(spelling: str) -> None:
     assert is_missing(label_text(spelling))
     ids_n, unknown = Vocabulary({"sex": ["male"]}).encode("sex", [spelling, "male"])
     assert (ids_n.tolist(), unknown) == ([-1, 4], {})
+
+
+@pytest.mark.parametrize("label", ["none", "NA", "n/a", "None", "null"])
+def test_none_and_its_like_are_labels_unless_they_are_named_as_missing(label: str) -> None:
+    assert not is_missing(label) and is_missing(label, [label.upper()])
+    treatment = Vocabulary({"treatment": ["IFNb", label]})
+    assert treatment.encode("treatment", [label, "IFNb"])[0].tolist() == [5, 4]
+    ids_n, unknown = treatment.encode("treatment", [label, "IFNb"], missing_labels=[label.lower()])
+    assert (ids_n.tolist(), unknown) == ([-1, 4], {})
+    assert Vocabulary({"treatment": ["IFNb"]}).encode("treatment", [label])[1] == {label: 1}
 
 
 def test_unknown_is_a_label_where_the_vocabulary_lists_it(vocabulary: Vocabulary) -> None:
