@@ -100,7 +100,7 @@ def test_nonsense_ends_with_code_2_and_one_line(line, capsys):
 def test_a_mistake_leaves_no_traceback_in_the_terminal():
     done = in_new_process("evaluate", "--batch_size", "0", "run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: batch_size is 0, but it must lie in [1, inf). Change --batch_size.\n"
+    assert done.stderr == "error: batch_size is 0, but it must be in [1, inf). Change --batch_size.\n"
 
 
 def test_debug_shows_the_traceback(capsys):

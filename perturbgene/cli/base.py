@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from perturbgene.cli.checks import check_edges, check_exists, check_flag, check_not_both
-from perturbgene.cli.flags import option, own_flags
+from perturbgene.cli.options import check_edges, check_exists, check_flag, check_not_both, option, own_flags
 from perturbgene.urls import shown_text
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]

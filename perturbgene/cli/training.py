@@ -5,12 +5,18 @@ only when training arguments are asked for.
 """
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from perturbgene.cli.base import BaseConfig, BinOptions
-from perturbgene.cli.checks import check_exists, check_no_repeats, check_not_both, looks_like_hub_id
-from perturbgene.cli.flags import option, own_flags, training_flags
+from perturbgene.cli.options import (
+    check_exists,
+    check_no_repeats,
+    check_not_both,
+    looks_like_hub_id,
+    option,
+    own_flags,
+)
 from perturbgene.errors import InputError
 
 if TYPE_CHECKING:
@@ -361,7 +367,9 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             raise InputError(f"The training flags were refused by transformers: {error}") from error
 
     def _training_settings(self) -> dict[str, Any]:
-        known = training_flags()
+        from transformers import TrainingArguments
+
+        known = {declared.name for declared in fields(TrainingArguments)}
         settings = {name: getattr(self, name) for name in own_flags(type(self)) if name in known}
         use_cpu, bf16 = self._device_settings()
         return {

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
-from perturbgene.cli.checks import (
+from perturbgene.cli.options import (
     check_exists,
     check_no_repeats,
     check_not_both,
     check_question,
     check_suffix,
     named_values,
+    option,
 )
-from perturbgene.cli.flags import option
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.errors import InputError
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from perturbgene.cli.checks import named_values
+from perturbgene.cli.options import named_values
 from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.data_utils.genes import GenePanel, names_of
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text

@@ -1,0 +1,198 @@
+"""What an option is: one dataclass field is a flag, a YAML key, a default, a help text and an entry of the manual page.
+
+Owns `Flag`, how it is declared, and the checks that need no data; reading text into options is in `parsing`.
+Letters: e edges.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from perturbgene.errors import InputError, listed
+
+GROUPS = (
+    "Input and output",
+    "Task",
+    "Data",
+    "Genes and bins",
+    "Model",
+    "Training",
+    "Running",
+    "transformers.TrainingArguments",
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of the command line and key of the YAML file.
+
+    Attributes:
+        name: Field name; the flag is ``--name``.
+        kinds: Types that a value may have, `NoneType` among them if it may be none.
+        default: Value if neither flag nor YAML gives one.
+        help: One or two sentences for the manual page.
+        group: Heading of the manual page that lists it.
+        item: Type of the items of a list.
+        choices: The only values that are allowed; empty for any.
+        within: Interval of allowed numbers such as ``"[0, 1)"``; empty for any.
+        is_required: An empty value is refused.
+        is_positional: May also be given without its flag, in the order of declaration.
+        is_path: Names files or folders that must exist before the command starts.
+        keeps_commas: The values of a list are not split at commas, since labels and donors may contain them.
+        none_is_text: The word ``none`` is a value like any other, since a label may have this name.
+        bare: Value if the flag is given without one; None if it needs a value.
+    """
+
+    name: str
+    kinds: tuple[type, ...]
+    default: Any = None
+    help: str = ""
+    group: str = "Task"
+    item: type = str
+    choices: tuple[str, ...] = ()
+    within: str = ""
+    is_required: bool = False
+    is_positional: bool = False
+    is_path: bool = False
+    keeps_commas: bool = False
+    none_is_text: bool = False
+    bare: Any = None
+
+    @property
+    def spelling(self) -> str:
+        """The name as users write it: `from_` is ``--from``, a word that Python keeps for itself."""
+        return self.name.rstrip("_")
+
+    @property
+    def is_list(self) -> bool:
+        """True if the flag takes all values up to the next flag."""
+        return list in self.kinds
+
+
+def option(default: Any, *, help: str, **traits: Any) -> Any:
+    """Declare a dataclass field that is a flag; ``traits`` are further attributes of `Flag`."""
+    metadata = {"help": help, **traits}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def own_flags(config_class: type[Any]) -> dict[str, Flag]:
+    """Return the flags of a verb's dataclass by name; a class may name the `group` of the fields that it declares."""
+    hints = typing.get_type_hints(config_class)
+    flags = {}
+    for declared in dataclasses.fields(config_class):
+        if "help" not in declared.metadata:
+            continue
+        hint = hints[declared.name]
+        members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        kinds = tuple(str if get_origin(member) is Literal else get_origin(member) or member for member in members)
+        item = next((get_args(member)[0] for member in members if get_origin(member) is list), str)
+        choices = next((get_args(member) for member in (*members, item) if get_origin(member) is Literal), ())
+        owner = next(base for base in config_class.__mro__ if declared.name in vars(base).get("__annotations__", {}))
+        factory = declared.default_factory
+        default = declared.default if factory is dataclasses.MISSING else factory()
+        traits = {"bare": True if bool in kinds else None, "group": vars(owner).get("group", "Task")}
+        traits |= {"item": str if choices else item, "choices": choices, **declared.metadata}
+        flags[declared.name] = Flag(declared.name, kinds, default, **traits)
+    return flags
+
+
+def is_within(value: float, interval: str) -> bool:
+    """Return whether a number is in an interval.
+
+    Example:
+        >>> is_within(1.0, "[0, 1)"), is_within(0.0, "[0, 1)")
+        (False, True)
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    is_above = value >= low if interval[0] == "[" else value > low
+    return is_above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def check_flag(value: Any, flag: Flag) -> None:
+    """Refuse an empty value of a required option, and numbers outside their interval."""
+    if flag.is_required and value in (None, "", []):
+        way = f"{flag.name.upper()} after the verb, or --{flag.name}" if flag.is_positional else f"--{flag.name}"
+        raise InputError(f"{flag.name} is missing. Give {way} ({flag.help})")
+    for number in (value if isinstance(value, list) else [value]) if flag.within else []:
+        if number is not None and not is_within(number, flag.within):
+            raise InputError(f"{flag.name} is {number}, but it must be in {flag.within}. Change --{flag.name}.")
+
+
+def check_edges(edges_e: Sequence[float]) -> None:
+    """Refuse bin edges that are not finite, positive and increasing."""
+    for i, edge in enumerate(edges_e):
+        if not is_within(edge, "(0, inf)"):
+            raise InputError(
+                f"bin_edges must be finite and above 0, but edge {i} is {edge:g}; bin 0 means not expressed. "
+                "Remove it from --bin_edges."
+            )
+        if i and edge <= edges_e[i - 1]:
+            raise InputError(
+                f"bin_edges must increase, but edge {i} ({edge:g}) does not exceed edge {i - 1} "
+                f"({edges_e[i - 1]:g}). Sort and deduplicate --bin_edges."
+            )
+
+
+def check_exists(path: str | None, *, flag: str) -> None:
+    """Refuse a local path that does not exist; URLs and patterns are checked when they are opened."""
+    if not path or "://" in path or re.search(r"[*?\[{]", path) or Path(path).exists():
+        return
+    raise InputError(f"{flag} is {path!r}, but there is no such file or folder. Correct the path given to --{flag}.")
+
+
+def check_suffix(output: str, *suffixes: str, verb: str) -> None:
+    """Refuse an output in a form that the verb does not write, or a .parquet file without pyarrow."""
+    suffix = Path(output).suffix
+    if suffix not in suffixes:
+        raise InputError(f"output is {output!r}, but {verb} writes {' or '.join(suffixes)} files. Change --output.")
+    if suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise InputError("a .parquet file needs pyarrow. Name a .csv file, or pip install 'perturbgene[parquet]'.")
+
+
+def check_not_both(config: object, first: str, second: str) -> None:
+    """Refuse two options that answer the same question."""
+    if getattr(config, first) and getattr(config, second):
+        raise InputError(
+            f"{first} and {second} are both given, but they answer the same question. Remove --{first} or --{second}."
+        )
+
+
+def check_no_repeats(names: Sequence[str], *, flag: str) -> None:
+    """Refuse a list that names something twice."""
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{flag} names {listed(repeated)} more than once. Keep one of each in --{flag}.")
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Return whether a name reads ``owner/model`` and its first part is not a folder here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).parent.is_dir()
+
+
+def named_values(entries: Sequence[str], *, flag: str) -> dict[str, str | None]:
+    """Read entries ``name`` or ``name=value``.
+
+    Example:
+        >>> named_values(["tissue=lung", "sex"], flag="given")
+        {'tissue': 'lung', 'sex': None}
+    """
+    pairs = [entry.partition("=") for entry in entries]
+    for name, equals, value in pairs:
+        if not name.strip() or (equals and not value.strip()):
+            raise InputError(f"{flag} has {name + equals + value!r}, but must be NAME or NAME=VALUE. Correct --{flag}.")
+    check_no_repeats([name.strip() for name, _, _ in pairs], flag=flag)
+    return {name.strip(): value.strip() if equals else None for name, equals, value in pairs}
+
+
+def check_question(ask: Sequence[str], given: Sequence[str]) -> None:
+    """Refuse a phenotype that is asked twice, or both asked and given."""
+    check_no_repeats(ask, flag="ask")
+    if both := sorted(set(ask) & set(given)):
+        raise InputError(f"{listed(both)} cannot be both asked and given. Remove it from --ask or --given.")
