@@ -35,8 +35,8 @@ class PrepareConfig(BinOptions):
     verb: ClassVar[str] = "prepare"
     summary: ClassVar[str] = "Turn h5ad files into a corpus to train on."
     about: ClassVar[str] = (
-        "Harmonises genes to one ranked panel, normalises, fits bins, collects the phenotype vocabulary, splits by "
-        "donor and writes shuffled shards with a manifest and an audit of the split."
+        "Brings all files to the same ranked genes and the same scale, fits bins, collects the labels of phenotypes, "
+        "holds out donors, and writes shuffled shards with a manifest and an audit."
     )
     example: ClassVar[str] = (
         "perturbgene prepare cells.h5ad --output corpus --phenotypes cell_type tissue --split_by donor_id"
@@ -50,40 +50,45 @@ class PrepareConfig(BinOptions):
         is_positional=True,
     )
     output: str = option("", help="Corpus folder to write.", group="Input and output", is_required=True)
-    overwrite: bool = option(False, help="Replace a corpus that is already there.", group="Input and output")
+    overwrite: bool = option(
+        False, help="Replace a corpus that is already there; other folders are left alone.", group="Input and output"
+    )
     phenotypes: list[str] = option(
         [], help="Columns of obs that become phenotypes; NAME=COLUMN renames one (cell_type=bulk_labels)."
     )
     split_by: str | None = option(
         None,
-        help="Column of obs that keeps together what belongs together, or `cell`; "
-        "none means donor_id where there is one, else cells with a warning.",
+        help="Column of obs whose cells stay on one side of the split, such as the donor, or `cell`. By default the "
+        "first donor column (donor_id, donor, individual, patient, sample), else single cells with a warning.",
     )
     eval_fraction: float = option(0.2, help="Share of donors (or cells) held out for evaluation.", within="(0, 1)")
-    eval_donors: list[str] = option([], help="Donors to hold out, by name, in place of a share.", keeps_commas=True)
-    seed: int = option(0, help="Fixes the split and the shuffle.", within="[0, 4294967295]")
+    eval_donors: list[str] = option([], help="Donors to hold out, by name, instead of a share.", keeps_commas=True)
+    seed: int = option(0, help="Seed of the split and the shuffle.", within="[0, 4294967295]")
     num_bins: int = option(
-        8, help="Quantile bins to fit on the expressed values.", group="Genes and bins", within="[1, inf)"
+        8, help="Number of quantile bins to fit on the expressed values.", group="Genes and bins", within="[1, inf)"
     )
-    per_gene_bins: bool = option(False, help="Fit the bins of each gene by itself.", group="Genes and bins")
-    min_genes: int = option(1, help="Drop cells with fewer expressed genes.", group="Genes and bins", within="[0, inf)")
-    shard_size: int = option(10000, help="Cells per shard.", group="Input and output", within="[1, inf)")
+    min_genes: int = option(
+        1, help="Drop cells that express fewer genes of the panel.", group="Genes and bins", within="[0, inf)"
+    )
+    shard_size: int = option(10000, help="Number of cells per shard.", group="Input and output", within="[1, inf)")
     hvg_flavor: HvgFlavor = option(
         "auto",
-        help="Ranks genes by dispersion of log values (seurat) or by variance of counts (seurat_v3), as scanpy does; "
-        "auto takes seurat_v3 for counts.",
+        help="How genes are ranked, as in scanpy: by the dispersion of log values (seurat) or by the variance of "
+        "counts (seurat_v3). auto uses seurat_v3 for counts.",
         group="Genes and bins",
     )
-    num_processes: int = option(
-        0, help="Processes that work at once; 0 takes every core.", group="Running", within="[0, inf)"
-    )
+    num_processes: int = option(0, help="Number of processes; 0 uses every core.", group="Running", within="[0, inf)")
     scheduler: str | None = option(
         None, help="Address of a Dask scheduler (tcp://...) whose workers do the work.", group="Running"
     )
 
+    @property
+    def column_of_phenotype(self) -> dict[str, str]:
+        """Phenotype -> obs column."""
+        return {name: column or name for name, column in named_values(self.phenotypes, flag="phenotypes").items()}
+
     def check(self) -> None:
         super().check()
-        check_not_both(self, "bin_edges", "per_gene_bins")
         check_no_repeats(self.eval_donors, flag="eval_donors")
         named_values(self.phenotypes, flag="phenotypes")
         if self.eval_donors and self.split_by == "cell":

@@ -1,5 +1,6 @@
 """The verb `prepare`: h5ad files of any kind in, a corpus to train on out.
 
-Read `prepare` first: survey the files (`survey`), count (`statistics`), choose genes (`panel`), write shuffled shards
-(`spool`), each step in parts that `workers` runs and resumes.
+Read in the order of the work: `prepare` (the verb), `survey` (what the files hold, who is held out), `statistics`
+(counts over training cells), `panel` (the genes), `spool` (cells to shuffled shards), `audit` (findings, manifest).
+`workers` runs and resumes the parts of a step. `manifest` is the finished corpus as the other commands read it.
 """

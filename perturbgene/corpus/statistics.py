@@ -1,119 +1,195 @@
-"""Pass one: what the cells say before anything is written, counted part by part and merged in a fixed order.
+"""Pass one over the values: what training cells say of genes, values and labels, counted part by part.
 
-Owns the survey of a file (cells, donors, genes, content) and the statistics of a part (gene moments, value histogram,
-label counts); leaves deciding to `prepare`. Letters: n cells, g genes, l values, m rows of one block.
+Owns sums over cells that merge in a fixed order, and the two ways of ranking genes by variability; leaves choosing to
+`panel` and `prepare`. Letters: n cells, g genes, l values, k small counts.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
+from skmisc.loess import loess
 
-from perturbgene.corpus.journal import entry_of, temporary_name
-from perturbgene.corpus.manifest import BY_CELL
-from perturbgene.corpus.moments import CountTable, GeneMoments
-from perturbgene.corpus.survey import (
-    SPLITS,
-    CellTable,
-    Part,
-    Plan,
-    PrepareOptions,
-    blocks_of,
-    close_source,
-    content_key,
-    digest_of,
-    gene_names_of,
-    state_of_file,
-    table_of,
-)
+from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, table_of
 from perturbgene.data_utils.binning import ValueHistogram
-from perturbgene.data_utils.genes import GenePanel
-from perturbgene.data_utils.labels import Vocabulary
-from perturbgene.data_utils.scale import TARGET_SUM, ExpressionBlock, Normalization
-from perturbgene.data_utils.shards import ShardCache
+from perturbgene.data_utils.scale import TARGET_SUM, ExpressionBlock
 
 logger = logging.getLogger(__name__)
 
 STATISTICS_FOLDER = "statistics"
 
+#: Number of mean-expression bins within which dispersions are standardized (Seurat's and scanpy's default).
+NUM_MEAN_BINS = 20
+
+#: Share of the genes in each neighborhood of the curve of variance over mean (scanpy's default).
+_LOESS_SPAN = 0.3
+
+#: scikit-misc cannot fit curves through fewer distinct means than this; three of them crash it.
+_FEWEST_MEANS = 20
+
 
 @dataclass
-class FileSurvey:
-    """What one file says of its cells and genes.
+class GeneMoments:
+    """Sums over cells of counts per 10,000, which merge in any order.
 
     Args:
-        key: Hash of its content, which decides the order of the files whatever their names.
-        state: Size and time of change.
-        genes: Hash of its gene names; files that agree share one table of genes.
-        is_counts: True when its values are counts still to be normalised.
-        units: Cells of each donor, '' where missing; empty when split by cell.
-        units_of_label: Phenotype -> label -> donors with a cell of that label.
-        cell_keys_n: Hash of each cell's name, uint64 of shape (n,); empty unless split by cell.
+        num_cells: Cells seen, including those without any value.
+        sum_g, sum_squares_g: Sums of x and x^2, float64 of shape (g,).
+        num_expressed_g: Cells with x > 0, int64 of shape (g,).
     """
 
     num_cells: int
-    key: str
-    state: tuple[int, int]
-    genes: str
-    is_counts: bool
-    units: Counter[str] = field(default_factory=Counter)
-    units_of_label: dict[str, dict[str, set[str]]] = field(default_factory=dict)
-    cell_keys_n: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    sum_g: np.ndarray
+    sum_squares_g: np.ndarray
+    num_expressed_g: np.ndarray
+
+    @classmethod
+    def zeros(cls, num_genes: int) -> "GeneMoments":
+        """Moments of no cell."""
+        return cls(0, np.zeros(num_genes), np.zeros(num_genes), np.zeros(num_genes, dtype=np.int64))
+
+    def add(self, values_l: np.ndarray, genes_l: np.ndarray, *, num_cells: int) -> None:
+        """Add the stored values (counts per 10,000, linear scale) of `num_cells` cells."""
+        size = len(self.sum_g)
+        self.num_cells += num_cells
+        self.sum_g += np.bincount(genes_l, weights=values_l, minlength=size)
+        self.sum_squares_g += np.bincount(genes_l, weights=values_l**2, minlength=size)
+        self.num_expressed_g += np.bincount(genes_l[values_l > 0], minlength=size)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return the numbers as they are stored."""
+        return {"num_cells": np.array([self.num_cells]), "sum_g": self.sum_g, "sum_squares_g": self.sum_squares_g,
+                "num_expressed_g": self.num_expressed_g}  # fmt: skip
+
+    def merge(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Add the stored numbers of another part."""
+        self.num_cells += int(tensors["num_cells"][0])
+        self.sum_g += tensors["sum_g"]
+        self.sum_squares_g += tensors["sum_squares_g"]
+        self.num_expressed_g += tensors["num_expressed_g"]
+
+    def normalized_dispersion(self) -> np.ndarray:
+        """Return Seurat's standardized log dispersion of each gene, NaN where it is undefined, shape (g,).
+
+        Log of variance over mean, z-scored among genes of similar mean (Satija et al. 2015, Nat Biotechnol); a test
+        compares it gene by gene with the `flavor="seurat"` of scanpy's `highly_variable_genes`.
+        """
+        mean_g = self.sum_g / max(1, self.num_cells)
+        variance_g = (self.sum_squares_g - self.num_cells * mean_g**2) / max(1, self.num_cells - 1)
+        mean_g[mean_g == 0] = 1e-12
+        with np.errstate(divide="ignore", invalid="ignore"):
+            dispersion_g = np.log(np.where(variance_g > 0, variance_g / mean_g, np.nan))
+        frame = pd.DataFrame({"mean": np.log1p(mean_g), "dispersion": dispersion_g})
+        groups = frame.groupby(pd.cut(frame["mean"], bins=NUM_MEAN_BINS), observed=True)["dispersion"]
+        center, spread = groups.transform("mean"), groups.transform("std")
+        is_alone = spread.isna()
+        spread[is_alone], center[is_alone] = center[is_alone], 0.0
+        return ((frame["dispersion"] - center) / spread).to_numpy()
+
+    def rank(self, score_g: np.ndarray | None = None) -> np.ndarray:
+        """Return gene indices, most variable first; ties and undefined ones by number of expressing cells.
+
+        Args:
+            score_g: What to rank by, shape (g,); by default Seurat's dispersion.
+        """
+        score_g = np.nan_to_num(self.normalized_dispersion() if score_g is None else score_g, nan=-np.inf)
+        return np.lexsort((np.arange(len(score_g)), -self.num_expressed_g, -score_g))
 
 
-def survey_file(context: tuple[Sequence[Any], PrepareOptions, str], index: int) -> FileSurvey:
-    """Survey one file.
+class CountTable:
+    """How often each gene has each count, in whole numbers: sums of it are exact in any order.
 
-    Args:
-        context: The sources, the options and the obs column that is never split.
-        index: Which source.
+    Counts under `_FEW` have a table, larger ones are kept as pairs (gene, count). Of counts from 4,096 on only the 12
+    leading binary digits are kept, so that there are few pairs however many cells there are.
     """
-    sources, options, split_by = context
-    shard = ShardCache(
-        [sources[index]], layer=options.layer, panel=GenePanel(("none",)), vocabulary=Vocabulary({}),
-        normalization=options.normalization,
-    )[0]  # fmt: skip
-    table = CellTable(shard, options.column_of_phenotype, split_by, options.seed)
-    genes = digest_of(*(str(column) for column in gene_names_of(shard, options.gene_id_column)))
-    survey = FileSurvey(
-        len(shard), content_key(table, genes), state_of_file(sources[index]), genes, shard.is_counts
-    )  # fmt: skip
-    if split_by == BY_CELL:
-        survey.cell_keys_n = table.keys_n
-    else:
-        survey.units = Counter(_counts(table.units.codes_n, table.units.texts))
-        survey.units_of_label = {name: _units_of_label(table, name) for name in options.column_of_phenotype}
-    close_source(shard)
-    return survey
+
+    _FEW = 16
+    _EXACT_BITS = 12
+
+    def __init__(self, num_genes: int) -> None:
+        self.few_gk = np.zeros((num_genes, self._FEW), dtype=np.int64)
+        self.keys = np.zeros(0, dtype=np.int64)
+        self.times = np.zeros(0, dtype=np.int64)
+
+    def add(self, counts_l: np.ndarray, genes_l: np.ndarray) -> None:
+        """Add stored counts, whole numbers > 0."""
+        whole_l = counts_l.astype(np.int64)
+        is_few_l = whole_l < self._FEW
+        cells = genes_l[is_few_l].astype(np.int64) * self._FEW + whole_l[is_few_l]
+        self.few_gk += np.bincount(cells, minlength=self.few_gk.size).reshape(self.few_gk.shape)
+        many, genes = whole_l[~is_few_l], genes_l[~is_few_l].astype(np.int64)
+        shift = np.maximum(np.frexp(many.astype(np.float64))[1] - self._EXACT_BITS, 0)
+        self._add_pairs(*np.unique((genes << 32) | (many >> shift << shift), return_counts=True))
+
+    def _add_pairs(self, keys: np.ndarray, times: np.ndarray) -> None:
+        both, place = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
+        summed = np.zeros(len(both), dtype=np.int64)
+        np.add.at(summed, place, np.concatenate([self.times, times]))
+        self.keys, self.times = both, summed
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Return the numbers as they are stored."""
+        return {"few_gk": self.few_gk, "count_keys": self.keys, "count_times": self.times}
+
+    def merge(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Add the stored numbers of another part."""
+        self.few_gk += tensors["few_gk"]
+        self._add_pairs(tensors["count_keys"], tensors["count_times"])
+
+    def normalized_variance(self, num_cells: int) -> np.ndarray:
+        """Return each gene's variance over that expected from its mean, NaN where it is constant, shape (g,).
+
+        The expected variance is a smooth curve; counts are clipped at sqrt(n) expected deviations above the mean
+        (Stuart et al. 2019, Cell). A test compares it with `flavor="seurat_v3"` of scanpy's `highly_variable_genes`.
+
+        Args:
+            num_cells: Cells counted, including those that do not express the gene.
+        """
+        sums_g, squares_g = self._sums(np.full(len(self.few_gk), np.inf))
+        mean_g = sums_g / max(1, num_cells)
+        variance_g = (squares_g - num_cells * mean_g**2) / max(1, num_cells - 1)
+        varies_g = variance_g > 1e-12 * np.maximum(mean_g, 1e-300) ** 2
+        expected_g = np.ones(len(mean_g))
+        expected_g[varies_g] = 10 ** smooth_curve(np.log10(mean_g[varies_g]), np.log10(variance_g[varies_g]))
+        sums_g, squares_g = self._sums(np.sqrt(expected_g * num_cells) + mean_g)
+        spread_g = num_cells * mean_g**2 + squares_g - 2 * sums_g * mean_g
+        return np.where(varies_g, spread_g / (max(1, num_cells - 1) * expected_g), np.nan)
+
+    def _sums(self, highest_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sum counts and their squares per gene, each count taken as at most `highest_g`, float64 of shape (g,)."""
+        few_gk = np.minimum(np.arange(self._FEW), highest_g[:, None])
+        sums, squares = (self.few_gk * few_gk).sum(axis=1), (self.few_gk * few_gk**2).sum(axis=1)
+        genes, many = self.keys >> 32, np.minimum(self.keys & 0xFFFFFFFF, highest_g[self.keys >> 32])
+        sums = sums + np.bincount(genes, weights=self.times * many, minlength=len(sums))
+        return sums, squares + np.bincount(genes, weights=self.times * many**2, minlength=len(sums))
 
 
-def _counts(codes_n: np.ndarray, texts: Sequence[str]) -> dict[str, int]:
-    counted: Counter[str] = Counter()
-    for text, count in zip(texts, np.bincount(codes_n, minlength=len(texts)).tolist(), strict=True):
-        counted[text] += count
-    return {text: count for text, count in counted.items() if count}
-
-
-def _units_of_label(table: CellTable, category: str) -> dict[str, set[str]]:
-    labels, units, found = table.labels[category], table.units, dict[str, set[str]]()
-    pairs = np.unique(np.stack([labels.codes_n, units.codes_n]), axis=1)
-    for label, unit in pairs.T.tolist():
-        if labels.texts[label]:
-            found.setdefault(labels.texts[label], set()).add(units.texts[unit])
-    return found
+def smooth_curve(x_g: np.ndarray, y_g: np.ndarray) -> np.ndarray:
+    """Return a smooth curve of y over x at each point, shape (g,): loess, or a parabola where loess is impossible."""
+    if len(np.unique(x_g)) >= _FEWEST_MEANS:
+        try:
+            model = loess(x_g, y_g, span=_LOESS_SPAN, degree=2)
+            model.fit()
+            return np.asarray(model.outputs.fitted_values)
+        except ValueError as error:  # most genes have the same few means, as in a handful of cells
+            logger.info("no loess curve fits %d genes (%s): they are ranked by a parabola", len(x_g), error)
+    if not len(x_g):
+        return x_g
+    return np.polyval(np.polyfit(x_g, y_g, deg=min(2, len(np.unique(x_g)) - 1)), x_g)
 
 
 # -- values on one scale ------------------------------------------------------------------------------------------
 
 
 def by_gene(block: ExpressionBlock) -> sparse.csr_matrix:
-    """Return the block's values over the union panel, float64 of shape (n, g), columns of one gene summed."""
+    """Return a block's values over the genes of all files, float64 of shape (n, g), columns of one gene summed."""
     genes_l = block.alignment.gene_of_column_c[block.columns_l]
     is_kept_l = (genes_l >= 0) & (block.values_l != 0)
     if is_kept_l.all():
@@ -128,16 +204,9 @@ def by_gene(block: ExpressionBlock) -> sparse.csr_matrix:
 
 
 def per_10_000(block: ExpressionBlock, matrix: sparse.csr_matrix) -> np.ndarray:
-    """Return each stored count of the block per 10,000 counts of its cell, shape (l,)."""
+    """Return each stored count of `by_gene` per 10,000 counts of its cell, shape (l,)."""
     assert block.library_size_n is not None
     return matrix.data * np.repeat(TARGET_SUM / np.maximum(block.library_size_n, 1e-300), np.diff(matrix.indptr))
-
-
-def _linear_values(block: ExpressionBlock, matrix: sparse.csr_matrix, normalization: Normalization) -> np.ndarray:
-    """Return counts per 10,000 (the values as they are with "none") of each stored value, shape (l,)."""
-    if block.is_counts:
-        return per_10_000(block, matrix)
-    return matrix.data if normalization == "none" else np.expm1(matrix.data)
 
 
 # -- statistics of parts ------------------------------------------------------------------------------------------
@@ -145,57 +214,53 @@ def _linear_values(block: ExpressionBlock, matrix: sparse.csr_matrix, normalizat
 
 @dataclass
 class Statistics:
-    """What pass one finds on training cells; parts merge into the whole."""
+    """What pass one finds in training cells; parts merge into the whole.
+
+    Args:
+        counts: Only for ranking by the variance of counts.
+        labels: Phenotype -> split -> label -> cells, '' where missing.
+        num_cells: Split -> cells.
+        first_of_part: Split -> how many of its cells come before each part, int64 of shape (parts,).
+    """
 
     moments: GeneMoments
     histogram: ValueHistogram
-    counts: CountTable | None = None
+    counts: CountTable | None
     labels: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
     num_cells: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    first_of_part: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> "Statistics":
         """Statistics of no cell."""
-        num_genes, is_per_gene = len(plan.panel), plan.options.per_gene_bins
-        rows, resolution = (num_genes, 512) if is_per_gene else (1, 4096)
-        return cls(
-            GeneMoments.zeros(num_genes),
-            ValueHistogram(num_rows=rows, resolution=resolution),
-            CountTable(num_genes) if plan.flavor == "seurat_v3" else None,
-            {name: {split: Counter() for split in SPLITS} for name in plan.options.column_of_phenotype},
-        )
+        counts = CountTable(len(plan.union)) if plan.flavor == "seurat_v3" else None
+        labels = {name: {split: Counter[str]() for split in SPLITS} for name in plan.config.column_of_phenotype}
+        return cls(GeneMoments.zeros(len(plan.union)), ValueHistogram(), counts, labels)
 
-    def add(self, block: ExpressionBlock, options: PrepareOptions) -> None:
+    def add(self, block: ExpressionBlock, plan: Plan) -> None:
         """Add a block of training cells."""
         matrix = by_gene(block)
-        linear_l, genes_l = _linear_values(block, matrix, options.normalization), matrix.indices
-        self.moments.add(linear_l, genes_l, num_cells=len(block))
+        if block.is_counts:
+            linear_l = per_10_000(block, matrix)
+        else:
+            linear_l = matrix.data if plan.config.normalization == "none" else np.expm1(matrix.data)
+        self.moments.add(linear_l, matrix.indices, num_cells=len(block))
         if self.counts is not None:
-            self.counts.add(matrix.data, genes_l)
-        if not (options.bin_edges or options.bin_edges_path):
-            self.histogram.add(np.log1p(linear_l), genes_l if options.per_gene_bins else None)
+            self.counts.add(matrix.data, matrix.indices)
+        if not (plan.config.bin_edges or plan.config.bin_edges_path):
+            self.histogram.add(np.log1p(linear_l))
 
     def save(self, path: Path) -> None:
-        """Write the numbers to a file; it appears whole or not at all."""
-        tensors = {"num_cells": np.array([self.moments.num_cells]), "sum_g": self.moments.sum_g}
-        tensors |= {"sum_squares_g": self.moments.sum_squares_g, "num_expressed_g": self.moments.num_expressed_g}
+        """Write the numbers to a file."""
         flat = self.histogram.counts_gr.ravel()
-        tensors["histogram_at"] = np.flatnonzero(flat)
-        tensors["histogram"] = flat[tensors["histogram_at"]]
-        if self.counts is not None:
-            tensors |= self.counts.tensors()
-        temporary = temporary_name(path)
-        save_file(tensors, temporary)
-        temporary.replace(path)
+        at = np.flatnonzero(flat)
+        tensors = {**self.moments.tensors(), "histogram_at": at, "histogram": flat[at]}
+        save_file(tensors | (self.counts.tensors() if self.counts else {}), path)
 
-    def merge(self, path: Path, entry: dict[str, Any]) -> None:
+    def merge(self, path: Path, entry: Mapping[str, Any]) -> None:
         """Add a part: its file and what the journal says of it."""
         tensors = load_file(path)
-        self.moments.merge(
-            GeneMoments(
-                int(tensors["num_cells"][0]), *(tensors[n] for n in ("sum_g", "sum_squares_g", "num_expressed_g"))
-            )
-        )
+        self.moments.merge(tensors)
         self.histogram.counts_gr.ravel()[tensors["histogram_at"]] += tensors["histogram"]
         if self.counts is not None:
             self.counts.merge(tensors)
@@ -206,26 +271,25 @@ class Statistics:
             self.num_cells[split] += entry[split]
 
 
-def fit_part(plan: Plan, part: Part) -> dict[str, Any]:
-    """Write the statistics of one part and return its journal entry: cells and label counts of both splits."""
+def count_part(plan: Plan, part: Part, path: Path) -> dict[str, Any]:
+    """Write the statistics of one part; return its cells and its label counts in both splits."""
     table, statistics = table_of(plan, part.source), Statistics.of(plan)
-    is_eval_n = table.is_eval(plan)[part.start : part.stop]
+    is_eval_n = plan.split.is_eval(table)[part.start : part.stop]
     for block in blocks_of(plan, part, part.start + np.flatnonzero(~is_eval_n)):
-        statistics.add(block, plan.options)
-    is_chosen = {"train": ~is_eval_n, "eval": is_eval_n}
-    labels: dict[str, dict[str, dict[str, int]]] = {}
-    for category, found in table.labels.items():
-        codes_n = found.codes_n[part.start : part.stop]
-        labels[category] = {split: _counts(codes_n[is_chosen[split]], found.texts) for split in SPLITS}
-    path = Path(plan.folder) / STATISTICS_FOLDER / part.name
+        statistics.add(block, plan)
     statistics.save(path)
-    cells = {split: int(is_chosen[split].sum()) for split in SPLITS}
-    return entry_of(path, Path(plan.folder), labels=labels, **cells)
+    rows = {"train": part.start + np.flatnonzero(~is_eval_n), "eval": part.start + np.flatnonzero(is_eval_n)}
+    labels = {
+        category: {split: labels.counts(rows[split]) for split in SPLITS} for category, labels in table.labels.items()
+    }
+    return {"labels": labels, **{split: len(rows[split]) for split in SPLITS}}
 
 
-def merged(plan: Plan, entries: Iterable[dict[str, Any]]) -> Statistics:
-    """Add up all parts in their order, so that rounding is the same whoever counted them."""
-    statistics = Statistics.of(plan)
+def merge_parts(plan: Plan, entries: Iterable[Mapping[str, Any]]) -> Statistics:
+    """Add up all parts in their order, so that rounding does not depend on who counted them."""
+    statistics, entries = Statistics.of(plan), list(entries)
     for entry in entries:
-        statistics.merge(Path(plan.folder) / entry["file"], entry)
+        statistics.merge(plan.folder / entry["file"], entry)
+    for split in SPLITS:
+        statistics.first_of_part[split] = np.cumsum([0] + [entry[split] for entry in entries])[:-1]
     return statistics

@@ -1,69 +1,230 @@
-"""Where work runs: in this process, in a pool of processes on this machine, or on a Dask cluster.
+"""Running tasks that each write one file: in this process, in a pool of processes or on a Dask cluster.
 
-Owns handing out tasks and collecting results; knows nothing of what they do. A task is a function of a context (the
-same for all) and an item; its result must not depend on where or in which order it runs.
+Owns handing out tasks, and the journal of finished files from which an interrupted run continues; knows nothing of what
+the files hold. What a task returns and writes must not depend on where or in which order it runs.
 """
 
+import hashlib
 import importlib
+import json
+import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from perturbgene.errors import InputError
 
-#: Tasks handed out ahead of each process, so that none waits and none of thousands is held in memory.
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "journal.jsonl"
+
+#: Tasks submitted ahead for each process: none of them waits, and thousands of tasks are not held in memory.
 _AHEAD = 2
 
 
 class WorkStoppedError(InputError):
-    """The work stopped half-way for a reason outside of it; what is finished stays and is used by the next run."""
+    """The work stopped for a reason outside of it. Finished files stay, and the next run uses them."""
 
 
-class Workers:
-    """Runs tasks, here or elsewhere.
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Journal:
+    """The finished files of one folder, one line each. The first line names what they were made from.
 
     Args:
-        executor: What runs them; None runs them in this process, one after the other.
-        num_processes: How many run at once.
+        folder: Where the files are.
+        key: Fingerprint of everything that the files depend on.
     """
 
-    def __init__(self, executor: Executor | None = None, *, num_processes: int = 1) -> None:
-        self.executor, self.num_processes = executor, num_processes
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.path = folder / JOURNAL_FILE
+        self._done: dict[str, dict[str, Any]] = {}
 
-    def run(self, task: Callable[[Any, Any], Any], context: Any, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    def begin(self) -> None:
+        """Start an empty journal."""
+        self.path.write_text(json.dumps({"key": self.key}) + "\n", encoding="utf-8")
+
+    def resume(self) -> bool:
+        """Read which files are finished; return False if the journal is missing or has another key.
+
+        A last line that was cut off is dropped. So is a file that is missing or differs from its checksum.
+        """
+        entries = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:  # a killed process wrote half of it
+                break
+        if not entries or entries[0].get("key") != self.key:
+            return False
+        self.begin()
+        for entry in entries[1:]:
+            path = self.folder / entry["file"]
+            if path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]:
+                self.add(entry)
+        return True
+
+    def __contains__(self, file: str) -> bool:
+        return file in self._done
+
+    def __getitem__(self, file: str) -> dict[str, Any]:
+        return self._done[file]
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """List a finished file: its `file`, `bytes` and `sha256`, and what its task returned."""
+        self._done[entry["file"]] = entry
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+
+@dataclass(frozen=True)
+class _WriteFile:
+    """A task's context, and the task that writes a file with it; the journal entry of the file is the result."""
+
+    task: Callable[[Any, Any, Path], dict[str, Any]]
+    context: Any
+    folder: Path
+
+    def __call__(self, file_and_item: tuple[str, Any]) -> dict[str, Any]:
+        file, item = file_and_item
+        # A cluster may run a task twice at once, if it has lost sight of a worker: each attempt has its own name.
+        temporary = self.folder / f"{file}.{uuid.uuid4().hex}.tmp"
+        try:
+            facts = self.task(self.context, item, temporary)
+            entry = {"file": file, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), **facts}
+            temporary.replace(self.folder / file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return entry
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What runs tasks.
+
+    Args:
+        executor: Where they run; None runs them in this process, one after the other.
+        num_processes: Number of tasks that run at once.
+        losses: Errors that mean that a worker process has died.
+    """
+
+    executor: Executor | None = None
+    num_processes: int = 1
+    losses: tuple[type[Exception], ...] = (BrokenExecutor,)
+
+    def run(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """Yield (item, result) as results come, in any order."""
         if self.executor is None:
-            for item in items:
-                yield item, task(context, item)
+            yield from ((item, task(item)) for item in items)
             return
-        waiting = iter(items)
-        running: dict[Future[Any], Any] = {}
+        waiting, running = iter(items), dict[Future[Any], Any]()
         try:
             while True:
                 while len(running) < _AHEAD * self.num_processes and (item := next(waiting, None)) is not None:
-                    running[self.executor.submit(task, context, item)] = item
+                    running[self.executor.submit(task, item)] = item
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
-        except BrokenProcessPool as error:
+        except self.losses as error:
             raise WorkStoppedError(
-                "a worker process was ended from outside, perhaps for want of memory. Run the same command again to "
-                "continue from there, with a smaller --num_processes if memory is short. In a script of your own, call "
-                "prepare under `if __name__ == '__main__':`, as each worker imports the script."
+                f"a worker process was killed from outside, perhaps because memory ran out ({error}). Run the same "
+                "command again to continue, with a smaller --num_processes or workers with more memory. In a script "
+                "of your own, call prepare under `if __name__ == '__main__':`, because each worker imports the script."
             ) from error
         finally:
             for future in running:
                 future.cancel()
 
+    def write_files(
+        self, task: Callable[[Any, Any, Path], dict[str, Any]], context: Any, items: Mapping[str, Any], *,
+        journal: Journal, cells: Mapping[str, int], text: str,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Write the files that the journal does not list yet.
+
+        Args:
+            task: Writes one file: called with the context, an item and a path; returns what to note in the journal.
+            context: What all tasks need.
+            items: File -> item.
+            cells: File -> its number of cells, for the progress bar.
+            text: Name of the step.
+
+        Returns:
+            The journal entries of all files, in the order of `items`.
+        """
+        to_do = [(file, item) for file, item in items.items() if file not in journal]
+        num_done = len(items) - len(to_do)
+        if num_done:
+            logger.info("%s: %d of %d files were finished by an earlier run", text, num_done, len(items))
+        total, done = sum(cells.values()), sum(cells[file] for file in items if file in journal)
+        with tqdm(total=total, initial=done, desc=text, unit=" cells", unit_scale=True, disable=None) as bar:
+            for (file, _), entry in self.run(_WriteFile(task, context, journal.folder), to_do):
+                journal.add(entry)
+                bar.update(cells[file])
+        return [journal[file] for file in items]
+
+
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> Iterator[Workers]:
+    """Open the place where tasks run, and close it afterwards.
+
+    Args:
+        scheduler: Address of a Dask scheduler, or None for this machine.
+        num_processes: Processes on this machine; 1 runs everything in this one.
+        preload: Module that the tasks come from.
+
+    Raises:
+        InputError: Dask is not installed, or nothing answers at the address.
+    """
+    with ExitStack() as stack:
+        if scheduler:
+            client, losses = _connect(scheduler)
+            stack.enter_context(client)
+            num_threads = sum(client.nthreads().values())
+            if not num_threads:
+                raise InputError(
+                    f"the Dask scheduler at {scheduler} has no workers. Start some: `dask worker {scheduler}`."
+                )
+            executor: Executor = client.get_executor(pure=False, retries=3)
+            stack.callback(executor.shutdown, wait=False)
+            yield Workers(executor, num_threads, losses)
+        elif num_processes > 1:
+            # Never fork: a child would share this process's open HDF5 files and locks. A fork server has none of them.
+            has_server = "forkserver" in multiprocessing.get_all_start_methods()
+            context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+            if has_server:
+                context.set_forkserver_preload(["__main__", preload])
+            executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_end_with_parent)
+            stack.callback(executor.shutdown, cancel_futures=True)
+            yield Workers(executor, num_processes)
+        else:
+            yield Workers()
+
 
 def _end_with_parent() -> None:
-    """End this worker when the process that started it is gone: a killed run must leave none behind."""
+    """End this worker process when the process that started it is gone: a killed run must not leave any behind."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -74,27 +235,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def available_cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _process_pool(num_processes: int, *, preload: str) -> Iterator[Workers]:
-    # Never fork: a child would share the parent's open HDF5 files and locks. A fork server has none of them.
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:
-        context.set_forkserver_preload(["__main__", preload])
-    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_end_with_parent)
-    try:
-        yield Workers(pool, num_processes=num_processes)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _dask_cluster(address: str) -> Iterator[Workers]:
+def _connect(address: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return a client of a Dask scheduler, and the error that says that its workers keep dying."""
     try:
         distributed = importlib.import_module("distributed")
     except ImportError as error:
@@ -108,39 +250,4 @@ def _dask_cluster(address: str) -> Iterator[Workers]:
         raise InputError(
             f"no Dask scheduler answers at {address} ({error}). Start one with `dask scheduler`, or check --scheduler."
         ) from error
-    with client:
-        num_threads = sum(client.nthreads().values())
-        if not num_threads:
-            raise InputError(f"the Dask scheduler at {address} has no workers. Start some: `dask worker {address}`.")
-        executor = client.get_executor(pure=False, retries=3)
-        try:
-            yield Workers(executor, num_processes=num_threads)
-        except distributed.KilledWorker as error:
-            raise WorkStoppedError(
-                f"workers of {address} died again and again on the same task ({error}). Give them more memory, then "
-                "run the same command again to continue from there."
-            ) from error
-        finally:
-            executor.shutdown(wait=False)
-
-
-@contextmanager
-def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> Iterator[Workers]:
-    """Open the place where tasks run, and close it afterwards.
-
-    Args:
-        scheduler: Address of a Dask scheduler, or None for this machine.
-        num_processes: Processes on this machine; 1 stays in this one.
-        preload: Module that the tasks come from.
-
-    Raises:
-        InputError: Dask is not installed, or nothing answers at the address.
-    """
-    if scheduler:
-        with _dask_cluster(scheduler) as workers:
-            yield workers
-    elif num_processes > 1:
-        with _process_pool(num_processes, preload=preload) as workers:
-            yield workers
-    else:
-        yield Workers()
+    return client, (distributed.KilledWorker,)

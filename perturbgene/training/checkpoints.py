@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perturbgene.corpus.journal import sha256_of, temporary_name
+from perturbgene.corpus.workers import sha256_of
 from perturbgene.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _sync(path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small text file by way of a temporary name."""
-    temporary = temporary_name(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, path)

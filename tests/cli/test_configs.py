@@ -325,7 +325,6 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
         (["prepare", "a", "--output", "c", "--eval_donors", "D1", "--split_by", "cell"], "needs a split by donor"),
         (["prepare", "a", "--output", "c", "--phenotypes", "a="], "NAME=VALUE"),
         (["prepare", "a", "--output", "c", "--phenotypes", "a", "a=b"], "'a' more than once"),
-        (["prepare", "a", "--output", "c", "--bin_edges", "1", "--per_gene_bins"], "both given"),
         (["evaluate"], "RUN after the verb"),
         (["evaluate", "r", "extra"], "takes RUN"),
         (["evaluate", "r", "--ask", "a", "--given", "a"], "both asked and given"),

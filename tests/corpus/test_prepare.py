@@ -20,9 +20,10 @@ import scanpy as sc
 from scipy import sparse
 from torch.utils.data import DataLoader
 
-from perturbgene.corpus.journal import Journal
+from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus.manifest import MANIFEST_FILE, Corpus
-from perturbgene.corpus.prepare import PrepareOptions, _Work, prepare
+from perturbgene.corpus.prepare import prepare
+from perturbgene.corpus.workers import Journal, Workers
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import H5adFile
@@ -179,8 +180,10 @@ def test_holding_out_every_donor_is_refused(tmp_path: Path) -> None:
 
 
 def test_naming_donors_without_a_donor_column_is_refused(tmp_path: Path) -> None:
+    adata = cells(counts(50))
+    del adata.obs["donor_id"]
     with pytest.raises(InputError, match="eval_donors 'a' need a split by donor"):
-        prepare(cells(counts(50)), tmp_path / "corpus", eval_donors=["a"], split_by="cell")
+        prepare(adata, tmp_path / "corpus", eval_donors=["a"])
 
 
 def test_a_single_donor_cannot_be_split(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_without_donors_cells_are_split_with_a_warning(tmp_path: Path) -> None:
     del adata.obs["donor_id"]
     made = prepare(adata, tmp_path / "corpus", eval_fraction=0.3)
     assert (split(made, "train").n_obs, split(made, "eval").n_obs) == (35, 15)
-    assert "split by cell: cells of one donor stand on both sides" in audit(made)
+    assert "the split is by cell: cells of one donor are on both sides" in audit(made)
 
 
 def test_a_split_by_cell_depends_on_names_and_not_on_the_order_of_the_files(tmp_path: Path) -> None:
@@ -292,7 +295,7 @@ def test_cells_with_too_few_genes_are_dropped_and_counted(tmp_path: Path) -> Non
     values_ng[:10, 0] = 1
     made = prepare(cells(values_ng), tmp_path / "corpus", min_genes=2, eval_donors=["a"])
     assert split(made, "train").n_obs + split(made, "eval").n_obs == 40
-    assert "8 train cells express fewer than 2 panel genes: dropped" in audit(made)
+    assert "8 train cells express fewer than 2 panel genes and were dropped" in audit(made)
 
 
 def test_repeated_cell_names_are_made_unique(tmp_path: Path) -> None:
@@ -455,7 +458,7 @@ def test_panel_genes_of_no_file_are_left_out_and_reported(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("Z1\nZ2\nG1\n", "2 of 3 genes are in no file"), ("", "0 of 0 genes"), (None, "cannot be read")],
+    [("Z1\nZ2\nG1\n", "2 of 3 genes are in no file"), ("", "0 of 0 genes"), (None, "but nothing lies there")],
     ids=["mostly unknown", "empty", "no such file"],
 )
 def test_a_useless_panel_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -463,27 +466,6 @@ def test_a_useless_panel_is_refused(tmp_path: Path, text: str | None, message: s
         (tmp_path / "panel.txt").write_text(text)
     with pytest.raises(InputError, match=f"panel .*{message}"):
         prepare(cells(counts(40)), tmp_path / "corpus", panel=str(tmp_path / "panel.txt"))
-
-
-def test_bins_per_gene_hold_about_equally_many_values_of_each_gene(tmp_path: Path) -> None:
-    source = cells(counts(400) + 1)
-    made = prepare(source, tmp_path / "corpus", per_gene_bins=True, num_bins=4, split_by="cell")
-    tokenizer = GeneTokenizer.from_pretrained(made)
-    assert not tokenizer.bin_edges.is_shared
-    per_bin = np.zeros((8, 5))
-    for cell in IterableAnnDataset(made / "train", tokenizer):
-        ids, types = cell["input_ids"][1:-1].numpy(), cell["token_type_ids"][1:-1].numpy()
-        per_bin[types - tokenizer.first_gene_type, ids - tokenizer.first_bin_id] += 1
-    assert np.abs(per_bin[:, 1:] / per_bin.sum(axis=1, keepdims=True) - 0.25).max() < 0.1
-
-
-def test_bins_per_gene_exist_also_for_panel_genes_that_no_training_cell_expresses(tmp_path: Path) -> None:
-    values_ng = counts(40)
-    values_ng[:, 3] = 0
-    (tmp_path / "panel.txt").write_text("G3\nG4\n")
-    options = {"panel": str(tmp_path / "panel.txt"), "per_gene_bins": True, "num_bins": 4}
-    made = prepare(cells(values_ng), tmp_path / "corpus", **options)
-    assert GeneTokenizer.from_pretrained(made).bin_edges.edges_ge.shape == (2, 4)
 
 
 def test_given_edges_are_used(tmp_path: Path) -> None:
@@ -508,10 +490,10 @@ def test_the_vocabulary_comes_from_training_cells_and_labels_of_eval_cells_alone
 
 
 def test_phenotypes_may_be_renamed_but_not_to_nothing() -> None:
-    columns = PrepareOptions(phenotypes=["cell_type=bulk_labels", "phase"]).column_of_phenotype
+    columns = PrepareConfig(inputs=["a"], output="c", phenotypes=["cell_type=bulk_labels", "phase"]).column_of_phenotype
     assert columns == {"cell_type": "bulk_labels", "phase": "phase"}
     with pytest.raises(InputError, match="reads NAME or NAME=VALUE"):
-        _ = PrepareOptions(phenotypes=["cell_type="]).column_of_phenotype
+        _ = PrepareConfig(inputs=["a"], output="c", phenotypes=["cell_type="]).column_of_phenotype
 
 
 def test_phenotypes_are_named_apart_from_their_columns(tmp_path: Path) -> None:
@@ -773,7 +755,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     target = tmp_path / "corpus"
     journal = tmp_path / "corpus.part" / "journal.jsonl"
     # A slow disk, so that the kill lands where it should.
-    slow = "import time, perturbgene.corpus.journal as j; add = j.Journal.add; j.Journal.add = lambda s, e: (add(s, e), time.sleep(0.1)); "  # noqa: E501
+    slow = "import time, perturbgene.corpus.workers as j; add = j.Journal.add; j.Journal.add = lambda s, e: (add(s, e), time.sleep(0.1)); "  # noqa: E501
     child = subprocess.Popen([sys.executable, "-c", slow + COMMAND, str(target), "1", *map(str, files)])
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_text().count("\n") > num_lines):
@@ -804,16 +786,16 @@ def test_a_finished_part_that_was_changed_is_made_again(tmp_path: Path, files: l
 
 def stopped(files: Sequence[Path], folder: Path, *, after: str) -> Path:
     """Interrupt a run, as by Ctrl-C, once a step is done; return the folder of the unfinished work."""
-    run, do = None, _Work.do
+    run, write_files = None, Workers.write_files
 
-    def interrupted(self: _Work, *args: Any, text: str, **options: Any) -> Any:
-        entries = do(self, *args, text=text, **options)
+    def interrupted(self: Workers, *args: Any, text: str, **options: Any) -> Any:
+        entries = write_files(self, *args, text=text, **options)
         if text == after:
             raise KeyboardInterrupt
         return entries
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_Work, "do", interrupted)
+        patch.setattr(Workers, "write_files", interrupted)
         run = prepare(files, folder / "corpus", **OPTIONS)
     assert run is None
     return folder / "corpus.part"

@@ -8,7 +8,7 @@ import pytest
 import scanpy as sc
 from scipy import sparse
 
-from perturbgene.corpus.moments import CountTable, GeneMoments
+from perturbgene.corpus.statistics import CountTable, GeneMoments, smooth_curve
 
 
 def moments_of(values_ng: np.ndarray) -> GeneMoments:
@@ -49,7 +49,7 @@ def test_stored_zeros_are_not_expressed() -> None:
 def test_merged_parts_are_the_whole() -> None:
     values_ng = np.random.default_rng(0).poisson(1.0, (20, 5)).astype(float)
     whole, parts = moments_of(values_ng), [moments_of(values_ng[:7]), moments_of(values_ng[7:])]
-    parts[1].merge(parts[0])
+    parts[1].merge(parts[0].tensors())
     assert parts[1].num_cells == whole.num_cells
     assert all(
         np.allclose(getattr(parts[1], f), getattr(whole, f)) for f in ("sum_g", "sum_squares_g", "num_expressed_g")
@@ -103,7 +103,6 @@ def counts_ng() -> np.ndarray:
 
 
 def test_variances_over_expectation_are_those_of_scanpys_seurat_v3_gene_for_gene(counts_ng: np.ndarray) -> None:
-    pytest.importorskip("skmisc")
     adata = ad.AnnData(sparse.csr_matrix(counts_ng))
     frame = sc.pp.highly_variable_genes(adata, flavor="seurat_v3", n_top_genes=100, inplace=False)
     ours = table_of(counts_ng).normalized_variance(len(counts_ng))
@@ -125,3 +124,25 @@ def test_tables_of_parts_merge_to_the_table_of_the_whole_in_any_order(counts_ng:
 def test_genes_that_do_not_vary_have_no_normalized_variance() -> None:
     found = table_of(np.array([[2.0, 0.0, 1.0, 3.0], [2.0, 0.0, 5.0, 2.0]])).normalized_variance(2)
     assert np.isnan(found).tolist() == [True, True, False, False]
+
+
+# -- the curve of variance over mean ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_points", [5, 200], ids=["too few for loess", "loess"])
+def test_a_parabola_is_its_own_curve_in_any_order_of_points(num_points: int) -> None:
+    x_g = np.random.default_rng(0).permutation(np.linspace(-1, 2, num_points))
+    np.testing.assert_allclose(smooth_curve(x_g, 3 * x_g**2 - x_g), 3 * x_g**2 - x_g, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_points", [0, 1, 2])
+def test_a_few_points_are_their_own_curve(num_points: int) -> None:
+    x_g = np.arange(num_points, dtype=float)
+    np.testing.assert_allclose(smooth_curve(x_g, 5 - x_g), 5 - x_g)
+
+
+def test_genes_of_a_handful_of_cells_are_ranked_although_loess_cannot_fit_them() -> None:
+    generator = np.random.default_rng(0)
+    counts_ng = generator.poisson(np.exp(generator.normal(-1, 2, 2000)) * generator.gamma(0.8, 1.25, (5, 2000)))
+    score_g = table_of(counts_ng.astype(float)).normalized_variance(5)
+    assert np.isfinite(score_g[counts_ng.var(axis=0) > 0]).all()

@@ -1,0 +1,162 @@
+"""The genes of a corpus: those of all files under one name each, and the ranked panel chosen from them.
+
+Owns joining and choosing genes, and which table of genes measures which of them; leaves how a name is cleaned and
+matched to `data_utils.genes`. Letters: g genes of the panel, u genes of all files, t tables of genes.
+"""
+
+import itertools
+import logging
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perturbgene.cli.verbs import PrepareConfig
+from perturbgene.corpus.statistics import Statistics
+from perturbgene.corpus.survey import Plan, Survey, gene_names_of, open_files
+from perturbgene.data_utils.genes import GenePanel, clean_gene, gene_report, is_ensembl, names_of, read_panel
+from perturbgene.data_utils.labels import label_text
+from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+#: What a gene report counts: columns of a file (kept, mapped, dropped, unknown) and genes of the panel (the others).
+MEANING = {
+    "kept": "columns are in the panel under their own name",
+    "mapped": "columns are in the panel under another name of their gene, such as the Ensembl id of a symbol",
+    "summed": "genes of the panel are the sum of several columns",
+    "dropped": "columns are genes outside the panel",
+    "unknown": "columns name no gene",
+    "unmeasured": "genes of the panel have no column: they are unknown in these cells, not zero",
+}
+
+
+def join_genes(survey: Survey, config: PrepareConfig) -> GenePanel:
+    """Return the genes of all files, in order of first appearance; a gene known by id and by symbol is one gene."""
+    symbol_of: dict[str, str] = {}
+    kept_apart: set[str] = set()
+    with closing(open_files(survey.sources, config)) as cache:
+        for index in survey.gene_tables()[0]:
+            columns = gene_names_of(cache[index], config.gene_id_column)
+            genes = dict(itertools.starmap(_id_and_symbol, zip(*columns, strict=True)))
+            genes.pop("", None)
+            kept_apart.update(symbol for gene, symbol in genes.items() if symbol != gene and symbol in genes)
+            for gene, symbol in genes.items():
+                if symbol_of.setdefault(gene, symbol) == gene:
+                    symbol_of[gene] = symbol
+    if not symbol_of:
+        raise InputError(
+            "the files hold no genes: no column has a name, or numbers for names. Name the column of var that holds "
+            "them with --gene_id_column."
+        )
+    times = Counter(symbol for gene, symbol in symbol_of.items() if symbol != gene)
+    aliases = {symbol for symbol, count in times.items() if count == 1 and not is_ensembl(symbol)} - kept_apart
+    kept = {gene: symbol for gene, symbol in symbol_of.items() if gene not in aliases}
+    return GenePanel(tuple(kept), tuple(kept.values()))
+
+
+def _id_and_symbol(name: object, id_: object, symbol: object) -> tuple[str, str]:
+    """Choose a gene's id: its Ensembl id if the file has it anywhere, else the name of its column, else ''."""
+    own, other, known_as = clean_gene(name), clean_gene(id_), clean_gene(label_text(symbol))
+    if is_ensembl(other) and not is_ensembl(own):
+        return other, known_as or own
+    # A number counts columns or rows of a table elsewhere: two files with a gene "17" need not mean the same one.
+    chosen = next((text for text in (own, known_as, other) if text and not text.isdecimal()), "")
+    return chosen, known_as or own
+
+
+@dataclass(frozen=True)
+class CorpusGenes:
+    """The panel of a corpus and how the files measure it.
+
+    Args:
+        panel: The chosen genes, in order.
+        panel_of_union: Place in the panel of each gene of all files, int64 of shape (u,), -1 if it was not chosen.
+        table_of_source: Each file's table of genes, int64 of shape (files,).
+        measured_tg: True where a table has a gene of the panel, shape (t, g).
+        reports: What became of the columns of each table; `MEANING` explains the words.
+        num_given_missing: Genes of a given panel that no file has.
+    """
+
+    panel: GenePanel
+    panel_of_union: np.ndarray
+    table_of_source: np.ndarray
+    measured_tg: np.ndarray
+    reports: list[dict[str, Any]]
+    num_given_missing: int
+
+
+def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGenes:
+    """Choose the panel (a given one, or expressed genes by variability) and find its genes in every table.
+
+    Raises:
+        InputError: No gene is expressed, or the panel that is asked for cannot be had.
+    """
+    config, moments, union = plan.config, statistics.moments, plan.union
+    if config.panel:
+        genes, symbols, union_g = _given_genes(union, config.panel)
+    else:
+        score_g = statistics.counts.normalized_variance(moments.num_cells) if statistics.counts else None
+        ranked = moments.rank(score_g)
+        union_g = ranked[moments.num_expressed_g[ranked] > 0]
+        genes, symbols = ([names[g] for g in union_g] for names in (union.genes, union.symbols))
+    if not len(genes):
+        raise InputError("no training cell expresses any gene: is X empty? Choose the matrix with --layer.")
+    if config.num_top_genes and config.num_top_genes > len(genes):
+        raise InputError(
+            f"num_top_genes {config.num_top_genes:,} exceeds the {len(genes):,} expressed genes. Lower it."
+        )
+    union_g = union_g[: config.num_top_genes]
+    panel = GenePanel(tuple(genes[: config.num_top_genes]), tuple(symbols[: config.num_top_genes]))
+    panel_of_union = np.full(len(union), -1, dtype=np.int64)
+    panel_of_union[union_g[union_g >= 0]] = np.flatnonzero(union_g >= 0)
+    first_files, table_of_source = survey.gene_tables()
+    measured_tg, reports = np.zeros((len(first_files), len(panel)), dtype=bool), []
+    with closing(open_files(plan.sources, config, union)) as cache:
+        for table, index in enumerate(first_files):
+            shard = cache[index]
+            places = panel_of_union[shard.alignment.is_measured_g]
+            measured_tg[table, places[places >= 0]] = True
+            names = names_of(shard.source, config.gene_id_column).own_c
+            reports.append(gene_report(names, shard.alignment, panel_of_gene=panel_of_union, panel=panel))
+            _log_report(shard.path, reports[-1])
+    num_missing = int((union_g < 0).sum()) if config.panel else 0
+    return CorpusGenes(panel, panel_of_union, table_of_source, measured_tg, reports, num_missing)
+
+
+def _log_report(path: str, report: dict[str, Any]) -> None:
+    logger.info("genes of %s:", path)
+    for kind, found in report.items():
+        if found["count"]:
+            logger.info("  %s: %d %s (%s)", kind, found["count"], MEANING[kind], ", ".join(found["examples"][:3]))
+
+
+def _given_genes(union: GenePanel, given: str) -> tuple[list[str], list[str], np.ndarray]:
+    """Return a given panel's genes and symbols, whole and in its order, and the place of each among all genes or -1."""
+    path, symbols = Path(given), list[str]()
+    try:
+        if path.is_dir() or path.suffix == ".json":
+            tokenizer = GeneTokenizer.from_pretrained(path)
+            genes, symbols = list(tokenizer.genes), list(tokenizer.gene_symbols)
+        else:
+            genes = list(read_panel(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"panel {given} cannot be read ({error}). Give a text file of genes, or a run's folder."
+        ) from error
+    union_g = np.array([union.find(gene) for gene in genes], dtype=np.int64)
+    if symbols:
+        union_g = np.array([g if g >= 0 else union.find(symbols[i]) for i, g in enumerate(union_g)], dtype=np.int64)
+    num_missing = int((union_g < 0).sum())
+    if 2 * num_missing > len(genes) or not genes:
+        raise InputError(
+            f"panel {given}: {num_missing:,} of {len(genes):,} genes are in no file. Give another --panel."
+        )
+    if not symbols:
+        symbols = [union.symbols[g] if g >= 0 else gene for gene, g in zip(genes, union_g, strict=True)]
+        genes = [union.genes[g] if g >= 0 else gene for gene, g in zip(genes, union_g, strict=True)]
+    return genes, symbols, union_g
