@@ -523,6 +523,22 @@ def test_missing_labels_are_counted_and_stay_missing(tmp_path: Path) -> None:
     assert split(made, "train").obs["cell_type"].isna().sum() == found["train"]["(missing)"]
 
 
+def test_controls_called_none_keep_their_label_and_every_missing_spelling_is_counted(tmp_path: Path) -> None:
+    adata = cells(counts(60), treatment=np.resize(["none", "IFNb", "null", "Unknown", ""], 60))
+    made = prepare(adata, tmp_path / "corpus", phenotypes=["treatment"], split_by="cell")
+    assert GeneTokenizer.from_pretrained(made).phenotypes == {"treatment": ("IFNb", "none", "null")}
+    assert Corpus.open(made).manifest["missing_labels"] == {"treatment": {"Unknown": 12, "": 12}}
+    assert "treatment: 24 of 60 cells have a missing label (12 'empty', 12 'Unknown')" in audit(made)
+
+
+def test_labels_that_are_named_as_missing_are_missing_and_counted(tmp_path: Path, caplog: Any) -> None:
+    adata = cells(counts(60), treatment=np.resize(["none", "IFNb", "TNF"], 60))
+    made = prepare(adata, tmp_path / "corpus", phenotypes=["treatment"], split_by="cell", missing_labels=["None"])
+    assert GeneTokenizer.from_pretrained(made).phenotypes == {"treatment": ("IFNb", "TNF")}
+    assert Corpus.open(made).manifest["missing_labels"] == {"treatment": {"none": 20}}
+    assert "20 of 60 cells have a missing label (20 'none')" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [float, "category"])
 def test_a_measurement_is_no_phenotype(tmp_path: Path, kind: Any) -> None:
     adata = cells(counts(60), score=np.arange(60) / 7)
@@ -614,6 +630,61 @@ def test_overwrite_never_replaces_what_is_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a corpus .* so --overwrite leaves it alone"):
         prepare(cells(counts(20)), tmp_path / "corpus", overwrite=True)
     assert (tmp_path / "corpus" / "thesis.txt").read_text() == "mine"
+
+
+def test_overwrite_leaves_the_folder_of_another_program_alone(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / MANIFEST_FILE).write_text('{"name": "my web page"}')
+    with pytest.raises(InputError, match=r"is not a corpus .* so --overwrite leaves it alone"):
+        prepare(cells(counts(20)), tmp_path / "corpus", overwrite=True)
+    assert (tmp_path / "corpus" / MANIFEST_FILE).exists()
+
+
+def test_overwrite_leaves_a_corpus_alone_that_holds_files_of_somebody_else(tmp_path: Path) -> None:
+    made = prepare(cells(counts(20)), tmp_path / "corpus")
+    (made / "train" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"files that prepare did not write \('train/notes.txt'\).*Move them away"):
+        prepare(cells(counts(20)), made, overwrite=True)
+    assert (made / "train" / "notes.txt").read_text() == "mine"
+
+
+def test_an_overwrite_that_is_killed_while_it_deletes_the_old_corpus_leaves_the_new_one_and_can_be_repeated(
+    tmp_path: Path,
+) -> None:
+    made, unlink = prepare(cells(counts(60)), tmp_path / "corpus", shard_size=10), Path.unlink
+
+    def killed(self: Path, **options: Any) -> None:
+        if self.name == "shard_00001.h5ad":
+            raise KeyboardInterrupt
+        unlink(self, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        prepare(cells(counts(20)), made, overwrite=True)
+    assert len(list(made.rglob("*.h5ad"))) == 2
+    prepare(cells(counts(20)), made, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_an_overwrite_that_is_killed_between_its_two_renames_keeps_the_old_corpus_until_it_is_repeated(
+    tmp_path: Path,
+) -> None:
+    made, rename = prepare(cells(counts(60)), tmp_path / "corpus", shard_size=10), Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "corpus" and self.parent.name == "corpus.part":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        prepare(cells(counts(20)), made, overwrite=True)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        prepare(cells(counts(20)), made)
+    assert len(Corpus.open(made).paths("train")) > 2
+    prepare(cells(counts(20)), made, overwrite=True)
+    assert len(list(made.rglob("*.h5ad"))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
 def test_overwrite_replaces_a_corpus_whole(tmp_path: Path) -> None:
@@ -748,22 +819,39 @@ def test_files_larger_than_a_part_are_dealt_whole(tmp_path: Path, monkeypatch: p
 COMMAND = "from perturbgene.corpus.prepare import prepare; import sys; prepare(sys.argv[3:], sys.argv[1], num_processes=int(sys.argv[2]), phenotypes=['cell_type'], shard_size=30)"  # noqa: E501
 
 
+def slow_prepare(target: Path, files: Sequence[Path], *, num_lines: int) -> "subprocess.Popen[bytes]":
+    """Start a prepare in another process, as on a slow disk; return when it has finished a number of files."""
+    slow = "import time, perturbgene.corpus.workers as j; add = j.Journal.add; j.Journal.add = lambda s, e: (add(s, e), time.sleep(0.05)); "  # noqa: E501
+    child = subprocess.Popen([sys.executable, "-c", slow + COMMAND, str(target), "1", *map(str, files)])
+    journal, deadline = target.with_name(target.name + ".part") / "journal.jsonl", time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count("\n") > num_lines):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    return child
+
+
+def test_a_second_prepare_into_the_same_folder_is_refused_and_the_first_one_finishes(
+    tmp_path: Path, files: list[Path], undisturbed: Path
+) -> None:
+    child = slow_prepare(tmp_path / "corpus", files, num_lines=14)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"corpus is being written by another process .* choose another --output"):
+            prepare(files, tmp_path / "corpus", overwrite=overwrite, **OPTIONS)
+    assert child.wait() == 0
+    assert checksums(tmp_path / "corpus") == checksums(undisturbed)
+
+
 @pytest.mark.parametrize("num_lines", [5, 18, 30], ids=["counting", "dealing", "writing"])
 def test_a_killed_run_continues_to_the_same_bytes(
     tmp_path: Path, files: list[Path], undisturbed: Path, num_lines: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = tmp_path / "corpus"
     journal = tmp_path / "corpus.part" / "journal.jsonl"
-    # A slow disk, so that the kill lands where it should.
-    slow = "import time, perturbgene.corpus.workers as j; add = j.Journal.add; j.Journal.add = lambda s, e: (add(s, e), time.sleep(0.1)); "  # noqa: E501
-    child = subprocess.Popen([sys.executable, "-c", slow + COMMAND, str(target), "1", *map(str, files)])
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and journal.read_text().count("\n") > num_lines):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    child = slow_prepare(target, files, num_lines=num_lines)
     child.kill()
     child.wait()
-    (tmp_path / "corpus.part" / "spool" / "half.tmp").write_bytes(b"torn")
+    for folder in ("spool", "corpus/train"):
+        (tmp_path / "corpus.part" / folder / "shard_00000.h5ad.0f.tmp").write_bytes(b"torn")
     with journal.open("a") as stream:
         stream.write('{"file": "spool/')
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus.part" / "statistics").iterdir()}
@@ -772,7 +860,9 @@ def test_a_killed_run_continues_to_the_same_bytes(
         made = prepare(files, target, **OPTIONS)
     assert "finished files are kept" in caplog.text
     assert checksums(made) == checksums(undisturbed)
-    assert {path.name for path in made.iterdir()} == {path.name for path in undisturbed.iterdir()}
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (made, undisturbed)]
+    assert names[0] == names[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
 def test_a_finished_part_that_was_changed_is_made_again(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:
@@ -946,6 +1036,13 @@ def test_a_file_that_is_no_shard_does_not_say_what_was_measured(tmp_path: Path) 
     cells(counts(5)).write_h5ad(tmp_path / "plain.h5ad")
     with pytest.raises(InputError, match="does not say which genes were measured"):
         measured_genes(tmp_path / "plain.h5ad")
+
+
+def test_the_words_of_a_gene_report_are_explained_where_they_are_printed(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level("INFO"):
+        prepare(named("symbols and ids", "x"), tmp_path / "corpus", num_top_genes=5)
+    assert "mapped: 5 columns are in the panel under another name of their gene" in caplog.text
+    assert "dropped: 3 columns are genes outside the panel" in caplog.text
 
 
 def test_the_manifest_says_what_became_of_every_column(tmp_path: Path) -> None:
