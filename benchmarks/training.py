@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.loading import machine, versions
 from benchmarks.trainees import LENGTHS, MAIN, RECIPES, SIZES, USUAL, Batch, Step, Trainee, draw_batches
-from perturbgene.heap import keep_freed_memory
+from perturbgene.main import keep_freed_memory
 from perturbgene.training.flops import flops_of_batch, forward_flops, measured_peak
 
 STEPS: dict[str, Step] = {"training": Trainee.train, "inference": Trainee.infer}

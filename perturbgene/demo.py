@@ -17,6 +17,8 @@ import pandas as pd
 from perturbgene.main import main, set_up_logging
 
 CATEGORY = "cell_type"
+#: File that marks a folder as the demo's own; only such a folder is ever replaced.
+MARKER = ".made_by_perturbgene_demo"
 
 #: Settings that both training runs share on 560 cells: small enough for float32 on two CPU cores.
 COMMON = "--model_arch tiny --no_bf16 --report_to none --logging_steps 20 --save_total_limit 1"
@@ -84,25 +86,31 @@ def summary(folder: Path) -> str:
 
 
 def cli() -> None:
-    """Run the demo in a folder and print what it found and where everything lies."""
+    """Run the demo in a folder and print what it found and where everything is."""
     parser = argparse.ArgumentParser(prog="python -m perturbgene.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to work; replaced (default: demo)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("demo"),
+        help="where to work (default: demo)",
+    )
     parser.add_argument("--only_cells", type=Path, metavar="FILE", help="write the cells to this h5ad file and stop")
     arguments = parser.parse_args()
     if arguments.only_cells:
         write_cells(arguments.only_cells)
         return
     folder = arguments.folder
-    if folder.exists() and not (folder / "pbmc.h5ad").exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and ((folder / MARKER).exists() or not any(folder.iterdir()))):
         sys.exit(f"error: {folder} exists and was not made by the demo. Choose another --folder.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / MARKER).write_text("The demo made this folder, and replaces it when it runs again.\n")
     started = time.monotonic()
     set_up_logging()
     write_cells(folder / "pbmc.h5ad")
     run(folder)
     print(f"\n{summary(folder)}")
-    print(f"\nDone in {time.monotonic() - started:.0f} s. Models, scores and pictures lie in {folder}/:")
+    print(f"\nDone in {time.monotonic() - started:.0f} s. Models, scores and pictures are in {folder}/:")
     for path in ("corpus/manifest.json", "mlm/evaluation", "cls/evaluation", "predicted_by_mlm.h5ad", "mlm/README.md"):
         print(f"  {folder / path}")
 

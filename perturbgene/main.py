@@ -1,8 +1,10 @@
-"""The command line: reads the settings, calls the verb, turns a user's mistake into one clean line.
+"""The command line: read the settings, call the verb, turn a user's mistake into one clean line.
 
-Owns exit codes, logging to the terminal and all printing; leaves every verb to its own module, imported when called.
+Owns exit codes, logging to the terminal, the C library's memory settings and all printing; every verb has its own
+module, imported when it is called. Of several processes that `torchrun` starts, only the first prints and logs.
 """
 
+import ctypes
 import importlib
 import logging
 import os
@@ -17,7 +19,6 @@ from pathlib import Path
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
 from perturbgene.errors import InputError, RunFailedError, StoppedError
-from perturbgene.heap import keep_freed_memory, return_large_pieces
 
 VERB_FUNCTIONS = {
     "prepare": "perturbgene.corpus.prepare:run_prepare",
@@ -32,7 +33,7 @@ VERB_FUNCTIONS = {
     "download": "perturbgene.data_utils.download:run_download",
 }
 TRAINING_VERBS = ("mlm", "cls")
-#: Verbs that ask a model about any number of cells, whose memory must not grow with these.
+#: Verbs that ask a model about any number of cells; their memory must not grow with this number.
 ASKING_VERBS = ("evaluate", "predict", "embed", "counterfactual", "attribute", "perturb")
 EXIT_USAGE = 2
 EXIT_FAILED = 3
@@ -41,36 +42,62 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 # `--debug` alone is ours; before one of these words it is the field of TrainingArguments.
 TRAINER_DEBUG_WORDS = ("underflow_overflow", "tpu_metrics_debug")
+#: Parameters of glibc's mallopt(3).
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+MOST_LOGS_OF_A_KIND = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line.
 
     Args:
-        argv: Tokens after the program's name; those of this process by default.
+        argv: Words after the program's name; those of this process by default.
 
     Returns:
         Exit code: 0 done, 2 the user's mistake, 3 the run cannot go on, 128 + n stopped by signal n with everything
         saved, 130 interrupted, 141 the reader of the output went away.
     """
-    tokens, is_debugging = take_debug(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    after = [*words[1:], ""]
+    tokens = [word for word, next_word in zip(words, after, strict=False) if is_for_the_verb(word, next_word)]
     try:
         return run(tokens)
     except (InputError, RunFailedError) as error:
-        if is_debugging:
+        if len(tokens) < len(words):
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(f"error: {' '.join(str(error).split())}")
         return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
     except StoppedError as stop:
-        if str(stop):
+        if str(stop) and is_first_process():
             print(stop, file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        report("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        silence_stdout()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return EXIT_BROKEN_PIPE
+
+
+def is_for_the_verb(word: str, next_word: str) -> bool:
+    """Return False for our own ``--debug``, which shows the traceback of an error.
+
+    Example:
+        >>> is_for_the_verb("--debug", "--seed"), is_for_the_verb("--debug", "underflow_overflow")
+        (False, True)
+    """
+    return word != "--debug" or next_word in TRAINER_DEBUG_WORDS
+
+
+def is_first_process() -> bool:
+    """Return whether this process may print; `torchrun` numbers its processes in RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def report(line: str) -> None:
+    """Print a line to stderr; other processes than the first name themselves, in case only they have failed."""
+    prefix = "" if is_first_process() else f"process {os.environ['RANK']}: "
+    print(f"{prefix}{line}", file=sys.stderr)
 
 
 def run(tokens: Sequence[str]) -> int:
@@ -83,16 +110,21 @@ def run(tokens: Sequence[str]) -> int:
         return 0
     try:
         config = parse_args(tokens)
+        config.check_paths()
     except HelpRequested as page:
         print(page, flush=True)
         return 0
+    except InputError:
+        if is_first_process():  # every process has the same command line
+            raise
+        return EXIT_USAGE
     set_up_logging()
     if config.verb in TRAINING_VERBS:
         keep_freed_memory()
     if config.verb in ASKING_VERBS:
         return_large_pieces()
     outcome = verb_function(config.verb)(config)
-    if isinstance(outcome, str | Path):
+    if isinstance(outcome, str | Path) and is_first_process():
         print(outcome, flush=True)
     return 0
 
@@ -100,8 +132,8 @@ def run(tokens: Sequence[str]) -> int:
 def part_together() -> None:
     """Let processes that `torchrun` started on the CPU end at the same time, with their connections closed.
 
-    The first rank still writes when the others are done; ended before it, they would close connections under it. One
-    that waits in vain, for as long as a collective may take, leaves alone.
+    The first process still writes when the others are done; if they ended first, they would close connections that it
+    uses. A process whose partners never arrive leaves after the collective's timeout.
     """
     distributed = sys.modules.get("torch.distributed")  # a verb that needs no torch has not imported it
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -112,21 +144,6 @@ def part_together() -> None:
         distributed.destroy_process_group()
 
 
-def take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Take our ``--debug`` out of the tokens.
-
-    Example:
-        >>> take_debug(["mlm", "--debug", "--seed", "1"])
-        (['mlm', '--seed', '1'], True)
-    """
-    kept = [
-        token
-        for i, token in enumerate(argv)
-        if token != "--debug" or (i + 1 < len(argv) and argv[i + 1] in TRAINER_DEBUG_WORDS)
-    ]
-    return kept, len(kept) < len(argv)
-
-
 def verb_function(verb: str) -> Callable[[BaseConfig], object]:
     """Import the function of a verb; only now, so that help pages need no torch."""
     module_name, function_name = VERB_FUNCTIONS[verb].split(":")
@@ -134,44 +151,73 @@ def verb_function(verb: str) -> Callable[[BaseConfig], object]:
 
 
 class FewOfAKind(logging.Filter):
-    """Lets the first `most` messages of one wording about files pass, then says once that more are left out."""
+    """Lets the first messages of one wording about files pass, since a corpus may have ten thousand files."""
 
-    def __init__(self, most: int = 20) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.most, self.counts = most, Counter[tuple[str, str]]()
+        self.counts = Counter[str]()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Decide on one message; ten thousand files would otherwise say the same ten thousand times."""
-        if not record.name.startswith("perturbgene.data_utils"):
-            return True
-        kind = (record.name, str(record.msg))
-        self.counts[kind] += 1
-        if self.counts[kind] == self.most + 1:
-            record.msg = f"{record.getMessage()} (and so on: further messages of this wording are left out)"
-            record.args = None
-        return self.counts[kind] <= self.most + 1
+        """Decide on one message; the last one that passes says that more follow."""
+        if record.name.startswith("perturbgene.data_utils"):
+            self.counts[str(record.msg)] += 1
+        count = self.counts[str(record.msg)]
+        if count == MOST_LOGS_OF_A_KIND:
+            record.msg, record.args = f"{record.getMessage()} (further messages of this kind are left out)", None
+        return count <= MOST_LOGS_OF_A_KIND
 
 
 def set_up_logging() -> None:
-    """Send our messages to stderr from INFO on, those of libraries from WARNING on."""
+    """Send our messages to stderr from INFO on, and of other libraries only warnings that a user can act on."""
+    is_first = is_first_process()
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger().handlers[0].addFilter(FewOfAKind())
-    logging.getLogger("perturbgene").setLevel(logging.INFO)
+    logging.getLogger("perturbgene").setLevel(logging.INFO if is_first else logging.ERROR)
     logging.captureWarnings(True)
-    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning) if is_first else (Warning,):
         warnings.simplefilter("ignore", category)
+    # Bars of single files ("Loading weights", "Writing model shards"): transformers asks huggingface_hub.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # "The following layers were not sharded", about a way of sharding that we do not use.
+    logging.getLogger("transformers.integrations.tensor_parallel").setLevel(logging.ERROR)
 
 
-def silence_stdout() -> None:
-    """Point stdout to nowhere, so that Python's flush at exit does not complain about the closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def set_heap(*parameters: tuple[int, int]) -> bool:
+    """Make settings of mallopt; False if the C library has none (macOS, Windows, musl)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    return all([bool(mallopt(name, value)) for name, value in parameters])
+
+
+def keep_freed_memory() -> bool:
+    """Let training reuse freed blocks of up to 256 MiB, as each step frees and allocates the same ones.
+
+    The system zeroes every fresh page first; keeping them saves a tenth of the time. At most 2 GiB stay unused.
+    """
+    return set_heap((TRIM_THRESHOLD, (1 << 31) - 1), (MMAP_THRESHOLD, 1 << 28))
+
+
+def return_large_pieces() -> bool:
+    """Give every piece of at least 1 MiB a mapping of its own, which is returned to the system when it is freed.
+
+    Batches differ a little in size, so freed pieces would leave holes in the heap that the next batch does not fit.
+    Call this before torch is imported, which reads once whether it may use huge pages for fresh mappings.
+    """
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch has no other switch for it
+    return set_heap((MMAP_THRESHOLD, 1 << 20))
 
 
 def cli() -> None:
     """Console script: `main` with its exit code."""
     code = main()
-    if code == 0:  # else the others may be waiting for this one elsewhere, and its end ends them
+    if code == 0:  # after an error the others may be waiting for this process elsewhere, and its end ends them
         part_together()
     sys.exit(code)
 

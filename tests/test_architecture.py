@@ -13,7 +13,6 @@ MOST_LINES = 60
 #: folder stand at their place in this order, or belong to a room.
 ROOMS = [
     "errors",
-    "lazy",
     "files",
     "urls",
     "cli",
@@ -28,7 +27,6 @@ ROOMS = [
     "embedding",
     "perturbation",
     "counterfactuals",
-    "heap",
     "main",
     "demo",
 ]
@@ -162,6 +160,7 @@ def test_packages_only_re_export(path: Path) -> None:
     allowed = ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign
     body = ast.parse(path.read_text(encoding="utf-8")).body
     others = [node for node in body if not isinstance(node, allowed) and not isinstance(node, ast.Expr)]
+    others = [node for node in others if getattr(node, "name", "") not in ("__getattr__", "__dir__")]
     assert not others, f"{path} does more than re-export in line {others[0].lineno}"
 
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from perturbgene.heap import keep_freed_memory, return_large_pieces
+from perturbgene.main import keep_freed_memory, return_large_pieces
 
 #: Fresh pages of 4 KiB that the tenth round of writing and freeing 40 MB takes.
 COUNT = """
 import resource, sys
-from perturbgene.heap import keep_freed_memory
+from perturbgene.main import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 for _ in range(10):
@@ -48,7 +48,7 @@ def test_another_system_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 #: Large pieces of growing size, a small one that stays behind each: what freed ones leave are holes between the small.
 PROGRAM = """
 import ctypes, sys
-from perturbgene.heap import return_large_pieces
+from perturbgene.main import return_large_pieces
 
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

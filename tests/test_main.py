@@ -12,7 +12,7 @@ import pytest
 
 from perturbgene import __version__
 from perturbgene.configs import CONFIGS
-from perturbgene.main import VERB_FUNCTIONS, FewOfAKind, main, take_debug
+from perturbgene.main import MOST_LOGS_OF_A_KIND, VERB_FUNCTIONS, FewOfAKind, main
 
 DOWNLOAD = ["download", "https://host/a.h5ad"]
 
@@ -88,6 +88,15 @@ NONSENSE = [
 ]
 
 
+MISSING = [
+    "mlm --corpus nowhere --output_dir r",
+    "predict nowhere in.h5ad --output o.h5ad",
+    "evaluate nowhere",
+    "prepare nowhere.h5ad --output c",
+    "mlm --corpus c --output_dir r --pretrained_model_path ./nowhere",
+]
+
+
 @pytest.mark.parametrize("line", NONSENSE)
 def test_nonsense_ends_with_code_2_and_one_line(line, capsys):
     assert main([token for token in line.split() if token != "--debug"]) == 2
@@ -106,11 +115,6 @@ def test_a_mistake_leaves_no_traceback_in_the_terminal():
 def test_debug_shows_the_traceback(capsys):
     assert main(["evaluate", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_debug_before_a_trainer_word_is_left_to_the_trainer():
-    assert take_debug(["mlm", "--debug", "underflow_overflow"]) == (["mlm", "--debug", "underflow_overflow"], False)
-    assert take_debug(["--debug", "mlm"]) == (["mlm"], True)
 
 
 def test_nothing_given_shows_the_verbs_and_fails(capsys):
@@ -190,11 +194,35 @@ def test_the_function_of_a_verb_exists(target):
 
 
 def test_ten_thousand_files_do_not_say_the_same_ten_thousand_times() -> None:
-    few = FewOfAKind(most=2)
+    few = FewOfAKind()
     records = [
-        logging.LogRecord("perturbgene.data_utils.shards", logging.INFO, "", 0, "%s has no sex", (name,), None)
-        for name in "abcd"
+        logging.LogRecord("perturbgene.data_utils.shards", logging.INFO, "", 0, "%s has no sex", (number,), None)
+        for number in range(10_000)
     ]
     shown = [record.getMessage() for record in records if few.filter(record)]
-    assert shown[:2] == ["a has no sex", "b has no sex"]
-    assert shown[2:] == ["c has no sex (and so on: further messages of this wording are left out)"]
+    assert len(shown) == MOST_LOGS_OF_A_KIND
+    assert shown[0] == "0 has no sex"
+    assert shown[-1] == f"{MOST_LOGS_OF_A_KIND - 1} has no sex (further messages of this kind are left out)"
+
+
+@pytest.mark.parametrize("line", [f"{verb} --nonsense 1" for verb in CONFIGS] + MISSING)
+def test_a_mistake_is_answered_before_torch_is_imported(line: str) -> None:
+    code = (
+        "import sys, perturbgene.main as m; code = m.main(sys.argv[1:]); "
+        "print(code, sorted({'torch', 'transformers', 'anndata', 'numpy'} & set(sys.modules)))"
+    )
+    assert in_new_process(*line.split(), code=code).stdout == "2 []\n"
+
+
+def test_of_several_processes_only_the_first_prints(verb, capsys, monkeypatch) -> None:
+    tokens = verb("import logging; logging.getLogger('perturbgene').warning('log'); return 'done'")
+    monkeypatch.setenv("RANK", "1")
+    assert (main(tokens), main(["predict"]), tuple(capsys.readouterr())) == (0, 2, ("", ""))
+    monkeypatch.setenv("RANK", "0")
+    assert (main(tokens), capsys.readouterr().out) == (0, "done\n")
+
+
+def test_an_error_of_another_process_names_it(verb, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(verb("from perturbgene.errors import InputError; raise InputError('a')")) == 2
+    assert capsys.readouterr().err == "process 1: error: a\n"

@@ -3,7 +3,6 @@
 Owns checking at construction and writing to YAML; leaves reading to `files` and the verbs' own options to `verbs`.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from perturbgene.cli.options import check_edges, check_exists, check_flag, check_not_both, option, own_flags
+from perturbgene.files import write_text
 from perturbgene.urls import shown_text
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]
@@ -40,6 +40,13 @@ class BaseConfig:
         for flag in own_flags(type(self)).values():
             check_flag(getattr(self, flag.name), flag)
 
+    def check_paths(self) -> None:
+        """Refuse files and folders that do not exist, before anything slow is imported."""
+        for flag in own_flags(type(self)).values():
+            value = getattr(self, flag.name)
+            for path in (value if isinstance(value, list) else [value]) if flag.is_path else []:
+                check_exists(path, flag=flag.name)
+
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, overrides of TrainingArguments beside the verb's own; URLs as they may be shown."""
         settings = {name: getattr(self, name) for name in own_flags(type(self))}
@@ -51,10 +58,8 @@ class BaseConfig:
         return yaml.safe_dump({"verb": self.verb, **self.to_dict()}, sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_yaml` to a file, by way of a temporary name."""
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(self.to_yaml(), encoding="utf-8")
-        os.replace(temporary, path)
+        """Write `to_yaml` to a file, whole or not at all."""
+        write_text(path, self.to_yaml())
 
 
 def _without_secrets(value: Any) -> Any:

@@ -72,7 +72,7 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
 
     Example:
         >>> import perturbgene as pg
-        >>> corpus = pg.prepare_corpus("cells.h5ad", "prepared", phenotypes=["cell_type"], num_top_genes=50)
+        >>> corpus = pg.prepare("cells.h5ad", "prepared", phenotypes=["cell_type"], num_top_genes=50)
         >>> sorted(path.name for path in corpus.iterdir())
         ['eval', 'manifest.json', 'tokenizer.json', 'train']
     """

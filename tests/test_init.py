@@ -28,3 +28,7 @@ def test_an_unknown_name_is_no_attribute() -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     line = "import sys, perturbgene; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], check=False).returncode == 0
+
+
+def test_the_names_of_the_package_are_listed() -> None:
+    assert {"prepare", "predict", "load_run", "InputError"} <= set(dir(perturbgene))
