@@ -91,7 +91,10 @@ class BinOptions(MatrixOptions):
     """Which genes are used and how their values become bins (prepare, mlm, cls)."""
 
     panel: str | None = option(
-        None, help="Genes to use: a text file with one id per line, or a run's tokenizer.", group="Genes and bins"
+        None,
+        help="Genes to use: a text file with one id per line, or a run's tokenizer.",
+        group="Genes and bins",
+        is_path=True,
     )
     num_top_genes: int | None = option(
         None,
@@ -106,12 +109,10 @@ class BinOptions(MatrixOptions):
         [], help="Increasing edges of the bins; a value on an edge joins the upper bin.", group="Genes and bins"
     )
     bin_edges_path: str | None = option(
-        None, help="JSON file with a list of edges, or gene -> edges.", group="Genes and bins"
+        None, help="JSON file with a list of edges, or gene -> edges.", group="Genes and bins", is_path=True
     )
 
     def check(self) -> None:
         super().check()
         check_edges(self.bin_edges)
         check_not_both(self, "bin_edges", "bin_edges_path")
-        check_exists(self.bin_edges_path, flag="bin_edges_path")
-        check_exists(self.panel, flag="panel")

@@ -50,15 +50,23 @@ class DataOptions(BinOptions):
     """Which cells are read and how they become tokens (mlm, cls)."""
 
     corpus: str | None = option(
-        None, help="Folder made by `prepare`; brings shards, vocabulary, panel and bins.", group="Data"
+        None, help="Folder made by `prepare`; brings shards, vocabulary, panel and bins.", group="Data", is_path=True
     )
     train_data_paths: list[str] = option(
-        [], help="Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.", group="Data"
+        [],
+        help="Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.",
+        group="Data",
+        is_path=True,
     )
     eval_data_paths: list[str] = option(
-        [], help="Evaluation files, written like the training files; with a corpus, they replace its own.", group="Data"
+        [],
+        help="Evaluation files, written like the training files; with a corpus, they replace its own.",
+        group="Data",
+        is_path=True,
     )
-    vocab_path: str | None = option(None, help="JSON file {category: [labels]} of the phenotypes.", group="Data")
+    vocab_path: str | None = option(
+        None, help="JSON file {category: [labels]} of the phenotypes.", group="Data", is_path=True
+    )
     included_phenotypes: list[str] = option(
         [], help="Phenotypes in a cell's sequence, in this order; none named means all of the vocabulary.", group="Data"
     )
@@ -89,7 +97,6 @@ class DataOptions(BinOptions):
     def check(self) -> None:
         super().check()
         check_not_both(self, "corpus", "train_data_paths")
-        check_exists(self.vocab_path, flag="vocab_path")
         if not self.corpus and not self.train_data_paths:
             raise InputError(
                 "Neither corpus nor train_data_paths is given, so there are no cells. "
@@ -144,11 +151,14 @@ class ModelOptions(BaseConfig):
     )
     use_flash_attn: bool = option(False, help="The same as --attn_implementation flash.", group="Model")
 
+    def check_paths(self) -> None:
+        super().check_paths()
+        if self.pretrained_model_path and not looks_like_hub_id(self.pretrained_model_path):
+            check_exists(self.pretrained_model_path, flag="pretrained_model_path")
+
     def check(self) -> None:
         super().check()
         name, heads, hidden = self.pretrained_model_path, self.num_attention_heads, self.hidden_size
-        if name and not looks_like_hub_id(name):
-            check_exists(name, flag="pretrained_model_path")
         sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
         for size in (*sizes, "norm_position", "bin_gain_range") if name else ():
             if getattr(self, size) is not None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
 from perturbgene.cli.options import (
-    check_exists,
     check_no_repeats,
     check_not_both,
     check_question,
@@ -48,6 +47,7 @@ class PrepareConfig(BinOptions):
         group="Input and output",
         is_required=True,
         is_positional=True,
+        is_path=True,
     )
     output: str = option("", help="Corpus folder to write.", group="Input and output", is_required=True)
     overwrite: bool = option(
@@ -181,7 +181,12 @@ class QuestionOptions(BaseConfig):
     """How a trained model is run on cells (evaluate, predict and all that ask a model)."""
 
     run: str = option(
-        "", help="Run folder of mlm or cls.", group="Input and output", is_required=True, is_positional=True
+        "",
+        help="Run folder of mlm or cls.",
+        group="Input and output",
+        is_required=True,
+        is_positional=True,
+        is_path=True,
     )
     batch_size: int = option(256, help="Cells per batch at most.", group="Running", within="[1, inf)")
     batch_tokens: int = option(
@@ -205,7 +210,12 @@ class FileOptions(QuestionOptions, MatrixOptions):
     """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
 
     input: str = option(
-        "", help="h5ad file with the cells, or its URL.", group="Input and output", is_required=True, is_positional=True
+        "",
+        help="h5ad file with the cells, or its URL.",
+        group="Input and output",
+        is_required=True,
+        is_positional=True,
+        is_path=True,
     )
     output: str = option("", help="File to write.", group="Input and output", is_required=True)
     overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
@@ -232,13 +242,22 @@ class EvaluateConfig(QuestionOptions):
     example: ClassVar[str] = "perturbgene evaluate runs/mlm --corpus corpus"
 
     corpus: str | None = option(
-        None, help="Corpus whose evaluation cells to use; none means the run's own data.", group="Input and output"
+        None,
+        help="Corpus whose evaluation cells to use; none means the run's own data.",
+        group="Input and output",
+        is_path=True,
     )
     eval_data_paths: list[str] = option(
-        [], help="Evaluation files in place of a corpus: paths, globs, brace patterns.", group="Input and output"
+        [],
+        help="Evaluation files in place of a corpus: paths, globs, brace patterns.",
+        group="Input and output",
+        is_path=True,
     )
     train_data_paths: list[str] = option(
-        [], help="Files to fit the baselines on; none named means those of the run.", group="Input and output"
+        [],
+        help="Files to fit the baselines on; none named means those of the run.",
+        group="Input and output",
+        is_path=True,
     )
     output: str | None = option(None, help="Folder to write; none means RUN/evaluation.", group="Input and output")
     ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
@@ -346,13 +365,12 @@ class DownloadConfig(BaseConfig):
         is_positional=True,
     )
     output_dir: str = option(".", help="Folder to write.", group="Input and output")
-    checksums: str | None = option(None, help="File with lines `SHA256  NAME`.", group="Input and output")
+    checksums: str | None = option(None, help="File with lines `SHA256  NAME`.", group="Input and output", is_path=True)
     retries: int = option(5, help="Number of failed tries in a row before a download stops.", within="[0, inf)")
     overwrite: bool = option(False, help="Download files again that are already there.", group="Input and output")
 
     def check(self) -> None:
         super().check()
-        check_exists(self.checksums, flag="checksums")
         for source in self.sources:
             if "://" not in source:
                 raise InputError(f"{source!r} is not a URL. Write it as https://host/file.h5ad.")

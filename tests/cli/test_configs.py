@@ -306,10 +306,6 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
         ([*MLM, "--bin_edges", "1", "inf"], "edge 1 is inf"),
         ([*MLM, "--bin_edges", "nan"], "edge 0 is nan"),
         ([*MLM, "--bin_edges", "1", "--bin_edges_path", "."], "both given"),
-        ([*MLM, "--bin_edges_path", "nowhere.json"], "no such file or folder"),
-        ([*MLM, "--vocab_path", "nowhere.json"], "no such file or folder"),
-        ([*MLM, "--panel", "nowhere.txt"], "no such file or folder"),
-        ([*MLM, "--pretrained_model_path", "./nowhere"], "no such file or folder"),
         ([*MLM, "--pretrained_model_path", ".", "--hidden_size", "64"], "has its own. Remove --hidden_size"),
         ([*MLM, "--config", "nowhere.yaml"], "cannot be read"),
         ([*MLM, "--config", "."], "cannot be read"),
@@ -349,6 +345,13 @@ def test_arguments_gone_from_transformers_5_get_a_hint(name):
     assert name not in training_flags()
     with pytest.raises(InputError, match=f"--{name} is gone from transformers 5. "):
         parse_args([*MLM, f"--{name}", "1"])
+
+
+@pytest.mark.parametrize("name", ["bin_edges_path", "vocab_path", "panel", "corpus", "pretrained_model_path"])
+def test_a_missing_file_is_refused_by_its_flag(name):
+    config = MlmConfig(**{"corpus": ".", "output_dir": "run", name: "./nowhere"})
+    with pytest.raises(InputError, match=f"{name} is './nowhere', but there is no such file or folder.*--{name}"):
+        config.check_paths()
 
 
 def test_a_hub_id_need_not_exist_here():
