@@ -75,41 +75,37 @@ def _without_secrets(value: Any) -> Any:
 class MatrixOptions(BaseConfig):
     """Where in an h5ad file the values and gene ids stand (prepare, mlm, cls, predict)."""
 
-    layer: str | None = option(None, help="Layer to read in place of X; `raw` means .raw.", group="Genes and bins")
+    group: ClassVar[str] = "Genes and bins"
+
+    layer: str | None = option(None, help="Layer to read instead of X; `raw` means .raw.")
     missing_labels: list[str] = option(
         [],
         help="Labels that mean `not known`, in addition to NaN, an empty label and `unknown` (in any case).",
         group="Data",
     )
-    gene_id_column: str | None = option(
-        None, help="Column of var with the gene ids, in place of var_names.", group="Genes and bins"
-    )
+    gene_id_column: str | None = option(None, help="Column of var with the gene ids, instead of var_names.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BinOptions(MatrixOptions):
     """Which genes are used and how their values become bins (prepare, mlm, cls)."""
 
+    group: ClassVar[str] = "Genes and bins"
+
     panel: str | None = option(
-        None,
-        help="Genes to use: a text file with one id per line, or a run's tokenizer.",
-        group="Genes and bins",
-        is_path=True,
+        None, help="Genes to use: a text file with one id per line, or a run's tokenizer.", is_path=True
     )
     num_top_genes: int | None = option(
-        None,
-        help="Keep this many of the most variable genes; none keeps all.",
-        group="Genes and bins",
-        within="[1, inf)",
+        None, help="Keep only this many of the most variable genes. Default: all.", within="[1, inf)"
     )
     normalization: Normalization = option(
-        "auto", help="auto recognises raw counts and takes log1p of counts per 10,000.", group="Genes and bins"
+        "auto", help="auto recognizes raw counts and takes log1p of counts per 10,000."
     )
     bin_edges: list[float] = option(
-        [], help="Increasing edges of the bins; a value on an edge joins the upper bin.", group="Genes and bins"
+        [], help="Increasing edges of the bins; a value on an edge belongs to the upper bin."
     )
     bin_edges_path: str | None = option(
-        None, help="JSON file with a list of edges, or gene -> edges.", group="Genes and bins", is_path=True
+        None, help="JSON file with a list of edges, or with gene -> edges.", is_path=True
     )
 
     def check(self) -> None:

@@ -49,35 +49,27 @@ Schedule = Literal[
 class DataOptions(BinOptions):
     """Which cells are read and how they become tokens (mlm, cls)."""
 
+    group: ClassVar[str] = "Data"
+
     corpus: str | None = option(
-        None, help="Folder made by `prepare`; brings shards, vocabulary, panel and bins.", group="Data", is_path=True
+        None, help="Folder made by `prepare`, with its shards, vocabulary, panel and bins.", is_path=True
     )
     train_data_paths: list[str] = option(
-        [],
-        help="Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.",
-        group="Data",
-        is_path=True,
+        [], help="Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.", is_path=True
     )
     eval_data_paths: list[str] = option(
-        [],
-        help="Evaluation files, written like the training files; with a corpus, they replace its own.",
-        group="Data",
-        is_path=True,
+        [], help="Evaluation files, written like the training files; they replace those of a corpus.", is_path=True
     )
-    vocab_path: str | None = option(
-        None, help="JSON file {category: [labels]} of the phenotypes.", group="Data", is_path=True
-    )
+    vocab_path: str | None = option(None, help="JSON file {category: [labels]} of the phenotypes.", is_path=True)
     included_phenotypes: list[str] = option(
-        [], help="Phenotypes in a cell's sequence, in this order; none named means all of the vocabulary.", group="Data"
+        [], help="Phenotypes in a cell's sequence, in this order. Default: all of the vocabulary."
     )
     max_length: int = option(
-        2048, help="Longest sequence in tokens, [CLS] and [EOS] included.", group="Data", within="[3, inf)"
+        2048, help="Maximum length of a sequence in tokens, including [CLS] and [EOS].", within="[3, inf)"
     )
-    truncation: Truncation = option(
-        "variable", help="Genes that stay in a cell longer than --max_length.", group="Data"
-    )
+    truncation: Truncation = option("variable", help="Which genes to keep of a cell longer than --max_length.")
     pad_to_multiple_of: int | None = option(
-        None, help="Pad lengths to a multiple of this; tensor cores like 8.", group="Data", within="[1, inf)"
+        None, help="Pad sequences to a multiple of this length; tensor cores prefer 8.", within="[1, inf)"
     )
     shard_size: int | None = option(
         None, help="Cells per shard; only compared with the sizes read from the files.", group="Data", within="[1, inf)"
@@ -86,7 +78,7 @@ class DataOptions(BinOptions):
         False, help="Go on although a file or cell is in both training and evaluation.", group="Data"
     )
     min_gene_coverage: float = option(
-        0.5, help="Stop when a file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+        0.5, help="Stop if a file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
     )
 
     @property
@@ -115,20 +107,20 @@ class DataOptions(BinOptions):
 class ModelOptions(BaseConfig):
     """Size of the model and where its first weights come from (mlm, cls)."""
 
+    group: ClassVar[str] = "Model"
+
     model_arch: Literal["tiny", "small", "base", "large"] = option(
-        "small", help="Preset of sizes; the flags below change single ones.", group="Model"
+        "small", help="Preset of sizes; the flags below change single sizes."
     )
     pretrained_model_path: str | None = option(
-        None, help="Run folder or hub id whose weights and sizes to start from.", group="Model"
+        None, help="Run folder or Hugging Face model whose weights and sizes to start from."
     )
-    num_hidden_layers: int | None = option(None, help="Layers.", group="Model", within="[1, inf)")
-    num_attention_heads: int | None = option(None, help="Attention heads per layer.", group="Model", within="[1, inf)")
-    hidden_size: int | None = option(None, help="Size of a token's vector.", group="Model", within="[1, inf)")
-    intermediate_size: int | None = option(
-        None, help="Size within the feed-forward part.", group="Model", within="[1, inf)"
-    )
+    num_hidden_layers: int | None = option(None, help="Number of layers.", within="[1, inf)")
+    num_attention_heads: int | None = option(None, help="Number of attention heads per layer.", within="[1, inf)")
+    hidden_size: int | None = option(None, help="Size of a token's vector.", within="[1, inf)")
+    intermediate_size: int | None = option(None, help="Size inside the feed-forward network.", within="[1, inf)")
     dropout: float | None = option(
-        None, help="Dropout after embeddings and sublayers; never on attention weights.", group="Model", within="[0, 1)"
+        None, help="Dropout after embeddings and sublayers; attention weights have none.", within="[0, 1)"
     )
     norm_position: Literal["pre", "post", "branch"] | None = option(
         None,
@@ -136,18 +128,15 @@ class ModelOptions(BaseConfig):
         group="Model",
     )
     bin_gain_range: float | None = option(
-        None,
-        help="At the start a bin scales its gene's vector by 1 + this * (its mean expression - 1); 0 only adds (BERT).",
-        group="Model",
-        within="[0, 1]",
-    )
+        None, help="How much a gene's expression bin scales its vector at the start: 1 + this * (mean expression of "
+        "the bin - 1). 0 only adds the two vectors (BERT).", within="[0, 1]",
+    )  # fmt: skip
     direct_path: Literal["auto", "always", "never"] = option(
-        "auto",
-        help="Genes also vote for labels directly, beside the transformer; auto: unless labels outnumber hidden_size.",
-        group="Model",
-    )
+        "auto", help="Add a linear term in the expressed genes to the logits of labels. auto: unless labels outnumber "
+        "hidden_size.",
+    )  # fmt: skip
     attn_implementation: Literal["auto", "matmul", "sdpa", "varlen", "flash"] = option(
-        "auto", help="How attention is computed; auto takes the fastest that the device has.", group="Model"
+        "auto", help="How attention is computed; auto chooses the fastest that the device supports."
     )
     use_flash_attn: bool = option(False, help="The same as --attn_implementation flash.", group="Model")
 
@@ -182,103 +171,81 @@ class ModelOptions(BaseConfig):
 class TrainOptions(BaseConfig):
     """How long, how fast and on what to train (mlm, cls); every other TrainingArguments field is an override."""
 
+    group: ClassVar[str] = "Training"
+
     output_dir: str = option(
         "", help="Run folder: weights, tokenizer, settings and metrics.", group="Input and output", is_required=True
     )
     resume_from_checkpoint: str | None = option(
-        None,
-        help="Checkpoint folder to continue from; alone, the newest valid one in --output_dir (`latest`).",
-        group="Input and output",
-        bare="latest",
-    )
+        None, help="Checkpoint folder to continue from. Without a value (`latest`): the newest valid one in "
+        "--output_dir.", group="Input and output", bare="latest",
+    )  # fmt: skip
     allow_changed: bool = option(
-        False,
-        help="Resume although settings differ on which the order of cells or the meaning of a step depends.",
+        False, help="Resume even if settings changed that affect the order of cells or the size of a step.",
         group="Input and output",
-    )
+    )  # fmt: skip
     learning_rate: float | None = option(
-        None,
-        help="Peak learning rate of AdamW; none: 0.128 / hidden size, or half of it on weights that are trained "
-        "already (tiny 2e-3, small 5e-4, base 1.7e-4, large 1.25e-4).",
-        group="Training",
-        within="(0, inf)",
-    )
-    per_device_train_batch_size: int = option(
-        32, help="Cells per step and device.", group="Training", within="[1, inf)"
-    )
+        None, help="Peak learning rate of AdamW. Default: 0.128 / hidden size (tiny 2e-3, small 5e-4, base 1.7e-4, "
+        "large 1.25e-4), or half of it when training starts from other weights.", within="(0, inf)",
+    )  # fmt: skip
+    per_device_train_batch_size: int = option(32, help="Cells per step and device.", within="[1, inf)")
     tokens_per_batch: int | None = option(
-        None,
-        help="Most tokens of a device's batch, in place of a number of cells; at least --max_length. Counted before "
-        "masking (which adds some) and thinning.",
-        group="Training",
-        within="[3, inf)",
-    )
+        None, help="Maximum number of tokens in a device's batch, instead of a number of cells; at least --max_length. "
+        "Tokens are counted before genes are masked or dropped.", within="[3, inf)",
+    )  # fmt: skip
     train_sampling_strategy: Literal["random", "group_by_length"] = option(
-        "random",
-        help="group_by_length gives the cells of a padded batch like lengths; packed batches need none of it.",
-        group="Training",
-    )
-    per_device_eval_batch_size: int = option(
-        64, help="Cells per evaluation batch and device.", group="Training", within="[1, inf)"
-    )
-    gradient_accumulation_steps: int = option(
-        1, help="Batches added up before each step.", group="Training", within="[1, inf)"
-    )
-    num_train_epochs: float = option(10.0, help="Passes over the training cells.", group="Training", within="(0, inf)")
+        "random", help="group_by_length puts cells of similar length into one padded batch.",
+    )  # fmt: skip
+    per_device_eval_batch_size: int = option(64, help="Cells per evaluation batch and device.", within="[1, inf)")
+    gradient_accumulation_steps: int = option(1, help="Number of batches per optimizer step.", within="[1, inf)")
+    num_train_epochs: float = option(10.0, help="Number of passes over the training cells.", within="(0, inf)")
     max_steps: int = option(
-        -1,
-        help="Stop after this many steps, whatever the epochs; -1 for no limit.",
-        group="Training",
-        within="[-1, inf)",
+        -1, help="Stop after this many steps, whatever the number of epochs; -1 for no limit.", within="[-1, inf)"
     )
-    lr_scheduler_type: Schedule = option("cosine", help="Course of the learning rate.", group="Training")
+    lr_scheduler_type: Schedule = option("cosine", help="Schedule of the learning rate.")
     warmup_steps: float = option(
-        0.1, help="Steps of rising learning rate; below 1, a share of all steps.", group="Training", within="[0, inf)"
-    )
-    weight_decay: float = option(0.01, help="Decoupled weight decay.", group="Training", within="[0, inf)")
-    max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", group="Training", within="[0, inf)")
+        0.1, help="Number of steps in which the learning rate rises; below 1, a share of all steps.",
+        within="[0, inf)",
+    )  # fmt: skip
+    weight_decay: float = option(0.01, help="Decoupled weight decay.", within="[0, inf)")
+    max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", within="[0, inf)")
     ema_decay: float | None = option(
         None,
         help="Average weights over steps with this decay (0.999), and evaluate and deliver the average.",
         group="Training",
         within="(0, 1)",
     )
-    bf16: bool | None = option(
-        None, help="Half precision (bfloat16). Unset (`none`): on where the device computes it fast.", group="Training"
-    )
-    use_cpu: bool = option(False, help="Stay on the CPU although there is a GPU.", group="Training")
-    seed: int = option(42, help="Fixes weights, order of cells and masks.", group="Training", within="[0, 4294967295]")
+    bf16: bool | None = option(None, help="Compute in bfloat16. Default: if the device is fast at it.")
+    use_cpu: bool = option(False, help="Use the CPU even if there is a GPU.")
+    seed: int = option(42, help="Determines weights, the order of cells and masks.", within="[0, 4294967295]")
     eval_strategy: Literal["auto", "no", "steps", "epoch"] = option(
-        "auto", help="When to evaluate; auto: by steps if --eval_steps is given, else each epoch.", group="Training"
+        "auto", help="When to evaluate. auto: by steps if --eval_steps is given, otherwise after each epoch."
     )
     eval_steps: float | None = option(
-        None, help="Steps between evaluations; below 1, a share of all steps.", group="Training", within="(0, inf)"
+        None, help="Steps between evaluations; below 1, a share of all steps.", within="(0, inf)"
     )
     eval_on_start: bool = option(
-        True, help="Evaluate before the first step, so that a broken evaluation shows at once.", group="Training"
+        True, help="Evaluate before the first step, so that a broken evaluation shows at once."
     )
     save_strategy: Literal["auto", "no", "steps", "epoch", "best"] = option(
-        "auto", help="When to write a checkpoint; auto: by --save_steps if given, else as evaluated.", group="Training"
+        "auto", help="When to write a checkpoint. auto: by --save_steps if given, otherwise when evaluating."
     )
     save_steps: float | None = option(
-        None, help="Steps between checkpoints; below 1, a share of all steps.", group="Training", within="(0, inf)"
+        None, help="Steps between checkpoints; below 1, a share of all steps.", within="(0, inf)"
     )
     save_total_limit: int | None = option(
-        2, help="Checkpoints to keep, the best one among them.", group="Training", within="[1, inf)"
+        2, help="Number of checkpoints to keep, including the best one.", within="[1, inf)"
     )
     logging_steps: float = option(
-        10, help="Steps between logged values; below 1, a share of all steps.", group="Training", within="(0, inf)"
+        10, help="Steps between logged values; below 1, a share of all steps.", within="(0, inf)"
     )
     report_to: list[
         Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio", "none", "all"]
-    ] = option(["tensorboard"], help="Where logs go besides the terminal.", group="Training")
+    ] = option(["tensorboard"], help="Where logs go, in addition to the terminal.")
     dataloader_num_workers: int = option(
-        0,
-        help="Processes that read cells; seldom worth it, as two threads read already and batches are costly to ship. "
-        "The cells and masks do not depend on it.",
-        group="Training",
-        within="[0, inf)",
-    )
+        0, help="Number of processes that read cells. Two threads already read, so more rarely helps. Does not "
+        "affect the cells or masks.", within="[0, inf)",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()
@@ -303,12 +270,9 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
     training_overrides: dict[str, Any] = field(default_factory=dict)
     gene_drop_prob: float = option(
-        0.0,
-        help="Thin training cells: each loses a share of its genes, drawn anew from 0 to this every epoch; high values "
-        "(0.9) keep a model from learning a few hundred cells by heart.",
-        group="Training",
-        within="[0, 1]",
-    )
+        0.0, help="Drop a random share of each training cell's genes, between 0 and this, drawn again every epoch. A "
+        "high value (0.9) helps against overfitting on a few hundred cells.", group="Training", within="[0, 1]",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()

@@ -180,22 +180,18 @@ class ClsConfig(TrainingConfig):
 class QuestionOptions(BaseConfig):
     """How a trained model is run on cells (evaluate, predict and all that ask a model)."""
 
+    group: ClassVar[str] = "Running"
+
     run: str = option(
-        "",
-        help="Run folder of mlm or cls.",
-        group="Input and output",
-        is_required=True,
-        is_positional=True,
-        is_path=True,
-    )
-    batch_size: int = option(256, help="Cells per batch at most.", group="Running", within="[1, inf)")
+        "", help="Run folder of mlm or cls.",
+        group="Input and output", is_required=True, is_positional=True, is_path=True,
+    )  # fmt: skip
+    batch_size: int = option(256, help="Maximum number of cells per batch.", within="[1, inf)")
     batch_tokens: int = option(
-        32768,
-        help="Tokens per batch at most; a longer cell goes alone. Lower it when memory runs out.",
-        group="Running",
+        32768, help="Maximum number of tokens per batch; a longer cell has its own. Lower it if memory runs out.",
         within="[1, inf)",
-    )
-    device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.", group="Running")
+    )  # fmt: skip
+    device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.")
 
     def check(self) -> None:
         super().check()
@@ -209,18 +205,15 @@ class QuestionOptions(BaseConfig):
 class FileOptions(QuestionOptions, MatrixOptions):
     """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
 
+    group: ClassVar[str] = "Input and output"
+
     input: str = option(
-        "",
-        help="h5ad file with the cells, or its URL.",
-        group="Input and output",
-        is_required=True,
-        is_positional=True,
-        is_path=True,
+        "", help="h5ad file with the cells, or its URL.", is_required=True, is_positional=True, is_path=True
     )
-    output: str = option("", help="File to write.", group="Input and output", is_required=True)
-    overwrite: bool = option(False, help="Replace an output that is already there.", group="Input and output")
+    output: str = option("", help="File to write.", is_required=True)
+    overwrite: bool = option(False, help="Replace an output that already exists.")
     min_gene_coverage: float = option(
-        0.5, help="Stop when the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+        0.5, help="Stop if the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
     )
 
     def check(self) -> None:
