@@ -30,7 +30,17 @@ def find(
         hashes: Split -> content hash of every cell.
         dropped: Split -> cells with too few genes.
     """
-    findings = [*_about_split(survey), *_about_genes(plan, survey, genes)]
+    findings = _about_genes(plan, survey, genes)
+    if survey.split_by == BY_CELL:
+        findings.append(
+            "the split is by cell: cells of one donor are on both sides, so scores are optimistic; name the donor "
+            "column with --split_by."
+        )
+    elif num_missing := survey.units[""]:
+        findings.append(
+            f"{num_missing:,} cells have no {survey.split_by}: they stay together as if they were one, so donors among "
+            f"them are not kept apart; fill in obs[{survey.split_by!r}]."
+        )
     for category, of_split in statistics.labels.items():
         findings += _about_labels(category, of_split, survey)
     for split, hash_n in hashes.items():
@@ -51,20 +61,6 @@ def find(
                 "dropped, so they are neither learned from nor scored; lower --min_genes to keep them."
             )
     return findings
-
-
-def _about_split(survey: Survey) -> list[str]:
-    if survey.split_by == BY_CELL:
-        return [
-            "the split is by cell: cells of one donor are on both sides, so scores are optimistic; name the donor "
-            "column with --split_by."
-        ]
-    if num_missing := survey.units[""]:
-        return [
-            f"{num_missing:,} cells have no {survey.split_by}: they stay together as if they were one, so donors among "
-            f"them are not kept apart; fill in obs[{survey.split_by!r}]."
-        ]
-    return []
 
 
 def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
@@ -150,7 +146,7 @@ def describe(
             }
             for category, of_split in statistics.labels.items()
         },
-        "missing_labels": {category: dict(survey.missing(category)) for category in statistics.labels},
+        "missing_labels": {category: dict(sorted(survey.missing(category).items())) for category in statistics.labels},
         "shards": shards,
         "audit": list(findings),
     }  # fmt: skip

@@ -123,16 +123,14 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
             measured_tg[table, places[places >= 0]] = True
             names = names_of(shard.source, config.gene_id_column).own_c
             reports.append(gene_report(names, shard.alignment, panel_of_gene=panel_of_union, panel=panel))
-            _log_report(shard.path, reports[-1])
+            logger.info("genes of %s:", shard.path)
+            for kind, found in reports[-1].items():
+                if found["count"]:
+                    logger.info(
+                        "  %s: %d %s (%s)", kind, found["count"], MEANING[kind], ", ".join(found["examples"][:3])
+                    )
     num_missing = int((union_g < 0).sum()) if config.panel else 0
     return CorpusGenes(panel, panel_of_union, table_of_source, measured_tg, reports, num_missing)
-
-
-def _log_report(path: str, report: dict[str, Any]) -> None:
-    logger.info("genes of %s:", path)
-    for kind, found in report.items():
-        if found["count"]:
-            logger.info("  %s: %d %s (%s)", kind, found["count"], MEANING[kind], ", ".join(found["examples"][:3]))
 
 
 def _given_genes(union: GenePanel, given: str) -> tuple[list[str], list[str], np.ndarray]:

@@ -14,16 +14,17 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from perturbgene import __version__
-from perturbgene.cli.verbs import HvgFlavor, PrepareConfig
+from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus import audit
 from perturbgene.corpus.manifest import MANIFEST_FILE
-from perturbgene.corpus.panel import choose_genes, join_genes
+from perturbgene.corpus.panel import CorpusGenes, choose_genes, join_genes
 from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, Spool, spool_part, write_shuffled
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_part, merge_parts
 from perturbgene.corpus.survey import PART_ROWS, SPLITS, Plan, Survey, close_files, digest_of, hold_out, survey_files
@@ -85,6 +86,10 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
     config = PrepareConfig(inputs=[audit.path_of(source) for source in sources], output=str(output), **options)
     if is_memory and config.scheduler:
         raise InputError("--scheduler needs files that its workers can read, but AnnData objects were given.")
+    # One process for every core, if the files are worth it.
+    sizes = [0 if is_memory else os.path.getsize(x) if os.path.exists(x) else SMALL_INPUT for x in sources]
+    default = available_cores() if sum(sizes) >= SMALL_INPUT else 1
+    num_processes = 1 if is_memory else config.num_processes or default
     folder = Path(output).expanduser()
     folder = folder if folder.name and not folder.is_symlink() else folder.resolve()
     with claimed(folder, flag="output"):
@@ -92,7 +97,7 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
         _check_folders(folder, work, overwrite=config.overwrite)
         was_begun = work.exists()
         try:
-            _run_steps(sources, config, work, num_processes=1 if is_memory else _num_processes(sources, config))
+            _run_steps(sources, config, work, num_processes=num_processes)
         except InputError as error:
             if not was_begun and not isinstance(error, WorkStoppedError):
                 _delete(work, _WORK_FILES)
@@ -114,12 +119,6 @@ def run_prepare(config: PrepareConfig) -> Path:
     return prepare(options.pop("inputs"), options.pop("output"), **options)
 
 
-def _num_processes(sources: Sequence[Any], config: PrepareConfig) -> int:
-    """Return the number of processes that is asked for, else one for every core if the files are worth it."""
-    sizes = [path.stat().st_size if (path := Path(source)).exists() else SMALL_INPUT for source in sources]
-    return config.num_processes or (available_cores() if sum(sizes) >= SMALL_INPUT else 1)
-
-
 # -- the steps ----------------------------------------------------------------------------------------------------
 
 
@@ -128,24 +127,15 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
     module = "perturbgene.corpus.spool"
     with open_workers(scheduler=config.scheduler, num_processes=num_processes, preload=module) as workers:
         survey = survey_files(sources, config, workers)
-        plan = Plan(
-            key=_key_of(survey, config), folder=work, config=config, sources=tuple(survey.sources),
-            sizes=tuple(file.num_cells for file in survey.files), union=join_genes(survey, config),
-            split=hold_out(survey, config), flavor=_flavor(survey, config),
-        )  # fmt: skip
+        plan = _plan(survey, config, work)
         journal = _continue(work, plan.key)
         parts = {part.name: part for part in plan.parts()}
         cells = {f"{STATISTICS_FOLDER}/{name}": part.stop - part.start for name, part in parts.items()}
         items = dict(zip(cells, parts.values(), strict=True))
         counted = workers.write_files(count_part, plan, items, journal=journal, cells=cells, text="genes and bins")
         statistics = merge_parts(plan, counted)
-        labels = _choose_labels(statistics)
         genes = choose_genes(plan, survey, statistics)
-        tokenizer = GeneTokenizer(
-            genes=list(genes.panel.genes), gene_symbols=list(genes.panel.symbols), phenotypes=labels,
-            bin_edges=_choose_edges(statistics, config), included_phenotypes=list(labels),
-            normalization=config.normalization,
-        )  # fmt: skip
+        tokenizer = _tokenizer(statistics, genes, config)
         layout = Layout(
             plan=plan, panel=genes.panel, panel_of_union=genes.panel_of_union,
             labels={name: sorted(set().union(*of.values()) - {""}) for name, of in statistics.labels.items()},
@@ -164,46 +154,46 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
     write_json(work / _NEW / MANIFEST_FILE, manifest, indent=1)
 
 
-def _key_of(survey: Survey, config: PrepareConfig) -> str:
-    """Hash all that a corpus depends on: the settings, the files that they name, and the inputs."""
+def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
+    """Decide what must be known before any value is read: the genes of all files, the split, how genes are ranked."""
+    # `seurat_v3` needs raw counts, kept one by one.
+    is_raw, flavor = all(file.is_counts for file in survey.files) and config.normalization == "auto", config.hvg_flavor
+    if flavor == "seurat_v3" and not is_raw:
+        raise InputError(
+            "--hvg_flavor seurat_v3 needs raw counts in every file, but some hold logarithms or are normalized on "
+            "request. Choose the counts with --layer, or give --hvg_flavor seurat."
+        )
+    if flavor == "auto":
+        flavor = "seurat_v3" if is_raw and not config.panel else "seurat"
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OPTIONS_OF_THE_RUN}
     named = [Path(path) for path in (config.panel, config.bin_edges_path) if path]
     named = [path / "tokenizer.json" if path.is_dir() else path for path in named]
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in named]
     files = [(file.key, file.state) for file in survey.files]
-    return digest_of(__version__, PART_ROWS, json.dumps(settings, default=list, sort_keys=True), contents, files)
+    return Plan(
+        key=digest_of(__version__, PART_ROWS, json.dumps(settings, default=list, sort_keys=True), contents, files),
+        folder=work, config=config, sources=tuple(survey.sources), sizes=tuple(file.num_cells for file in survey.files),
+        union=join_genes(survey, config), split=hold_out(survey, config), flavor=flavor,
+    )  # fmt: skip
 
 
-def _flavor(survey: Survey, config: PrepareConfig) -> HvgFlavor:
-    """Choose how genes are ranked: `seurat_v3` needs raw counts, kept one by one."""
-    is_raw = all(file.is_counts for file in survey.files) and config.normalization == "auto"
-    if config.hvg_flavor == "seurat_v3" and not is_raw:
-        raise InputError(
-            "--hvg_flavor seurat_v3 needs raw counts in every file, but some hold logarithms or are normalized on "
-            "request. Choose the counts with --layer, or give --hvg_flavor seurat."
-        )
-    if config.hvg_flavor != "auto":
-        return config.hvg_flavor
-    return "seurat_v3" if is_raw and not config.panel else "seurat"
-
-
-def _choose_labels(statistics: Statistics) -> dict[str, list[str]]:
-    """Return the labels of every phenotype that training cells have."""
+def _tokenizer(statistics: Statistics, genes: CorpusGenes, config: PrepareConfig) -> GeneTokenizer:
+    """Return the tokenizer of the chosen genes, with the labels of training cells and the given or fitted bins."""
     labels = {category: sorted(set(of["train"]) - {""}) for category, of in statistics.labels.items()}
-    for category in (category for category, seen in labels.items() if not seen):
-        raise InputError(f"no training cell has a {category!r}. Leave it out of --phenotypes, or choose its column.")
-    return labels
-
-
-def _choose_edges(statistics: Statistics, config: PrepareConfig) -> Any:
-    """Return the edges that are given, else those that cut the values of training cells into bins of equal size."""
+    if empty := [category for category, seen in labels.items() if not seen]:
+        raise InputError(f"no training cell has a {empty[0]!r}. Leave it out of --phenotypes, or choose its column.")
     if config.bin_edges_path:
-        return read_edges(config.bin_edges_path)
-    if config.bin_edges:
-        return list(config.bin_edges)
-    if config.normalization == "none":
+        edges: Any = read_edges(config.bin_edges_path)
+    elif config.bin_edges:
+        edges = list(config.bin_edges)
+    elif config.normalization == "none":
         raise InputError("--normalization none needs --bin_edges, because quantile bins are fitted on log1p_cp10k.")
-    return statistics.histogram.quantile_edges(config.num_bins)
+    else:
+        edges = statistics.histogram.quantile_edges(config.num_bins)
+    return GeneTokenizer(
+        genes=list(genes.panel.genes), gene_symbols=list(genes.panel.symbols), phenotypes=labels, bin_edges=edges,
+        included_phenotypes=list(labels), normalization=config.normalization,
+    )  # fmt: skip
 
 
 def _write_shards(
@@ -284,7 +274,7 @@ def _continue(work: Path, key: str) -> Journal:
     """Continue the work in a folder if it was begun with the same inputs and settings; otherwise start it again."""
     journal = Journal(work, key)
     if journal.resume():
-        logger.info("%s: continuing, %d finished files are kept", work, len(journal))
+        logger.info("%s: continuing, %d finished files are kept", work, len(journal.done))
     else:
         if journal.path.exists():
             logger.warning("%s was begun with other inputs or settings: starting again", work)

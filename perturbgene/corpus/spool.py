@@ -155,7 +155,10 @@ def _rows_of(layout: Layout, part: Part) -> _Rows:
     matrices, sizes, hashes = [], [], []
     for block in blocks_of(layout.plan, part, np.arange(part.start, part.stop)):
         whole = by_gene(block)
-        hashes.append(_content_hashes(whole))
+        # Cells with the same genes and values have the same sum of hashes; a cell without any has 0.
+        hash_l = _mix(whole.indices.astype(np.uint64) << np.uint64(40), (whole.data * 1024).astype(np.uint64))
+        sums_n = np.add.reduceat(np.append(hash_l, np.uint64(0)), whole.indptr[:-1].astype(np.int64))
+        hashes.append(np.where(np.diff(whole.indptr) > 0, sums_n, np.uint64(0)))
         if block.is_counts and not layout.as_counts:
             whole.data = np.log1p(per_10_000(block, whole)).astype(np.float32)
         panel_l = layout.panel_of_union[whole.indices]
@@ -175,13 +178,6 @@ def _smallest_type(values_l: np.ndarray) -> np.dtype:
     if not values_l.size or (values_l == np.floor(values_l)).all():
         return np.min_scalar_type(int(values_l.max(initial=0)))
     return np.dtype(np.float32 if (values_l.astype(np.float32) == values_l).all() else np.float64)
-
-
-def _content_hashes(matrix: sparse.csr_matrix) -> np.ndarray:
-    """Hash the expressed genes and values of each cell, uint64 of shape (n,); equal cells have equal hashes."""
-    key_l = _mix(matrix.indices.astype(np.uint64) << np.uint64(40), (matrix.data * 1024).astype(np.uint64))
-    sums_n = np.add.reduceat(np.append(key_l, np.uint64(0)), matrix.indptr[:-1].astype(np.int64))
-    return np.where(np.diff(matrix.indptr) > 0, sums_n, np.uint64(0))
 
 
 def _destinations(layout: Layout, part: Part, is_eval_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

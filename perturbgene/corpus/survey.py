@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,68 +80,52 @@ class Labels(NamedTuple):
         return +counted
 
 
-@dataclass
+@dataclass(frozen=True)
 class CellTable:
     """What obs says of the cells of one file.
 
     Args:
-        shard: The file.
-        config: Says which columns are phenotypes, and the seed that the keys of cells depend on.
-        split_by: The obs column that is kept whole, or "cell".
+        names_n: Names of the cells, str objects of shape (n,).
+        keys_n: Hash of each cell's name under the seed, uint64 of shape (n,).
+        units: What is kept whole by the split, such as donors; one empty text when cells are split one by one.
+        labels: Labels of every phenotype; those that mean "not known" are ''.
+        missing: Phenotype -> spelling -> cells, of labels that mean "not known".
     """
 
-    shard: Shard
-    config: PrepareConfig
-    split_by: str
+    names_n: np.ndarray
+    keys_n: np.ndarray
+    units: Labels
+    labels: dict[str, Labels]
+    missing: dict[str, Counter[str]]
 
-    @cached_property
-    def spelled(self) -> dict[str, Labels]:
-        """The labels of every phenotype as the file spells them.
+    @classmethod
+    def of(cls, shard: Shard, config: PrepareConfig, split_by: str) -> "CellTable":
+        """Read the table of one file.
 
         Raises:
-            InputError: There is no such column, or it holds measurements.
+            InputError: There is no such column, or a phenotype holds measurements.
         """
-        found: dict[str, Labels] = {}
-        for category, column in self.config.column_of_phenotype.items():
-            values_n = self.shard.source.obs_column(column)
+        names_n = np.asarray([str(name) for name in shard.source.obs_names], dtype=object)
+        keys_n = pd.util.hash_array(names_n, hash_key=f"{config.seed:016d}"[-16:], categorize=False)
+        units = Labels(np.zeros(len(shard), dtype=np.int32), ("",))
+        if split_by != BY_CELL:
+            units = Labels.of(shard.source.obs_column(split_by))
+        labels, missing = dict[str, Labels](), dict[str, Counter[str]]()
+        for category, column in config.column_of_phenotype.items():
+            values_n = shard.source.obs_column(column)
             kinds = values_n.cat.categories if isinstance(values_n.dtype, pd.CategoricalDtype) else values_n
             is_number = pd.api.types.is_numeric_dtype(kinds) and not pd.api.types.is_bool_dtype(kinds)
             if is_number and values_n.nunique() > MOST_NUMERIC_LABELS:
                 raise InputError(
-                    f"{self.shard.path}: obs[{column!r}] holds {values_n.nunique():,} different numbers, too many to "
-                    f"be labels of {category!r}. Cut it into groups first, e.g. with pandas.cut."
+                    f"{shard.path}: obs[{column!r}] holds {values_n.nunique():,} different numbers, too many to be "
+                    f"labels of {category!r}. Cut it into groups first, e.g. with pandas.cut."
                 )
-            found[category] = Labels.of(values_n)
-        return found
-
-    def means_unknown(self, text: str) -> bool:
-        """True for a label that means "not known"."""
-        return is_missing(text, self.config.missing_labels)
-
-    @cached_property
-    def labels(self) -> dict[str, Labels]:
-        """The labels of every phenotype; those that mean "not known" are ''."""
-        return {
-            name: Labels(spelled.codes_n, tuple("" if self.means_unknown(text) else text for text in spelled.texts))
-            for name, spelled in self.spelled.items()
-        }
-
-    @cached_property
-    def units(self) -> Labels:
-        """What is kept whole, such as donors; one empty text when cells are split one by one."""
-        if self.split_by == BY_CELL:
-            return Labels(np.zeros(len(self.shard), dtype=np.int32), ("",))
-        return Labels.of(self.shard.source.obs_column(self.split_by))
-
-    @cached_property
-    def names_n(self) -> np.ndarray:
-        """Names of the cells, str objects of shape (n,)."""
-        return np.asarray([str(name) for name in self.shard.source.obs_names], dtype=object)
-
-    @cached_property
-    def keys_n(self) -> np.ndarray:
-        """Hash of each cell's name under the seed, uint64 of shape (n,)."""
-        return pd.util.hash_array(self.names_n, hash_key=f"{self.config.seed:016d}"[-16:], categorize=False)
+            spelled = Labels.of(values_n)
+            unknown = {text for text in spelled.texts if is_missing(text, config.missing_labels)}
+            labels[category] = Labels(spelled.codes_n, tuple("" if text in unknown else text for text in spelled.texts))
+            counts = spelled.counts()
+            missing[category] = Counter({text: counts[text] for text in counts.keys() & unknown})
+        return cls(names_n, keys_n, units, labels, missing)
 
 
 # -- surveying files ----------------------------------------------------------------------------------------------
@@ -185,21 +168,17 @@ class _SurveyFile:
     def __call__(self, index: int) -> FileSurvey:
         source = self.sources[index]
         with closing(open_files([source], self.config)) as cache:
-            table = CellTable(cache[0], self.config, self.split_by)
-            genes = digest_of(*(str(column) for column in gene_names_of(table.shard, self.config.gene_id_column)))
+            shard = cache[0]
+            table = CellTable.of(shard, self.config, self.split_by)
+            genes = digest_of(*(str(column) for column in gene_names_of(shard, self.config.gene_id_column)))
             is_file = isinstance(source, str | Path) and os.path.exists(source)
             survey = FileSurvey(
-                num_cells=len(table.shard),
-                key=_content_key(table, genes),
+                num_cells=len(shard),
+                key=_content_key(shard, table, genes),
                 state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
                 genes=genes,
-                is_counts=table.shard.is_counts,
-                missing={
-                    name: Counter(
-                        {text: count for text, count in spelled.counts().items() if table.means_unknown(text)}
-                    )
-                    for name, spelled in table.spelled.items()
-                },
+                is_counts=shard.is_counts,
+                missing=table.missing,
             )
             if self.split_by == BY_CELL:
                 survey.cell_keys_n = table.keys_n
@@ -211,9 +190,9 @@ class _SurveyFile:
         return survey
 
 
-def _content_key(table: CellTable, genes: str) -> str:
+def _content_key(shard: Shard, table: CellTable, genes: str) -> str:
     """Hash what a file holds, whatever its name and storage: genes, cells, labels and the values of sampled rows."""
-    source, num_rows = table.shard.source, len(table.shard)
+    source, num_rows = shard.source, len(shard)
     digest = hashlib.sha256(f"{genes} {source.shape}".encode())
     digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
     for labels in (table.units, *table.labels.values()):
@@ -452,7 +431,7 @@ def table_of(plan: Plan, source: int) -> CellTable:
     """Return the table of one file's cells."""
     shard = _shard_of(plan, source)
     if source not in _OPEN.tables:
-        _OPEN.tables = {source: CellTable(shard, plan.config, plan.split.by)}
+        _OPEN.tables = {source: CellTable.of(shard, plan.config, plan.split.by)}
     return _OPEN.tables[source]
 
 

@@ -52,7 +52,7 @@ class Journal:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         self.path = folder / JOURNAL_FILE
-        self._done: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, dict[str, Any]] = {}  # file -> entry
 
     def begin(self) -> None:
         """Start an empty journal."""
@@ -78,18 +78,9 @@ class Journal:
                 self.add(entry)
         return True
 
-    def __contains__(self, file: str) -> bool:
-        return file in self._done
-
-    def __getitem__(self, file: str) -> dict[str, Any]:
-        return self._done[file]
-
-    def __len__(self) -> int:
-        return len(self._done)
-
     def add(self, entry: dict[str, Any]) -> None:
         """List a finished file: its `file`, `bytes` and `sha256`, and what its task returned."""
-        self._done[entry["file"]] = entry
+        self.done[entry["file"]] = entry
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
 
@@ -169,16 +160,16 @@ class Workers:
         Returns:
             The journal entries of all files, in the order of `items`.
         """
-        to_do = [(file, item) for file, item in items.items() if file not in journal]
+        to_do = [(file, item) for file, item in items.items() if file not in journal.done]
         num_done = len(items) - len(to_do)
         if num_done:
             logger.info("%s: %d of %d files were finished by an earlier run", text, num_done, len(items))
-        total, done = sum(cells.values()), sum(cells[file] for file in items if file in journal)
+        total, done = sum(cells.values()), sum(cells[file] for file in items if file in journal.done)
         with tqdm(total=total, initial=done, desc=text, unit=" cells", unit_scale=True, disable=None) as bar:
             for (file, _), entry in self.run(_WriteFile(task, context, journal.folder), to_do):
                 journal.add(entry)
                 bar.update(cells[file])
-        return [journal[file] for file in items]
+        return [journal.done[file] for file in items]
 
 
 def available_cores() -> int:

@@ -458,7 +458,7 @@ def test_panel_genes_of_no_file_are_left_out_and_reported(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("Z1\nZ2\nG1\n", "2 of 3 genes are in no file"), ("", "0 of 0 genes"), (None, "but nothing lies there")],
+    [("Z1\nZ2\nG1\n", "2 of 3 genes are in no file"), ("", "0 of 0 genes"), (None, "but there is no such file")],
     ids=["mostly unknown", "empty", "no such file"],
 )
 def test_a_useless_panel_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -937,7 +937,7 @@ def test_a_cluster_that_loses_a_worker_loses_no_cell(tmp_path: Path, files: list
 
         def add_and_kill(self: Journal, entry: dict[str, Any]) -> None:
             add(self, entry)
-            if len(self) == 15 and not killed:  # in the middle of dealing
+            if len(self.done) == 15 and not killed:  # in the middle of dealing
                 killed.append(next(iter(cluster.workers.values())).pid)
                 os.kill(killed[0], signal.SIGKILL)
 
