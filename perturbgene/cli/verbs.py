@@ -162,7 +162,9 @@ class ClsConfig(TrainingConfig):
     best_metric: ClassVar[str] = "eval_macro_f1"
 
     phenotype_category: str = option("", help="Phenotype to classify.", is_required=True)
-    binary_label: str | None = option(None, help="Tell this label from all others, in place of all classes.")
+    binary_label: str | None = option(
+        None, help="Tell this label from all others, in place of all classes.", none_is_text=True
+    )
     balanced_dataset: bool = option(
         False, help="Classes count as they come; otherwise a class weighs inversely to its training cells."
     )
@@ -215,6 +217,16 @@ class FileOptions(QuestionOptions, MatrixOptions):
     min_gene_coverage: float = option(
         0.5, help="Stop if the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
     )
+
+    given: list[str] = option(
+        [], help="Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
+        group="Task", keeps_commas=True,
+    )  # fmt: skip
+
+    @property
+    def given_labels(self) -> dict[str, str | None]:
+        """Label of each given phenotype, None where it is read from obs."""
+        return named_values(self.given, flag="given")
 
     def check(self) -> None:
         super().check()
@@ -303,10 +315,6 @@ class PredictConfig(FileOptions):
     )
 
     ask: list[str] = option([], help="Phenotypes to predict; none named means all that are not given.")
-    given: list[str] = option(
-        [], help="Known phenotypes: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
-    )
-
     joint: bool = option(
         False, help="Ask all phenotypes in one sequence: one forward; otherwise each by itself, whatever else is asked."
     )
@@ -330,11 +338,6 @@ class PredictConfig(FileOptions):
         """What is told of the answers, by the names of `AnswerOptions`."""
         names = ("joint", "top_k", "abstain", "calibrate", "ood", "ood_draws", "audit")
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def given_labels(self) -> dict[str, str | None]:
-        """Label of each given phenotype, None where it is read from obs."""
-        return named_values(self.given, flag="given")
 
     def check(self) -> None:
         super().check()
@@ -385,9 +388,6 @@ class EmbedConfig(FileOptions):
     pooling: Literal["cls", "genes"] = option(
         "cls", help="Final state of [CLS], or the mean of those of a cell's genes."
     )
-    given: list[str] = option(
-        [], help="Phenotypes in the sequence: NAME reads obs, NAME=LABEL says it of all cells.", keeps_commas=True
-    )
     phenotype: list[str] = option([], help="Phenotypes to ask, one by one; the state of each question goes to obsm.")
     genes: list[str] = option([], help="Genes, by id or symbol, whose embedding in each cell goes to obsm.")
     groupby: str | None = option(None, help="Column of obs: write means of all genes in each of its groups.")
@@ -397,11 +397,6 @@ class EmbedConfig(FileOptions):
     min_cells: int = option(
         10, help="Cells of a group that must express a gene for its links and roles.", within="[1, inf)"
     )
-
-    @property
-    def given_labels(self) -> dict[str, str | None]:
-        """Label of each given phenotype, None where it is read from obs."""
-        return named_values(self.given, flag="given")
 
     @property
     def is_of_genes(self) -> bool:
@@ -459,7 +454,7 @@ class CounterfactualConfig(FileOptions):
         return {name: str(label) for name, label in named_values([self.set], flag="set").items()}
 
     @property
-    def given_labels(self) -> dict[str, str | None] | None:
+    def given_labels(self) -> dict[str, str | None] | None:  # type: ignore[override]
         """Label of each given phenotype, None where it is read from obs; None in its place means all of the run."""
         return None if not self.given else {} if self.given == ["nothing"] else named_values(self.given, flag="given")
 
@@ -491,19 +486,10 @@ def check_bin(kind: str, bin: int | None) -> None:
 class ScoringOptions(FileOptions):
     """What `perturb` and `attribute` share, which score genes."""
 
-    given: list[str] = option(
-        [], help="Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
-        keeps_commas=True,
-    )  # fmt: skip
     batch_tokens: int | None = option(  # type: ignore[assignment]
         None, help="Maximum number of tokens that run at once. Default: what suits the device.", group="Running",
         within="[1, inf)",
     )  # fmt: skip
-
-    @property
-    def given_labels(self) -> dict[str, str | None]:
-        """Label of each given phenotype, None where it is read from obs."""
-        return named_values(self.given, flag="given")
 
 
 @dataclass(frozen=True, kw_only=True)

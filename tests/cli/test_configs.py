@@ -92,6 +92,24 @@ def test_flags_may_come_before_the_verb(tokens):
     assert parse_args(tokens) == MlmConfig(corpus="c", output_dir="mlm")
 
 
+def test_two_dashes_end_the_flags():
+    config = parse_args(["predict", "run", "--output", "o.h5ad", "--", "-odd.h5ad"])
+    assert (config.run, config.input) == ("run", "-odd.h5ad")
+
+
+def test_a_label_may_be_called_none():
+    assert parse_args([*CLS, "--binary_label", "none"]).binary_label == "none"
+    assert parse_args(CLS).binary_label is None
+
+
+def test_the_page_says_which_lists_are_not_split_at_commas():
+    assert parse_args(["prepare", "a", "--output", "c", "--eval_donors", "D1,D2"]).eval_donors == ["D1,D2"]
+    with pytest.raises(HelpRequested) as page:
+        parse_args(["prepare", "-h"])
+    entry = str(page.value).partition("--eval_donors")[2].partition("\n  --")[0]
+    assert "separate values with spaces; commas are kept" in " ".join(entry.split())
+
+
 def test_a_list_before_the_verb_ends_at_the_verb():
     config = parse_args(["--given", "sex", "predict", "run", "in.h5ad", "--output", "o"])
     assert (config.given, config.run) == (["sex"], "run")
