@@ -458,7 +458,7 @@ def test_panel_genes_of_no_file_are_left_out_and_reported(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("Z1\nZ2\nG1\n", "2 of 3 genes are in no file"), ("", "0 of 0 genes"), (None, "but there is no such file")],
+    [("Z1\nZ2\nG1\n", "2 of 3 genes are in no file"), ("", "0 of 0 genes"), (None, "cannot be read")],
     ids=["mostly unknown", "empty", "no such file"],
 )
 def test_a_useless_panel_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -492,7 +492,7 @@ def test_the_vocabulary_comes_from_training_cells_and_labels_of_eval_cells_alone
 def test_phenotypes_may_be_renamed_but_not_to_nothing() -> None:
     columns = PrepareConfig(inputs=["a"], output="c", phenotypes=["cell_type=bulk_labels", "phase"]).column_of_phenotype
     assert columns == {"cell_type": "bulk_labels", "phase": "phase"}
-    with pytest.raises(InputError, match="reads NAME or NAME=VALUE"):
+    with pytest.raises(InputError, match="must be NAME or NAME=VALUE"):
         _ = PrepareConfig(inputs=["a"], output="c", phenotypes=["cell_type="]).column_of_phenotype
 
 
