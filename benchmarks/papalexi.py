@@ -21,10 +21,9 @@ from perturbgene.counterfactuals.counterfactual import counterfactual
 from perturbgene.counterfactuals.statistics import weigh_strata
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, pack
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.embedding.states import ALONE, find_genes, open_cells
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run, load_run
-from perturbgene.inference.streaming import BATCH_TOKENS, stream_batches
+from perturbgene.inference.streaming import open_cells, stream_batches
 from perturbgene.main import main as perturbgene
 from perturbgene.perturbation.perturb import perturb
 
@@ -91,7 +90,9 @@ def label_effects(run: Run, controls: ad.AnnData, labels: Iterable[str]) -> pd.D
     asking: dict[str, Any] = {"away": f"{LABEL}={CONTROL}", "top_k": 0, "num_controls": 0}
     tables = {label: perturb(controls, run, towards=f"{LABEL}={label}", **asking) for label in labels}
     effects = pd.DataFrame({label: table.set_index("perturbation")["effect"] for label, table in tables.items()})
-    return effects.set_axis([run.tokenizer.panel.genes[at] for at in find_genes(run.tokenizer, effects.index)])
+    return effects.set_axis(
+        [run.tokenizer.panel.genes[at] for at in run.tokenizer.panel.find_all(effects.index, flag="genes")]
+    )
 
 
 def _without(block: TokenBlock, labels_l: np.ndarray, token_type: int) -> tuple[TokenBlock, np.ndarray]:
@@ -103,14 +104,14 @@ def _without(block: TokenBlock, labels_l: np.ndarray, token_type: int) -> tuple[
 
 
 def token_changes(run: Run, controls: ad.AnnData, genes: Iterable[str]) -> pd.DataFrame:
-    """Return the expected change of hidden genes if a gene's token is removed and no label given, genes x knock-outs."""
+    """Return the expected change of hidden genes when a gene's token is removed, no label given, genes x knock-outs."""
     dataset = open_cells(controls, run, {})
     tokenizer, names = dataset.tokenizer, list(genes)
-    num_genes, types = len(tokenizer.panel), tokenizer.first_gene_type + find_genes(tokenizer, names)
+    num_genes, types = len(tokenizer.panel), tokenizer.first_gene_type + tokenizer.panel.find_all(names, flag="genes")
     predictor = GenePredictor(run, Contrast(LABEL, 0, num_null=0), tokenizer=tokenizer)
     collator = DataCollatorForPhenotypicMLM(tokenizer, packed=True, seed=SEED, gene_mask_prob=HIDDEN)
     sums, counts_sg = np.zeros((len(names), 2 * num_genes)), np.zeros(2 * num_genes)
-    for block in stream_batches(dataset, text="knock-outs", ranks=ALONE, most_tokens=BATCH_TOKENS):
+    for block in stream_batches(dataset, text="knock-outs"):
         for number in range(PASSES):
             masked, labels_l = collator.mask(replace(block, epochs_n=np.full(len(block), number, dtype=np.int64)))
             hidden = labels_l != -100

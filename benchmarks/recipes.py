@@ -31,7 +31,8 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.demo import write_cells
 from perturbgene.errors import InputError
-from perturbgene.inference.predict import baselines, evaluate
+from perturbgene.inference.baselines import baselines
+from perturbgene.inference.evaluate import evaluate
 from perturbgene.inference.run import load_run
 from perturbgene.main import set_up_logging, verb_function
 
@@ -132,7 +133,7 @@ def _scored(run: Path, corpus: Path) -> dict[str, float]:
     loaded = load_run(run, device="cpu")
     rates = None if loaded.is_classifier else MASKS
     asked = () if loaded.is_classifier else (CATEGORY,)
-    results = evaluate(loaded, Corpus.open(corpus).paths("eval"), ask=asked, mask_rates=rates)
+    results = evaluate(loaded, Corpus.open(corpus).paths("eval"), ask=asked, mask_rates=rates, calibrate=False)
     scores = results[CATEGORY]["classifier" if loaded.is_classifier else "alone"]
     kept = {name: round(scores[name], 4) for name in ("accuracy", "macro_f1", "log_loss")}
     if "genes" in results:

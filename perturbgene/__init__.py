@@ -15,7 +15,7 @@ _PLACES = {
     "prepare": "perturbgene.corpus.prepare:prepare",
     "predict": "perturbgene.inference.predict:predict",
     "predict_table": "perturbgene.inference.predict:predict_table",
-    "evaluate": "perturbgene.inference.predict:evaluate",
+    "evaluate": "perturbgene.inference.evaluate:evaluate",
     "embed": "perturbgene.embedding.cells:embed",
     "gene_embeddings": "perturbgene.embedding.genes:gene_embeddings",
     "gene_network": "perturbgene.embedding.genes:gene_network",

@@ -1,10 +1,9 @@
-"""Scores of a model on a stream of cells: which questions are put, what is counted, how it is written down.
+"""Scores of a model on a stream of cells: the questions, the counts of answers, the scores and their files.
 
-Owns asking a model and counting its answers batch by batch, without holding logits; leaves the arithmetic of scores to
-`metrics` and pictures to `plots`. Letters: n cells, m labelled tokens, v input ids, k classes.
+Owns asking a model and counting its answers batch by batch, without holding logits; leaves the choice of cells to its
+callers and figures to `plots`. Letters: n cells, m labelled tokens, v input ids, k classes.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import softmax
+from sklearn.metrics import precision_recall_fscore_support
 
 from perturbgene.data_utils.data_collators import (
     Batch,
@@ -24,21 +27,23 @@ from perturbgene.data_utils.data_collators import (
     block_of,
     collate_fn_wrapper,
 )
-from perturbgene.data_utils.iterable_ann_dataset import Cell
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError
-from perturbgene.metrics import Confusion, Scores, confusion_table, per_class_scores
+from perturbgene.files import whole_file, write_json
 from perturbgene.plots import confusion_figure, save_figure
 
 logger = logging.getLogger(__name__)
 
-#: A batch of unmasked cells: one by one, as a loader joins them, or as a block.
-Cells = Sequence[Cell] | TokenBlock
+IntArray = NDArray[np.int64]
+Scores = dict[str, float]
+
+
+# -- asking a model -----------------------------------------------------------------------------------------------
 
 
 def model_device(model: torch.nn.Module) -> torch.device:
-    """Return where the model's weights lie."""
+    """Return the device of the model's weights."""
     return next(model.parameters()).device
 
 
@@ -64,18 +69,20 @@ class Question:
     """Which phenotypes are asked together, and which are given.
 
     Args:
-        name: How the question is called in reports: "alone", "given_others", "together" or "asked".
+        name: Its name in reports: "alone", "given_others", "together", "asked" or "classifier".
     """
 
     name: str
     asked: tuple[str, ...]
     given: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """Say in words what is asked."""
+        return " with ".join(self.asked) + (f" given {', '.join(self.given)}" if self.given else "")
+
 
 def standard_questions(categories: Sequence[str]) -> list[Question]:
-    """Return the questions every evaluation puts.
-
-    Each phenotype alone with nothing given; each with all others given; all at once.
+    """Return the questions of an evaluation: each phenotype with nothing given, with all others given; all at once.
 
     Example:
         >>> [(question.name, question.asked, question.given) for question in standard_questions(["age", "sex"])]
@@ -107,23 +114,6 @@ def question_logits(
     return {category: logits[:, index, ids].cpu().numpy() for index, (category, ids) in enumerate(ranges.items())}
 
 
-def answer(
-    model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, question: Question
-) -> dict[str, np.ndarray]:
-    """Ask an MLM model one question about every cell.
-
-    Returns:
-        For each asked phenotype the probability of its labels, float32 of shape (n, k): a softmax over that phenotype's
-        labels only.
-    """
-    return {name: softmax(logits_nk) for name, logits_nk in question_logits(model, block, tokenizer, question).items()}
-
-
-def softmax(logits_nk: np.ndarray) -> np.ndarray:
-    """Turn logits into probabilities, (n, k)."""
-    return torch.softmax(torch.from_numpy(logits_nk), dim=-1).numpy()
-
-
 def class_logits(model: torch.nn.Module, block: TokenBlock, collate: Collator) -> np.ndarray:
     """Ask a classifier about every cell: logits of its classes, float32 of shape (n, k)."""
     batch = to_device(collate.collate_block(replace(block, labels_n=None)), model_device(model))
@@ -132,33 +122,30 @@ def class_logits(model: torch.nn.Module, block: TokenBlock, collate: Collator) -
 
 
 def gene_log_likelihood(
-    model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, *, num_draws: int = 1
+    model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, *, mask_rates: Mapping[str, float]
 ) -> np.ndarray:
-    """Return how well an MLM model tells each cell's hidden genes from the rest, with no phenotype in sight.
+    """Return how well an MLM model predicts each cell's masked genes from the rest, with no phenotype in the sequence.
 
-    As in training, 15 % of the expressed genes are hidden, joined by half as many that are not expressed. Which ones
-    depends on the cell's own genes and bins, not on its row, so a cell scores alike in any file.
+    Genes are masked at the run's own rates. Which ones depends on the cell's genes and bins, not on its row, so a cell
+    scores alike in any file.
 
     Args:
-        num_draws: How many times other genes are hidden; more steady the score.
+        mask_rates: `gene_mask_prob` and `unexpressed_ratio` of the run's training, by these names.
 
     Returns:
-        Mean log-probability of the true bins, in nats, float32 of shape (n,); NaN for cells without genes.
+        Mean log-probability of the true bins, in nats, float32 of shape (n,); NaN for cells without masked genes.
     """
+    rates = {**mask_rates, "phenotype_mask_prob": 0.0, "absent_prob": 1.0}
+    collator = DataCollatorForPhenotypicMLM(tokenizer, packed=True, **rates)  # type: ignore[arg-type]
     block = replace(block, cells_n=_content_hash(block, tokenizer), epochs_n=None)
-    sums_n, counts_n = np.zeros(len(block)), np.zeros(len(block))
-    for draw in range(num_draws):
-        collator = DataCollatorForPhenotypicMLM(
-            tokenizer, packed=True, gene_mask_prob=0.15, phenotype_mask_prob=0, absent_prob=1, seed=draw
-        )
-        batch = to_device(collator.collate_block(block), model_device(model))
-        labels_m = batch.pop("labels")
-        with inference_mode(model):
-            losses_m = torch.nn.functional.cross_entropy(model(**batch).logits.float(), labels_m, reduction="none")
-        cells_m = np.searchsorted(batch["cu_seqlens"].cpu().numpy(), batch["label_positions"].cpu().numpy(), "right")
-        sums_n -= np.bincount(cells_m - 1, weights=losses_m.double().cpu().numpy(), minlength=len(block))
-        counts_n += np.bincount(cells_m - 1, minlength=len(block))
-    return np.divide(sums_n, counts_n, out=np.full(len(block), np.nan), where=counts_n > 0).astype(np.float32)
+    batch = to_device(collator.collate_block(block), model_device(model))
+    labels_m = batch.pop("labels")
+    with inference_mode(model):
+        losses_m = torch.nn.functional.cross_entropy(model(**batch).logits.float(), labels_m, reduction="none")
+    cell_m = np.searchsorted(batch["cu_seqlens"].cpu().numpy(), batch["label_positions"].cpu().numpy(), "right") - 1
+    sums_n = np.bincount(cell_m, weights=losses_m.double().cpu().numpy(), minlength=len(block))
+    counts_n = np.bincount(cell_m, minlength=len(block))
+    return np.divide(-sums_n, counts_n, out=np.full(len(block), np.nan), where=counts_n > 0).astype(np.float32)
 
 
 def _content_hash(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
@@ -181,6 +168,112 @@ def true_labels(block: TokenBlock, tokenizer: GeneTokenizer, category: str) -> n
     return labels_n
 
 
+# -- counting answers ---------------------------------------------------------------------------------------------
+
+
+class Confusion:
+    """Counts of (true, predicted) pairs, filled batch by batch so that no logits need to be held.
+
+    Args:
+        labels: Name of each class, k in all.
+        counts_kk: Counts so far, true classes as rows, shape (k, k); zero by default.
+
+    Example:
+        >>> confusion = Confusion(["B", "NK", "T"])
+        >>> confusion.add([0, 0, 1, -1], [0, 2, 1, 0])
+        >>> confusion.counts_kk.tolist()
+        [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+    """
+
+    def __init__(self, labels: Sequence[str], *, counts_kk: IntArray | None = None) -> None:
+        self.labels: tuple[str, ...] = tuple(labels)
+        shape = (len(self.labels), len(self.labels))
+        self.counts_kk: IntArray = np.zeros(shape, dtype=np.int64) if counts_kk is None else counts_kk.astype(np.int64)
+        assert self.counts_kk.shape == shape, f"counts of shape {self.counts_kk.shape} for {len(self.labels)} labels"
+
+    def add(self, true_n: ArrayLike, predicted_n: ArrayLike) -> None:
+        """Count more cells; a cell whose true label is negative (unknown) is left out.
+
+        Args:
+            true_n: True class of each cell, shape (n,), in -inf..k-1.
+            predicted_n: Predicted class of each cell, shape (n,), in 0..k-1 wherever the truth is known.
+        """
+        true = np.asarray(true_n, dtype=np.int64).ravel()
+        predicted = np.asarray(predicted_n, dtype=np.int64).ravel()
+        assert true.shape == predicted.shape, f"{true.size} true labels but {predicted.size} predictions"
+        is_known_n = true >= 0
+        true, predicted = true[is_known_n], predicted[is_known_n]
+        num_classes = len(self.labels)
+        # Checked here because row * k + column would otherwise count, silently, in a neighboring row.
+        assert true.size == 0 or max(true.max(), predicted.max()) < num_classes, "a class number is not below k"
+        assert true.size == 0 or predicted.min() >= 0, "a predicted class is negative"
+        pairs = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
+        self.counts_kk += pairs.reshape(num_classes, num_classes)
+
+    def scores(self) -> Scores:
+        """Return the scores of `classification_scores` for the cells counted so far."""
+        return classification_scores(self.counts_kk)
+
+    def table(self) -> pd.DataFrame:
+        """Return the counts with the true classes as named rows and the predicted ones as columns, shape (k, k)."""
+        names = list(self.labels)
+        return pd.DataFrame(self.counts_kk, pd.Index(names, name="true"), pd.Index(names, name="predicted"))
+
+    def per_class(self) -> pd.DataFrame:
+        """Return precision, recall, F1 (0 where undefined) and the number of true cells, one row per label."""
+        scores_4k = _class_scores(self.counts_kk)
+        table = pd.DataFrame(dict(zip(("precision", "recall", "f1", "n"), scores_4k, strict=True)))
+        return table.astype({"n": np.int64}).set_index(pd.Index(self.labels, name="label"))
+
+
+def _class_scores(counts_kk: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    """Return precision, recall, F1 and true cells of each class, (k,) each; undefined scores are 0."""
+    counts = np.asarray(counts_kk, dtype=np.float64)
+    if not counts.any():
+        return tuple(np.zeros((4, len(counts))))
+    true_c, predicted_c = np.nonzero(counts)  # every pair of classes once, weighted by its count
+    scores: tuple[NDArray[np.float64], ...] = precision_recall_fscore_support(
+        true_c, predicted_c, labels=range(len(counts)), sample_weight=counts[true_c, predicted_c], zero_division=0
+    )
+    return scores
+
+
+def classification_scores(counts_kk: ArrayLike) -> Scores:
+    """Compute the usual scores from a confusion matrix.
+
+    The macro scores are plain means over the classes that occur among the true or the predicted labels (scikit-learn's
+    default); macro F1 is the mean of per-class F1. Balanced accuracy is the mean recall over classes with true cells.
+
+    Args:
+        counts_kk: Cells by true class (rows) and predicted class (columns), shape (k, k).
+
+    Returns:
+        `n`, `accuracy`, `macro_precision`, `macro_recall`, `macro_f1`, `balanced_accuracy`; all but `n` are NaN
+        when no cell was counted.
+
+    Example:
+        >>> {name: round(value, 3) for name, value in classification_scores([[3, 1], [0, 4]]).items()}
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'n': 8, 'accuracy': 0.875, 'macro_precision': 0.9, 'macro_recall': 0.875, 'macro_f1': 0.873,
+         'balanced_accuracy': 0.875}
+    """
+    counts = np.asarray(counts_kk)
+    num_cells = int(counts.sum())
+    if not num_cells:
+        names = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "balanced_accuracy")
+        return {"n": 0, **dict.fromkeys(names, float("nan"))}
+    precision_k, recall_k, f1_k, true_k = _class_scores(counts)
+    occurs_k = (counts.sum(axis=0) + counts.sum(axis=1)) > 0
+    return {
+        "n": num_cells,
+        "accuracy": float(np.trace(counts) / num_cells),
+        "macro_precision": float(precision_k[occurs_k].mean()),
+        "macro_recall": float(recall_k[occurs_k].mean()),
+        "macro_f1": float(f1_k[occurs_k].mean()),
+        "balanced_accuracy": float(recall_k[true_k > 0].mean()),
+    }
+
+
 @dataclass
 class PhenotypeTally:
     """Running counts of one phenotype under one question."""
@@ -195,14 +288,14 @@ class PhenotypeTally:
         self.log_loss_sum -= float(np.log(np.maximum(probability_nk[known, true_n[known]], 1e-12)).sum())
 
     def scores(self) -> Scores:
-        """Scores of `metrics.classification_scores`, and the mean negative log-probability of the true label (nats)."""
+        """Return `classification_scores`, and `log_loss`: mean negative log-probability of the true label (nats)."""
         scores = self.confusion.scores()
         return {**scores, "log_loss": self.log_loss_sum / max(1, scores["n"])}
 
 
 @dataclass
 class MaskedTally:
-    """Running losses of masked tokens, and the confusion of bins."""
+    """Running losses of masked tokens, phenotypes first and genes second, and the confusion of genes' bins."""
 
     bins: Confusion
     sums: np.ndarray = field(default_factory=lambda: np.zeros(2))
@@ -212,38 +305,25 @@ class MaskedTally:
         """Count the masked tokens of one batch."""
         losses_m = torch.nn.functional.cross_entropy(logits_mv.float(), labels_m, reduction="none").double()
         is_gene_m = labels_m >= first_bin_id
-        for part, is_part_m in enumerate((~is_gene_m, is_gene_m)):
-            self.sums[part] += float(losses_m[is_part_m].sum())
-            self.counts[part] += int(is_part_m.sum())
+        for kind, is_kind_m in enumerate((~is_gene_m, is_gene_m)):
+            self.sums[kind] += float(losses_m[is_kind_m].sum())
+            self.counts[kind] += int(is_kind_m.sum())
         predicted_m = logits_mv[is_gene_m, first_bin_id:].argmax(dim=-1)
         self.bins.add((labels_m[is_gene_m] - first_bin_id).cpu().numpy(), predicted_m.cpu().numpy())
 
     def means(self) -> dict[str, float]:
-        """Mean loss of the phenotype part and of the gene part, in nats per token."""
+        """Return the mean loss of masked phenotypes and of masked genes, in nats per token."""
         means = self.sums / np.maximum(self.counts, 1)
         return {"loss_phenotypes": float(means[0]), "loss_genes": float(means[1])}
 
 
 @dataclass(frozen=True)
 class LabeledLogits:
-    """Logits of one phenotype under one question, for cells whose number divides evenly.
-
-    Args:
-        cells_n, logits_nk, true_n: Number, logits and true label (-1: none) of each cell.
-    """
+    """Logits and true label (-1: none) of some cells for one phenotype under one question."""
 
     cells_n: np.ndarray
     logits_nk: np.ndarray
     true_n: np.ndarray
-
-    @classmethod
-    def join(cls, pieces: "Sequence[LabeledLogits]") -> "LabeledLogits":
-        """Put batches behind each other, by cell number."""
-        cells, logits, true = (
-            np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("cells_n", "logits_nk", "true_n")
-        )
-        order = np.argsort(cells, kind="stable")
-        return cls(cells[order], logits[order], true[order])
 
 
 class LogitCollector:
@@ -251,53 +331,118 @@ class LogitCollector:
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
-        self.pieces: dict[tuple[str, Question], list[LabeledLogits]] = {}
+        self._batches: dict[tuple[str, Question], list[LabeledLogits]] = {}
 
     def add(self, category: str, question: Question, block: TokenBlock, logits_nk: np.ndarray, true_n: Any) -> None:
-        """Keep what is to be kept of a batch."""
+        """Keep the chosen cells of a batch."""
         rows = np.flatnonzero(block.cells_n % self.stride == 0)
-        kept = LabeledLogits(block.cells_n[rows], logits_nk[rows], np.asarray(true_n)[rows])
-        self.pieces.setdefault((category, question), []).append(kept)
+        batch = LabeledLogits(block.cells_n[rows], logits_nk[rows], np.asarray(true_n)[rows])
+        self._batches.setdefault((category, question), []).append(batch)
+
+    def joined(self) -> dict[tuple[str, Question], LabeledLogits]:
+        """Return what was kept for each phenotype and question, ordered by cell number."""
+        joined = {}
+        for key, batches in self._batches.items():
+            names = ("cells_n", "logits_nk", "true_n")
+            arrays = [np.concatenate([getattr(batch, name) for batch in batches]) for name in names]
+            order = np.argsort(arrays[0], kind="stable")
+            joined[key] = LabeledLogits(*(array[order] for array in arrays))
+        return joined
 
 
-class MlmEvaluator:
+class Evaluator:
+    """Scores a model batch by batch; a subclass asks the model.
+
+    Args:
+        questions: What is asked.
+        labels: Phenotype -> labels that an answer may have.
+    """
+
+    def __init__(self, questions: Sequence[Question], labels: Mapping[str, Sequence[str]]) -> None:
+        self.questions, self.labels = list(questions), labels
+        self.collector: LogitCollector | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Set all counts to zero."""
+        self.tallies = {
+            (category, question.name): PhenotypeTally(Confusion(self.labels[category]))
+            for question in self.questions
+            for category in question.asked
+        }
+        self.num_cells = 0
+
+    def add(self, model: torch.nn.Module, cells: Sequence[Example] | TokenBlock) -> None:
+        """Score one batch of unmasked cells."""
+        block = cells if isinstance(cells, TokenBlock) else block_of(cells)
+        self.num_cells += len(block)
+        self._score(model, block)
+
+    def _score(self, model: torch.nn.Module, block: TokenBlock) -> None:
+        raise NotImplementedError
+
+    def _count(
+        self, category: str, question: Question, block: TokenBlock, logits_nk: np.ndarray, true_n: np.ndarray
+    ) -> None:
+        self.tallies[category, question.name].add(softmax(logits_nk, axis=-1), true_n)
+        if self.collector is not None:
+            self.collector.add(category, question, block, logits_nk, true_n)
+
+    def numbers(self) -> list[np.ndarray]:
+        """Return all running sums, as arrays that add up over ranks."""
+        tallies = [np.append(tally.confusion.counts_kk.ravel(), tally.log_loss_sum) for tally in self.tallies.values()]
+        return [*tallies, np.array([self.num_cells])]
+
+    def set_numbers(self, numbers: Sequence[np.ndarray]) -> None:
+        """Replace this rank's sums by sums over all ranks."""
+        *tallies, num_cells = numbers
+        for tally, values in zip(self.tallies.values(), tallies, strict=True):
+            counts = values[:-1].reshape(tally.confusion.counts_kk.shape)
+            tally.confusion.counts_kk = counts.round().astype(np.int64)
+            tally.log_loss_sum = float(values[-1])
+        self.num_cells = int(num_cells[0])
+
+    def results(self) -> dict[str, Any]:
+        """Return phenotype -> question -> scores."""
+        results: dict[str, Any] = {}
+        for (category, name), tally in self.tallies.items():
+            results.setdefault(category, {})[name] = tally.scores()
+        return results
+
+    def confusions(self) -> dict[str, Confusion]:
+        """Return one confusion for each phenotype and question, by name."""
+        return {f"{category}.{name}": tally.confusion for (category, name), tally in self.tallies.items()}
+
+    def flat_metrics(self, *, loss_weights: tuple[float, float]) -> dict[str, float]:
+        """Return metrics by plain names, as a trainer logs them."""
+        raise NotImplementedError
+
+
+class MlmEvaluator(Evaluator):
     """Scores an MLM model: masked tokens as in training, and phenotypes under each question.
 
     Args:
         tokenizer: Of the model.
-        collator: The training collator, whose masks are static at epoch 0; None leaves masked scores out.
-        questions: What is asked; see `standard_questions`.
+        collator: The training collator, whose masks at epoch 0 are used; None leaves scores of masked tokens out.
+        questions: See `standard_questions`.
     """
 
     def __init__(
         self, tokenizer: GeneTokenizer, *, collator: DataCollatorForPhenotypicMLM | None, questions: Sequence[Question]
     ) -> None:
-        self.tokenizer, self.collator, self.questions = tokenizer, collator, list(questions)
-        self.keeper: LogitCollector | None = None
-        self.all_questions = self.questions
-        self.reset()
+        self.tokenizer, self.collator = tokenizer, collator
+        super().__init__(questions, tokenizer.phenotypes)
 
     def reset(self) -> None:
-        """Forget all counts."""
-        labels = self.tokenizer.phenotypes
-        self.tallies = {
-            (category, question.name): PhenotypeTally(Confusion(labels[category]))
-            for question in self.questions
-            for category in question.asked
-        }
+        """Set all counts to zero."""
+        super().reset()
         self.masked = MaskedTally(Confusion([f"bin_{b}" for b in range(self.tokenizer.bin_edges.num_edges + 1)]))
-        self.num_cells = 0
 
-    def add(self, model: torch.nn.Module, cells: Cells) -> None:
-        """Score one batch of unmasked cells."""
-        block = cells if isinstance(cells, TokenBlock) else block_of(cells)
-        self.num_cells += len(block)
+    def _score(self, model: torch.nn.Module, block: TokenBlock) -> None:
         for question in self.questions:
             for category, logits_nk in question_logits(model, block, self.tokenizer, question).items():
                 true_n = true_labels(block, self.tokenizer, category)
-                self.tallies[category, question.name].add(softmax(logits_nk), true_n)
-                if self.keeper is not None:
-                    self.keeper.add(category, question, block, logits_nk, true_n)
+                self._count(category, question, block, logits_nk, true_n)
         if self.collator is not None:
             batch = to_device(self.collator.collate_block(block), model_device(model))
             labels_m = batch.pop("labels")
@@ -305,43 +450,29 @@ class MlmEvaluator:
                 self.masked.add(model(**batch).logits, labels_m, first_bin_id=self.tokenizer.first_bin_id)
 
     def numbers(self) -> list[np.ndarray]:
-        """All running sums, as arrays that add up over ranks."""
-        tallies = [np.append(tally.confusion.counts_kk.ravel(), tally.log_loss_sum) for tally in self.tallies.values()]
-        return [
-            *tallies,
-            self.masked.bins.counts_kk.ravel(),
-            self.masked.sums,
-            self.masked.counts,
-            np.array([self.num_cells]),
-        ]
+        """Return all running sums, as arrays that add up over ranks."""
+        return [self.masked.bins.counts_kk.ravel(), self.masked.sums, self.masked.counts, *super().numbers()]
 
     def set_numbers(self, numbers: Sequence[np.ndarray]) -> None:
-        """Take sums over all ranks in place of this rank's."""
-        *tallies, bins, sums, counts, num_cells = numbers
-        for tally, values in zip(self.tallies.values(), tallies, strict=True):
-            shape = tally.confusion.counts_kk.shape
-            tally.confusion.counts_kk = values[:-1].reshape(shape).round().astype(np.int64)
-            tally.log_loss_sum = float(values[-1])
+        """Replace this rank's sums by sums over all ranks."""
+        bins, sums, counts, *others = numbers
         self.masked.bins.counts_kk = bins.reshape(self.masked.bins.counts_kk.shape).round().astype(np.int64)
         self.masked.sums, self.masked.counts = sums, counts.round().astype(np.int64)
-        self.num_cells = int(num_cells[0])
+        super().set_numbers(others)
 
     def results(self) -> dict[str, Any]:
-        """Phenotype -> question -> scores; and `genes` -> scores of masked genes' bins."""
-        results: dict[str, Any] = {}
-        for (category, name), tally in self.tallies.items():
-            results.setdefault(category, {})[name] = tally.scores()
+        """Return phenotype -> question -> scores, and `genes` -> scores of masked genes' bins."""
+        results = super().results()
         if self.collator is not None:
             results["genes"] = {"masked": {**self.masked.bins.scores(), "loss": self.masked.means()["loss_genes"]}}
         return results
 
     def confusions(self) -> dict[str, Confusion]:
-        """Name -> confusion, one for each phenotype and question, and one for gene bins."""
-        named = {f"{category}.{name}": tally.confusion for (category, name), tally in self.tallies.items()}
-        return {**named, "gene_bins": self.masked.bins} if self.collator is not None else named
+        """Return one confusion for each phenotype and question, and one of gene bins, by name."""
+        return super().confusions() | ({"gene_bins": self.masked.bins} if self.collator is not None else {})
 
     def flat_metrics(self, *, loss_weights: tuple[float, float]) -> dict[str, float]:
-        """Metrics by plain names, as a trainer logs them: `loss`, `loss_genes`, `cell_type_accuracy`, ..."""
+        """Return metrics by plain names, as a trainer logs them: `loss`, `loss_genes`, `cell_type_accuracy`, ..."""
         flat: dict[str, float] = {}
         if self.collator is not None:
             flat = self.masked.means()
@@ -354,68 +485,31 @@ class MlmEvaluator:
         return flat
 
 
-class ClassEvaluator:
-    """Scores a classifier: accuracy, macro F1 and its siblings, and the log loss.
+class ClassEvaluator(Evaluator):
+    """Scores a classifier on labeled cells.
 
     Args:
         labels: Name of each class.
-        category: The phenotype, for reports.
+        tokenizer: Of the model.
+        category: The phenotype that it predicts.
     """
 
     def __init__(self, labels: Sequence[str], *, tokenizer: GeneTokenizer, category: str) -> None:
-        self.labels, self.category = tuple(labels), category
         self.collate = collate_fn_wrapper(tokenizer, packed=True)
-        self.question = Question("classifier", (category,), tokenizer.included_phenotypes)
-        self.all_questions = [self.question]
-        self.keeper: LogitCollector | None = None
-        self.reset()
+        question = Question("classifier", (category,), tokenizer.included_phenotypes)
+        super().__init__([question], {category: tuple(labels)})
 
-    def reset(self) -> None:
-        """Forget all counts."""
-        self.tally = PhenotypeTally(Confusion(self.labels))
-
-    @property
-    def num_cells(self) -> int:
-        """Cells counted so far."""
-        return int(self.tally.confusion.counts_kk.sum())
-
-    def add(self, model: torch.nn.Module, cells: Cells) -> None:
-        """Score one batch of labelled cells."""
-        block = cells if isinstance(cells, TokenBlock) else block_of(cells)
-        assert block.labels_n is not None, "a classifier is scored on labelled cells"
+    def _score(self, model: torch.nn.Module, block: TokenBlock) -> None:
+        assert block.labels_n is not None, "a classifier is scored on labeled cells"
+        [question] = self.questions
         logits_nk = class_logits(model, block, self.collate)
-        self.tally.add(softmax(logits_nk), block.labels_n)
-        if self.keeper is not None:
-            self.keeper.add(self.category, self.question, block, logits_nk, block.labels_n)
-
-    def numbers(self) -> list[np.ndarray]:
-        """All running sums, as arrays that add up over ranks."""
-        return [np.append(self.tally.confusion.counts_kk.ravel(), self.tally.log_loss_sum)]
-
-    def set_numbers(self, numbers: Sequence[np.ndarray]) -> None:
-        """Take sums over all ranks in place of this rank's."""
-        counts = numbers[0][:-1].reshape(self.tally.confusion.counts_kk.shape)
-        self.tally.confusion.counts_kk = counts.round().astype(np.int64)
-        self.tally.log_loss_sum = float(numbers[0][-1])
-
-    def results(self) -> dict[str, Any]:
-        """The phenotype -> "classifier" -> scores."""
-        return {self.category: {"classifier": self.tally.scores()}}
-
-    def confusions(self) -> dict[str, Confusion]:
-        """The one confusion, by name."""
-        return {f"{self.category}.classifier": self.tally.confusion}
+        self._count(question.asked[0], question, block, logits_nk, block.labels_n)
 
     def flat_metrics(self, *, loss_weights: tuple[float, float] = (1.0, 1.0)) -> dict[str, float]:
-        """Metrics by plain names, as a trainer logs them: `loss`, `accuracy`, `macro_f1`, ..."""
-        scores = self.tally.scores()
-        return {
-            **{key: value for key, value in scores.items() if key not in ("n", "log_loss")},
-            "loss": scores["log_loss"],
-        }
-
-
-Evaluator = MlmEvaluator | ClassEvaluator
+        """Return metrics by plain names, as a trainer logs them: `loss`, `accuracy`, `macro_f1`, ..."""
+        [tally] = self.tallies.values()
+        scores = tally.scores()
+        return {**{key: scores[key] for key in scores if key not in ("n", "log_loss")}, "loss": scores["log_loss"]}
 
 
 def run_evaluator(
@@ -424,16 +518,29 @@ def run_evaluator(
     """Score all batches of cells from zero; raise an InputError when there is none."""
     evaluator.reset()
     for cells in batches:
-        evaluator.add(model, cells)  # type: ignore[arg-type]
+        evaluator.add(model, cells)
     if evaluator.num_cells == 0:
-        raise InputError("there is no cell to evaluate on. Give an evaluation split with labelled cells.")
+        raise InputError("there is no cell to evaluate on. Give an evaluation split with labeled cells.")
     return evaluator
 
 
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def without_nan(value: Any) -> Any:
+    """Replace NaN, the score of no cell, by None: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion], folder: Path, *, text: str) -> None:
-    """Write `metrics.json`, and for each confusion a CSV, its per-class scores and a PNG.
+    """Write each confusion as CSV and PNG with its per-class scores, and at last `metrics.json`.
 
     Args:
+        results: Scores by name.
+        confusions: Confusions by name.
+        folder: Made if missing.
         text: What was scored on which cells; becomes part of each title.
 
     Raises:
@@ -441,31 +548,16 @@ def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_results(results, confusions, folder, text=text)
+        for title, confusion in confusions.items():
+            name = title.replace("/", "_")  # a phenotype may be named "cell/type"
+            for file, table in (
+                (f"confusion.{name}.csv", confusion.table()),
+                (f"per_class.{name}.csv", confusion.per_class()),
+            ):
+                with whole_file(folder / file) as temporary:
+                    table.to_csv(temporary)
+            figure = confusion_figure(confusion.table(), title=f"{title.replace('.', ', ')} ({text})")
+            save_figure(figure, folder / f"confusion.{name}.png")
+        write_json(folder / "metrics.json", without_nan(results), indent=1)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}). Choose another --output.") from error
-
-
-def results_json(results: Mapping[str, Any]) -> str:
-    """Return scores as strict JSON text."""
-    return json.dumps(without_nan(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def without_nan(value: Any) -> Any:
-    """Replace scores that nothing was counted for by null: JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion], folder: Path, *, text: str) -> None:
-    content = results_json(results)
-    (folder / "metrics.json").write_text(content, encoding="utf-8")
-    for title, confusion in confusions.items():
-        name = title.replace("/", "_")  # a phenotype may be named "cell/type"
-        table = confusion_table(confusion)
-        table.to_csv(folder / f"confusion.{name}.csv")
-        per_class_scores(confusion).to_csv(folder / f"per_class.{name}.csv")
-        save_figure(
-            confusion_figure(table, title=f"{title.replace('.', ', ')} ({text})"), folder / f"confusion.{name}.png"
-        )

@@ -24,7 +24,7 @@ VERB_FUNCTIONS = {
     "prepare": "perturbgene.corpus.prepare:run_prepare",
     "mlm": "perturbgene.training.train:run_mlm",
     "cls": "perturbgene.training.train:run_cls",
-    "evaluate": "perturbgene.inference.predict:run_evaluate",
+    "evaluate": "perturbgene.inference.evaluate:run_evaluate",
     "predict": "perturbgene.inference.predict:run_predict",
     "embed": "perturbgene.embedding.cells:run_embed",
     "counterfactual": "perturbgene.counterfactuals.counterfactual:run_counterfactual",

@@ -21,7 +21,6 @@ ROOMS = [
     "data_utils",
     "model",
     "corpus",
-    "metrics",
     "training",
     "inference",
     "embedding",

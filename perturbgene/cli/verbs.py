@@ -7,7 +7,7 @@ that is named like the verb.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
 from perturbgene.cli.options import (
@@ -235,55 +235,59 @@ class FileOptions(QuestionOptions, MatrixOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(QuestionOptions):
+class EvaluateConfig(QuestionOptions, MatrixOptions):
     """Settings of `evaluate`."""
 
     verb: ClassVar[str] = "evaluate"
-    summary: ClassVar[str] = "Score a run on held-out cells, beside its baselines."
+    summary: ClassVar[str] = "Score a run on held-out cells, next to its baselines."
     about: ClassVar[str] = (
-        "Asks each phenotype alone, with the others given and all at once; writes accuracy, macro F1, confusion "
-        "matrices and gene-bin scores beside the majority class and a logistic regression on the same cells."
+        "Asks for each phenotype alone, with the others given, and for all at once. Writes accuracy, macro F1, "
+        "confusion matrices and scores of masked genes, next to two baselines on the same cells: the majority class "
+        "and a logistic regression."
     )
-    example: ClassVar[str] = "perturbgene evaluate runs/mlm --corpus corpus"
+    example: ClassVar[str] = "perturbgene evaluate runs/mlm"
 
     corpus: str | None = option(
         None,
-        help="Corpus whose evaluation cells to use; none means the run's own data.",
+        help="Corpus whose evaluation cells are scored; by default the run's own.",
         group="Input and output",
         is_path=True,
     )
     eval_data_paths: list[str] = option(
         [],
-        help="Evaluation files in place of a corpus: paths, globs, brace patterns.",
+        help="Files to score instead of a corpus: paths, globs, brace patterns.",
         group="Input and output",
         is_path=True,
     )
     train_data_paths: list[str] = option(
         [],
-        help="Files to fit the baselines on; none named means those of the run.",
+        help="Files to fit the baselines on; by default the run's training cells.",
         group="Input and output",
         is_path=True,
     )
-    output: str | None = option(None, help="Folder to write; none means RUN/evaluation.", group="Input and output")
-    ask: list[str] = option([], help="Phenotypes to ask; none named means each of the vocabulary.")
-    given: list[str] = option([], help="Phenotypes given with each question; none named means every standard set.")
-    baselines: bool = option(True, help="Majority class and logistic regression beside the model.")
-    calibrate: bool = option(
-        True, help="Fit temperatures on half of the donors and store them in the run, where predict finds them."
+    output: str | None = option(None, help="Folder to write; by default RUN/evaluation.", group="Input and output")
+    ask: list[str] = option([], help="Phenotypes to ask for; by default each of the run.")
+    given: list[str] = option(
+        [], help="Phenotypes whose labels are given; by default nothing, and then all phenotypes but the one asked."
+    )
+    baselines: bool = option(True, help="Also score the majority class and a logistic regression.")
+    calibrate: bool | None = option(
+        None,
+        help="Fit temperatures on half of the donors and store them in the run, where predict finds them. By default "
+        "only if the run's own evaluation cells are scored.",
     )
     gene_mask_prob: float | None = option(
-        None, help="Share of expressed genes that are hidden to score genes; none means the run's own.", within="[0, 1]"
+        None, help="Share of expressed genes masked to score genes; by default the run's own.", within="[0, 1]"
     )
     phenotype_mask_prob: float | None = option(
-        None, help="Share of phenotypes that are hidden beside those genes; none means the run's own.", within="[0, 1]"
+        None, help="Share of phenotypes masked together with those genes; by default the run's own.", within="[0, 1]"
     )
     absent_prob: float | None = option(
-        None, help="Share of phenotypes that leave those sequences; none means the run's own.", within="[0, 1]"
+        None, help="Share of phenotypes left out of those sequences; by default the run's own.", within="[0, 1]"
     )
     unexpressed_ratio: float | None = option(
         None,
-        help="Genes not expressed that are asked with them, as a share of the hidden expressed ones; none means the "
-        "run's own.",
+        help="Unexpressed genes masked with them, per masked expressed gene; by default the run's own.",
         within="[0, inf)",
     )
 
@@ -301,43 +305,42 @@ class EvaluateConfig(QuestionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(FileOptions):
+class AnswerOptions(BaseConfig):
+    """Which columns to write for each prediction (predict)."""
+
+    joint: bool = option(
+        False,
+        help="Ask for all phenotypes in one sequence: one forward pass instead of several. By default each has a "
+        "sequence of its own, so an answer does not depend on what else is asked.",
+    )
+    top_k: int = option(3, help="Number of most probable labels to write.", within="[1, inf)")
+    abstain: float = option(0.0, help="Write `unknown` if the calibrated probability is below this.", within="[0, 1]")
+    calibrate: bool = option(True, help="Divide logits by the temperatures that evaluate fitted.")
+    ood: bool = option(
+        False,
+        help="Write how unusual each cell is: energy, log-likelihood of masked genes (a second forward pass), and "
+        "their percentiles among the run's evaluation cells.",
+    )
+    audit: bool = option(
+        False, help="Write the probability of each cell's own label, given its genes and its other phenotypes."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(AnswerOptions, FileOptions):
     """Settings of `predict`."""
 
     verb: ClassVar[str] = "predict"
-    summary: ClassVar[str] = "Fill phenotypes into new cells."
+    summary: ClassVar[str] = "Predict phenotypes of new cells."
     about: ClassVar[str] = (
-        "Reads any h5ad whose genes overlap the run's panel, asks for phenotypes and writes the answers with their "
-        "probabilities to obs; no label column is needed and the order of cells stays."
+        "Reads any h5ad file whose genes overlap the run's panel, asks for phenotypes and writes the answers with "
+        "their probabilities to obs. No label column is needed, and cells keep their order."
     )
     example: ClassVar[str] = (
         "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
     )
 
-    ask: list[str] = option([], help="Phenotypes to predict; none named means all that are not given.")
-    joint: bool = option(
-        False, help="Ask all phenotypes in one sequence: one forward; otherwise each by itself, whatever else is asked."
-    )
-    top_k: int = option(3, help="Labels to write with their probabilities.", within="[1, inf)")
-    abstain: float = option(
-        0.0, help="Write `unknown` where the calibrated probability lies below this.", within="[0, 1]"
-    )
-    calibrate: bool = option(True, help="Divide logits by the temperatures that evaluate fitted.")
-    ood: bool = option(
-        False,
-        help="Write how strange each cell is: energy, and log-likelihood of hidden genes (a second forward), with "
-        "percentiles among the run's evaluation cells.",
-    )
-    ood_draws: int = option(1, help="How often genes are hidden for that; more is steadier.", within="[1, inf)")
-    audit: bool = option(
-        False, help="Write how probable each cell's own label is, given its genes and its other phenotypes."
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What is told of the answers, by the names of `AnswerOptions`."""
-        names = ("joint", "top_k", "abstain", "calibrate", "ood", "ood_draws", "audit")
-        return {name: getattr(self, name) for name in names}
+    ask: list[str] = option([], help="Phenotypes to predict; by default all that are not given.")
 
     def check(self) -> None:
         super().check()
@@ -379,28 +382,30 @@ class EmbedConfig(FileOptions):
     verb: ClassVar[str] = "embed"
     summary: ClassVar[str] = "Write embeddings of cells, phenotypes or genes."
     about: ClassVar[str] = (
-        "Copies the file with each cell's embedding in obsm['X_perturbgene'], ready for scanpy; phenotypes are absent "
-        "unless given, so that no label leaks. With --groupby or --network it writes mean embeddings of all genes in "
-        "each group of cells instead, their networks and how they differ between groups."
+        "Copies the file and adds each cell's embedding as obsm['X_perturbgene'], ready for scanpy. Phenotypes are "
+        "absent unless given, so no label leaks in. With --groupby or --network it writes mean embeddings of all genes "
+        "in each group of cells instead, their networks and how they differ between groups."
     )
     example: ClassVar[str] = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
 
     pooling: Literal["cls", "genes"] = option(
-        "cls", help="Final state of [CLS], or the mean of those of a cell's genes."
+        "cls", help="Final state of [CLS], or the mean of the final states of the cell's genes."
     )
-    phenotype: list[str] = option([], help="Phenotypes to ask, one by one; the state of each question goes to obsm.")
+    phenotype: list[str] = option(
+        [], help="Phenotypes to ask for, one at a time; the final state of each [MASK] goes to obsm."
+    )
     genes: list[str] = option([], help="Genes, by id or symbol, whose embedding in each cell goes to obsm.")
-    groupby: str | None = option(None, help="Column of obs: write means of all genes in each of its groups.")
+    groupby: str | None = option(None, help="Column of obs; write mean embeddings of all genes in each of its groups.")
     network: bool = option(False, help="Link genes with similar means within a group; also written as GraphML.")
-    top_k: int = option(10, help="Links that start from a gene at most.", within="[1, inf)")
-    min_similarity: float = option(0.5, help="Least cosine similarity of linked genes.", within="[-1, 1]")
+    top_k: int = option(10, help="Maximum number of links per gene.", within="[1, inf)")
+    min_similarity: float = option(0.5, help="Minimum cosine similarity of linked genes.", within="[-1, 1]")
     min_cells: int = option(
-        10, help="Cells of a group that must express a gene for its links and roles.", within="[1, inf)"
+        10, help="Minimum number of cells of a group that express a gene, for its links and roles.", within="[1, inf)"
     )
 
     @property
     def is_of_genes(self) -> bool:
-        """True when means of genes are written in place of embeddings of cells."""
+        """True if means of genes are written instead of embeddings of cells."""
         return bool(self.groupby or self.network)
 
     def check(self) -> None:
@@ -410,7 +415,7 @@ class EmbedConfig(FileOptions):
         if self.is_of_genes and (self.genes or self.phenotype):
             raise InputError(
                 "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
-                "--genes and --phenotype, or ask for them in a call of their own."
+                "--genes and --phenotype, or run a second command for them."
             )
         if both := sorted(set(self.phenotype) & set(self.given_labels)):
             raise InputError(f"{both[0]!r} cannot be asked and given at once. Remove it from --phenotype or --given.")

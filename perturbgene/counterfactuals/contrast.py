@@ -17,9 +17,9 @@ import torch
 from perturbgene.data_utils.binning import BinEdges
 from perturbgene.data_utils.data_collators import Batch, DataCollatorForPhenotypicMLM, pack
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.embedding.states import GeneTokens
 from perturbgene.eval_utils import inference_mode, to_device
 from perturbgene.inference.run import Run
+from perturbgene.inference.streaming import GeneTokens
 
 #: Units of a change: expected log value (by the midpoints of bins), and expected number of the bin.
 UNITS = ("value", "bin")

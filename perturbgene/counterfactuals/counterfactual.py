@@ -8,7 +8,6 @@ phenotypes of a combination, t combinations of training cells.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from perturbgene.cli.verbs import CounterfactualConfig
 from perturbgene.configs import MlmConfig, load_config
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block, bin_values
@@ -24,29 +24,29 @@ from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
 from perturbgene.data_utils.opening import H5adFile, expand_paths
-from perturbgene.embedding.genes import write_whole
-from perturbgene.embedding.states import ALONE, as_run, check_masked, open_cells
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.inference.asking import Given, given_labels
+from perturbgene.files import whole_file
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
-    BATCH_TOKENS,
+    ALONE,
     CellResults,
+    Given,
     Ranks,
     cell_results,
     check_target,
+    given_labels,
     has_genes,
+    open_cells,
     read_groups,
     reading_options,
     stream_batches,
-    sum_over_ranks,
+    unwritable,
 )
 from perturbgene.plots import changes_figure, save_figure
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from perturbgene.configs import CounterfactualConfig
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _collator_of(run: Run, dataset: IterableAnnDataset, *, gene_mask_prob: float
 
 def sum_changes(
     run: Run, dataset: IterableAnnDataset, contrast: Contrast, cells: CellSelection, *, parts: CellResults,
-    gene_mask_prob: float | None = None, batch_tokens: int = BATCH_TOKENS,
+    gene_mask_prob: float | None = None, batch_tokens: int = CounterfactualConfig.batch_tokens,
 ) -> Sums:  # fmt: skip
     """Stream the cells of all ranks into sums; only rank 0 gets those of all."""
     tokenizer = dataset.tokenizer
@@ -225,7 +225,7 @@ def sum_changes(
         if len(rows):
             is_null_n = cells.is_null_n[block.cells_n[rows]]
             add_block(sums, predictor, collator, block.take(rows), group_n=group_n[rows], is_null_n=is_null_n)
-    *arrays, empty = sum_over_ranks([*sums.arrays().values(), np.array(num_empty)], parts)
+    *arrays, empty = parts.sum_over_ranks([*sums.arrays().values(), np.array(num_empty)])
     if empty and parts.ranks.is_main:
         logger.warning("%d cells express no gene of the panel and are left out", empty)
     return Sums(*arrays)
@@ -240,7 +240,7 @@ def contrast_of(run: Run, wanted: Mapping[str, str], *, num_passes: int, num_nul
     Raises:
         InputError: The run is a classifier, not one phenotype is set, or it or its label is unknown.
     """
-    check_masked(run, what="genes")
+    run.require_mlm("genes")
     if len(wanted) != 1:
         raise InputError(f"one phenotype is changed at a time, but {listed(wanted) or 'none'} are set. Set one.")
     [(category, label)] = wanted.items()
@@ -302,7 +302,7 @@ def counterfactual(
     force: bool = False,
     seed: int = 0,
     device: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = CounterfactualConfig.batch_tokens,
     **reading: Any,
 ) -> pd.DataFrame:
     """Return how the model expects each gene to change when one phenotype of the cells is set to a label.
@@ -341,7 +341,7 @@ def counterfactual(
         >>> table["change"].is_monotonic_decreasing, bool(table["q_value"].between(0, 1).all())
         (True, True)
     """
-    run = as_run(model, device=device)
+    run = load_run(model, device=device)
     contrast = contrast_of(run, set, num_passes=num_passes, num_null=num_null, seed=seed)
     question = _question(
         adata, run, contrast, given=given, groupby=groupby, null_cells=null_cells, force=force, **reading
@@ -377,10 +377,15 @@ def _write(table: pd.DataFrame, question: CounterfactualTask, config: "Counterfa
     facts = provenance(question.run, asked, coverage=question.dataset.coverage)
     rows = table.assign(**{name: pd.Categorical(table[name]) for name in ("group", "gene", "symbol")})
     rows.index = pd.Index(table["gene"] + "|" + table["group"])
-    write_whole(target, anndata.AnnData(obs=rows, uns={"perturbgene": facts}).write_h5ad)
     csv, png = target.with_suffix(".csv"), target.with_suffix(".png")
-    write_whole(csv, partial(table.to_csv, index=False))
-    save_figure(changes_figure(table, title=f"set to {config.set}", value="change of the expected value"), png)
+    try:
+        with whole_file(csv) as temporary:
+            table.to_csv(temporary, index=False)
+        save_figure(changes_figure(table, title=f"set to {config.set}", value="change of the expected value"), png)
+        with whole_file(target) as temporary:  # last: once it is there, so are the others
+            anndata.AnnData(obs=rows, uns={"perturbgene": facts}).write_h5ad(temporary)
+    except OSError as error:
+        raise unwritable(target, error) from error
     return "\n".join([*_summary(table, question, config), f"written to {target}, {csv} and {png}"])
 
 

@@ -1,15 +1,14 @@
-"""Mean embeddings of genes by group of cells, streamed: the table, the network within a group, the roles across them.
+"""Mean embeddings of genes by group of cells: the table, the network within a group, the roles across groups.
 
-Owns the running sums, their merging over ranks and the h5ad table; leaves reading states to `states` and what the means
-say to `networks`. Letters: n cells, m positions read, g genes, k groups, r rows of the table, h hidden size.
+Owns the running sums, the h5ad table and what the means say: which genes are alike within a group and which differ
+between groups; leaves hidden states to `Run` and ranks to `streaming`. Letters: n cells, m positions read, g genes, k
+groups, r rows of the table, p pairs of groups, h hidden size, e links.
 """
 
-import logging
-import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,35 +16,34 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
+from sklearn.neighbors import NearestNeighbors
 
+from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.order import cell_key
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.embedding.networks import centred, link_graph, nearest_genes, role_distances, role_table, unit_rows
-from perturbgene.embedding.states import GeneTokens, as_run, hidden_at, open_cells
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.inference.asking import Given, given_labels
-from perturbgene.inference.run import Run, provenance
+from perturbgene.files import whole_files
+from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALL,
-    BATCH_TOKENS,
+    ALONE,
     CellResults,
+    GeneTokens,
+    Given,
     Ranks,
     cell_results,
+    given_labels,
+    open_cells,
     read_groups,
     reading_options,
     stream_batches,
-    sum_over_ranks,
 )
 
 if TYPE_CHECKING:
     import networkx
     from anndata import AnnData
-
-    from perturbgene.configs import EmbedConfig
-
-logger = logging.getLogger(__name__)
 
 NETWORK_KEY = "perturbgene_network"
 
@@ -57,41 +55,76 @@ MOST_SUM_BYTES = 16e9
 
 
 class GeneSums:
-    """Running sums of genes' contextual embeddings by group, in two halves of the cells that tell how noisy they are.
+    """Running sums of genes' contextual embeddings by group, in two halves of the cells that show how noisy they are.
 
     Memory is 2 x groups x genes x hidden size in float64, whatever the number of cells.
 
     Args:
-        num_groups, num_genes, hidden_size: Sizes k, g, h.
+        run: Embeds the genes.
+        num_groups: k.
+
+    Raises:
+        InputError: The sums would not fit into memory.
     """
 
-    def __init__(self, *, num_groups: int, num_genes: int, hidden_size: int) -> None:
+    def __init__(self, run: Run, *, num_groups: int) -> None:
+        num_genes, hidden_size = len(run.tokenizer.panel), run.model.config.hidden_size
+        if (num_bytes := 16.0 * num_groups * num_genes * hidden_size) > MOST_SUM_BYTES:
+            raise InputError(
+                f"{num_groups:,} groups x {num_genes:,} genes x {hidden_size} numbers need {num_bytes / 1e9:,.0f} GB. "
+                "Choose a column with fewer values for --groupby."
+            )
+        self.run = run
         self.sums_2kgh = np.zeros((2, num_groups, num_genes, hidden_size))
         self.counts_2kg = np.zeros((2, num_groups, num_genes), dtype=np.int64)
 
-    def add(self, run: Run, block: TokenBlock, group_n: np.ndarray) -> None:
+    def add(self, block: TokenBlock, group_n: np.ndarray) -> None:
         """Embed the genes of a block; cells of group -1 are left out."""
         block = block.take(np.flatnonzero(group_n >= 0))
         if not len(block):
             return
         group_n = group_n[group_n >= 0]
-        tokens = GeneTokens.of(block, run.tokenizer)
-        half_n = halves(block.cells_n)
-        shape = self.counts_2kg.shape
+        tokens = GeneTokens.of(block, self.run.tokenizer)
+        half_n, shape = halves(block.cells_n), self.counts_2kg.shape
         place_m = np.ravel_multi_index((half_n[tokens.cell_m], group_n[tokens.cell_m], tokens.gene_m), shape)
-        hidden_mh = hidden_at(run, pack(block), tokens.position_m)
+        hidden_mh = self.run.hidden_at(pack(block), tokens.position_m)
         sums = torch.from_numpy(self.sums_2kgh.reshape(-1, self.sums_2kgh.shape[-1]))
         sums.index_add_(0, torch.from_numpy(place_m), torch.from_numpy(hidden_mh).double())
         self.counts_2kg += np.bincount(place_m, minlength=self.counts_2kg.size).reshape(shape)
 
-    def means(self) -> np.ndarray:
-        """Mean of each gene in each group, float64 (k, g, h); 0 where no cell of the group expresses the gene."""
-        counts_kg = self.counts_2kg.sum(axis=0)
-        return self.sums_2kgh.sum(axis=0) / np.maximum(counts_kg, 1)[..., None]
+    def split_half_distances(self) -> np.ndarray:
+        """Return the cosine distance between centered means of both halves, (k, g); NaN where a half has no cell."""
+        means_2kgh = self.sums_2kgh / np.maximum(self.counts_2kg, 1)[..., None]
+        first_kgh, second_kgh = (
+            np.stack([unit_rows(centered(*group)) for group in zip(means_kgh, counts_kg, strict=True)])
+            for means_kgh, counts_kg in zip(means_2kgh, self.counts_2kg, strict=True)
+        )
+        distance_kg = 1.0 - (first_kgh * second_kgh).sum(axis=-1)
+        return np.where((self.counts_2kg > 0).all(axis=0), distance_kg, np.nan)
 
-    def half_means(self) -> np.ndarray:
-        """Mean over each half of the cells, float64 (2, k, g, h)."""
-        return self.sums_2kgh / np.maximum(self.counts_2kg, 1)[..., None]
+    def table(self, groups: Sequence[str]) -> "AnnData":
+        """Return mean embeddings, one row for each gene of each group that expresses it.
+
+        Returns:
+            `X` float32; `obs`: `gene`, `symbol`, `group`, `n_cells` and `split_half_distance`, the cosine distance
+            between the centered means of two halves of the cells.
+        """
+        import anndata
+
+        panel, counts_kg = self.run.tokenizer.panel, self.counts_2kg.sum(axis=0)
+        group_r, gene_r = np.nonzero(counts_kg)
+        gene_names, group_names = np.array(panel.genes, dtype=object)[gene_r], np.array(groups, dtype=object)[group_r]
+        columns = {
+            "gene": pd.Categorical(gene_names),
+            "symbol": pd.Categorical([panel.display_name(int(gene)) for gene in gene_r]),
+            "group": pd.Categorical(group_names, categories=list(groups)),
+            "n_cells": counts_kg[group_r, gene_r],
+            "split_half_distance": self.split_half_distances()[group_r, gene_r],
+        }
+        means_kgh = self.sums_2kgh.sum(axis=0) / np.maximum(counts_kg, 1)[..., None]
+        means_rh = means_kgh[group_r, gene_r].astype(np.float32)
+        obs = pd.DataFrame(columns, index=gene_names + "|" + group_names)
+        return anndata.AnnData(means_rh, obs=obs, var=pd.DataFrame(index=[str(at) for at in range(means_rh.shape[1])]))
 
 
 def halves(cells_n: np.ndarray) -> np.ndarray:
@@ -99,79 +132,155 @@ def halves(cells_n: np.ndarray) -> np.ndarray:
     return np.array([int(cell_key(0, 0, int(cell))) & 1 for cell in cells_n], dtype=np.int64)
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
 def sum_genes(
-    run: Run, dataset: IterableAnnDataset, *, groups: Sequence[str], group_n: np.ndarray, parts: CellResults,
-    batch_tokens: int = BATCH_TOKENS,
-) -> GeneSums:  # fmt: skip
-    """Stream the cells of all ranks into sums; only rank 0 gets those of all.
-
-    Raises:
-        InputError: The sums would not fit into memory.
-    """
-    shape = (2, len(groups), len(run.tokenizer.panel), run.model.config.hidden_size)
-    if (num_bytes := 8.0 * np.prod(shape, dtype=np.float64)) > MOST_SUM_BYTES:
-        raise InputError(
-            f"{shape[1]:,} groups x {shape[2]:,} genes x {shape[3]} numbers need {num_bytes / 1e9:,.0f} GB. Choose a "
-            "column with fewer values for --groupby."
-        )
-    sums = GeneSums(num_groups=shape[1], num_genes=shape[2], hidden_size=shape[3])
-    for block in stream_batches(dataset, text="embed genes", ranks=parts.ranks, most_tokens=batch_tokens):
-        sums.add(run, block, group_n[block.cells_n])
-    sums.sums_2kgh, sums.counts_2kg = sum_over_ranks([sums.sums_2kgh, sums.counts_2kg], parts)
+    run: Run,
+    dataset: IterableAnnDataset,
+    *,
+    groups: Sequence[str],
+    group_n: np.ndarray,
+    results: CellResults,
+    batch_tokens: int = EmbedConfig.batch_tokens,
+) -> GeneSums:
+    """Stream the cells of all ranks into sums; only rank 0 gets those of all."""
+    sums = GeneSums(run, num_groups=len(groups))
+    for block in stream_batches(dataset, text="embed genes", ranks=results.ranks, most_tokens=batch_tokens):
+        sums.add(block, group_n[block.cells_n])
+    sums.sums_2kgh, sums.counts_2kg = results.sum_over_ranks([sums.sums_2kgh, sums.counts_2kg])
     return sums
 
 
-def gene_table(sums: GeneSums, run: Run, *, groups: Sequence[str]) -> "AnnData":
-    """Lay out mean embeddings as one row per gene and group.
+# -- what the means say -----------------------------------------------------------------------------------------------
+
+
+def unit_rows(vectors_gh: np.ndarray) -> np.ndarray:
+    """Scale vectors of shape (..., h) to length 1, in float64; one without length stays 0."""
+    vectors_gh = np.asarray(vectors_gh, dtype=np.float64)
+    length_g1 = np.linalg.norm(vectors_gh, axis=-1, keepdims=True)
+    return vectors_gh / np.where(length_g1 > 0, length_g1, 1.0)
+
+
+def centered(vectors_gh: np.ndarray, counts_g: np.ndarray) -> np.ndarray:
+    """Subtract the mean vector, weighted by cells.
+
+    Contextual vectors share a large part, which alone makes every cosine high (Mu & Viswanath 2018, "All-but-the-Top",
+    arXiv:1702.01417, algorithm 1, step 1).
+
+    Args:
+        vectors_gh: Mean vector of each gene, shape (g, h); rows without a cell may hold anything.
+        counts_g: Number of cells of each, shape (g,).
+    """
+    weight_g = counts_g / max(1, counts_g.sum())
+    filled_gh = np.where(counts_g[:, None] > 0, np.asarray(vectors_gh, dtype=np.float64), 0.0)
+    return filled_gh - weight_g @ filled_gh
+
+
+def nearest_genes(vectors_gh: np.ndarray, *, top_k: int, min_similarity: float = -1.0) -> sparse.csr_array:
+    """Link each gene to its most similar genes.
+
+    Args:
+        vectors_gh: One vector per gene, shape (g, h).
+        top_k: Maximum number of links that start from a gene; it may get more from others.
+        min_similarity: Weaker links are left out.
 
     Returns:
-        `X` float32, one row for each gene of each group that expresses it; `obs`: `gene`, `symbol`, `group`, `n_cells`
-        and `split_half_distance`, the cosine distance between the means of two halves of the cells (centred).
+        Cosine similarities, float32, symmetric, without a diagonal, shape (g, g).
+
+    Example:
+        >>> links = nearest_genes(np.array([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), top_k=1)
+        >>> [(int(a), int(b)) for a, b in zip(*links.nonzero())]
+        [(0, 1), (1, 0), (2, 3), (3, 2)]
     """
-    import anndata
-
-    panel, counts_kg = run.tokenizer.panel, sums.counts_2kg.sum(axis=0)
-    group_r, gene_r = np.nonzero(counts_kg)
-    gene_names, group_names = np.array(panel.genes, dtype=object)[gene_r], np.array(groups, dtype=object)[group_r]
-    obs = pd.DataFrame(
-        {
-            "gene": pd.Categorical(gene_names),
-            "symbol": pd.Categorical([panel.display_name(int(gene)) for gene in gene_r]),
-            "group": pd.Categorical(group_names, categories=list(groups)),
-            "n_cells": counts_kg[group_r, gene_r],
-            "split_half_distance": _split_half_distances(sums)[group_r, gene_r],
-        },
-        index=gene_names + "|" + group_names,
-    )
-    means_rh = sums.means()[group_r, gene_r].astype(np.float32)
-    return anndata.AnnData(means_rh, obs=obs, var=pd.DataFrame(index=[str(at) for at in range(means_rh.shape[1])]))
+    num_genes, top_k = len(vectors_gh), min(top_k, len(vectors_gh) - 1)
+    if top_k < 1:
+        return sparse.csr_array((num_genes, num_genes), dtype=np.float32)
+    search = NearestNeighbors(n_neighbors=top_k, metric="cosine", algorithm="brute")
+    distance_gk, neighbor_gk = search.fit(np.asarray(vectors_gh, dtype=np.float64)).kneighbors()
+    from_e, to_e, similarity_e = np.repeat(np.arange(num_genes), top_k), neighbor_gk.ravel(), 1.0 - distance_gk.ravel()
+    pair_e = np.minimum(from_e, to_e) * num_genes + np.maximum(from_e, to_e)
+    first = np.unique(pair_e, return_index=True)[1]  # a link that both genes chose counts once
+    first = first[similarity_e[first] >= min_similarity]
+    places = (np.concatenate([from_e[first], to_e[first]]), np.concatenate([to_e[first], from_e[first]]))
+    weights = np.tile(similarity_e[first].astype(np.float32), 2)
+    return sparse.csr_array((weights, places), shape=(num_genes, num_genes))
 
 
-def _split_half_distances(sums: GeneSums) -> np.ndarray:
-    """Return the cosine distance between centred means of both halves, (k, g); NaN where a half has no cell."""
-    means_2kgh, counts_2kg = sums.half_means(), sums.counts_2kg
-    unit_2kgh = np.stack([
-        np.stack([unit_rows(centred(means_gh, counts_g)) for means_gh, counts_g in zip(*half, strict=True)])
-        for half in zip(means_2kgh, counts_2kg, strict=True)
-    ])  # fmt: skip
-    distance_kg = 1.0 - (unit_2kgh[0] * unit_2kgh[1]).sum(axis=-1)
-    return np.where((counts_2kg > 0).all(axis=0), distance_kg, np.nan)
+def role_distances(vectors_kgh: np.ndarray, counts_kg: np.ndarray, *, min_cells: int) -> np.ndarray:
+    """Return how far apart each gene's vectors lie in two groups: cosine distance, 0..2.
+
+    Args:
+        vectors_kgh: Centred mean vectors, shape (k, g, h).
+        counts_kg: Cells behind each, shape (k, g).
+        min_cells: Below this a vector is too noisy to count.
+
+    Returns:
+        Symmetric in the groups, shape (g, k, k); NaN where one of the two has too few cells.
+    """
+    unit_kgh = unit_rows(vectors_kgh)
+    distance_gkk = 1.0 - np.einsum("agh,bgh->gab", unit_kgh, unit_kgh, optimize=True)
+    is_known_gk = (counts_kg >= max(1, min_cells)).T
+    distance_gkk[~(is_known_gk[:, :, None] & is_known_gk[:, None, :])] = np.nan
+    return np.clip(distance_gkk, 0.0, 2.0)
+
+
+def role_table(
+    distance_gkk: np.ndarray, noise_kg: np.ndarray, *, genes: pd.DataFrame, groups: Sequence[str]
+) -> pd.DataFrame:
+    """Rank genes by how much their embedding differs between groups, beyond the noise of the means.
+
+    A mean over n cells is itself uncertain. With D the distance between the means of two halves of a group's cells, two
+    groups that do not differ lie (D_a + D_b) / 4 apart on average, as halves hold half of the cells each.
+
+    Args:
+        distance_gkk: Of `role_distances`.
+        noise_kg: Distance between the two halves of each group, shape (k, g).
+        genes: One row of facts per gene (`gene`, `symbol`), in order.
+        groups: Names of the groups.
+
+    Returns:
+        For each gene that at least two groups express: `num_groups`, `mean_distance` over pairs of groups,
+        `mean_noise` to expect of the same pairs, `excess` = distance - noise, and the two groups that lie furthest
+        apart with their distance; by falling excess.
+    """
+    first, second = (np.array(side, dtype=np.int64) for side in zip(*combinations(range(len(groups)), 2), strict=True))
+    pair_gp = distance_gkk[:, first, second]
+    noise_gp = ((noise_kg[first] + noise_kg[second]) / 4).T
+    is_known_gp = np.isfinite(pair_gp)
+    rows = np.flatnonzero(is_known_gp.any(axis=1))
+    pair_gp, noise_gp, is_known_gp = pair_gp[rows], noise_gp[rows], is_known_gp[rows]
+    furthest = np.where(is_known_gp, pair_gp, -1.0).argmax(axis=1)
+    names = np.array(groups, dtype=object)
+    table = genes.iloc[rows].reset_index(drop=True)
+    table["num_groups"] = np.isfinite(distance_gkk[rows]).any(axis=2).sum(axis=1)
+    table["mean_distance"] = _known_mean(pair_gp)
+    table["mean_noise"] = _known_mean(np.where(is_known_gp, noise_gp, np.nan))
+    table["excess"] = table["mean_distance"] - table["mean_noise"]
+    table["furthest_groups"] = [
+        f"{a} | {b}" for a, b in zip(names[first[furthest]], names[second[furthest]], strict=True)
+    ]
+    table["furthest_distance"] = np.take_along_axis(pair_gp, furthest[:, None], axis=1)[:, 0]
+    return table.sort_values("excess", ascending=False, kind="stable", ignore_index=True)
+
+
+def _known_mean(values_gp: np.ndarray) -> np.ndarray:
+    """Average the numbers of each row, shape (g,); NaN where a row has none."""
+    count_g = np.isfinite(values_gp).sum(axis=1)
+    return np.where(count_g > 0, np.nansum(values_gp, axis=1) / np.maximum(count_g, 1), np.nan)
+
+
+# -- functions --------------------------------------------------------------------------------------------------------
 
 
 def gene_embeddings(
     adata: "AnnData | str | Path",
     model: str | Path | Run,
     *,
-    groupby: str | None = None,
+    groupby: str | None = EmbedConfig.groupby,
     given: Given | None = None,
-    device: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
+    device: str = EmbedConfig.device,
+    batch_tokens: int = EmbedConfig.batch_tokens,
     **reading: Any,
 ) -> "AnnData":
-    """Return the mean contextual embedding of every gene in every group of cells; see `gene_table`.
+    """Return the mean contextual embedding of every gene in every group of cells; see `GeneSums.table`.
 
     Args:
         adata: Cells, or the path of an h5ad file.
@@ -185,19 +294,42 @@ def gene_embeddings(
         >>> table.n_vars, table.obs["group"].cat.categories.tolist()
         (32, ['B cell', 'NK cell', 'monocyte'])
     """
-    run, given = as_run(model, device=device), given_labels(given)
-    dataset = open_cells(adata, run, given, **reading)
+    return _embed_genes(
+        adata, load_run(model, device=device), groupby, given_labels(given), batch_tokens=batch_tokens, **reading
+    )
+
+
+def _embed_genes(
+    source: Any,
+    run: Run,
+    groupby: str | None,
+    given: Mapping[str, str | None],
+    *,
+    batch_tokens: int,
+    target: Path | None = None,
+    ranks: Ranks = ALONE,
+    **reading: Any,
+) -> "AnnData | None":
+    """Return the table of all ranks, None on other ranks than the first; several ranks meet next to `target`."""
+    dataset = open_cells(source, run, given, ranks=ranks, **reading)
     groups, group_n = read_groups(dataset, groupby)
-    parts = CellResults(dataset.num_cells)
-    sums = sum_genes(run, dataset, groups=groups, group_n=group_n, parts=parts, batch_tokens=batch_tokens)
-    table = gene_table(sums, run, groups=groups)
-    question = {"verb": "embed", "groupby": groupby or ALL, "given": given}
+    with ExitStack() as stack:
+        results = CellResults(dataset.num_cells)
+        if target is not None:
+            results = stack.enter_context(cell_results(target, num_cells=dataset.num_cells, ranks=ranks))
+        sums = sum_genes(run, dataset, groups=groups, group_n=group_n, results=results, batch_tokens=batch_tokens)
+    if not ranks.is_main:
+        return None
+    table = sums.table(groups)
+    question = {"verb": "embed", "groupby": groupby or ALL, "given": dict(given)}
     table.uns["perturbgene"] = provenance(run, question, coverage=dataset.coverage)
     return table
 
 
-def _group_rows(table: "AnnData", group: str | None, min_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of a group with enough cells, and their centred vectors."""
+def _links(
+    table: "AnnData", group: str | None, *, top_k: int, min_similarity: float, min_cells: int
+) -> tuple[np.ndarray, sparse.csr_array]:
+    """Return the rows of a group's genes with enough cells, and the links among them."""
     groups = list(table.obs["group"].cat.categories)
     if group is None and len(groups) > 1:
         raise InputError(f"the genes were averaged in {len(groups)} groups. Name one of: {listed(groups, most=12)}.")
@@ -206,22 +338,41 @@ def _group_rows(table: "AnnData", group: str | None, min_cells: int) -> tuple[np
         raise InputError(f"{name!r} is no group of these genes. {did_you_mean(name, groups)}")
     rows = np.flatnonzero(table.obs["group"] == name)
     counts_g = table.obs["n_cells"].to_numpy()[rows]
-    centred_gh = centred(table.X[rows], counts_g)
     is_kept_g = counts_g >= min_cells
-    return rows[is_kept_g], centred_gh[is_kept_g]
+    vectors_gh = centered(table.X[rows], counts_g)[is_kept_g]
+    return rows[is_kept_g], nearest_genes(vectors_gh, top_k=top_k, min_similarity=min_similarity)
+
+
+def _graph(table: "AnnData", rows: np.ndarray, links_gg: sparse.csr_array) -> "networkx.Graph":
+    """Return links as a graph: genes as nodes, similarities as `weight` of the edges."""
+    import networkx
+
+    graph, obs = networkx.Graph(), table.obs.iloc[rows]
+    names = obs["gene"].astype(str).tolist()
+    for name, symbol, n_cells in zip(names, obs["symbol"].astype(str), obs["n_cells"].tolist(), strict=True):
+        graph.add_node(name, symbol=symbol, n_cells=n_cells)
+    upper = sparse.triu(links_gg).tocoo()
+    for a, b, weight in zip(*upper.coords, upper.data, strict=True):
+        graph.add_edge(names[a], names[b], weight=round(float(weight), 6))
+    return graph
 
 
 def gene_network(
-    table: "AnnData", *, group: str | None = None, top_k: int = 10, min_similarity: float = 0.5, min_cells: int = 10
+    table: "AnnData",
+    *,
+    group: str | None = None,
+    top_k: int = EmbedConfig.top_k,
+    min_similarity: float = EmbedConfig.min_similarity,
+    min_cells: int = EmbedConfig.min_cells,
 ) -> "networkx.Graph":
     """Link genes whose mean contextual embeddings are alike within a group of cells.
 
     Args:
-        table: Of `gene_embeddings`.
-        group: Which group; may be left out when there is one.
-        top_k: Most links that start from a gene.
-        min_similarity: Least cosine similarity, of vectors without the part that all genes share.
-        min_cells: A gene needs to be expressed by this many cells of the group.
+        table: Made by `gene_embeddings`.
+        group: Which group; needed if there are several.
+        top_k: Maximum number of links that start from a gene.
+        min_similarity: Minimum cosine similarity, of vectors without the part that all genes share.
+        min_cells: Minimum number of cells of the group that express a gene.
 
     Returns:
         Nodes are gene ids with `symbol` and `n_cells`; edges have a `weight`. `networkx.write_graphml` writes it.
@@ -237,26 +388,12 @@ def gene_network(
     return _graph(table, rows, links_gg)
 
 
-def _links(
-    table: "AnnData", group: str | None, *, top_k: int, min_similarity: float, min_cells: int
-) -> tuple[np.ndarray, sparse.csr_array]:
-    """Return the rows of a group's genes in the table, and the links among them."""
-    rows, vectors_gh = _group_rows(table, group, min_cells)
-    return rows, nearest_genes(vectors_gh, top_k=top_k, min_similarity=min_similarity)
-
-
-def _graph(table: "AnnData", rows: np.ndarray, links_gg: sparse.csr_array) -> "networkx.Graph":
-    obs = table.obs.iloc[rows]
-    nodes = {"symbol": obs["symbol"].astype(str).tolist(), "n_cells": obs["n_cells"].tolist()}
-    return link_graph(links_gg, names=obs["gene"].astype(str).tolist(), nodes=nodes)
-
-
-def gene_roles(table: "AnnData", *, min_cells: int = 10) -> pd.DataFrame:
-    """Rank genes by how much their contextual embedding differs between groups; see `networks.role_table`.
+def gene_roles(table: "AnnData", *, min_cells: int = EmbedConfig.min_cells) -> pd.DataFrame:
+    """Rank genes by how much their contextual embedding differs between groups; see `role_table`.
 
     Args:
-        table: Of `gene_embeddings` with at least two groups.
-        min_cells: A group counts for a gene that this many of its cells express.
+        table: Made by `gene_embeddings`, with at least two groups.
+        min_cells: Minimum number of cells of a group that express a gene for the group to count.
 
     Example:
         >>> import perturbgene as pg
@@ -274,7 +411,7 @@ def gene_roles(table: "AnnData", *, min_cells: int = 10) -> pd.DataFrame:
     counts_kg, noise_kg = np.zeros(vectors_kgh.shape[:2], dtype=np.int64), np.full(vectors_kgh.shape[:2], np.nan)
     vectors_kgh[group_r, gene_r], counts_kg[group_r, gene_r] = table.X, table.obs["n_cells"]
     noise_kg[group_r, gene_r] = table.obs["split_half_distance"]
-    vectors_kgh = np.stack([centred(*of_group) for of_group in zip(vectors_kgh, counts_kg, strict=True)])
+    vectors_kgh = np.stack([centered(*of_group) for of_group in zip(vectors_kgh, counts_kg, strict=True)])
     distance_gkk = role_distances(vectors_kgh, counts_kg, min_cells=min_cells)
     return role_table(distance_gkk, noise_kg, genes=genes, groups=groups)
 
@@ -282,76 +419,58 @@ def gene_roles(table: "AnnData", *, min_cells: int = 10) -> pd.DataFrame:
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def run_gene_means(config: "EmbedConfig", run: Run, *, source: str, target: Path, ranks: Ranks) -> str | None:
-    """Write what `embed --groupby` or `embed --network` asks for; every file by way of a temporary name."""
-    given = config.given_labels
-    dataset = open_cells(source, run, given, ranks=ranks, **reading_options(config))
-    groups, group_n = read_groups(dataset, config.groupby)
-    with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
-        sums = sum_genes(
-            run, dataset, groups=groups, group_n=group_n, parts=parts, batch_tokens=config.batch_tokens
-        )  # fmt: skip
-        if not ranks.is_main:
-            return None
-    table = gene_table(sums, run, groups=groups)
-    question = {"verb": "embed", "groupby": config.groupby or ALL, "given": given}
-    table.uns["perturbgene"] = provenance(run, question, coverage=dataset.coverage)
+def run_gene_means(config: EmbedConfig, run: Run, *, source: str, target: Path, ranks: Ranks) -> str | None:
+    """Write what `embed --groupby` or `embed --network` asks for; the target is renamed last, when all is there."""
+    table = _embed_genes(
+        source, run, config.groupby, config.given_labels, batch_tokens=config.batch_tokens, target=target, ranks=ranks,
+        **reading_options(config),
+    )  # fmt: skip
+    if table is None:
+        return None
+    groups = list(table.obs["group"].cat.categories)
+    names, roles_path = file_names(groups), target.with_suffix(".roles.csv")
+    graph_paths = {
+        group: target.with_suffix(f".{names[group]}.graphml" if len(groups) > 1 else ".graphml") for group in groups
+    }
     lines = [f"{table.n_obs:,} mean embeddings of genes in {len(groups)} groups, written to {target}"]
-    if config.network:
-        lines += _write_networks(table, target, config)
-    write_whole(target, table.write_h5ad)
-    if len(groups) > 1:
-        roles = gene_roles(table, min_cells=config.min_cells)
-        path = target.with_suffix(".roles.csv")
-        write_whole(path, lambda temporary: roles.to_csv(temporary, index=False))
-        first = ", ".join(roles["symbol"].head(10))
-        lines.append(f"{len(roles):,} genes by how much they differ between groups ({first}, ...): {path}")
+    with whole_files(target, roles_path, *graph_paths.values()) as folder:
+        if config.network:
+            lines += _write_networks(table, {group: folder / path.name for group, path in graph_paths.items()}, config)
+        if len(groups) > 1:
+            roles = gene_roles(table, min_cells=config.min_cells)
+            roles.to_csv(folder / roles_path.name, index=False)
+            first = ", ".join(roles["symbol"].head(10))
+            lines.append(f"{len(roles):,} genes by how much they differ between groups ({first}, ...): {roles_path}")
+        table.write_h5ad(folder / target.name)
     return "\n".join(lines)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name of the same ending, then rename it.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}). Choose another --output.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _write_networks(table: "AnnData", target: Path, config: "EmbedConfig") -> list[str]:
-    """Write each group's network as GraphML, and the links of all groups as `obsp["perturbgene_network"]`."""
+def _write_networks(table: "AnnData", paths: Mapping[str, Path], config: EmbedConfig) -> list[str]:
+    """Write each group's network as GraphML, and put the links of all groups into `obsp["perturbgene_network"]`."""
     import networkx
 
-    groups, lines = list(table.obs["group"].cat.categories), []
-    names = _file_parts(groups)
-    places, weights = [np.zeros((0, 2), dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
-    for group in groups:
-        rows, links_gg = _links(
-            table, group, top_k=config.top_k, min_similarity=config.min_similarity, min_cells=config.min_cells
-        )
-        path = target.with_suffix(f".{names[group]}.graphml" if len(groups) > 1 else ".graphml")
+    lines, places, weights = [], [np.zeros((0, 2), dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
+    options = {name: getattr(config, name) for name in ("top_k", "min_similarity", "min_cells")}
+    for group, path in paths.items():
+        rows, links_gg = _links(table, group, **options)
         graph = _graph(table, rows, links_gg)
-        write_whole(path, partial(networkx.write_graphml, graph))
-        lines.append(f"{group}: {graph.number_of_nodes():,} genes, {graph.number_of_edges():,} links, {path}")
+        networkx.write_graphml(graph, path)
+        lines.append(f"{group}: {graph.number_of_nodes():,} genes, {graph.number_of_edges():,} links, in {path.name}")
         links = links_gg.tocoo()
         places.append(np.stack([rows[coords] for coords in links.coords], axis=1))
         weights.append(links.data)
-    place_e2 = np.concatenate(places)
-    shape = (table.n_obs, table.n_obs)
+    place_e2, shape = np.concatenate(places), (table.n_obs, table.n_obs)
     table.obsp[NETWORK_KEY] = sparse.csr_matrix((np.concatenate(weights), tuple(place_e2.T)), shape=shape)
     return lines
 
 
-def _file_parts(groups: Sequence[str]) -> dict[str, str]:
-    """Spell each group so that it may stand in the name of a file; the same spelling twice gets a number."""
+def file_names(groups: Sequence[str]) -> dict[str, str]:
+    """Spell each group so that it can be part of a file name; the same spelling twice gets a number.
+
+    Example:
+        >>> file_names(["a b", "a/b", "c"])
+        {'a b': 'a_b', 'a/b': 'a_b.1', 'c': 'c'}
+    """
     names: dict[str, str] = {}
     for number, group in enumerate(groups):
         name = re.sub(r"[^\w.+-]+", "_", group)

@@ -1,17 +1,16 @@
-"""Probabilities that mean what they say, and how strange a cell is: temperatures and quantiles of held-out cells.
+"""Calibrated probabilities, and how unusual a cell is: temperatures and quantiles fitted on held-out cells.
 
 Owns fitting, scoring, storing (`calibration.json` in the run) and looking up; leaves the logits to those who ask the
 model. Letters: n cells, k labels, q quantiles.
 
 A temperature T divides the logits of one phenotype under one question (Guo et al. 2017, "On calibration of modern
-neural networks", section 4.2): the answer stays, its probability moves. It is fitted on half of the held-out donors;
-log loss and calibration error before and after are those of the other half.
+neural networks", section 4.2): the most probable label stays the same, its probability changes. T is fitted on half of
+the held-out donors; log loss and calibration error before and after are those of the other half.
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,17 +18,20 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax, logsumexp, softmax
+
+from perturbgene.files import write_json
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.json"
 FORMAT_VERSION = 1
-#: Cells whose logits are kept for fitting at most: one number is fitted, which more cells hardly move.
+#: Most cells whose logits are kept for fitting: only one number is fitted.
 MOST_CELLS = 50_000
-#: Fewer labelled cells than this fit nothing; the temperature stays 1.
+#: With fewer labeled cells nothing is fitted; the temperature stays 1.
 LEAST_CELLS = 20
 NUM_BINS = 15  # of the calibration error, as in Guo et al.
+#: Limits of the logarithm of a temperature: 0.05 to 20.
 _LOG_BOUNDS = (-3.0, 3.0)
 
 
@@ -58,7 +60,7 @@ def calibration_error(logits_nk: np.ndarray, labels_n: np.ndarray, *, temperatur
         ...     calibration_error(logits_nk, np.array([0, 0, 0, 0, 0])), 6)
         (0.0, 0.2)
     """
-    probability_nk = np.exp(log_softmax(logits_nk / temperature, axis=-1))
+    probability_nk = softmax(logits_nk / temperature, axis=-1)
     confidence_n, is_right_n = probability_nk.max(axis=1), probability_nk.argmax(axis=1) == labels_n
     bin_n = np.minimum((confidence_n * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     gap_b = np.bincount(bin_n, weights=confidence_n - is_right_n, minlength=NUM_BINS)
@@ -66,7 +68,7 @@ def calibration_error(logits_nk: np.ndarray, labels_n: np.ndarray, *, temperatur
 
 
 def fit_temperature(logits_nk: np.ndarray, labels_n: np.ndarray) -> float:
-    """Return the temperature of the least log loss, within exp(-3)..exp(3).
+    """Return the temperature with the lowest log loss, within exp(-3)..exp(3).
 
     Example:
         >>> logits_nk = np.log(np.array([[0.99, 0.01]] * 10))  # says 99 %, is right 8 times of 10
@@ -85,15 +87,16 @@ def fit_temperature(logits_nk: np.ndarray, labels_n: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Temperature:
-    """What was fitted for one phenotype under one question.
+    """The temperature of one phenotype under one question.
 
     Args:
-        phenotype: Whose answer it is.
+        phenotype: The phenotype whose logits it divides.
         asked, given: Phenotypes asked in the same sequence (with this one), and given.
         temperature: Divides the logits.
-        num_cells: Labelled cells it was fitted on.
+        num_cells: Labeled cells it was fitted on.
         scores: `log_loss_before`, `log_loss_after`, `ece_before`, `ece_after` and `n` of the other half.
         energy_quantiles: 0, 1, ..., 100 % quantiles of the energy of held-out cells.
+        is_at_limit: True if the best temperature may be outside the range that was searched.
     """
 
     phenotype: str
@@ -103,21 +106,23 @@ class Temperature:
     num_cells: int
     scores: dict[str, float] = field(default_factory=dict)
     energy_quantiles: tuple[float, ...] = ()
+    is_at_limit: bool = False
 
     @property
     def key(self) -> tuple[str, frozenset[str], frozenset[str]]:
-        """By which it replaces an older one."""
+        """Identity: a newer temperature with the same key replaces this one."""
         return self.phenotype, frozenset(self.asked), frozenset(self.given)
 
     def distance(self, asked: Sequence[str], given: Sequence[str]) -> int:
-        """Count the phenotypes by which another question differs."""
+        """Count the phenotypes that differ between this question and another."""
         return len(set(self.asked) ^ set(asked)) + len(set(self.given) ^ set(given))
 
     def describe(self) -> str:
         """Say in words what it was fitted for."""
         with_ = f" with {', '.join(sorted(set(self.asked) - {self.phenotype}))}" if len(self.asked) > 1 else ""
         given = f" given {', '.join(self.given)}" if self.given else ""
-        return f"temperature {self.temperature:.3f}, fitted for {self.phenotype} asked{with_}{given or ' alone'}"
+        limit = ", the limit of its range" if self.is_at_limit else ""
+        return f"temperature {self.temperature:.3f}{limit}, fitted for {self.phenotype} asked{with_}{given or ' alone'}"
 
 
 def quantiles(values_n: np.ndarray) -> tuple[float, ...]:
@@ -138,29 +143,28 @@ def percentile(values_n: np.ndarray, quantiles_q: Sequence[float]) -> np.ndarray
     return np.interp(values_n, quantiles_q, np.linspace(0, 100, len(quantiles_q)))
 
 
-def split_halves(units_n: np.ndarray | None, *, num_cells: int) -> tuple[np.ndarray, str]:
-    """Halve the cells, whole donors together where there are at least two.
+def split_halves(donors_n: np.ndarray | None, *, num_cells: int) -> tuple[np.ndarray, str]:
+    """Split the cells in half, keeping each donor's cells together if there are at least two donors.
 
     Args:
-        units_n: The donor of each cell, shape (n,), or None.
+        donors_n: The donor of each cell, shape (n,), or None.
         num_cells: n.
 
     Returns:
-        True for cells to fit on, shape (n,), and how the split was made. It depends on the donors' names alone.
+        True for cells to fit on, shape (n,), and "donors" or "cells". The split depends on the donors' names alone.
     """
-    units = np.zeros(num_cells) if units_n is None else units_n
-    names, unit_n = np.unique(units.astype(str), return_inverse=True)
+    names, donor_n = np.unique((np.zeros(num_cells) if donors_n is None else donors_n).astype(str), return_inverse=True)
     if len(names) < 2:
         order = np.argsort([hashlib.sha256(b"%d" % cell).digest()[:8] for cell in range(num_cells)], kind="stable")
         is_fitted_n = np.zeros(num_cells, dtype=bool)
         is_fitted_n[order[: num_cells // 2]] = True
         return is_fitted_n, "cells"
     order = np.argsort([hashlib.sha256(str(name).encode()).digest() for name in names], kind="stable")
-    before_u = np.concatenate([[0], np.cumsum(np.bincount(unit_n)[order])])[:-1]
-    is_fitted_u = np.zeros(len(names), dtype=bool)
-    is_fitted_u[order] = before_u < num_cells / 2
-    is_fitted_u[order[-1]] = False  # one donor at least on either side
-    return is_fitted_u[unit_n], "donors"
+    before_d = np.concatenate([[0], np.cumsum(np.bincount(donor_n)[order])])[:-1]
+    is_fitted_d = np.zeros(len(names), dtype=bool)
+    is_fitted_d[order] = before_d < num_cells / 2
+    is_fitted_d[order[-1]] = False  # at least one donor on either side
+    return is_fitted_d[donor_n], "donors"
 
 
 def fit(
@@ -183,18 +187,27 @@ def fit(
     is_known_n = labels_n >= 0
     first, second = is_known_n & is_fitted_n, is_known_n & ~is_fitted_n
     temperature = fit_temperature(logits_nk[first], labels_n[first]) if first.sum() >= LEAST_CELLS else 1.0
+    is_at_limit = bool(abs(np.log(temperature)) > _LOG_BOUNDS[1] - 1e-3)
     scores: dict[str, float] = {"n": int(second.sum())}
     for name, t in (("before", 1.0), ("after", temperature)) if second.any() else ():
         scores[f"log_loss_{name}"] = log_loss(logits_nk[second], labels_n[second], temperature=t)
         scores[f"ece_{name}"] = calibration_error(logits_nk[second], labels_n[second], temperature=t)
-    return Temperature(
-        phenotype, tuple(asked), tuple(given), temperature, int(first.sum()), scores, quantiles(energy(logits_nk))
-    )
+    fitted = Temperature(
+        phenotype, tuple(asked), tuple(given), temperature, int(first.sum()), scores, quantiles(energy(logits_nk)),
+        is_at_limit,
+    )  # fmt: skip
+    if is_at_limit:
+        logger.warning(
+            "%s. The logits of these cells say %s about the labels, so the probabilities are not to be trusted.",
+            fitted.describe(),
+            "almost nothing" if temperature > 1 else "more than their size shows",
+        )
+    return fitted
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All that was fitted for a run, and on what.
+    """All temperatures of a run, and what they were fitted on.
 
     Args:
         temperatures: One for each phenotype and question.
@@ -209,12 +222,12 @@ class Calibration:
     weights: str = ""
 
     def nearest(self, phenotype: str, *, asked: Sequence[str], given: Sequence[str]) -> Temperature | None:
-        """Return what was fitted for the question that differs by the fewest phenotypes, None without any."""
+        """Return the temperature of the question that differs in the fewest phenotypes; None without any."""
         own = [entry for entry in self.temperatures if entry.phenotype == phenotype]
         return min(own, key=lambda entry: entry.distance(asked, given), default=None)
 
     def joined(self, newer: "Calibration") -> "Calibration":
-        """Return the newer one with what only the older has, when both are of the same weights."""
+        """Return the newer one, plus the temperatures that only this one has if both are of the same weights."""
         if self.weights != newer.weights:
             return newer
         known = {entry.key for entry in newer.temperatures}
@@ -223,17 +236,14 @@ class Calibration:
         return Calibration((*kept, *newer.temperatures), genes, newer.split, newer.weights)
 
     def save(self, run: str | Path) -> Path:
-        """Write `calibration.json` into a run folder, by way of a temporary name."""
+        """Write `calibration.json` into a run folder, whole or not at all."""
         path = Path(run) / CALIBRATION_FILE
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, {"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
         return path
 
 
 def read_calibration(run: str | Path) -> Calibration | None:
-    """Return what `evaluate` fitted for a run; None, said once, when there is none or it belongs to other weights."""
+    """Return what `evaluate` fitted for a run; None without it, and with a warning if it belongs to other weights."""
     path = Path(run) / CALIBRATION_FILE
     if not path.is_file():
         return None
@@ -248,16 +258,16 @@ def read_calibration(run: str | Path) -> Calibration | None:
         genes = tuple(content.pop("gene_quantiles"))
         calibration = Calibration(tuple(entries), genes, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s cannot be used (%s): probabilities stay as they are. Run `evaluate` again.", path, error)
+        logger.warning("%s cannot be used (%s): probabilities are not calibrated. Run `evaluate` again.", path, error)
         return None
     if calibration.weights != weights_hash(run):
-        logger.warning("%s was fitted for other weights: probabilities stay as they are. Run `evaluate` again.", path)
+        logger.warning("%s was fitted for other weights: probabilities are not calibrated. Run `evaluate` again.", path)
         return None
     return calibration
 
 
 def weights_hash(run: str | Path) -> str:
-    """Return the SHA-256 of a run's weights; "" where the folder holds none."""
+    """Return the SHA-256 of a run's weights; "" if the folder holds none."""
     digest, files = hashlib.sha256(), sorted(Path(run).glob("*.safetensors"))
     for path in files:
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
 """A trained run, loaded: the model with the tokenizer it was trained with, on its device.
 
-Owns what a run folder must hold, which device is meant and what an answer says of its origin; leaves asking it
-anything to the verbs.
+Owns what a run folder must hold, the choice of device, and where a result came from; leaves questions to the verbs.
+Letters: m positions, h hidden size.
 """
 
 import json
@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from perturbgene import __version__
+from perturbgene.cli.verbs import MASK_RATES, MlmConfig
+from perturbgene.configs import BaseConfig, load_config
+from perturbgene.data_utils.data_collators import Batch
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
+from perturbgene.eval_utils import inference_mode, to_device
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 
 
@@ -24,7 +29,7 @@ class Run:
 
     Args:
         model: In evaluation mode, on its device.
-        tokenizer: That the weights were trained with.
+        tokenizer: The one that the weights were trained with.
         path: The run folder.
     """
 
@@ -45,14 +50,41 @@ class Run:
 
     @property
     def category(self) -> str:
-        """The phenotype that a classifier names; "" for a masked model."""
+        """The phenotype that a classifier predicts; "" for a masked model."""
         return self.model.config.phenotype_category or ""
 
     @property
     def binary_label(self) -> str | None:
-        """The label that a classifier tells from all others; None when its classes are all labels."""
+        """The one label that a one-against-rest classifier recognizes; None when its classes are all labels."""
         is_binary = self.is_classifier and self.class_labels != list(self.tokenizer.phenotypes[self.category])
         return self.class_labels[1] if is_binary else None
+
+    @property
+    def settings(self) -> BaseConfig | None:
+        """The settings that the run was trained with; None where only weights and tokenizer are left."""
+        path = Path(self.path) / "run.yaml"
+        return load_config(path) if path.exists() else None
+
+    @property
+    def mask_rates(self) -> dict[str, float]:
+        """How much of a cell was masked in training, by the names of `DataCollatorForPhenotypicMLM`."""
+        settings = self.settings
+        rates = settings.mask_rates if isinstance(settings, MlmConfig) else {}
+        return {name: rates.get(name, getattr(MlmConfig, name)) for name in MASK_RATES}
+
+    def require_mlm(self, what: str) -> None:
+        """Raise an InputError when this is a classifier, which cannot be asked for `what`."""
+        if self.is_classifier:
+            raise InputError(f"{self.path} is a classifier, which cannot be asked for {what}. Give an mlm run.")
+
+    def hidden_at(self, batch: Batch, positions_m: np.ndarray) -> np.ndarray:
+        """Run the encoder on a packed batch; return its final states at ascending flat positions, float32 (m, h)."""
+        if not len(positions_m):
+            return np.zeros((0, self.model.config.hidden_size), dtype=np.float32)
+        reads = {"read_positions": torch.from_numpy(positions_m.astype(np.int64))}
+        with inference_mode(self.model):
+            encoded = self.model.genebert(**to_device({**batch, **reads}, self.model.device))
+        return encoded.last_hidden_state.float().cpu().numpy()
 
 
 def choose_device(device: str) -> torch.device:
@@ -68,11 +100,11 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_run(path: str | Path, *, device: str = "auto") -> Run:
-    """Load a run folder of `mlm` or `cls`.
+def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
+    """Load a run folder of `mlm` or `cls`; a run that is already loaded is returned as it is.
 
     Raises:
-        InputError: The folder is no run, its files are damaged, or weights and tokenizer do not belong together.
+        InputError: The folder is not a run, its files are damaged, or weights and tokenizer do not belong together.
 
     Example:
         >>> import perturbgene as pg
@@ -80,40 +112,46 @@ def load_run(path: str | Path, *, device: str = "auto") -> Run:
         >>> run.tokenizer.phenotypes["cell_type"]
         ('B cell', 'NK cell', 'monocyte')
     """
-    if not Path(path).is_dir():
-        reason = "is a file, not a folder" if Path(path).exists() else "does not exist"
-        raise InputError(f"run {path} {reason}. Give the --output_dir of an `mlm` or `cls` run.")
-    tokenizer = GeneTokenizer.from_pretrained(path)
+    if isinstance(run, Run):
+        return run
+    if not Path(run).is_dir():
+        reason = "is a file, not a folder" if Path(run).exists() else "does not exist"
+        raise InputError(f"run {run} {reason}. Give the --output_dir of an `mlm` or `cls` run.")
+    tokenizer = GeneTokenizer.from_pretrained(run)
     try:
-        config = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
+        config = GeneBertConfig.from_pretrained(run, trust_remote_code=False)
         is_classifier = "GeneBertForClassification" in (config.architectures or [])
         kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
-        model, report = kind.from_pretrained(path, output_loading_info=True)  # type: ignore[misc]
+        model, report = kind.from_pretrained(run, output_loading_info=True)  # type: ignore[misc]
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} holds no finished run ({reason}). Train it again or name another folder.") from error
+        raise InputError(f"{run} holds no finished run ({reason}). Train it again or name another folder.") from error
     strange = [*report["missing_keys"], *report["unexpected_keys"]]
     if strange or config.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise InputError(
-            f"{path}: weights and settings do not belong together ({listed(strange) or 'another tokenizer.json'}). "
+            f"{run}: weights and settings do not belong together ({listed(strange) or 'another tokenizer.json'}). "
             "Restore the folder as training wrote it."
         )
-    return Run(model.to(choose_device(device)).eval(), tokenizer, str(path))
+    return Run(model.to(choose_device(device)).eval(), tokenizer, str(run))
 
 
 def provenance(run: Run, question: Mapping[str, Any], *, coverage: float) -> dict[str, Any]:
-    """Say where an answer came from, for `uns["perturbgene"]`.
+    """Return where a result came from, for `uns["perturbgene"]`.
 
     Args:
-        run: That answered.
-        question: What was asked: text, numbers and lists of text as they are; anything else becomes JSON, as h5ad
-            files hold no nested None.
+        run: The run that was asked.
+        question: What was asked. Text, numbers and lists of text stay; anything else becomes JSON, since h5ad files
+            cannot hold a nested None.
         coverage: Share of the run's genes that the cells' file has, in 0..1.
     """
-    facts = {"version": __version__, "run": run.path, "tokenizer_fingerprint": run.tokenizer.fingerprint}
-    plain = {
-        name: list(value) if isinstance(value, list | tuple) else value
-        if isinstance(value, str | int | float) else json.dumps(value)
-        for name, value in question.items()
-    }  # fmt: skip
-    return {**facts, "gene_coverage": coverage, **plain}
+    facts: dict[str, Any] = {
+        "version": __version__,
+        "run": run.path,
+        "tokenizer_fingerprint": run.tokenizer.fingerprint,
+    }
+    for name, value in question.items():
+        if isinstance(value, list | tuple):
+            facts[name] = list(value)
+        else:
+            facts[name] = value if isinstance(value, str | int | float) else json.dumps(value)
+    return {**facts, "gene_coverage": coverage}

@@ -1,51 +1,58 @@
-"""What every verb that reads cells and writes a file shares: ranks, batches, results on disk, the target's door.
+"""Helpers for commands that stream cells through a model into one output file.
 
-Owns dividing cells among processes and keeping per-cell results out of memory until rank 0 writes them; leaves reading
-to the data set, h5ad files to `shards`, and what is asked to the verbs. Letters: n cells (m of one block), l tokens.
+Owns processes (ranks), token-limited batches, per-cell results on disk and the claim on the output; leaves reading to
+`data_utils` and what the model is asked to the verbs. Letters: n cells (m of one block), l tokens.
 
-The road of a verb, types at the arrows:
+How a command uses it:
 
-1. `Ranks.join(device)` -> which part of the cells is this process's; `check_target` -> the one file to read.
-2. `IterableAnnDataset(..., rank=ranks.rank, world_size=ranks.size)` -> `stream` -> `TokenBlock` of its own cells.
-3. `CellResults.write(block.cells_n, {"name": values_mx})` -> an array per name and rank, on disk beside the target.
-4. `CellResults.merge()` waits for all ranks -> `RowArray` per name, in row order, read slice by slice; rank 0 writes.
+1. `Ranks.join(device)`: this process's share of the cells. `claimed_output(config, ranks)`: one file in, one file out.
+2. `open_cells(...)` -> `IterableAnnDataset`; `stream_batches(dataset, ...)` -> `TokenBlock`s of this rank's cells.
+3. `CellResults.write(block.cells_n, {"name": values_mx})`: an array per name and rank, on disk next to the output.
+4. `CellResults.merge()` waits for all ranks; rank 0 gets a `RowArray` per name, reads it by slices and writes.
 """
 
+import dataclasses
 import datetime
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from perturbgene.cli.base import MatrixOptions
+from perturbgene.cli.verbs import FileOptions
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, label_text
 from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, listed
+from perturbgene.files import claimed, partial_path
+from perturbgene.inference.run import Run
 from perturbgene.urls import is_url, shown_path
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-
 logger = logging.getLogger(__name__)
 
-#: Name of the one group of all cells.
-ALL = "all"
+#: A process that ends early ends the others, so a long wait for the one that writes a large file does no harm.
 LONGEST_WAIT = datetime.timedelta(days=2)
-#: Cells of a batch at most, where a caller names no other number.
-BATCH_CELLS = 256
-#: Tokens of a batch at most, where a caller names no other number: about 0.4 GB of activations at width 512.
-BATCH_TOKENS = 32_768
+#: The one group of all cells.
+ALL = "all"
+
+#: Known phenotypes with their labels; None, or a name alone, means each cell's own label in `obs`.
+Given = Mapping[str, str | None] | Sequence[str]
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,14 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str = "auto") -> "Ranks":
-        """Meet the other processes that `torchrun` or `accelerate launch` started; alone without them."""
+        """Meet the other processes that `torchrun` or `accelerate launch` started; else it is alone."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState
 
-        # A process that ends early ends the others, so waiting long for one that writes a large file harms nobody.
         state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
         if state.process_index:
-            logging.getLogger("perturbgene").setLevel(logging.ERROR)  # rank 0 says it for all
+            logging.getLogger("perturbgene").setLevel(logging.ERROR)  # rank 0 reports for all
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
     @property
@@ -80,7 +86,7 @@ class Ranks:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """Return the device of this process: each of a machine's processes takes an accelerator of its own."""
+        """Return the device of this process: each process of a machine takes an accelerator of its own."""
         import torch
 
         if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
@@ -88,32 +94,31 @@ class Ranks:
         return name
 
     def barrier(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have reached this point."""
         if self.size > 1:
             import torch
 
             torch.distributed.barrier()
 
 
-class Blocks(Protocol):
-    """Cells in blocks, as `IterableAnnDataset` yields them."""
+#: A single process.
+ALONE = Ranks()
 
-    def __len__(self) -> int:
-        """Cells of this rank."""
 
-    def blocks(self) -> Iterator[TokenBlock]:
-        """Yield them."""
+# -- input and output files ---------------------------------------------------------------------------------------
 
 
 def check_target(source: str, target: str | Path, *, overwrite: bool, verb: str) -> tuple[str, Path]:
     """Return the one file to read and the path to write.
 
     Raises:
-        InputError: The target exists or is the input itself, or the input names no file or several.
+        InputError: The target exists, is a folder or the input itself, or the input names no file or several.
     """
     target = Path(target).expanduser()
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
+    if target.is_dir():
+        raise InputError(f"{target} cannot be written (it is a folder). Choose another --output.")
     paths = expand_paths([source])
     if len(paths) > 1:
         raise InputError(f"{shown_path(source)} names {len(paths):,} files, but {verb} writes one file. Name one file.")
@@ -122,12 +127,25 @@ def check_target(source: str, target: str | Path, *, overwrite: bool, verb: str)
     return paths[0], target
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
+@contextmanager
+def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[str, Path]]:
+    """Yield the file to read and the file to write, which no other command may write in the meantime.
+
+    Raises:
+        InputError: See `check_target`; or another process is writing the output, or it cannot be written.
+    """
+    target = Path(config.output).expanduser()
+    with claimed(target, flag="output") if ranks.is_main else nullcontext():
+        yield check_target(config.input, target, overwrite=config.overwrite, verb=config.verb)
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """Return the error for an output that cannot be written."""
     return InputError(f"{path} cannot be written ({error}). Choose another --output.")
 
 
 def read_cells(path: str | Path) -> "AnnData":
-    """Read a whole h5ad file, or what a URL leads to, into memory: for notebooks, not for a million cells.
+    """Read a whole h5ad file, or the one at a URL, into memory: for notebooks, not for a million cells.
 
     Raises:
         InputError: There is no such file, or several.
@@ -140,30 +158,142 @@ def read_cells(path: str | Path) -> "AnnData":
     return anndata.read_h5ad(local_path(paths[0]))
 
 
-def token_batches(block: TokenBlock, *, most_tokens: int = BATCH_TOKENS) -> Iterator[tuple[slice, TokenBlock]]:
-    """Cut a block into batches of neighbouring cells that hold at most so many tokens; a longer cell goes alone.
+# -- opening cells ------------------------------------------------------------------------------------------------
+
+
+def reading_options(config: FileOptions) -> dict[str, Any]:
+    """Return the arguments of `IterableAnnDataset` that a verb's settings hold."""
+    names = [declared.name for declared in dataclasses.fields(MatrixOptions)]
+    return {name: getattr(config, name) for name in ("batch_size", "min_gene_coverage", *names)}
+
+
+def given_labels(given: Given | None) -> dict[str, str | None]:
+    """Return given phenotypes with their labels; a name alone means each cell's own label in `obs`.
+
+    Example:
+        >>> given_labels(["tissue"]), given_labels("tissue"), given_labels({"tissue": "lung"}), given_labels(None)
+        ({'tissue': None}, {'tissue': None}, {'tissue': 'lung'}, {})
+    """
+    if isinstance(given, str):
+        return {given: None}
+    return dict(given) if isinstance(given, Mapping) else dict.fromkeys(given or ())
+
+
+def constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -> dict[str, int]:
+    """Return the input id of each label that is given for all cells.
+
+    Raises:
+        InputError: A label is not in the vocabulary.
+    """
+    constants = {name: tokenizer.vocabulary.label_id(name, label) for name, label in given.items() if label is not None}
+    for name, id_ in constants.items():
+        if id_ == ABSENT:
+            known = listed(tokenizer.phenotypes[name], most=12)
+            raise InputError(f"{name}={given[name]} is not in the run's vocabulary. Choose one of: {known}.")
+    return constants
+
+
+def reading_tokenizer(tokenizer: GeneTokenizer, read: Sequence[str], *, num_slots: int | None = None) -> GeneTokenizer:
+    """Return a tokenizer that reads only the labels of some phenotypes.
+
+    A long cell keeps the same genes as in training, whatever is read: room that unread phenotypes leave is not filled
+    with genes, else an answer would depend on which labels a file has.
+
+    Args:
+        tokenizer: The run's.
+        read: Phenotypes whose labels are read.
+        num_slots: Most phenotypes in one sequence; None means those that are read.
+    """
+    num_slots = max(len(tokenizer.included_phenotypes), len(read) if num_slots is None else num_slots)
+    max_length = max(3 + len(read), tokenizer.max_length - num_slots + len(read))
+    return tokenizer.with_settings(included=list(read), max_length=max_length)
+
+
+def open_cells(
+    data: Any,
+    run: Run,
+    given: Mapping[str, str | None],
+    *,
+    tokenizer: GeneTokenizer | None = None,
+    ranks: Ranks = ALONE,
+    **reading: Any,
+) -> IterableAnnDataset:
+    """Open this rank's share of a file (or AnnData).
+
+    Args:
+        data: Path, URL or AnnData.
+        run: Whose genes and labels are read.
+        given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
+        tokenizer: See `reading_tokenizer`; None reads the given phenotypes.
+        ranks: Which of the processes this is.
+        reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
+
+    Raises:
+        InputError: A phenotype or label is unknown, or `obs` lacks the column of one that is read from it.
+    """
+    for category in given:
+        run.tokenizer.vocabulary.check_category(category)
+    options = {"batch_size": FileOptions.batch_size, **reading, "rank": ranks.rank, "world_size": ranks.size}
+    options["constant_labels"] = constant_labels(run.tokenizer, given)
+    dataset = IterableAnnDataset(data, tokenizer or reading_tokenizer(run.tokenizer, list(given)), **options)
+    for index in range(len(dataset.shards)):
+        for name in [name for name, label in given.items() if label is None]:
+            dataset.shards[index].source.obs_column(name)  # raises where it is missing
+    return dataset
+
+
+def read_groups(
+    dataset: IterableAnnDataset, column: str | None, *, flag: str = "groupby"
+) -> tuple[list[str], np.ndarray]:
+    """Return the sorted values of a column of `obs` and each cell's index among them.
+
+    Returns:
+        Group names, and an int64 array of shape (n,), -1 for cells without a value; without a column all cells are one
+        group.
+
+    Raises:
+        InputError: There is no such column, or it is empty.
+    """
+    if column is None:
+        return [ALL], np.zeros(dataset.num_cells, dtype=np.int64)
+    factor = pd.Categorical(dataset.shards[0].source.obs_column(column))
+    names = [label_text(value) for value in factor.categories]
+    groups = sorted({name for name in names if name})
+    if not groups:
+        raise InputError(f"obs[{column!r}] has no value, so there are no groups. Change --{flag}.")
+    place = {name: at for at, name in enumerate(groups)}
+    code_of = np.array([*(place.get(name, ABSENT) for name in names), ABSENT], dtype=np.int64)
+    group_n = code_of[factor.codes]
+    if missing := int((group_n == ABSENT).sum()):
+        logger.warning("%d of %d cells have no %s and are left out", missing, len(group_n), column)
+    return groups, group_n
+
+
+# -- blocks of cells ----------------------------------------------------------------------------------------------
+
+
+def token_batches(
+    block: TokenBlock, *, most_tokens: int = FileOptions.batch_tokens
+) -> Iterator[tuple[slice, TokenBlock]]:
+    """Cut a block into batches of consecutive cells with at most `most_tokens` tokens; a longer cell is a batch alone.
 
     Yields:
-        Which cells of the block, and these cells.
+        Rows of the block, and their cells.
     """
-    lengths_n = np.diff(block.offsets_n1)
     start, total = 0, 0
-    for row, length in enumerate(lengths_n.tolist()):
+    for row, length in enumerate(np.diff(block.offsets_n1).tolist()):
         if row > start and total + length > most_tokens:
             yield slice(start, row), block.take(np.arange(start, row))
             start, total = row, 0
         total += length
-    if start == 0:
-        yield slice(0, len(block)), block
-    else:
-        yield slice(start, len(block)), block.take(np.arange(start, len(block)))
+    yield slice(start, len(block)), block.take(np.arange(start, len(block))) if start else block
 
 
 def stream_batches(
-    dataset: Blocks, *, text: str, ranks: Ranks, most_tokens: int = BATCH_TOKENS
+    dataset: IterableAnnDataset, *, text: str, ranks: Ranks = ALONE, most_tokens: int = FileOptions.batch_tokens
 ) -> Iterator[TokenBlock]:
-    """Yield this rank's cells in batches of at most so many tokens, with a progress bar in cells/s on rank 0."""
-    is_hidden = None if ranks.is_main else True  # None: hidden where there is no terminal
+    """Yield this rank's cells in batches of at most `most_tokens` tokens; rank 0 shows progress in a terminal."""
+    is_hidden = None if ranks.is_main else True  # None hides the bar where there is no terminal
     with tqdm(total=len(dataset), desc=text, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
         for block in dataset.blocks():
             for _, batch in token_batches(block, most_tokens=most_tokens):
@@ -172,8 +302,28 @@ def stream_batches(
 
 
 def has_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
-    """True for cells that express a gene of the panel, shape (n,): genes stand last, before [EOS]."""
+    """True for cells that express a gene of the panel, shape (n,): genes come last, before [EOS]."""
     return block.token_type_ids_l[block.offsets_n1[1:] - 2] >= tokenizer.first_gene_type
+
+
+@dataclass(frozen=True)
+class GeneTokens:
+    """The gene tokens of a block: position in the block, cell and panel index, each of shape (m,)."""
+
+    position_m: np.ndarray
+    cell_m: np.ndarray
+    gene_m: np.ndarray
+
+    @classmethod
+    def of(cls, block: TokenBlock, tokenizer: GeneTokenizer) -> "GeneTokens":
+        """Find the gene tokens of a block."""
+        position_m = np.flatnonzero(block.token_type_ids_l >= tokenizer.first_gene_type)
+        cell_m = np.searchsorted(block.offsets_n1, position_m, side="right") - 1
+        gene_m = block.token_type_ids_l[position_m].astype(np.int64) - tokenizer.first_gene_type
+        return cls(position_m, cell_m, gene_m)
+
+
+# -- results per cell ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -201,7 +351,7 @@ class RowArray:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Read neighbouring rows."""
+        """Read consecutive rows."""
         start, stop, step = rows.indices(len(self))
         assert step == 1, "rows are read in order"
         out, size = np.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype), len(self.parts)
@@ -223,11 +373,11 @@ class CellResults:
     Args:
         num_cells: Over all ranks; rank r owns rows r, r + size, ... as an unshuffled data set deals them.
         ranks: Which of the processes this is.
-        folder: Where the arrays lie; None keeps them in memory, which only a single process may.
+        folder: Where the arrays are; None keeps them in memory, which only a single process may.
     """
 
     num_cells: int
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
     folder: Path | None = None
     _arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -241,17 +391,17 @@ class CellResults:
     def _create(self, name: str, values_mx: np.ndarray) -> np.ndarray:
         num_rows = len(range(self.ranks.rank, self.num_cells, self.ranks.size))
         shape, dtype = (num_rows, *values_mx.shape[1:]), values_mx.dtype
-        self._arrays[name] = np.empty(0)  # takes its number, by which its file is called
+        self._arrays[name] = np.empty(0)  # takes its number, which names its file
         if self.folder is None or not num_rows:
             return np.zeros(shape, dtype=dtype)
         path = self._path(name, self.ranks.rank)
         try:
             array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and would be a dead process later
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later it would be SIGBUS
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         return array
 
     def write(self, cells_m: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
@@ -270,39 +420,54 @@ class CellResults:
     def merge(self) -> dict[str, RowArray]:
         """Wait for all ranks and return each result over all cells, in row order; other ranks get nothing.
 
-        A rank without cells has no part, so there must be at least one cell.
+        A rank without cells has no arrays, so there must be at least one cell.
         """
         for array in self._arrays.values():
             if isinstance(array, np.memmap):
                 array.flush()
         self.ranks.barrier()
-        return {name: self._merged(name) for name in self._arrays} if self.ranks.is_main else {}
+        merged = {}
+        for name, own in self._arrays.items() if self.ranks.is_main else ():
+            num_others = min(self.ranks.size, self.num_cells) - 1
+            others = [np.load(self._path(name, rank), mmap_mode="r") for rank in range(1, num_others + 1)]
+            empty = [np.zeros((0, *own.shape[1:]), dtype=own.dtype)] * (self.ranks.size - num_others - 1)
+            merged[name] = RowArray([own, *others, *empty], (self.num_cells, *own.shape[1:]))
+        return merged
 
-    def _merged(self, name: str) -> RowArray:
-        parts = [self._arrays[name]]
-        for rank in range(1, min(self.ranks.size, self.num_cells)):
-            parts.append(np.load(self._path(name, rank), mmap_mode="r"))
-        missing = max(0, self.ranks.size - len(parts))
-        parts += [np.zeros((0, *parts[0].shape[1:]), dtype=parts[0].dtype)] * missing
-        return RowArray(parts, (self.num_cells, *parts[0].shape[1:]))
+    def sum_over_ranks(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Add arrays over all ranks, in the order of the ranks; ranks other than the first get their own back."""
+        if self.ranks.size == 1:
+            return list(arrays)
+        assert self.folder is not None  # several processes meet on disk
+        for number, array in enumerate(arrays):
+            np.save(self.folder / f"sum{number:03d}.{self.ranks.rank:05d}.npy", array)
+        self.ranks.barrier()
+        if not self.ranks.is_main:
+            return list(arrays)
+        added = []
+        for number, own in enumerate(arrays):
+            paths = [self.folder / f"sum{number:03d}.{rank:05d}.npy" for rank in range(self.ranks.size)]
+            added.append(sum((np.load(path) for path in paths), start=np.zeros_like(own)))
+        return added
 
 
 @contextmanager
-def cell_results(target: str | Path, *, num_cells: int, ranks: Ranks = Ranks()) -> Iterator[CellResults]:
-    """Keep per-cell results in a hidden folder beside the target, `.TARGET.part`, which is removed at the end.
+def cell_results(target: str | Path, *, num_cells: int, ranks: Ranks = ALONE) -> Iterator[CellResults]:
+    """Keep per-cell results in a hidden folder next to the claimed output, which is removed at the end.
+
+    What a killed process left there is removed first; `claimed_output` keeps out processes that are alive.
 
     Raises:
         InputError: The folder cannot be written.
     """
-    target = Path(target)
-    folder = target.with_name(f".{target.name}.part")
+    folder = partial_path(f"{target}.cells")
     try:
         if ranks.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(folder, ignore_errors=True)
             try:
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, mode=0o700)
             except OSError as error:
-                raise _unwritable(target, error) from error
+                raise unwritable(Path(target), error) from error
         ranks.barrier()
         yield CellResults(num_cells, ranks, folder)
         ranks.barrier()
@@ -312,57 +477,9 @@ def cell_results(target: str | Path, *, num_cells: int, ranks: Ranks = Ranks()) 
 
 
 def collect_results(
-    parts: CellResults, batches: Iterator[TokenBlock], answer: Callable[[TokenBlock], Mapping[str, np.ndarray]]
+    results: CellResults, batches: Iterator[TokenBlock], compute: Callable[[TokenBlock], Mapping[str, np.ndarray]]
 ) -> dict[str, RowArray]:
-    """Answer every batch, keep the results and merge them."""
+    """Compute results of every batch, keep them and merge them over ranks."""
     for block in batches:
-        parts.write(block.cells_n, answer(block))
-    return parts.merge()
-
-
-def read_groups(
-    dataset: "IterableAnnDataset", column: str | None, *, flag: str = "groupby"
-) -> tuple[list[str], np.ndarray]:
-    """Return the groups of a column of `obs` and the index of each cell's group, int64 of shape (n,), -1 if missing.
-
-    Without a column, all cells are one group.
-
-    Raises:
-        InputError: There is no such column, or it is empty.
-    """
-    if column is None:
-        return [ALL], np.zeros(dataset.num_cells, dtype=np.int64)
-    factor = pd.Categorical(dataset.shards[0].source.obs_column(column))
-    names = [label_text(value) for value in factor.categories]
-    groups = sorted({name for name in names if name})
-    place = {name: at for at, name in enumerate(groups)}
-    code_of = np.array([*(place.get(name, ABSENT) for name in names), ABSENT], dtype=np.int64)
-    group_n = code_of[factor.codes]
-    if not groups:
-        raise InputError(f"obs[{column!r}] has no value, so there are no groups. Change --{flag}.")
-    if missing := int((group_n == ABSENT).sum()):
-        logger.warning("%d of %d cells have no %s and are left out", missing, len(group_n), column)
-    return groups, group_n
-
-
-def reading_options(config: Any) -> dict[str, Any]:
-    """Return the arguments of `IterableAnnDataset` that a verb's settings hold."""
-    names = ("batch_size", "layer", "gene_id_column", "missing_labels", "min_gene_coverage")
-    return {name: getattr(config, name) for name in names}
-
-
-def sum_over_ranks(arrays: Sequence[np.ndarray], parts: CellResults) -> list[np.ndarray]:
-    """Add arrays over all ranks, in the order of the ranks; ranks other than the first get their own back."""
-    if parts.ranks.size == 1:
-        return list(arrays)
-    assert parts.folder is not None  # several processes meet on disk
-    for number, array in enumerate(arrays):
-        np.save(parts.folder / f"sum{number:03d}.{parts.ranks.rank:05d}.npy", array)
-    parts.ranks.barrier()
-    if not parts.ranks.is_main:
-        return list(arrays)
-    added = []
-    for number in range(len(arrays)):
-        of_ranks = (np.load(parts.folder / f"sum{number:03d}.{rank:05d}.npy") for rank in range(parts.ranks.size))
-        added.append(sum(of_ranks, start=np.zeros_like(arrays[number])))
-    return added
+        results.write(block.cells_n, compute(block))
+    return results.merge()

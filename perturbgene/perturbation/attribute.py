@@ -20,13 +20,20 @@ from torch import Tensor
 from perturbgene.cli.verbs import AttributeConfig
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.embedding.states import ALONE, GeneTokens, as_run
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
 from perturbgene.files import check_new, claimed, whole_files, write_json
-from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.run import Run, load_run, provenance
-from perturbgene.inference.streaming import Ranks, check_target, has_genes, reading_options
+from perturbgene.inference.streaming import (
+    ALONE,
+    GeneTokens,
+    Given,
+    Ranks,
+    check_target,
+    given_labels,
+    has_genes,
+    reading_options,
+)
 from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects, write_table
 from perturbgene.perturbation.readouts import LabelReadout, in_budget, readout_of, sequences, token_budget
 from perturbgene.perturbation.screening import screen_removals
@@ -205,7 +212,7 @@ def attribute(
         run="loaded", input="in memory", output="returned.csv", ask=ask, num_check_cells=num_check_cells, device=device,
         batch_tokens=batch_tokens, **reading,
     )  # fmt: skip
-    run, given = as_run(model, device=device), given_labels(given)
+    run, given = load_run(model, device=device), given_labels(given)
     readout, labels = label_question(run, ask, given)
     cells = GroupedCells.open(adata, run, readout, given=given, **reading_options(config))
     return _attribute(run, cells, readout, labels, config)

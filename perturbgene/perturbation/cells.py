@@ -25,13 +25,11 @@ from tqdm.auto import tqdm
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.embedding.states import ALONE
 from perturbgene.errors import InputError
 from perturbgene.files import whole_file
-from perturbgene.inference.asking import constant_labels
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import Ranks, read_groups
+from perturbgene.inference.streaming import ALONE, Ranks, constant_labels, read_groups
 from perturbgene.perturbation.readouts import Readout, most_genes
 from perturbgene.urls import is_url, shown_path
 

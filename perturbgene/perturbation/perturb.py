@@ -20,11 +20,18 @@ import pandas as pd
 
 from perturbgene.cli.verbs import PerturbationKind, PerturbConfig, Pooling, Precision
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.embedding.states import ALONE, GeneTokens, as_run
 from perturbgene.files import check_new, claimed, whole_files, write_json
-from perturbgene.inference.asking import Given, given_labels
 from perturbgene.inference.run import Run, load_run, provenance
-from perturbgene.inference.streaming import ALL, Ranks, check_target, reading_options
+from perturbgene.inference.streaming import (
+    ALL,
+    ALONE,
+    GeneTokens,
+    Given,
+    Ranks,
+    check_target,
+    given_labels,
+    reading_options,
+)
 from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects, write_table
 from perturbgene.perturbation.edits import ALL_GENES, REMOVED, Perturbations, changed_pairs, perturbations_of
 from perturbgene.perturbation.readouts import Readout, exact_effects, readout_of, sequences
@@ -319,7 +326,7 @@ def perturb(
         num_controls=num_controls, min_cells=min_cells, device=device, precision=precision,
         batch_tokens=batch_tokens, **reading,
     )  # fmt: skip
-    experiment = Experiment.open(adata, as_run(model, device=device), config, given_labels(given))
+    experiment = Experiment.open(adata, load_run(model, device=device), config, given_labels(given))
     return effect_table(experiment, compute(experiment))
 
 

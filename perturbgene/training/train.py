@@ -28,7 +28,8 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import expand_paths, identity
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, StoppedError, listed
-from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Question, results_json, standard_questions
+from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Question, standard_questions, without_nan
+from perturbgene.files import write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.plots import loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
@@ -346,7 +347,7 @@ def _finish(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTo
 
     def write_more(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
-        (folder / METRICS_FILE).write_text(results_json(results), encoding="utf-8")
+        write_json(folder / METRICS_FILE, without_nan(results), indent=1)
         assert isinstance(trainer.train_dataset, IterableAnnDataset)
         card = _model_card(config, tokenizer, results, sum(trainer.train_dataset.sizes))
         (folder / CARD_FILE).write_text(card, encoding="utf-8")

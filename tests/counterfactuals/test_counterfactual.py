@@ -22,10 +22,9 @@ from perturbgene.counterfactuals.counterfactual import choose_cells, counterfact
 from perturbgene.counterfactuals.statistics import against_null, change_table, pool_groups, squared_errors, weigh_strata
 from perturbgene.data_utils.binning import BinEdges
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, pack
-from perturbgene.embedding.states import open_cells
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import cell_results
+from perturbgene.inference.streaming import cell_results, open_cells
 from perturbgene.main import main
 from perturbgene.plots import changes_figure
 from tests.inference.test_streaming import ThreadRanks

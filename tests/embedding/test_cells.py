@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from perturbgene.embedding.cells import KEY, embed
+from perturbgene.embedding.cells import KEY, embed, label_embeddings
 from perturbgene.embedding.genes import gene_embeddings
-from perturbgene.embedding.states import find_genes, label_embeddings
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
 from perturbgene.main import main
@@ -163,7 +162,7 @@ def test_a_gene_that_no_cell_has_is_nan_everywhere(run: Run, cells: ad.AnnData) 
 def test_genes_are_found_by_id_version_and_symbol() -> None:
     ids = [f"ENSG0000000000{at}" for at in range(9)]
     tokenizer = a_run(genes=ids, gene_symbols=[*"ABCDEFGHI"]).tokenizer
-    assert find_genes(tokenizer, ["C", ids[7], f"{ids[1]}.5"]).tolist() == [2, 7, 1]
+    assert tokenizer.panel.find_all(["C", ids[7], f"{ids[1]}.5"], flag="genes").tolist() == [2, 7, 1]
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

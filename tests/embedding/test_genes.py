@@ -12,11 +12,21 @@ import pytest
 
 from perturbgene.embedding import genes as gene_means
 from perturbgene.embedding.cells import KEY, embed
-from perturbgene.embedding.genes import gene_embeddings, gene_network, gene_roles, halves, sum_genes
-from perturbgene.embedding.states import open_cells
+from perturbgene.embedding.genes import (
+    centered,
+    gene_embeddings,
+    gene_network,
+    gene_roles,
+    halves,
+    nearest_genes,
+    role_distances,
+    role_table,
+    sum_genes,
+    unit_rows,
+)
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import cell_results, read_groups
+from perturbgene.inference.streaming import cell_results, open_cells, read_groups
 from perturbgene.main import main
 from tests.inference.test_streaming import ThreadRanks
 from tests.nine_genes import GENES
@@ -83,17 +93,17 @@ def test_the_distance_of_halves_compares_means_without_their_common_part(run: Ru
 def test_ranks_add_up_to_the_sums_of_one_process(run: Run, cells: ad.AnnData, tmp_path: Path) -> None:
     meeting = threading.Barrier(3)
 
-    def sums_of(rank: int) -> np.ndarray:
+    def means_of(rank: int) -> np.ndarray:
         ranks = ThreadRanks(rank, 3, meeting=meeting)
         dataset = open_cells(cells, run, {}, ranks=ranks)
         groups, group_n = read_groups(dataset, "tissue")
         with cell_results(tmp_path / "out", num_cells=60, ranks=ranks) as parts:
-            return sum_genes(run, dataset, groups=groups, group_n=group_n, parts=parts).means()
+            return sum_genes(run, dataset, groups=groups, group_n=group_n, results=parts).table(groups).X
 
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(sums_of, range(3)))
+        found = list(pool.map(means_of, range(3)))
     table = gene_embeddings(cells, run, groupby="tissue")
-    np.testing.assert_allclose(found[0].reshape(-1, HIDDEN), table.X, atol=1e-6)
+    np.testing.assert_allclose(found[0], table.X, atol=1e-6)
 
 
 def test_a_column_with_a_value_per_cell_is_refused_where_sums_would_not_fit(
@@ -157,6 +167,72 @@ def test_one_group_has_no_roles(run: Run, cells: ad.AnnData) -> None:
         gene_roles(gene_embeddings(cells, run))
 
 
+# -- nearest genes and roles on hand-made vectors ----------------------------------------------------------------
+
+FOUR = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+
+
+def test_a_vector_without_length_stays_zero() -> None:
+    np.testing.assert_allclose(unit_rows(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
+
+
+def test_the_common_part_is_the_mean_over_tokens_and_genes_without_cells_do_not_count() -> None:
+    found = centered(np.array([[1.0, 0], [5.0, 4.0], [np.nan, np.nan]]), np.array([3, 1, 0]))
+    np.testing.assert_allclose(found[:2], [[-1.0, -1.0], [3.0, 3.0]])
+
+
+def test_links_hold_the_cosine_in_both_directions_and_none_to_the_gene_itself() -> None:
+    links = nearest_genes(FOUR, top_k=1).toarray()
+    cosine = 1 / np.sqrt(1.01)
+    np.testing.assert_allclose(links, [[0, cosine, 0, 0], [cosine, 0, 0, 0], [0, 0, 0, cosine], [0, 0, cosine, 0]])
+
+
+def test_a_gene_may_get_more_links_than_start_from_it() -> None:
+    hub = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    links = nearest_genes(hub, top_k=1, min_similarity=0.5).toarray() > 0
+    assert links.sum(axis=1).tolist() == [2, 1, 1]
+
+
+def test_weak_links_are_left_out() -> None:
+    assert nearest_genes(FOUR, top_k=3, min_similarity=0.9).nnz == 4
+    assert nearest_genes(FOUR, top_k=3, min_similarity=-1).nnz == 12
+
+
+@pytest.mark.parametrize("num_genes", [0, 1])
+def test_too_few_genes_have_no_links(num_genes: int) -> None:
+    links = nearest_genes(np.ones((num_genes, 3)), top_k=5)
+    assert (links.shape, links.nnz) == ((num_genes, num_genes), 0)
+
+
+def test_a_distance_needs_enough_cells_in_both_groups() -> None:
+    vectors = np.array([[[1.0, 0], [1, 0]], [[0, 1.0], [1, 0]], [[-1.0, 0], [1, 0]]])
+    counts = np.array([[9, 9], [9, 9], [9, 2]])
+    found = role_distances(vectors, counts, min_cells=3)
+    np.testing.assert_allclose(found[0], [[0, 1, 2], [1, 0, 1], [2, 1, 0]])
+    np.testing.assert_array_equal(np.isnan(found[1]), [[False, False, True], [False, False, True], [True] * 3])
+
+
+def test_genes_are_ranked_by_the_distance_beyond_the_noise_of_the_means() -> None:
+    distance = np.array([[[0, 1.0], [1.0, 0]], [[0, 0.8], [0.8, 0]], [[0, np.nan], [np.nan, 0]]])
+    noise = np.array([[1.6, 0.2, 0.0], [0.8, 0.2, 0.0]])
+    genes = pd.DataFrame({"gene": ["g0", "g1", "g2"]})
+    table = role_table(distance, noise, genes=genes, groups=["A", "B"])
+    assert table["gene"].tolist() == ["g1", "g0"]
+    np.testing.assert_allclose(table["mean_noise"], [0.1, 0.6])
+    np.testing.assert_allclose(table["excess"], [0.7, 0.4])
+    assert table["furthest_groups"].tolist() == ["A | B", "A | B"]
+
+
+def test_the_noise_to_expect_between_groups_is_a_quarter_of_the_sum_of_split_half_distances() -> None:
+    rng, num_cells, num_genes = np.random.default_rng(0), 200, 300
+    halves = 5 + rng.normal(size=(2, 2, num_genes, num_cells // 2, 6)).mean(axis=3)  # two groups that do not differ
+    unit = unit_rows(halves)
+    noise_kg = 1 - (unit[:, 0] * unit[:, 1]).sum(axis=-1)
+    distance = role_distances(halves.mean(axis=1), np.full((2, num_genes), num_cells), min_cells=1)
+    table = role_table(distance, noise_kg, genes=pd.DataFrame({"gene": range(num_genes)}), groups=["A", "B"])
+    assert table["mean_distance"].mean() == pytest.approx(table["mean_noise"].mean(), rel=0.15)
+
+
 # -- the command line ---------------------------------------------------------------------------------------------
 
 
@@ -187,7 +263,3 @@ def test_a_network_needs_no_groups(run: Run, cells: ad.AnnData, tmp_path: Path) 
     assert main(line.split()) == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"in.h5ad", "run", "genes.h5ad", "genes.graphml"}
-
-
-def test_groups_that_are_spelt_alike_get_files_of_their_own() -> None:
-    assert gene_means._file_parts(["a b", "a/b", "c"]) == {"a b": "a_b", "a/b": "a_b.1", "c": "c"}

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
+from perturbgene.cli.verbs import AnswerOptions
 from perturbgene.errors import InputError
-from perturbgene.inference.asking import AnswerOptions, Predictor, questions_of
 from perturbgene.inference.calibration import Calibration, Temperature
+from perturbgene.inference.predict import Predictor, questions_of
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import CellResults, RowArray
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM, load_preset
@@ -133,7 +134,7 @@ def test_an_audit_reads_the_other_phenotypes_of_each_cell(run, make_adata):
 def test_the_temperature_softens_probabilities_and_keeps_answers(run, make_adata, monkeypatch):
     before = asked(run, make_adata(CELLS), ask=["sex"])
     entry = Temperature("sex", ("sex",), (), 4.0, 50)
-    monkeypatch.setattr("perturbgene.inference.asking.read_calibration", lambda path: Calibration((entry,)))
+    monkeypatch.setattr("perturbgene.inference.predict.read_calibration", lambda path: Calibration((entry,)))
     after = asked(run, make_adata(CELLS), ask=["sex"])
     odds = before["predicted_sex_probability"] / before["predicted_sex_2_probability"]
     np.testing.assert_allclose(
@@ -142,6 +143,6 @@ def test_the_temperature_softens_probabilities_and_keeps_answers(run, make_adata
     pd.testing.assert_series_equal(after["predicted_sex"], before["predicted_sex"])
 
 
-def test_telling_checks_its_ranges():
-    with pytest.raises(InputError, match="abstain is 2, but must be a probability in 0..1. Change --abstain"):
+def test_options_check_their_ranges():
+    with pytest.raises(InputError, match=r"abstain is 2, but it must .* \[0, 1\]. Change --abstain"):
         AnswerOptions(abstain=2)

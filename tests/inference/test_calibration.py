@@ -77,6 +77,16 @@ def test_too_few_cells_fit_nothing() -> None:
     assert entry.temperature == 1.0
 
 
+@pytest.mark.parametrize(("sharpness", "is_at_limit"), [(100.0, True), (0.01, True), (3.0, False)])
+def test_a_temperature_at_the_limit_of_its_range_is_reported(
+    sharpness: float, is_at_limit: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    logits_nk, labels_n = drawn(400, sharpness=sharpness)
+    entry = fit(logits_nk, labels_n, np.arange(400) < 200, phenotype="x", asked=["x"], given=[])
+    assert entry.is_at_limit == is_at_limit
+    assert ("the limit of its range" in caplog.text) == ("the limit of its range" in entry.describe()) == is_at_limit
+
+
 def test_donors_stay_whole_and_the_split_depends_on_their_names_alone() -> None:
     donors_n = np.array(["a", "b", "c", "d"] * 25, dtype=object)
     is_fitted_n, how = split_halves(donors_n, num_cells=100)

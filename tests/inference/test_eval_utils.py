@@ -6,25 +6,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import softmax
 
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, block_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import (
     ClassEvaluator,
+    Confusion,
     MaskedTally,
     MlmEvaluator,
     PhenotypeTally,
     Question,
-    answer,
     gene_log_likelihood,
     inference_mode,
+    question_logits,
     run_evaluator,
     standard_questions,
     true_labels,
     write_results,
 )
-from perturbgene.metrics import Confusion
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.training.train import tokenizer_facts
 
@@ -36,6 +37,12 @@ SEXES = ["male", "female", "male", None, "female", "male"]
 def untrained(kind, tokenizer, **changes):
     torch.manual_seed(0)
     return kind(GeneBertConfig(**load_preset("tiny"), **tokenizer_facts(tokenizer), **changes)).eval()
+
+
+def answer(model, block, tokenizer, question):
+    """The probabilities of each asked phenotype's labels."""
+    logits = question_logits(model, block, tokenizer, question)
+    return {name: softmax(logits_nk, axis=-1) for name, logits_nk in logits.items()}
 
 
 @pytest.fixture
@@ -151,20 +158,27 @@ def test_hidden_genes_are_scored_by_the_log_probability_of_their_bins(model, mak
         log_probability_lv = torch.log_softmax(logits_lv, dim=1)
         told = [log_probability_lv[1, 11], *([log_probability_lv[2, 8]] if extra else [])]  # bin_3, bin_0
         possible.append(float(torch.stack(told).mean()))
-    found = gene_log_likelihood(model, block, four_gene_tokenizer)[0]
+    found = gene_log_likelihood(model, block, four_gene_tokenizer, mask_rates={})[0]
     assert min(abs(found - value) for value in possible) < 1e-5
 
 
-def test_more_draws_are_averaged_over_all_their_genes(model, cells, four_gene_tokenizer):
-    scores = [gene_log_likelihood(model, block_of(cells), four_gene_tokenizer, num_draws=n) for n in (1, 400)]
-    again = gene_log_likelihood(model, block_of(cells[3:]), four_gene_tokenizer, num_draws=400)
-    assert not np.allclose(*scores, atol=1e-3)
-    np.testing.assert_allclose(scores[1][3:], again, atol=1e-5)
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_genes_are_hidden_at_the_rate_of_the_run_s_training(rate, model, cells, four_gene_tokenizer, monkeypatch):
+    """At rate 1 all three genes of a cell are hidden and none is left to add, so the score has no chance in it."""
+    shown = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **batch: shown.append(batch["input_ids"]) or forward(**batch))
+    gene_log_likelihood(model, block_of(cells), four_gene_tokenizer, mask_rates={"gene_mask_prob": rate})
+    bins = sum(int((ids >= four_gene_tokenizer.first_bin_id).sum()) for ids in shown)
+    assert (bins == 0) == (rate == 1.0)
 
 
 def test_a_cell_without_genes_has_no_score(model, make_adata, four_gene_tokenizer):
     cells = list(IterableAnnDataset(make_adata([[0, 0, 0, 0], [0, 1.0, 0, 0]]), four_gene_tokenizer))
-    assert np.isnan(gene_log_likelihood(model, block_of(cells), four_gene_tokenizer)).tolist() == [True, False]
+    assert np.isnan(gene_log_likelihood(model, block_of(cells), four_gene_tokenizer, mask_rates={})).tolist() == [
+        True,
+        False,
+    ]
 
 
 # -- counts -------------------------------------------------------------------------------------------------------
@@ -304,7 +318,9 @@ def test_sums_of_a_classifier_over_two_halves_are_the_sums_over_all(classified):
 
 @pytest.fixture
 def confusion():
-    return Confusion.of(["a", "b"], [0, 0, 1], [0, 1, 1])
+    confusion = Confusion(["a", "b"])
+    confusion.add([0, 0, 1], [0, 1, 1])
+    return confusion
 
 
 def test_a_confusion_is_written_with_true_classes_as_rows(confusion, tmp_path):

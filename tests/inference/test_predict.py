@@ -17,19 +17,23 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
+from perturbgene.cli.verbs import AnswerOptions
 from perturbgene.data_utils import shards
 from perturbgene.data_utils.data_collators import block_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
-from perturbgene.eval_utils import Question, answer, question_logits, true_labels
-from perturbgene.inference import predict as inference
-from perturbgene.inference.asking import AnswerOptions, Predictor
-from perturbgene.inference.predict import baselines, evaluate, predict, predict_table
+from perturbgene.eval_utils import Confusion, Question, question_logits, true_labels
+from perturbgene.files import claimed
+from perturbgene.inference import baselines as baselines_module
+from perturbgene.inference.baselines import baselines, logistic_regression_baseline, majority_baseline
+from perturbgene.inference.evaluate import evaluate
+from perturbgene.inference.predict import Predictor, predict, predict_table
 from perturbgene.inference.run import Run, choose_device, load_run
 from perturbgene.main import main
-from perturbgene.metrics import Confusion, logistic_regression_baseline, majority_baseline
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, load_preset
 from perturbgene.training.train import tokenizer_facts
 
@@ -118,6 +122,12 @@ def copied_run(trained: Trained, tmp_path: Path) -> Callable[[str], Path]:
 
 def run_on(trained: Trained, source: str, target: Path, *flags: str, run: str = "mlm") -> int:
     return main(["predict", getattr(trained, run), source, "--output", str(target), *flags])
+
+
+def answer(run: Run, block: TokenBlock, question: Question) -> dict[str, np.ndarray]:
+    """The probabilities of each asked phenotype's labels."""
+    logits = question_logits(run.model, block, run.tokenizer, question)
+    return {name: softmax(logits_nk, axis=-1) for name, logits_nk in logits.items()}
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -775,7 +785,7 @@ def test_predict_and_evaluate_agree_on_cells_that_are_too_long(truncation, copie
     (folder / "tokenizer.json").write_text(json.dumps(content | {"max_length": 10, "truncation": truncation}))
     run = load_run(folder, device="cpu")
     labelled = block_of(list(IterableAnnDataset(held_out, run.tokenizer)))
-    asked = answer(run.model, labelled, run.tokenizer, Question("alone", ("cell_type",)))["cell_type"]
+    asked = answer(run, labelled, Question("alone", ("cell_type",)))["cell_type"]
     by_predict = predict_table(held_out, run, ask=["cell_type"])[PROBABILITY]
     np.testing.assert_allclose(by_predict, asked.max(axis=1), atol=1e-5)
 
@@ -897,7 +907,7 @@ def test_baselines_are_the_scores_of_the_same_cells(trained, mlm, metrics):
 
 
 def test_baselines_see_at_most_so_many_training_cells(trained, mlm, monkeypatch):
-    monkeypatch.setattr(inference, "MOST_BASELINE_CELLS", 50)
+    monkeypatch.setattr(baselines_module, "MOST_BASELINE_CELLS", 50)
     train, held_out = (IterableAnnDataset(path, mlm.tokenizer) for path in (trained.train_shard, trained.eval_shard))
     assert baselines(train, held_out, "phase")["logistic_regression"]["n_train"] == 50
 
@@ -920,7 +930,7 @@ def test_a_classifier_says_in_one_line_what_it_takes_from_an_mlm_run(
 
 def test_genes_are_masked_as_in_the_run_s_own_evaluation(trained: Trained, mlm: Run) -> None:
     own = json.loads((trained.folder / "mlm/metrics.json").read_text())["genes"]["masked"]
-    found = evaluate(mlm, trained.eval_shard)["genes"]["masked"]
+    found = evaluate(mlm, trained.eval_shard, calibrate=False)["genes"]["masked"]
     assert found == pytest.approx(own, nan_ok=True)
 
 
@@ -934,12 +944,13 @@ def test_genes_may_be_masked_at_another_rate(trained: Trained, mlm: Run, tmp_pat
 
 
 def test_nothing_need_be_masked(trained: Trained, mlm: Run) -> None:
-    found = evaluate(mlm, trained.eval_shard, mask_rates={"gene_mask_prob": 0.0, "phenotype_mask_prob": 0.0})
+    rates = {"gene_mask_prob": 0.0, "phenotype_mask_prob": 0.0}
+    found = evaluate(mlm, trained.eval_shard, calibrate=False, mask_rates=rates)
     assert found["genes"]["masked"]["n"] == 0 and found["cell_type"]["alone"]["n"] > 0
 
 
 def test_a_classifier_takes_no_rates_of_masking(trained: Trained) -> None:
-    with pytest.raises(InputError, match="a classifier, which hides nothing. Remove 'gene_mask_prob'"):
+    with pytest.raises(InputError, match="a classifier, which masks nothing. Remove 'gene_mask_prob'"):
         evaluate(load_run(trained.cls, device="cpu"), trained.eval_shard, mask_rates={"gene_mask_prob": 0.5})
 
 
@@ -1006,7 +1017,7 @@ def test_one_by_one_an_answer_does_not_depend_on_what_else_is_asked(cells, mlm, 
 
 def test_jointly_all_are_asked_in_one_sequence(cells, mlm):
     block = block_of(list(IterableAnnDataset(cells, mlm.tokenizer)))
-    together = answer(mlm.model, block, mlm.tokenizer, Question("together", ("cell_type", "phase")))
+    together = answer(mlm, block, Question("together", ("cell_type", "phase")))
     table = predict_table(cells, mlm, options=AnswerOptions(joint=True))
     for name, probability_nk in together.items():
         np.testing.assert_allclose(table[f"predicted_{name}_probability"], probability_nk.max(axis=1), atol=1e-6)
@@ -1091,6 +1102,63 @@ def test_without_evaluate_the_file_says_that_nothing_is_calibrated(cells, mlm, c
     np.testing.assert_allclose(table[PROBABILITY], expected[PROBABILITY][:12], atol=1e-6)
 
 
+def test_evaluate_on_other_cells_leaves_the_calibration_of_a_run_alone(copied_run, cells, tmp_path, caplog):
+    run = copied_run()
+    assert main(["evaluate", str(run), "--no_baselines"]) == 0
+    before = (run / "calibration.json").read_bytes()
+    cells.write_h5ad(tmp_path / "mine.h5ad")
+    flags = ["--no_baselines", "--eval_data_paths", str(tmp_path / "mine.h5ad")]
+    caplog.set_level(logging.INFO, logger="perturbgene")
+    caplog.clear()
+    assert main(["evaluate", str(run), *flags]) == 0
+    evaluate(str(run), str(tmp_path / "mine.h5ad"))
+    assert (run / "calibration.json").read_bytes() == before
+    assert "stay as they are; --calibrate fits them" in caplog.text
+    assert main(["evaluate", str(run), *flags, "--calibrate"]) == 0
+    assert (run / "calibration.json").read_bytes() != before
+
+
+def test_the_function_and_the_command_line_calibrate_alike_on_the_run_s_own_cells(copied_run, trained):
+    run = copied_run()
+    assert main(["evaluate", str(run), "--no_baselines"]) == 0
+    expected = json.loads((run / "calibration.json").read_text())["temperatures"]
+    (run / "calibration.json").unlink()
+    evaluate(run, trained.eval_shard)
+    assert json.loads((run / "calibration.json").read_text())["temperatures"] == expected
+
+
+def test_evaluate_reads_a_layer_of_a_user_s_file(mlm, trained, cells, tmp_path):
+    expected = evaluate(mlm, cells)["cell_type"]["alone"]["accuracy"]
+    cells.layers["log"] = cells.X.copy()
+    cells.X = cells.X * 0
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    flags = ["--eval_data_paths", str(tmp_path / "in.h5ad"), "--layer", "log", "--output", str(tmp_path / "scores")]
+    assert main(["evaluate", trained.mlm, *flags]) == 0
+    found = json.loads((tmp_path / "scores/metrics.json").read_text())["cell_type"]["alone"]
+    assert (found["accuracy"], found["n"]) == (expected, 12)
+
+
+def test_evaluate_says_what_it_asks_before_it_starts(mlm, cells, caplog):
+    caplog.set_level(logging.INFO, logger="perturbgene")
+    evaluate(mlm, cells, ask=["phase"])
+    assert "about 12 cells: phase; phase given cell_type" in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["predict", "embed"])
+def test_an_output_that_another_process_writes_is_refused_before_any_work(verb, trained, small, tmp_path, capsys):
+    target = tmp_path / "out.h5ad"
+    with claimed(target, flag="output"):
+        assert main([verb, trained.mlm, small, "--output", str(target)]) == 2
+    assert "is being written by another process" in error_line(capsys)
+    assert not target.exists()
+
+
+def test_an_evaluation_that_another_process_writes_is_refused_before_any_work(trained, tmp_path, capsys):
+    with claimed(tmp_path / "scores", flag="output", is_inside=True):
+        assert main(["evaluate", trained.mlm, "--output", str(tmp_path / "scores"), "--no_calibrate"]) == 2
+    assert "is being written by another process" in error_line(capsys)
+
+
 def test_a_classifier_is_calibrated_too(copied_run, held_out):
     folder = copied_run("cls")
     before = predict_table(held_out, load_run(folder, device="cpu"))
@@ -1162,7 +1230,7 @@ def test_how_strange_a_cell_is_does_not_depend_on_its_row(strangeness, held_out,
 
 
 def test_strangeness_without_calibration_has_no_percentile(cells, mlm):
-    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(ood=True, ood_draws=2))
+    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(ood=True))
     assert [name for name in table if name.startswith("ood_")] == ["ood_cell_type_energy", "ood_gene_log_likelihood"]
 
 
@@ -1174,7 +1242,7 @@ def test_a_classifier_tells_energy_only(cells, cls):
 def test_an_audit_gives_the_probability_of_the_own_label_given_the_others(cells, mlm):
     block = block_of(list(IterableAnnDataset(cells, mlm.tokenizer)))
     others = Question("given_others", ("cell_type",), ("phase",))
-    probability_nk = answer(mlm.model, block, mlm.tokenizer, others)["cell_type"]
+    probability_nk = answer(mlm, block, others)["cell_type"]
     own_n = true_labels(block, mlm.tokenizer, "cell_type")
     table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(audit=True))
     found_n = table["audit_cell_type_probability"]
@@ -1224,8 +1292,8 @@ def test_an_audit_without_labels_is_refused(cells, mlm):
         predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(audit=True))
 
 
-@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"abstain": 1.5}, {"ood_draws": 0}], ids=str)
-def test_a_telling_out_of_range_is_refused(wrong):
+@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"abstain": 1.5}], ids=str)
+def test_an_option_out_of_range_is_refused(wrong):
     with pytest.raises(InputError, match=f"Change --{next(iter(wrong))}"):
         AnswerOptions(**wrong)
 
@@ -1235,7 +1303,7 @@ def test_a_telling_out_of_range_is_refused(wrong):
 NONSENSE = {
     "predict nowhere {cells} --output {out}": "does not exist",
     "predict {mlm} nowhere.h5ad --output {out}": "does not exist",
-    "predict {mlm} {mlm}/config.json --output {out}": "not an HDF5 file",
+    "predict {mlm} {mlm}/config.json --output {out}": "Give an .h5ad file",
     "predict {mlm} {cells} --output {out} --ask tissue": "'tissue'",
     "predict {cls} {cells} --output {out} --ask phase": "classifies 'cell_type' only",
     "predict {mlm} {cells} --output {out} --given phase=M": "phase=M",

@@ -112,17 +112,17 @@ def test_several_processes_write_what_one_writes(size: int, write_h5ad, four_gen
 def test_results_lie_on_disk_while_they_are_collected_and_nowhere_after(tmp_path) -> None:
     with cell_results(tmp_path / "out.h5ad", num_cells=2) as parts:
         parts.write(np.array([1, 0]), {"x": np.array([[5.0], [4.0]])})
-        (stored,) = (tmp_path / ".out.h5ad.part").iterdir()
+        (stored,) = (tmp_path / ".out.h5ad.cells.partial").iterdir()
         assert np.load(stored).shape == (2, 1)
         assert parts.merge()["x"][:].tolist() == [[4.0], [5.0]]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path) -> None:
-    (tmp_path / ".out.part").mkdir()
-    (tmp_path / ".out.part/000.00001.npy").write_bytes(b"half")
+    (tmp_path / ".out.cells.partial").mkdir()
+    (tmp_path / ".out.cells.partial/000.00001.npy").write_bytes(b"half")
     with cell_results(tmp_path / "out", num_cells=1):
-        assert list((tmp_path / ".out.part").iterdir()) == []
+        assert list((tmp_path / ".out.cells.partial").iterdir()) == []
 
 
 def test_a_failure_leaves_no_results_behind(tmp_path) -> None:

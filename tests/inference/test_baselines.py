@@ -8,20 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-from perturbgene.metrics import (
-    Confusion,
-    classification_scores,
-    confusion_table,
-    logistic_regression_baseline,
-    majority_baseline,
-    per_class_scores,
-)
+from perturbgene.eval_utils import Confusion, classification_scores
+from perturbgene.inference.baselines import logistic_regression_baseline, majority_baseline
 
 TRUE = [0, 0, 0, 0, 1, 1, 2, 2]
 PREDICTED = [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def counted(labels: list[str], true_n: ArrayLike, predicted_n: ArrayLike) -> Confusion:
+    """Count some cells."""
+    confusion = Confusion(labels)
+    confusion.add(true_n, predicted_n)
+    return confusion
 
 
 def two_blobs(num_cells: int, *, seed: int) -> tuple[csr_matrix, np.ndarray]:
@@ -34,7 +36,7 @@ def two_blobs(num_cells: int, *, seed: int) -> tuple[csr_matrix, np.ndarray]:
 
 
 def test_three_classes_are_counted_and_scored_as_by_hand() -> None:
-    confusion = Confusion.of(["B", "NK", "T"], TRUE, PREDICTED)
+    confusion = counted(["B", "NK", "T"], TRUE, PREDICTED)
     assert confusion.counts_kk.tolist() == [[3, 1, 0], [0, 1, 1], [0, 0, 2]]
     scores = confusion.scores()
     assert scores["n"] == 8
@@ -58,7 +60,7 @@ def test_macro_f1_is_the_mean_of_f1_and_not_the_f1_of_the_means() -> None:
 )
 def test_scores_equal_scikit_learn_on_random_labels(pairs: np.ndarray) -> None:
     true_n, predicted_n = pairs[:, 0], pairs[:, 1]
-    scores = Confusion.of([*"abcdef"], true_n, predicted_n).scores()
+    scores = counted([*"abcdef"], true_n, predicted_n).scores()
     precision, recall, f1, _ = precision_recall_fscore_support(true_n, predicted_n, average="macro", zero_division=0)
     assert scores["accuracy"] == pytest.approx(accuracy_score(true_n, predicted_n))
     assert (scores["macro_precision"], scores["macro_recall"]) == pytest.approx((precision, recall))
@@ -77,14 +79,8 @@ def test_counts_equal_scikit_learn_and_do_not_depend_on_the_batches() -> None:
 
 
 def test_cells_of_unknown_true_class_are_left_out() -> None:
-    confusion = Confusion.of(["B", "T"], [-1, 0, -100, 1], [1, 0, -1, 0])
+    confusion = counted(["B", "T"], [-1, 0, -100, 1], [1, 0, -1, 0])
     assert confusion.counts_kk.tolist() == [[1, 0], [1, 0]]
-
-
-def test_merging_two_ranks_equals_counting_all_cells() -> None:
-    left, right = Confusion.of([*"abc"], TRUE[:3], PREDICTED[:3]), Confusion.of([*"abc"], TRUE[3:], PREDICTED[3:])
-    left.merge(right)
-    assert np.array_equal(left.counts_kk, Confusion.of([*"abc"], TRUE, PREDICTED).counts_kk)
 
 
 @pytest.mark.parametrize(("true_n", "predicted_n"), [([0], [2]), ([2], [0]), ([0], [-1]), ([0, 1], [0])])
@@ -100,16 +96,16 @@ def test_no_cells_give_nan_scores_and_a_zero_count() -> None:
 
 
 def test_one_class_alone_scores_one() -> None:
-    scores = Confusion.of(["B"], [0, 0], [0, 0]).scores()
+    scores = counted(["B"], [0, 0], [0, 0]).scores()
     assert scores == {"n": 2} | dict.fromkeys([*scores][1:], 1.0)
 
 
 def test_tables_name_true_rows_and_predicted_columns() -> None:
-    confusion = Confusion.of(["B", "NK", "T"], TRUE, PREDICTED)
-    table = confusion_table(confusion)
+    confusion = counted(["B", "NK", "T"], TRUE, PREDICTED)
+    table = confusion.table()
     assert (table.index.name, table.columns.name) == ("true", "predicted")
     assert table.loc["B", "NK"] == 1 and table.loc["NK", "B"] == 0
-    assert per_class_scores(confusion).loc["NK"].tolist() == [0.5, 0.5, 0.5, 2]
+    assert confusion.per_class().loc["NK"].tolist() == [0.5, 0.5, 0.5, 2]
 
 
 def test_majority_is_taken_from_the_training_cells() -> None:

@@ -1,0 +1,311 @@
+"""The verb `evaluate`: score a run on held-out cells next to its baselines, and calibrate it.
+
+Owns which cells and questions are scored and what is reported; leaves counting to `eval_utils`, temperatures to
+`calibration` and the baselines to `baselines`. Letters: n cells.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from perturbgene.cli.base import MatrixOptions
+from perturbgene.cli.verbs import EvaluateConfig, MlmConfig
+from perturbgene.configs import check_question
+from perturbgene.corpus.manifest import Corpus
+from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.errors import InputError, listed
+from perturbgene.eval_utils import (
+    ClassEvaluator,
+    Evaluator,
+    LogitCollector,
+    MlmEvaluator,
+    Question,
+    gene_log_likelihood,
+    run_evaluator,
+    standard_questions,
+    write_results,
+)
+from perturbgene.files import claimed
+from perturbgene.inference.baselines import baselines
+from perturbgene.inference.calibration import (
+    MOST_CELLS,
+    Calibration,
+    fit,
+    quantiles,
+    read_calibration,
+    split_halves,
+    weights_hash,
+)
+from perturbgene.inference.predict import question_of_classifier
+from perturbgene.inference.run import Run, load_run
+from perturbgene.inference.streaming import Ranks, stream_batches
+
+logger = logging.getLogger(__name__)
+
+#: What the table on the terminal calls each row.
+ROW_NAMES = {
+    "alone": "nothing given",
+    "given_others": "all others given",
+    "together": "all asked at once",
+    "asked": "as asked",
+    "masked": "bins of masked genes",
+    "majority": "(baseline) most frequent label",
+    "logistic_regression": "(baseline) logistic regression",
+}
+LEGEND = (
+    "n: cells with a known label, or masked genes. log_loss: mean negative log-probability of the true label; lower is "
+    "better.\ntemperature: `predict` divides the logits by it; above 1, the run was too confident."
+)
+
+
+# -- what is scored -----------------------------------------------------------------------------------------------
+
+
+def _questions(run: Run, ask: Sequence[str], given: Sequence[str]) -> list[Question]:
+    """Return the standard questions, or the one that is described by `ask` and `given`."""
+    check_question(list(ask), list(given))
+    if run.is_classifier:
+        return [question_of_classifier(run, ask, given)]
+    known = run.tokenizer.included_phenotypes
+    for name in [*ask, *given]:
+        if name not in known:
+            raise InputError(f"{name!r} is no phenotype of {run.path}. Choose from: {listed(known, most=12)}.")
+    if not given:
+        return [question for question in standard_questions(known) if not ask or set(question.asked) <= set(ask)]
+    asked = tuple(ask or [name for name in known if name not in given])
+    if not asked:
+        raise InputError("nothing is asked: every phenotype of the run is given. Name one with --ask.")
+    return [Question("asked", asked, tuple(given))]
+
+
+def _evaluator(run: Run, questions: Sequence[Question], mask_rates: Mapping[str, float]) -> Evaluator:
+    """Return what counts the scores; genes are masked as in the run's own evaluation, except for the given rates."""
+    if run.is_classifier:
+        if mask_rates:
+            raise InputError(f"{run.path} is a classifier, which masks nothing. Remove {listed(mask_rates)}.")
+        return ClassEvaluator(run.class_labels, tokenizer=run.tokenizer, category=run.category)
+    seed = run.settings.seed if isinstance(run.settings, MlmConfig) else 0
+    rates = {**run.mask_rates, **mask_rates}
+    collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True, seed=seed, **rates)  # type: ignore[arg-type]
+    return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
+
+
+def _own_eval_paths(run: Run) -> list[str]:
+    """Return the files of the run's own evaluation cells; none if it does not say or they are gone."""
+    corpus, paths = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
+    try:
+        return list(Corpus.open(corpus).paths("eval")) if corpus else expand_paths(paths) if paths else []
+    except InputError:
+        return []
+
+
+def _is_own(run: Run, eval_paths: Any) -> bool:
+    """Whether files are those of the run's own evaluation cells."""
+    if not isinstance(eval_paths, str | Path | list | tuple):
+        return False
+    names = [eval_paths] if isinstance(eval_paths, str | Path) else eval_paths
+    own = {os.path.realpath(path) for path in _own_eval_paths(run)}
+    return bool(own) and {os.path.realpath(path) for path in names} == own
+
+
+# -- calibration --------------------------------------------------------------------------------------------------
+
+
+def _donors(dataset: IterableAnnDataset, column: str | None) -> np.ndarray | None:
+    """Return the donor of every cell, shape (n,); None if a file does not have the column."""
+    files = [dataset.shards[index].source for index in range(len(dataset.shards))]
+    if column is None or any(column not in file.columns_of("obs") for file in files):
+        return None
+    return np.concatenate([file.obs_column(column).astype(str).to_numpy(dtype=object) for file in files])
+
+
+def _with_gene_scores(blocks: Iterator[TokenBlock], run: Run, scores: list[np.ndarray]) -> Iterator[TokenBlock]:
+    """Pass blocks on and collect how well a masked model predicts their masked genes."""
+    mask_rates = run.mask_rates
+    for block in blocks:
+        if not run.is_classifier:
+            scores.append(gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=mask_rates))
+        yield block
+
+
+def _calibrate(
+    run: Run,
+    collector: LogitCollector,
+    dataset: IterableAnnDataset,
+    results: dict[str, Any],
+    *,
+    donor_column: str | None,
+    gene_scores: Sequence[np.ndarray],
+) -> None:
+    """Fit a temperature for each question on half of the donors, add it to the results and store it in the run."""
+    donors_n, fitted, split = _donors(dataset, donor_column), [], "cells"
+    for (category, question), logits in collector.joined().items():
+        donor_of_cell_n = None if donors_n is None else donors_n[logits.cells_n]
+        is_fitted_n, split = split_halves(donor_of_cell_n, num_cells=len(logits.cells_n))
+        entry = fit(
+            logits.logits_nk,
+            logits.true_n,
+            is_fitted_n,
+            phenotype=category,
+            asked=question.asked,
+            given=question.given,
+        )
+        fitted.append(entry)
+        facts = {"temperature": entry.temperature, "is_at_limit": entry.is_at_limit, "n_fitted": entry.num_cells}
+        results[category][question.name]["calibration"] = {**facts, "split_by": split, **entry.scores}
+    if split == "cells":
+        logger.warning(
+            "The evaluation cells name fewer than two donors, so temperatures are fitted on half of the cells and "
+            "scored on the other half, from the same donors."
+        )
+    gene_quantiles = quantiles(np.concatenate(gene_scores)) if gene_scores else ()
+    calibration = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path))
+    path = (read_calibration(run.path) or Calibration()).joined(calibration).save(run.path)
+    logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
+
+
+# -- the function and the verb ------------------------------------------------------------------------------------
+
+
+def evaluate(
+    run: str | Path | Run,
+    eval_paths: Any,
+    *,
+    train_paths: Any = None,
+    ask: Sequence[str] = (),
+    given: Sequence[str] = (),
+    mask_rates: Mapping[str, float] | None = None,
+    calibrate: bool | None = EvaluateConfig.calibrate,
+    donor_column: str | None = "donor_id",
+    batch_size: int = EvaluateConfig.batch_size,
+    batch_tokens: int = EvaluateConfig.batch_tokens,
+    output: str | Path | None = None,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Score a run on labeled cells, next to its baselines.
+
+    Args:
+        run: Run folder, or a loaded run.
+        eval_paths: Files (or AnnData) to score.
+        train_paths: The training files, for majority class and logistic regression; None leaves these out.
+        ask, given: One question instead of the standard ones.
+        mask_rates: `gene_mask_prob`, `phenotype_mask_prob`, `absent_prob` or `unexpressed_ratio` instead of the run's
+            own, for the scores of masked genes.
+        calibrate: True fits temperatures, adds them to each question's scores and stores them in the run; None does so
+            only if `eval_paths` are the run's own evaluation cells.
+        donor_column: Column of obs whose values are not split between fitting and scoring temperatures.
+        batch_size, batch_tokens: Most cells and tokens in a batch.
+        output: Folder for `metrics.json`, confusion matrices (CSV, PNG) and per-class scores; None writes nothing.
+        reading: `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
+
+    Returns:
+        Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> scores = pg.evaluate(pg.load_run("runs/mlm"), "cells.h5ad", ask=["cell_type"])
+        >>> scores["cell_type"]["alone"]["n"], scores["cell_type"]["alone"]["accuracy"] > 0.9
+        (255, True)
+    """
+    run, output = load_run(run), None if output is None else Path(output)
+    calibrates = _is_own(run, eval_paths) if calibrate is None else calibrate
+    if calibrates and not os.access(run.path, os.W_OK):
+        raise InputError(
+            f"{run.path} cannot be written, but temperatures are stored in it. Copy the run to a folder that you may "
+            "write, or pass --no_calibrate."
+        )
+    if output is not None and output.exists() and not output.is_dir():
+        raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
+    evaluator = _evaluator(run, _questions(run, ask, given), mask_rates or {})
+    with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
+        options = {"batch_size": batch_size, **reading}
+        dataset = IterableAnnDataset(
+            eval_paths, run.tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
+        )
+        asked = "; ".join(question.describe() for question in evaluator.questions)
+        logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", asked)
+        gene_scores: list[np.ndarray] = []
+        blocks = stream_batches(dataset, text="evaluate", most_tokens=batch_tokens)
+        if calibrates:
+            evaluator.collector = LogitCollector(-(-dataset.num_cells // MOST_CELLS))
+            blocks = _with_gene_scores(blocks, run, gene_scores)
+        results = run_evaluator(evaluator, run.model, blocks).results()
+        if evaluator.collector is not None:
+            _calibrate(run, evaluator.collector, dataset, results, donor_column=donor_column, gene_scores=gene_scores)
+        else:
+            logger.info("temperatures in %s stay as they are; --calibrate fits them on these cells", run.path)
+        if train_paths is not None and run.binary_label is None:
+            train = IterableAnnDataset(train_paths, run.tokenizer, **options)
+            logger.info("fitting the baselines on %s training cells", f"{train.num_cells:,}")
+            for name in [name for name in results if name != "genes"]:
+                results[name] |= baselines(train, dataset, name)
+        if output is not None:
+            write_results(results, evaluator.confusions(), output, text="held-out cells")
+    return results
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    """Return the scores as a table for the terminal."""
+    rows = []
+    for category, scores_of in results.items():
+        for name, scores in scores_of.items():
+            row = {"phenotype": category, "question": ROW_NAMES.get(name, name), "n": scores["n"]}
+            row |= {key: scores.get(key, np.nan) for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")}
+            fitted = scores.get("calibration", {})
+            limit = " (limit)" if fitted.get("is_at_limit") else ""
+            rows.append({**row, "temperature": f"{fitted['temperature']:.3f}{limit}" if fitted else ""})
+    return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
+
+
+def run_evaluate(config: EvaluateConfig) -> str | None:
+    """Run the verb `evaluate` on a corpus, on files, or on the run's own evaluation cells.
+
+    Of several processes the first does it all.
+    """
+    if not Ranks.join(config.device).is_main:
+        return None
+    output = Path(config.output or Path(config.run) / "evaluation")
+    run = load_run(config.run, device=config.device)
+    trained = run.settings
+    folder = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
+    corpus = Corpus.open(folder) if folder else None
+    patterns = config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", []))
+    train_paths: Any = None
+    if config.baselines and (patterns or corpus):
+        train_paths = expand_paths(patterns) if patterns or not corpus else corpus.paths("train")
+    if corpus:
+        eval_paths = corpus.paths("eval")
+        is_own = os.path.realpath(corpus.folder) == os.path.realpath(getattr(trained, "corpus", None) or "")
+    else:
+        eval_paths = expand_paths(config.eval_data_paths or getattr(trained, "eval_data_paths", []))
+        is_own = not config.eval_data_paths
+    reading = {}
+    for declared in dataclasses.fields(MatrixOptions):  # those of training, unless given or the corpus has its own
+        value = getattr(config, declared.name)
+        is_default = value in (declared.default, [])
+        reading[declared.name] = getattr(trained, declared.name, value) if is_default and not corpus else value
+    results = evaluate(
+        run,
+        eval_paths,
+        train_paths=train_paths,
+        ask=config.ask,
+        given=config.given,
+        mask_rates=config.mask_rates,
+        calibrate=is_own if config.calibrate is None else config.calibrate,
+        donor_column=(corpus.split_by if corpus else None) or "donor_id",
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+        output=output,
+        **reading,
+    )
+    return f"{_table(results)}\n{LEGEND}\nwritten to {output}"
