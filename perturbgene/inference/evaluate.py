@@ -279,16 +279,16 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     trained = run.settings
     folder = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
     corpus = Corpus.open(folder) if folder else None
-    patterns = config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", []))
-    train_paths: Any = None
-    if config.baselines and (patterns or corpus):
-        train_paths = expand_paths(patterns) if patterns or not corpus else corpus.paths("train")
     if corpus:
         eval_paths = corpus.paths("eval")
         is_own = os.path.realpath(corpus.folder) == os.path.realpath(getattr(trained, "corpus", None) or "")
     else:
         eval_paths = expand_paths(config.eval_data_paths or getattr(trained, "eval_data_paths", []))
         is_own = not config.eval_data_paths
+    patterns = config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", []))
+    train_paths: Any = None
+    if config.baselines and (patterns or corpus):
+        train_paths = expand_paths(patterns) if patterns or not corpus else corpus.paths("train")
     reading = {}
     for declared in dataclasses.fields(MatrixOptions):  # those of training, unless given or the corpus has its own
         value = getattr(config, declared.name)
