@@ -1,6 +1,6 @@
 """The errors a user may see, and the helpers that raise them.
 
-Owns `InputError`, its two siblings and the small checks shared by every floor; knows nothing of cells, files or models.
+Owns `InputError`, two other errors and the words that messages share; knows nothing of cells, files or models.
 """
 
 import difflib
@@ -8,24 +8,24 @@ from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
-    """A user's mistake: says what was given, why it cannot be, and what to do.
+    """A user's mistake: says what was given, why it is impossible, and what to do.
 
     The command line prints it in one line without a traceback and exits with code 2.
     """
 
 
 class RunFailedError(RuntimeError):
-    """A run that cannot go on for a reason that is no setting: a full disk, a loss that is no number.
+    """A run cannot continue, and not because of its settings: the disk is full, or the loss is NaN.
 
     The command line prints it in one line without a traceback and exits with code 3.
     """
 
 
 class StoppedError(Exception):
-    """A run ended early because it was told to, with everything saved.
+    """A run was asked to stop and ended early, with everything saved.
 
     Args:
-        message: Where it stopped and how it is continued.
+        message: Where it stopped and how to continue.
         exit_code: 128 + the number of the signal.
     """
 

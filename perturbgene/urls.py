@@ -84,7 +84,7 @@ def shown_url(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
-    except ValueError:  # host and password cannot be told apart
+    except ValueError:  # host and password cannot be separated
         return f"{url.partition('://')[0]}://{MASK}"
     _, at, host = parts.netloc.rpartition("@")
     is_pattern = parts.scheme in SCHEMES and not is_http(parts) and "=" not in parts.query

@@ -1,6 +1,6 @@
 """What the settings of all verbs have in common, and the options of h5ad files that most of them share.
 
-Owns checking at construction and writing to YAML; leaves reading to `files` and the verbs' own options to `verbs`.
+Owns checking at construction and writing to YAML; reading is in `parsing`, the verbs' own options are in `verbs`.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from perturbgene.urls import shown_text
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]
 
-# Never written to a dump, like what URLs hold beside their path: a run folder is shared, an access token is not.
+# Never written to files, like passwords and tokens in URLs, since run folders are shared.
 SECRETS = ("hub_token",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """What every verb's settings can do: be checked, dumped and read again."""
+    """Settings of a verb, which are checked when they are made and can be written to YAML."""
 
     verb: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -32,10 +32,10 @@ class BaseConfig:
         self.check()
 
     def check(self) -> None:
-        """Refuse settings that cannot be; subclasses add checks across fields.
+        """Refuse impossible settings; subclasses add checks across fields.
 
         Raises:
-            InputError: What was given, why it cannot be, and which flag to change.
+            InputError: Says what was given, why it is impossible, and which flag to change.
         """
         for flag in own_flags(type(self)).values():
             check_flag(getattr(self, flag.name), flag)
@@ -48,13 +48,13 @@ class BaseConfig:
                 check_exists(path, flag=flag.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings by name, overrides of TrainingArguments beside the verb's own; URLs as they may be shown."""
+        """All settings by name, with overrides of TrainingArguments; URLs without their secrets."""
         settings = {name: getattr(self, name) for name in own_flags(type(self))}
         settings.update(getattr(self, "training_overrides", {}))
         return {name: _without_secrets(value) for name, value in settings.items() if name not in SECRETS}
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML; ``--config`` on it gives an equal configuration, but for masked URLs."""
+        """The settings as YAML; ``--config`` with it gives equal settings, except for masked URLs."""
         return yaml.safe_dump({"verb": self.verb, **self.to_dict()}, sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
@@ -73,7 +73,7 @@ def _without_secrets(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixOptions(BaseConfig):
-    """Where in an h5ad file the values and gene ids stand (prepare, mlm, cls, predict)."""
+    """Where the values and gene ids are in an h5ad file (prepare, mlm, cls and verbs that read new cells)."""
 
     group: ClassVar[str] = "Genes and bins"
 

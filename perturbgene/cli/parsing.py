@@ -434,7 +434,9 @@ def describe_flag(flag: Flag) -> str:
     default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
     default = str(default).lower() if isinstance(default, bool) else default
     notes = ["required"] if flag.is_required else [f"default {default}"] if default not in (None, "") else []
-    notes += [f"in {flag.within}"] if flag.within else []
+    low, _, high = flag.within.partition(", ")
+    words = f"{'at least' if low.startswith('[') else 'above'} {low[1:]}" if high == "inf)" else f"in {flag.within}"
+    notes += [words] if flag.within else []
     notes += ["separate values with spaces; commas are kept"] if flag.keeps_commas and flag.is_list else []
     value = metavar(flag)
     if len(value) > HELP_WIDTH - 30:

@@ -1,7 +1,7 @@
-"""What `mlm` and `cls` share: options of data, model and training, and the `TrainingArguments` made of them.
+"""Options that `mlm` and `cls` share, for data, model and training, and the `TrainingArguments` made from them.
 
-Owns defaults and checks that hold for both; leaves what only one of them has to `verbs`. Imports torch and transformers
-only when training arguments are asked for.
+Owns defaults and checks of both; what only one of them has is in `verbs`. Imports torch and transformers only to build
+training arguments.
 """
 
 import sys
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 #: Peak learning rate x hidden size. Under Adam the best rate falls as one over the width (Yang et al. 2022,
 #: arXiv:2203.03466); 64 wide, 1.5e-3 to 4e-3 did equally well on 3,000 sorted PBMC (docs/experiments.md).
 RATE_TIMES_WIDTH = 0.128
-#: What is left of it where training goes on from given weights: a fresh head needs much of it. Fine-tuned on 560 PBMC,
-#: 64 wide, 1e-3 did best; 3e-4 for six epochs left the head untrained.
+#: Factor of the rate when training starts from given weights: a new head still needs a high rate. Fine-tuned on 560
+#: PBMC, 64 wide, 1e-3 did best; 3e-4 for six epochs left the head untrained.
 RATE_OF_FINE_TUNING = 0.5
 
 Truncation = Literal["variable", "expressed", "random"]
@@ -91,7 +91,7 @@ class DataOptions(BinOptions):
         check_not_both(self, "corpus", "train_data_paths")
         if not self.corpus and not self.train_data_paths:
             raise InputError(
-                "Neither corpus nor train_data_paths is given, so there are no cells. "
+                "Neither corpus nor train_data_paths is given, so there are no cells to train on. "
                 "Give --corpus DIR (made by `perturbgene prepare`) or --train_data_paths."
             )
         check_no_repeats(self.included_phenotypes, flag="included_phenotypes")
@@ -169,7 +169,7 @@ class ModelOptions(BaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(BaseConfig):
-    """How long, how fast and on what to train (mlm, cls); every other TrainingArguments field is an override."""
+    """How long and how fast to train (mlm, cls); any other TrainingArguments field is an override."""
 
     group: ClassVar[str] = "Training"
 
@@ -253,7 +253,7 @@ class TrainOptions(BaseConfig):
             strategy, steps = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
             if steps is not None and strategy not in ("auto", "steps"):
                 raise InputError(
-                    f"{name}_steps is {steps:g}, but {name}_strategy is {strategy}, which pays no heed to steps. "
+                    f"{name}_steps is {steps:g}, but {name}_strategy is {strategy}, which ignores steps. "
                     f"Remove --{name}_steps or --{name}_strategy."
                 )
             if strategy == "steps" and steps is None:
@@ -264,7 +264,7 @@ class TrainOptions(BaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
-    """What mlm and cls share; ``training_overrides`` holds the TrainingArguments fields that are no own flag."""
+    """Options of mlm and cls; ``training_overrides`` has the TrainingArguments fields that are not our own flags."""
 
     best_metric: ClassVar[str] = "eval_loss"
 
@@ -286,19 +286,19 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             return
         if not self.bin_edges and not self.bin_edges_path:
             raise InputError(
-                "Bin edges are missing: a corpus or a pretrained model would bring them, but none is given. "
+                "Bin edges are missing, and there is no corpus or pretrained model to take them from. "
                 "Give --bin_edges 0.5 1 2 4, or --bin_edges_path."
             )
 
     def with_learning_rate(self, hidden_size: int) -> Self:
-        """Return the settings with their learning rate filled in, by the width of the model, if none is given."""
+        """Return the settings with a learning rate: the one given, or one that suits the width of the model."""
         if self.learning_rate is not None:
             return self
         rate = RATE_TIMES_WIDTH / hidden_size * (RATE_OF_FINE_TUNING if self.pretrained_model_path else 1)
         return replace(self, learning_rate=float(f"{rate:.3g}"))
 
     def _check_batches(self) -> None:
-        """Refuse a budget of tokens that holds no cell, or beside what also decides which cells make a batch."""
+        """Refuse a budget of tokens too small for a cell, or together with other options that decide the batches."""
         budget, cells = self.tokens_per_batch, self.per_device_train_batch_size
         if budget is None:
             return
@@ -307,7 +307,7 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
                 f"tokens_per_batch is {budget}, but a single cell may have max_length {self.max_length} tokens. "
                 "Raise --tokens_per_batch, or lower --max_length."
             )
-        if cells != own_flags(type(self))["per_device_train_batch_size"].default:
+        if cells != type(self).per_device_train_batch_size:
             raise InputError(
                 f"tokens_per_batch {budget} and per_device_train_batch_size {cells} are both given, but they answer "
                 "the same question. Remove --tokens_per_batch or --per_device_train_batch_size."
@@ -359,7 +359,7 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         }
 
     def _schedule_settings(self) -> dict[str, Any]:
-        """When to evaluate and save; the best checkpoint is loaded where both happen together."""
+        """When to evaluate and save; the best checkpoint is loaded at the end if both happen together."""
         evaluates: str = self.eval_strategy
         if evaluates == "auto":
             evaluates = "no" if not self.has_eval_data else "steps" if self.eval_steps else "epoch"
@@ -379,7 +379,7 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         }
 
     def _device_settings(self) -> tuple[bool, bool]:
-        """Whether to stay on the CPU and whether to compute in bfloat16; without an accelerator, both by the CPU."""
+        """Whether to use the CPU, and whether to compute in bfloat16; decided by the hardware if not given."""
         import torch
 
         use_cpu = self.training_overrides.get("use_cpu", self.use_cpu) or not torch.accelerator.is_available()
