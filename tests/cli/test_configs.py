@@ -327,7 +327,7 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
         ([*MLM, "--pretrained_model_path", ".", "--hidden_size", "64"], "has its own. Remove --hidden_size"),
         ([*MLM, "--config", "nowhere.yaml"], "cannot be read"),
         ([*MLM, "--config", "."], "cannot be read"),
-        ([*MLM, "--eval_steps", "5", "--eval_strategy", "epoch"], "pays no heed"),
+        ([*MLM, "--eval_steps", "5", "--eval_strategy", "epoch"], "ignores steps"),
         ([*MLM, "--save_strategy", "steps"], "Give --save_steps"),
         (FILES, "Bin edges are missing"),
         ([*FILES, "--bin_edges", "1"], "vocabulary is missing"),
