@@ -731,6 +731,15 @@ def test_the_manifest_names_inputs_shards_and_split(corpus: Path) -> None:
     assert set(manifest["phenotypes"]["cell_type"]["train"]) == {"B cell", "NK cell", "T cell"}
 
 
+def test_a_corpus_on_disk_names_its_shards_their_sums_and_its_labels(corpus: Path) -> None:
+    opened = Corpus.open(corpus)
+    sums = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in opened.paths("train")]
+    assert opened.checksums("train") == sums
+    assert opened.sizes("train") == [30, 30, 20]
+    assert opened.labels == {"cell_type": ["B cell", "NK cell", "T cell"]}
+    assert opened.split_by == "donor_id"
+
+
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a corpus"):
         Corpus.open(tmp_path)
