@@ -317,37 +317,25 @@ class MaskedTally:
         return {"loss_phenotypes": float(means[0]), "loss_genes": float(means[1])}
 
 
-@dataclass(frozen=True)
-class LabeledLogits:
-    """Logits and true label (-1: none) of some cells for one phenotype under one question."""
-
-    cells_n: np.ndarray
-    logits_nk: np.ndarray
-    true_n: np.ndarray
-
-
 class LogitCollector:
-    """Keeps the logits of every `stride`-th cell that an evaluator sees."""
+    """Keeps the logits and true labels (-1: none) of every `stride`-th cell that an evaluator sees."""
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
-        self._batches: dict[tuple[str, Question], list[LabeledLogits]] = {}
+        self._batches: dict[tuple[str, Question], list[tuple[np.ndarray, ...]]] = {}
 
     def add(self, category: str, question: Question, block: TokenBlock, logits_nk: np.ndarray, true_n: Any) -> None:
         """Keep the chosen cells of a batch."""
         rows = np.flatnonzero(block.cells_n % self.stride == 0)
-        batch = LabeledLogits(block.cells_n[rows], logits_nk[rows], np.asarray(true_n)[rows])
+        batch = (block.cells_n[rows], logits_nk[rows], np.asarray(true_n)[rows])
         self._batches.setdefault((category, question), []).append(batch)
 
-    def joined(self) -> dict[tuple[str, Question], LabeledLogits]:
-        """Return what was kept for each phenotype and question, ordered by cell number."""
-        joined = {}
-        for key, batches in self._batches.items():
-            names = ("cells_n", "logits_nk", "true_n")
-            arrays = [np.concatenate([getattr(batch, name) for batch in batches]) for name in names]
-            order = np.argsort(arrays[0], kind="stable")
-            joined[key] = LabeledLogits(*(array[order] for array in arrays))
-        return joined
+    def joined(self) -> Iterator[tuple[str, Question, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield phenotype, question, and the cells' numbers (ascending), logits (n, k) and true labels."""
+        for (category, question), batches in self._batches.items():
+            cells_n, logits_nk, true_n = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+            order = np.argsort(cells_n, kind="stable")
+            yield category, question, cells_n[order], logits_nk[order], true_n[order]
 
 
 class Evaluator:

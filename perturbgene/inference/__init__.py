@@ -1,5 +1,5 @@
-"""The verbs `predict` and `evaluate`: a run asked about cells.
+"""The verbs `predict` and `evaluate`: a trained run is asked about cells.
 
-Read `run` (loading), `predict`, `evaluate`, then `scores` (baselines), `calibration` (temperatures) and `streaming`
-(ranks, batches and per-cell results of every verb that reads cells and writes a file).
+Read `run` (load a run), `streaming` (open cells, ranks, batches and per-cell results of every verb that writes a file),
+`predict` (questions and answers), `evaluate` (scores), `baselines` and `calibration` (temperatures).
 """

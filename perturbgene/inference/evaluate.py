@@ -149,17 +149,9 @@ def _calibrate(
 ) -> None:
     """Fit a temperature for each question on half of the donors, add it to the results and store it in the run."""
     donors_n, fitted, split = _donors(dataset, donor_column), [], "cells"
-    for (category, question), logits in collector.joined().items():
-        donor_of_cell_n = None if donors_n is None else donors_n[logits.cells_n]
-        is_fitted_n, split = split_halves(donor_of_cell_n, num_cells=len(logits.cells_n))
-        entry = fit(
-            logits.logits_nk,
-            logits.true_n,
-            is_fitted_n,
-            phenotype=category,
-            asked=question.asked,
-            given=question.given,
-        )
+    for category, question, cells_n, logits_nk, true_n in collector.joined():
+        is_fitted_n, split = split_halves(None if donors_n is None else donors_n[cells_n], num_cells=len(cells_n))
+        entry = fit(logits_nk, true_n, is_fitted_n, phenotype=category, asked=question.asked, given=question.given)
         fitted.append(entry)
         facts = {"temperature": entry.temperature, "is_at_limit": entry.is_at_limit, "n_fitted": entry.num_cells}
         results[category][question.name]["calibration"] = {**facts, "split_by": split, **entry.scores}
