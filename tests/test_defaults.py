@@ -37,13 +37,7 @@ def plain(value: Any) -> Any:
     return None if value is None or value in ((), [], {}, "") else value
 
 
-#: Until `evaluate` changes the calibration of a run only if asked to.
-DRIFTING = pytest.mark.xfail(reason="the function does not calibrate, the command does", strict=False)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=DRIFTING) if name == "evaluate" else name for name in FUNCTIONS]
-)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_and_its_command_have_the_same_defaults(name: str) -> None:
     parameters = inspect.signature(getattr(pg, name)).parameters.values()
     given = {it.name: plain(it.default) for it in parameters if it.default is not inspect.Parameter.empty}
