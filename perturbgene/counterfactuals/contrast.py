@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from perturbgene.data_utils.binning import BinEdges
 from perturbgene.data_utils.data_collators import Batch, DataCollatorForPhenotypicMLM, pack
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.eval_utils import inference_mode, to_device
@@ -24,23 +23,6 @@ from perturbgene.inference.streaming import GeneTokens
 #: Units of a change: expected log value (by the midpoints of bins), and expected number of the bin.
 UNITS = ("value", "bin")
 EXPRESSED, UNEXPRESSED = 0, 1
-
-
-def bin_values(edges: BinEdges) -> np.ndarray:
-    """Return a value that stands for each bin: 0, then midpoints; the top bin lies half its neighbour's width up.
-
-    Returns:
-        Float64 of shape (g, e + 1), or (1, e + 1) when all genes share the edges.
-
-    Example:
-        >>> bin_values(BinEdges.shared([1.0, 3.0])).tolist()
-        [[0.0, 2.0, 4.0]]
-    """
-    edges_ge = edges.edges_ge
-    middle_gb = (edges_ge[:, :-1] + edges_ge[:, 1:]) / 2
-    last_g1 = edges_ge[:, -1:]
-    half_g1 = (last_g1 - edges_ge[:, -2:-1]) / 2 if edges.num_edges > 1 else np.zeros_like(last_g1)
-    return np.concatenate([np.zeros_like(last_g1), middle_gb, last_g1 + half_g1], axis=1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +58,7 @@ class GenePredictor:
         self.run, self.contrast = run, contrast
         self.slot_type = tokenizer.vocabulary.token_type(contrast.category)
         self.first_gene_type, self.first_bin_id = tokenizer.first_gene_type, tokenizer.first_bin_id
-        self.values_gb = torch.from_numpy(bin_values(tokenizer.bin_edges)).float().to(run.model.device)
+        self.values_gb = torch.from_numpy(tokenizer.bin_edges.values()).float().to(run.model.device)
         self.orders_rh, self.signs_rh = self._draws(run.model.config.hidden_size)
 
     def _draws(self, hidden_size: int) -> tuple[np.ndarray, np.ndarray]:

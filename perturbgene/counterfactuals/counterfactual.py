@@ -18,7 +18,7 @@ from scipy import stats
 from perturbgene.cli.verbs import CounterfactualConfig
 from perturbgene.configs import MlmConfig, load_config
 from perturbgene.corpus.manifest import Corpus
-from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block, bin_values
+from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
 from perturbgene.counterfactuals.statistics import change_table
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
@@ -211,7 +211,7 @@ def sum_changes(
     sums = Sums.zeros(
         num_groups=len(cells.groups), num_genes=len(tokenizer.panel), num_null=contrast.num_null
     )  # fmt: skip
-    values_gb, num_empty = bin_values(tokenizer.bin_edges), 0
+    values_gb, num_empty = tokenizer.bin_edges.values(), 0
     for whole in stream_batches(dataset, text="counterfactual", ranks=parts.ranks, most_tokens=batch_tokens):
         is_used_n = cells.is_changed_n[whole.cells_n] | cells.has_label_n[whole.cells_n]
         has_genes_n = has_genes(whole, tokenizer)

@@ -1,6 +1,7 @@
-"""Expression bins: where the edges lie and which bin a value falls in.
+"""Expression bins: their edges, and the expression that a bin stands for.
 
-Owns reading, checking, fitting and applying edges; knows nothing of tokens or AnnData. Letters: g genes, e edges.
+Owns reading, checking and fitting edges; the compiled loops of `kernels` apply them, as `numpy.digitize` does. Knows
+nothing of tokens or AnnData. Letters: g genes, e edges.
 """
 
 import json
@@ -79,22 +80,34 @@ class BinEdges:
         """True when all genes share one list."""
         return len(self.edges_ge) == 1
 
-    def levels(self) -> list[float]:
-        """Return how much expression each bin stands for, relative to their mean: 0 for bin 0, then the bins' middles.
+    def values(self) -> np.ndarray:
+        """Return the expression that each bin stands for: 0 for bin 0, then the middle of each bin.
 
-        The lowest bin, which begins at nothing, and the highest, which is open, get their middles from the width of
-        half the first and of the last closed bin. Edges of each gene are averaged over genes.
+        The lowest bin begins at nothing and the highest has no end. The lowest is counted from half its upper edge, and
+        the highest is as wide as the one below it.
+
+        Returns:
+            Float64 of shape (g, e + 1), or (1, e + 1) if all genes share the edges; on the scale of the edges.
+
+        Example:
+            >>> BinEdges.shared([1e-4, 2.0, 3.0]).values().tolist()
+            [[0.0, 1.5, 2.5, 3.5]]
+        """
+        edges_ge, zero_g1 = self.edges_ge, np.zeros((len(self.edges_ge), 1))
+        if self.num_edges == 1:
+            return np.concatenate([zero_g1, edges_ge], axis=1)
+        lower_ge = np.concatenate([np.maximum(edges_ge[:, :1], edges_ge[:, 1:2] / 2), edges_ge[:, 1:]], axis=1)
+        upper_ge = np.concatenate([edges_ge[:, 1:], 2 * edges_ge[:, -1:] - edges_ge[:, -2:-1]], axis=1)
+        return np.concatenate([zero_g1, (lower_ge + upper_ge) / 2], axis=1)
+
+    def levels(self) -> list[float]:
+        """Return how much expression each bin stands for, averaged over genes, relative to the mean of bins 1 to e.
 
         Example:
             >>> BinEdges.shared([1e-4, 2.0, 3.0]).levels()
             [0.0, 0.6, 1.0, 1.4]
         """
-        edges_e = self.edges_ge.mean(axis=0)
-        if len(edges_e) == 1:
-            return [0.0, 1.0]
-        lower_e = np.concatenate([[max(edges_e[0], edges_e[1] / 2)], edges_e[1:]])
-        upper_e = np.append(edges_e[1:], 2 * edges_e[-1] - edges_e[-2])
-        middle_e = (lower_e + upper_e) / 2
+        middle_e = self.values().mean(axis=0)[1:]
         return [0.0, *(round(float(level), 4) for level in middle_e / middle_e.mean())]
 
     def to_json(self, genes: Sequence[str]) -> list[float] | dict[str, list[float]]:
@@ -115,23 +128,6 @@ def read_edges(path: str | Path) -> list[float] | dict[str, list[float]]:
     if not isinstance(content, list | dict):
         raise InputError(f"bin edges {path} hold a {type(content).__name__}. Give [0.5, 1] or a gene -> list map.")
     return content
-
-
-def digitize(values_g: np.ndarray, *, edges_e: np.ndarray) -> np.ndarray:
-    """Bin expression values; bin 0 lies below the first edge and means "not expressed".
-
-    Args:
-        values_g: Expression, shape (g,), on the scale of the edges (log1p counts per 10,000 by default).
-        edges_e: Increasing edges, shape (e,).
-
-    Returns:
-        Bin of each value, shape (g,), in 0..e; a value equal to an edge joins the upper bin.
-
-    Example:
-        >>> digitize(np.array([0.2, 0.5, 3.0]), edges_e=np.array([0.5, 1.0])).tolist()
-        [0, 1, 2]
-    """
-    return np.digitize(values_g, edges_e)
 
 
 class ValueHistogram:

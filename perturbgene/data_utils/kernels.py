@@ -196,6 +196,24 @@ def scan_values(values_l: np.ndarray) -> tuple[bool, bool]:  # pragma: no cover
     return num_bad == 0, num_fractional == 0
 
 
+@numba.njit(nogil=True, cache=True)
+def find_count_rows(
+    values_l: np.ndarray, offsets_n1: np.ndarray, highest_log: float, is_counts_n: np.ndarray
+) -> None:  # pragma: no cover
+    """Mark rows that surely hold counts: whole, and three or more that differ, or one above any logarithm."""
+    for row in range(len(is_counts_n)):
+        num_expressed, lowest, highest, is_whole = 0, np.inf, 0.0, True
+        for k in range(offsets_n1[row], offsets_n1[row + 1]):
+            value = float(values_l[k])
+            if np.floor(value) != value:
+                is_whole = False
+                break
+            if value > 0.0:
+                num_expressed += 1
+                lowest, highest = min(lowest, value), max(highest, value)
+        is_counts_n[row] = is_whole and (highest > highest_log or (num_expressed >= 3 and highest > lowest))
+
+
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
 def sum_rows(values_l: np.ndarray, offsets_n1: np.ndarray, sums_n: np.ndarray) -> None:  # pragma: no cover
     """Write the sum of each row's values, in float64; exact for whole numbers, whatever the order of adding."""

@@ -1,22 +1,22 @@
-"""Expression values: what scale they are on, and the block of cells that travels through the data path.
+"""Expression values: their scale, and the block of cells that travels through the data path.
 
-Owns recognising counts and the arithmetic of log1p counts per 10,000; knows nothing of files, genes' names or tokens.
-Letters: n cells, l stored values, e edges.
+Owns recognizing counts (`recognize_counts`) and the arithmetic of log1p counts per 10,000, one function per transform;
+knows nothing of files, gene names or tokens. Letters: n cells, l stored values, e edges.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from scipy import sparse
 
+from perturbgene.cli.base import Normalization
 from perturbgene.data_utils.genes import GeneAlignment
-from perturbgene.data_utils.kernels import scan_values, sum_rows
-from perturbgene.errors import InputError
+from perturbgene.data_utils.kernels import find_count_rows, scan_values, sum_rows
+from perturbgene.errors import InputError, listed
 
-Normalization = Literal["auto", "none", "log1p_cp10k"]
-NORMALIZATIONS: tuple[Normalization, ...] = ("auto", "none", "log1p_cp10k")
+NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 #: Counts per 10,000: the target sum of log1p_cp10k (Seurat's and CELLxGENE's convention).
 TARGET_SUM = 1e4
@@ -27,14 +27,14 @@ HIGHEST_LOG_VALUE = 50.0
 
 @dataclass(frozen=True)
 class ExpressionBlock:
-    """Rows of one file in CSR form, in the file's own columns, with all that tokenising needs.
+    """Rows of one file in CSR form, in the file's own columns, with all that tokenizing needs.
 
     Args:
         values_l: Stored values, shape (l,), any real dtype.
         columns_l: Column of each value, shape (l,).
         offsets_n1: Where each cell starts, int64 of shape (n + 1,).
         alignment: The file's columns in the panel.
-        is_counts: True when values are counts still to be normalised by `library_size_n`.
+        is_counts: True when values are counts still to be normalized by `library_size_n`.
         library_size_n: Total counts per cell, float64 of shape (n,), or None to sum the values here.
         label_ids_np: Input id of each included phenotype, int32 of shape (n, p), -1 where absent.
         cells_n: Number of each cell in the data set, int64 of shape (n,): the identity that masks hang on.
@@ -90,49 +90,82 @@ def check_values(values_l: np.ndarray, *, source: str) -> None:
         )
 
 
-def looks_like_counts(values_l: np.ndarray, *, source: str) -> bool:
-    """Recognise raw counts: non-negative whole numbers.
+def recognize_counts(values_l: np.ndarray, offsets_n1: np.ndarray, rows_n: np.ndarray, *, source: str) -> bool:
+    """Return True for raw counts (whole numbers), False for logarithms; the one place where scales are recognized.
+
+    Args:
+        values_l: Stored values, shape (l,).
+        offsets_n1: Where each cell starts, shape (n + 1,).
+        rows_n: Row number of each cell, for messages.
+        source: The matrix, for messages.
 
     Raises:
-        InputError: Values are negative, not finite, or fractional and too large to be logarithms.
+        InputError: Values are negative, not finite, fractional and too large to be logarithms, or counts in some cells
+            and fractional in others.
     """
     check_values(values_l, source=source)
-    if values_l.dtype.kind in "bui" or not values_l.size:
+    if values_l.dtype.kind in "bui" or not values_l.size or scan_values(native(values_l))[1]:
         return True
-    if scan_values(native(values_l))[1]:
-        return True
+    if count_rows(values_l, offsets_n1).any():
+        raise _mixed(values_l, offsets_n1, rows_n, source=source)
     if values_l.max() > HIGHEST_LOG_VALUE:
         raise InputError(
-            f"{source} holds fractional values up to {values_l.max():g}: neither raw counts nor log-normalised. Give "
-            "--normalization log1p_cp10k to normalise them, or --normalization none to bin them as they are."
+            f"{source} holds fractional values up to {values_l.max():g}: neither raw counts nor log-normalized. Give "
+            "--normalization log1p_cp10k to normalize them, or --normalization none to bin them as they are."
         )
     return False
 
 
-def needs_normalizing(values_l: np.ndarray, *, normalization: Normalization, source: str) -> bool:
-    """Decide whether values must be divided by the cell's total and logged before binning."""
+def count_rows(values_l: np.ndarray, offsets_n1: np.ndarray) -> np.ndarray:
+    """Return True for cells that surely hold raw counts, bool of shape (n,).
+
+    Their values are whole numbers, which differ and are three or more, or of which one is too large for a logarithm.
+    Fewer could be whole by chance: log2(1 + x) is 1 or 2 for x = 1 or 3.
+    """
+    is_counts_n = np.zeros(len(offsets_n1) - 1, dtype=bool)
+    find_count_rows(native(values_l), offsets_n1, HIGHEST_LOG_VALUE, is_counts_n)
+    return is_counts_n
+
+
+def _mixed(values_l: np.ndarray, offsets_n1: np.ndarray, rows_n: np.ndarray, *, source: str) -> InputError:
+    """Say which cells hold counts and which fractional values."""
+    is_fractional_l = values_l % 1 != 0
+    is_fractional_n = np.diff(np.concatenate([[0], np.cumsum(is_fractional_l)])[offsets_n1]) > 0
+    counts = listed(rows_n[~is_fractional_n & (np.diff(offsets_n1) > 0)].tolist(), most=3)
+    fractional = listed(rows_n[is_fractional_n].tolist(), most=3)
+    example = f" (such as {values_l[is_fractional_l][0]:g})" if fractional else ""
+    return InputError(
+        f"{source} mixes scales: rows {counts or 'elsewhere'} hold counts, rows {fractional or 'elsewhere'} fractional "
+        f"values{example}. Bring all cells to one scale, or give --normalization log1p_cp10k to normalize all of them, "
+        "or none to bin all as they are."
+    )
+
+
+def needs_normalizing(
+    values_l: np.ndarray, offsets_n1: np.ndarray, rows_n: np.ndarray, *, normalization: Normalization, source: str
+) -> bool:
+    """Decide on sampled cells whether values must be divided by the cell's total and logged before binning."""
     if normalization == "auto":
-        return looks_like_counts(values_l, source=source)
+        return recognize_counts(values_l, offsets_n1, rows_n, source=source)
     check_values(values_l, source=source)
     return normalization == "log1p_cp10k"
 
 
-def check_scale(values_l: np.ndarray, *, is_counts: bool, source: str) -> None:
-    """Raise an InputError when values contradict what `auto` decided for their file."""
+def check_scale(
+    values_l: np.ndarray, offsets_n1: np.ndarray, rows_n: np.ndarray, *, is_counts: bool, source: str
+) -> None:
+    """Raise an InputError if cells contradict what was recognized on sampled cells of their file."""
     if values_l.dtype.kind != "f" or not values_l.size:
         return
     if is_counts and all(scan_values(native(values_l))):  # as nearly every block of counts
         return
-    if is_counts == looks_like_counts(values_l, source=source) or not is_counts:
-        return
-    raise InputError(
-        f"{source} holds counts in some cells and fractional values (such as {values_l[values_l % 1 != 0][0]:g}) in "
-        "others. Give --normalization log1p_cp10k to normalise all, or none to bin all as they are."
-    )
+    is_block_of_counts = recognize_counts(values_l, offsets_n1, rows_n, source=source)
+    if is_block_of_counts != is_counts and (is_counts or count_rows(values_l, offsets_n1).any()):
+        raise _mixed(values_l, offsets_n1, rows_n, source=source)
 
 
 def log1p_cp10k(counts_l: np.ndarray, library_size_l: np.ndarray) -> np.ndarray:
-    """Return log(1 + 10,000 * count / library size), in float32; shapes (l,)."""
+    """Return the log1p counts per 10,000, log(1 + 10,000 * count / library size), of counts; float32 of shape (l,)."""
     return np.log1p(counts_l * (TARGET_SUM / library_size_l)).astype(np.float32)
 
 
@@ -152,7 +185,7 @@ def log_matrix(block: ExpressionBlock) -> sparse.csr_matrix:
 
 
 def count_thresholds(edges: np.ndarray) -> np.ndarray:
-    """Turn edges on log1p_cp10k into the count, per count of library size, at which each is reached.
+    """Turn edges in log1p counts per 10,000 into shares of the library: the count over library size that reaches each.
 
     log1p(1e4 * x / L) >= edge exactly when x >= L * expm1(edge) / 1e4. The slack of 1e-9 lets a count that reaches the
     edge in exact arithmetic join the upper bin whatever the rounding.

@@ -32,8 +32,8 @@ from perturbgene.data_utils.scale import (
     Normalization,
     check_scale,
     library_sizes,
-    looks_like_counts,
     needs_normalizing,
+    recognize_counts,
 )
 from perturbgene.errors import InputError, listed
 from perturbgene.urls import shown_path
@@ -126,27 +126,28 @@ class Shard:
         return f"{self.path} ({self.source.layer or 'X'})"
 
     @property
-    def _sample(self) -> np.ndarray:
-        """Values of sampled rows, shape (l,); of the first rows that hold any, where the sample holds none."""
+    def _sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values (l,), offsets (m + 1,) and numbers (m,) of sampled rows, or of the first rows that hold values."""
         num_rows = len(self)
-        starts = sorted({max(0, min(num_rows - _SAMPLE_ROWS, num_rows * spot // 4)) for spot in range(4)})
-        spans = [(start, start + _SAMPLE_ROWS) for start in starts]
-        values = [self.source.read_rows(start, min(num_rows, stop))[0] for start, stop in spans if num_rows]
-        sample = np.concatenate(values) if values else np.zeros(0)
-        for start in range(0, num_rows, _SEARCH_ROWS):
-            if sample.any():
+        starts = {max(0, min(num_rows - _SAMPLE_ROWS, num_rows * spot // 4)) for spot in range(4)}
+        spans = [np.arange(start, min(num_rows, start + _SAMPLE_ROWS)) for start in starts]
+        searched = (np.arange(start, min(num_rows, start + _SEARCH_ROWS)) for start in range(0, num_rows, _SEARCH_ROWS))
+        sample = np.zeros(0), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        for rows_m in (np.unique(np.concatenate(spans)), *searched) if num_rows else ():
+            values_l, _, offsets_m1 = self._read_runs(rows_m)
+            sample = values_l, offsets_m1, rows_m
+            if values_l.any():
                 break
-            sample = self.source.read_rows(start, min(num_rows, start + _SEARCH_ROWS))[0]
         return sample
 
     @cached_property
     def is_counts(self) -> bool:
         """True when the values are counts that must be normalised; decided on sampled rows, checked on every block."""
-        return needs_normalizing(self._sample, normalization=self.normalization, source=self._where)
+        return needs_normalizing(*self._sample, normalization=self.normalization, source=self._where)
 
     @property
     def _can_be_summed(self) -> bool:
-        return self.is_counts or looks_like_counts(self._sample, source=self._where)
+        return self.is_counts or recognize_counts(*self._sample, source=self._where)
 
     def _library_size(self, rows_m: np.ndarray, values_l: np.ndarray, offsets_m1: np.ndarray) -> np.ndarray | None:
         """Return totals of rows, float64 of shape (m,): as stored, else the sum of counts, else None."""
@@ -257,7 +258,7 @@ class Shard:
         values_l, columns_l, offsets_m1 = self._read_runs(rows_m)
         masks, table_n = self._table_masks or ([], rows_m)
         if self.normalization == "auto":
-            check_scale(values_l, is_counts=self.is_counts, source=self._where)
+            check_scale(values_l, offsets_m1, rows_m, is_counts=self.is_counts, source=self._where)
         return ExpressionBlock(
             values_l,
             columns_l,

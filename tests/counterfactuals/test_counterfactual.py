@@ -17,10 +17,9 @@ from scipy import stats
 import perturbgene as pg
 from perturbgene.configs import MlmConfig, parse_args
 from perturbgene.counterfactuals import counterfactual as counterfactuals
-from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block, bin_values
+from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
 from perturbgene.counterfactuals.counterfactual import choose_cells, counterfactual, sum_changes, unseen_combinations
 from perturbgene.counterfactuals.statistics import against_null, change_table, pool_groups, squared_errors, weigh_strata
-from perturbgene.data_utils.binning import BinEdges
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, pack
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
@@ -54,12 +53,6 @@ def block_of(run: Run, cells: ad.AnnData) -> Any:
 # -- one contrast -------------------------------------------------------------------------------------------------
 
 
-def test_a_bin_stands_for_its_middle_and_the_top_one_for_half_a_width_above_its_edge() -> None:
-    edges = BinEdges.per_gene({"A": [1.0, 3.0, 4.0], "B": [2.0, 4.0, 8.0]}, genes=["A", "B"])
-    np.testing.assert_array_equal(bin_values(edges), [[0, 2, 3.5, 4.5], [0, 3, 6, 10]])
-    np.testing.assert_array_equal(bin_values(BinEdges.shared([2.0])), [[0, 2]])
-
-
 def test_setting_a_label_changes_its_token_and_no_other(run: Run, cells: ad.AnnData) -> None:
     batch = pack(block_of(run, cells))
     changed = GenePredictor(run, Contrast("tissue", SPLEEN), tokenizer=run.tokenizer).with_label(batch)
@@ -91,7 +84,7 @@ def test_a_change_is_the_difference_of_expected_values_of_the_hidden_genes(run: 
     changed = {**batch, "input_ids": torch.where(types == 2, SPLEEN, batch["input_ids"])}
     with torch.no_grad():
         bins = [torch.softmax(run.model(**side).logits[..., 9:], dim=-1) for side in (batch, changed)]
-    expected = ((bins[1] - bins[0]) @ torch.tensor([0.0, 2.0, 4.0]))[labels != -100]
+    expected = ((bins[1] - bins[0]) @ torch.tensor([0.0, 2.25, 4.0]))[labels != -100]
     found = Sums.zeros(num_groups=1, num_genes=9, num_null=0)
     predictor = GenePredictor(run, Contrast("tissue", SPLEEN, num_passes=1, num_null=0), tokenizer=run.tokenizer)
     collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True, phenotype_mask_prob=0, absent_prob=0)
@@ -153,7 +146,7 @@ def test_the_observed_difference_is_between_cells_that_have_the_label_and_cells_
 ) -> None:
     table = counterfactual(cells, run, set={"tissue": "spleen"}, num_null=0, force=True).set_index("gene")
     values = pd.DataFrame(
-        np.select([cells.X.toarray() >= 3, cells.X.toarray() >= 1], [4.0, 2.0]), columns=cells.var_names
+        np.select([cells.X.toarray() >= 3, cells.X.toarray() >= 1], [4.0, 2.25]), columns=cells.var_names
     )
     has_genes = (values > 0).any(axis=1).to_numpy()  # the others are left out
     assert 0 < (~has_genes).sum() < 20

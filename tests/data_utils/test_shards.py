@@ -114,6 +114,7 @@ def test_the_scale_is_not_guessed_from_cells_without_values(write_h5ad: Write) -
     [
         pytest.param([1.0, 0, 2, 0], [0.5, 0, 1.7, 0], id="log values among counts"),
         pytest.param([0.5, 0, 1.7, 0], [300.0, 0, 0.5, 0], id="large values among logarithms"),
+        pytest.param([0.5, 0, 1.7, 0], [3.0, 0, 1, 2], id="counts among logarithms"),
     ],
 )
 def test_a_file_that_mixes_scales_is_refused_where_it_does(
