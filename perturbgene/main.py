@@ -180,7 +180,7 @@ def set_up_logging() -> None:
     # Bars of single files ("Loading weights", "Writing model shards"): transformers asks huggingface_hub.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # "The following layers were not sharded", about a way of sharding that we do not use.
-    logging.getLogger("transformers.integrations.tensor_parallel").setLevel(logging.ERROR)
+    logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
 
 
 def set_heap(*parameters: tuple[int, int]) -> bool:

@@ -224,3 +224,13 @@ def test_an_error_of_another_process_names_it(verb, capsys, monkeypatch) -> None
     monkeypatch.setenv("RANK", "1")
     assert main(verb("from perturbgene.errors import InputError; raise InputError('a')")) == 2
     assert capsys.readouterr().err == "process 1: error: a\n"
+
+
+def test_bars_and_idle_warnings_of_transformers_are_off() -> None:
+    code = (
+        "import perturbgene.main as ours; ours.set_up_logging(); from transformers.utils import logging as theirs; "
+        "from transformers.distributed import tensor_parallel; tensor_parallel.logger.warning('not sharded'); "
+        "print(theirs.is_progress_bar_enabled())"
+    )
+    done = in_new_process(code=code)
+    assert (done.stdout, done.stderr) == ("False\n", "")
