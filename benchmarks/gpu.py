@@ -262,7 +262,7 @@ def training_recipes() -> list[str]:
 
 def training(setting: Setting, _: list[Row]) -> Iterator[tuple[Any, ...]]:
     """Measure training steps of every recipe: tokens/s, memory, and the share of the peak of a matrix product."""
-    from perturbgene.training.flops import measured_peak
+    from benchmarks.flops import measured_peak
 
     if setting.device == "cpu":
         torch.set_num_threads(1)

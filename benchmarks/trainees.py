@@ -18,13 +18,8 @@ from transformers import DistilBertConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.distilbert.modeling_distilbert import Transformer
 
-from perturbgene.model.layers import (
-    IGNORED_LABEL,
-    GeneBertConfig,
-    GeneBertForPhenotypicMLM,
-    PositionlessEmbeddings,
-    load_preset,
-)
+from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM, PositionlessEmbeddings, load_preset
+from perturbgene.model.heads import IGNORED_LABEL
 
 MASK, PAD, GENES, PHENOTYPES, LABELS_EACH, BINS = 2, 3, 58_604, 5, 64, 11
 FIRST_BIN = 4 + PHENOTYPES * LABELS_EACH

@@ -23,10 +23,10 @@ from typing import Protocol
 
 import torch
 
+from benchmarks.flops import flops_of_batch, forward_flops, measured_peak
 from benchmarks.loading import machine, versions
 from benchmarks.trainees import LENGTHS, MAIN, RECIPES, SIZES, USUAL, Batch, Step, Trainee, draw_batches
 from perturbgene.main import keep_freed_memory
-from perturbgene.training.flops import flops_of_batch, forward_flops, measured_peak
 
 STEPS: dict[str, Step] = {"training": Trainee.train, "inference": Trainee.infer}
 
@@ -38,7 +38,7 @@ class Row:
     Args:
         name: Of the recipe.
         tokens: Tokens that are no padding, of all its batches.
-        flops: Operations that these batches need, see `perturbgene.training.flops`.
+        flops: Operations that these batches need, see `benchmarks.flops`.
         is_bf16: Whose peak it is compared with.
         seconds: Time for all its batches, one entry for each round.
         kept_kib: KiB kept for the backward pass, per token that is no padding; None for inference.

@@ -15,6 +15,7 @@ ROOMS = [
     "errors",
     "files",
     "urls",
+    "devices",
     "cli",
     "configs",
     "plots",

@@ -17,6 +17,7 @@ from perturbgene.cli.options import (
     option,
     own_flags,
 )
+from perturbgene.devices import check_bfloat16, has_fast_bfloat16
 from perturbgene.errors import InputError
 
 if TYPE_CHECKING:
@@ -122,9 +123,9 @@ class ModelOptions(BaseConfig):
     dropout: float | None = option(
         None, help="Dropout after embeddings and sublayers; attention weights have none.", within="[0, 1)"
     )
-    norm_position: Literal["pre", "post", "branch"] | None = option(
+    norm_position: Literal["post", "branch"] | None = option(
         None,
-        help="LayerNorm before each sublayer, after it, or on what it adds (branch; the presets' choice).",
+        help="LayerNorm after each sum (post, as in DistilBERT) or on what a sublayer adds (branch, the presets).",
         group="Model",
     )
     bin_gain_range: float | None = option(
@@ -138,7 +139,6 @@ class ModelOptions(BaseConfig):
     attn_implementation: Literal["auto", "matmul", "sdpa", "varlen", "flash"] = option(
         "auto", help="How attention is computed; auto chooses the fastest that the device supports."
     )
-    use_flash_attn: bool = option(False, help="The same as --attn_implementation flash.", group="Model")
 
     def check_paths(self) -> None:
         super().check_paths()
@@ -163,8 +163,6 @@ class ModelOptions(BaseConfig):
                 f"hidden_size is {hidden}, which {heads} heads cannot share equally. Choose a --hidden_size that is "
                 "a multiple of --num_attention_heads."
             )
-        if self.use_flash_attn and self.attn_implementation not in ("auto", "flash"):
-            raise InputError(f"use_flash_attn contradicts attn_implementation {self.attn_implementation}. Remove one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,10 +381,9 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         import torch
 
         use_cpu = self.training_overrides.get("use_cpu", self.use_cpu) or not torch.accelerator.is_available()
-        if self.bf16 is not None:
-            return use_cpu, self.bf16
-        if self.training_overrides.get("fp16"):
-            return use_cpu, False
-        if use_cpu:
-            return use_cpu, bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return use_cpu, torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+        if self.bf16:
+            check_bfloat16(device_type, flag="--bf16")
+        if self.bf16 is not None or self.training_overrides.get("fp16"):
+            return use_cpu, bool(self.bf16)
+        return use_cpu, has_fast_bfloat16(device_type)

@@ -1,23 +1,21 @@
 """The transformer: tensors in, tensors out; nothing here knows AnnData or files of cells.
 
-Read `config`, `packing` (cells without padding), `attention`, `layers`, `heads` (labels, genes and their losses).
+The path of a batch is the reading order, types at the arrows. `config`: the settings.
+
+1. `packing`: padded ``(n, l)`` or packed ``(l,)`` tensors -> ``PackedCells`` without padding.
+2. `layers`: ids and types ``(l,)`` -> embeddings ``(l, h)`` -> each layer ``(l, h)``, where `attention` runs; the last
+   one only where an output is needed, ``(a, h)``.
+3. `heads`: ``(a, h)`` -> logits ``(a, v)`` or ``(n, k)``, and the loss.
 """
 
-from perturbgene.model.layers import (
-    BATCH_STEP,
-    GeneBertConfig,
-    GeneBertForClassification,
-    GeneBertForPhenotypicMLM,
-    GeneBertLayer,
-    GeneBertModel,
-    PackedCells,
-    Packing,
-    PositionlessEmbeddings,
-    load_preset,
-)
+from perturbgene.model.config import GeneBertConfig, load_preset
+from perturbgene.model.heads import DirectPath, GeneBertForClassification, GeneBertForPhenotypicMLM
+from perturbgene.model.layers import BATCH_STEP, GeneBertLayer, GeneBertModel, PositionlessEmbeddings
+from perturbgene.model.packing import PackedCells, Packing
 
 __all__ = [
     "BATCH_STEP",
+    "DirectPath",
     "GeneBertConfig",
     "GeneBertForClassification",
     "GeneBertForPhenotypicMLM",

@@ -20,6 +20,7 @@ import pandas as pd
 
 from perturbgene.cli.verbs import PerturbationKind, PerturbConfig, Pooling, Precision
 from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.devices import check_bfloat16
 from perturbgene.files import check_new, claimed, whole_files, write_json
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
@@ -70,6 +71,7 @@ class Experiment:
     def open(cls, source: Any, run: Run, config: PerturbConfig, given: Mapping[str, str | None]) -> "Experiment":
         """Check what is asked, and open the cells."""
         if config.precision == "bfloat16":
+            check_bfloat16(run.model.device.type, flag="--precision bfloat16")
             run = Run(copy.deepcopy(run.model).bfloat16(), run.tokenizer, run.path)
         asked = perturbations_of(config.genes, run.tokenizer, kind=config.kind, level=config.bin)
         readout = readout_of(

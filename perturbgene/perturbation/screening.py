@@ -24,10 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from perturbgene.data_utils.data_collators import Batch, pack
 from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.devices import has_fast_bfloat16
 from perturbgene.eval_utils import inference_mode, model_device, to_device
 from perturbgene.inference.run import Run
-from perturbgene.model import GeneBertLayer, GeneBertModel, PackedCells, Packing
-from perturbgene.model.direct import DirectPath
+from perturbgene.model import DirectPath, GeneBertModel, PackedCells, Packing
 from perturbgene.perturbation.readouts import LabelReadout, Readout, in_budget, token_budget
 
 #: Directions along which the length of a shift of the state is measured.
@@ -72,7 +72,7 @@ def screen_removals(
     """
     device = model_device(run.model)
     if is_half is None:  # one layer has too little to multiply for the conversions
-        is_half = has_fast_bfloat16(device) and run.model.config.num_hidden_layers > 1
+        is_half = has_fast_bfloat16(device.type) and run.model.config.num_hidden_layers > 1
     scores = []
     for rows in _batches(run, np.diff(block.offsets_n1), budget=token_budget(run.model) if budget is None else budget):
         batch = to_device(pack(block.take(rows)), device)
@@ -81,13 +81,6 @@ def screen_removals(
             scores.append(_screen_batch(run, batch, readout, num_directions=num_directions, towards_n=wanted))
     estimate_l = np.concatenate(scores).astype(np.float32)
     return np.where(block.token_type_ids_l >= run.tokenizer.first_gene_type, estimate_l, np.nan)
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 faster than float32."""
-    if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _batches(run: Run, lengths_n: np.ndarray, *, budget: int) -> Iterator[np.ndarray]:
@@ -186,66 +179,70 @@ class _Sums:
 
 @contextmanager
 def _screening(run: Run, batch: Batch) -> Iterator[_Sums]:
-    """Let attention and votes be those that sum, and no weight want a gradient, as long as the block lasts."""
+    """Let attention and the direct path add to sums in their backward pass, and no weight need a gradient."""
     model, device = run.model, batch["input_ids"].device
     weights = batch["cu_seqlens"].diff().long().square().sum().item() * _maps(run)
     keeps = weights <= _limit(MOST_KEPT, device) * KEPT_OF_LONG_CELL
     change_l, trigger = torch.zeros(len(batch["input_ids"]), device=device), torch.zeros((), device=device)
     sums = _Sums(change_l, keeps, trigger.requires_grad_())
     was_training, learning = model.training, [weight for weight in model.parameters() if weight.requires_grad]
+    paths = [module for module in model.modules() if isinstance(module, DirectPath)]
+    hooks = [path.register_forward_hook(partial(_screen_linear_term, sums)) for path in paths]
     base: GeneBertModel = getattr(model, "genebert")  # noqa: B009 - typed as a module otherwise
-    layers: list[Any] = list(base.layers)
     try:
         model.eval().requires_grad_(False)
-        base.votes = partial(_votes, base, sums)  # type: ignore[method-assign]
-        for layer in layers:
-            layer.attend = partial(_attend, layer, sums)
-        yield sums
+        with base.attending_with(partial(_attend, sums)):
+            yield sums
     finally:
-        base.__dict__.pop("votes", None)
-        for layer in layers:
-            layer.__dict__.pop("attend", None)
+        for hook in hooks:
+            hook.remove()
         for weight in learning:
             weight.requires_grad_(True)
         model.train(was_training)
 
 
 def _attend(
-    layer: GeneBertLayer, sums: _Sums, x_lh: Tensor, packing: Packing, reads_a: Tensor | None, gate_l: Tensor | None
+    sums: _Sums,
+    q_ahd: Tensor,
+    k_lhd: Tensor,
+    v_lhd: Tensor,
+    *,
+    queries: Packing,
+    keys: Packing,
+    key_log_gate_l: Tensor | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """Stand in for `GeneBertLayer.attend`."""
-    assert gate_l is None  # nothing gates tokens here
-    q_ahd, k_lhd, v_lhd = layer.queries_keys_values(x_lh, reads_a)
+    """Attend like `model.attention.attention`, and add to `sums` in the backward pass."""
+    assert key_log_gate_l is None  # nothing gates tokens here
     most = _limit(BYTES_AT_ONCE, q_ahd.device) // q_ahd.element_size()
-    pieces = list(_pieces(packing, reads_a, heads=q_ahd.shape[1], most=most))
+    pieces = list(_pieces(keys, queries.positions, heads=q_ahd.shape[1], most=most))
     with torch.autocast(q_ahd.device.type, enabled=False):
-        out_ahd = _ScreenedAttention.apply(q_ahd, k_lhd, v_lhd, sums.trigger, pieces, sums)
-    return layer.attention_out(out_ahd.flatten(1))
+        out_ahd: Tensor = _ScreenedAttention.apply(q_ahd, k_lhd, v_lhd, sums.trigger, pieces, sums)
+    return out_ahd
 
 
-def _votes(base: GeneBertModel, sums: _Sums, path: DirectPath, cells: PackedCells) -> Tensor:
-    """Stand in for `GeneBertModel.votes`; without a gene, its votes are gone, whatever else is there."""
-    votes_nk = GeneBertModel.votes(base, path, cells)
-    assert cells.input_ids is not None and cells.token_type_ids is not None  # votes are made of them
-    votes_lk = path.votes_tk[cells.token_type_ids] * base.embeddings.expression(cells.input_ids)[:, None]
-    screened: Tensor = _ScreenedVotes.apply(votes_nk, votes_lk, sums.trigger, cells.packing.lengths, sums)
+def _screen_linear_term(sums: _Sums, path: DirectPath, inputs: tuple[PackedCells, Tensor], term_nk: Tensor) -> Tensor:
+    """Forward hook of the direct path: without a gene its share is gone, whatever else is there."""
+    cells, expression_l = inputs
+    term_lk = path.votes_tk[cells.token_type_ids] * expression_l[:, None]
+    screened: Tensor = _ScreenedLinearTerm.apply(term_nk, term_lk, sums.trigger, cells.packing.lengths, sums)
     return screened
 
 
-class _ScreenedVotes(torch.autograd.Function):
-    """Votes of cells, (n, k), that add to `sums`, in their backward pass, what the loss of each token's (l, k) does."""
+class _ScreenedLinearTerm(torch.autograd.Function):
+    """The linear term of cells, (n, k), whose backward pass adds the effect of losing each token to `sums`."""
 
     @staticmethod
-    def forward(ctx: Any, votes_nk: Tensor, votes_lk: Tensor, _: Tensor, lengths: list[int], sums: _Sums) -> Tensor:
-        ctx.save_for_backward(votes_lk, torch.tensor(lengths, device=votes_lk.device))
+    def forward(ctx: Any, term_nk: Tensor, term_lk: Tensor, _: Tensor, lengths: list[int], sums: _Sums) -> Tensor:
+        ctx.save_for_backward(term_lk, torch.tensor(lengths, device=term_lk.device))
         ctx.sums = sums
-        return votes_nk.clone()
+        return term_nk.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nk: Tensor) -> tuple[None, ...]:
-        votes_lk, lengths_n = ctx.saved_tensors
-        ctx.sums.change_l -= (votes_lk * grad_nk.repeat_interleave(lengths_n, dim=0)).sum(dim=1)
+        term_lk, lengths_n = ctx.saved_tensors
+        ctx.sums.change_l -= (term_lk * grad_nk.repeat_interleave(lengths_n, dim=0)).sum(dim=1)
         return (None,) * 5
 
 

@@ -172,7 +172,7 @@ def _with_learning_rate(config: "TrainingConfig") -> Any:
 
 
 def _kernel(config: "TrainingConfig") -> dict[str, str]:
-    return {"attention_kernel": "flash" if config.use_flash_attn else config.attn_implementation}
+    return {"attention_kernel": config.attn_implementation}
 
 
 def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:

@@ -136,16 +136,16 @@ def test_braces_and_labels_keep_their_commas():
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        (["--use_flash_attn"], True),
-        (["--use_flash_attn", "false"], False),
-        (["--use_flash_attn=no"], False),
-        (["--no_use_flash_attn"], False),
-        (["--no-use-flash-attn"], False),
+        (["--use_cpu"], True),
+        (["--use_cpu", "false"], False),
+        (["--use_cpu=no"], False),
+        (["--no_use_cpu"], False),
+        (["--no-use-cpu"], False),
         ([], False),
     ],
 )
 def test_booleans_may_stand_alone_be_told_or_be_negated(tokens, expected):
-    assert parse_args([*MLM, *tokens]).use_flash_attn is expected
+    assert parse_args([*MLM, *tokens]).use_cpu is expected
 
 
 def test_a_boolean_leaves_the_next_positional_alone():
@@ -303,7 +303,6 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
         ([*MLM, "--included_phenotypes", "a", "a"], "'a' more than once"),
         ([*MLM, "--pad_to_multiple_of", "0"], "must be in"),
         ([*MLM, "--hidden_size", "100", "--num_attention_heads", "3"], "cannot share equally"),
-        ([*MLM, "--use_flash_attn", "--attn_implementation", "sdpa"], "contradicts"),
         (
             [*MLM, "--tokens_per_batch", "2047"],
             "a single cell may have max_length 2048 tokens. Raise --tokens_per_batch",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.flops import PEAK_SIDES, flops_of_batch, forward_flops, measured_peak
 from perturbgene.model import GeneBertConfig
-from perturbgene.training.flops import PEAK_SIDES, flops_of_batch, forward_flops, measured_peak
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,141 @@
+"""The configuration of a GeneBERT model, and the presets of sizes.
+
+Owns every setting of the model and its checks; leaves what the settings do to the layers and heads.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import field
+from importlib import resources
+from typing import Any, cast
+
+from transformers import PreTrainedConfig
+
+from perturbgene.errors import InputError, did_you_mean
+
+ATTENTION_KERNELS = ("auto", "matmul", "sdpa", "varlen", "flash")
+NORM_POSITIONS = ("post", "branch")
+
+
+class GeneBertConfig(PreTrainedConfig):
+    """All settings of a GeneBERT model.
+
+    Args:
+        vocab_size: Number v of input ids: special tokens, then phenotype labels, then bins.
+        type_vocab_size: Number of token types: 0 special, 1..P phenotype categories, then one per gene.
+        hidden_size: Width h; a multiple of ``num_attention_heads``.
+        num_hidden_layers: Number of transformer layers.
+        num_attention_heads: Attention heads per layer.
+        intermediate_size: Width inside the feed-forward part.
+        dropout: Rate on embeddings and both residual branches; none on attention weights, which rules out fast kernels.
+        classifier_dropout: Rate before the classifier.
+        initializer_range: Standard deviation of fresh linear weights.
+        embedding_range: Standard deviation of fresh embeddings; None means ``initializer_range``.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        norm_position: ``"branch"`` normalizes what each residual branch adds and the final hidden states, so a gene
+            that says little can keep a short vector. ``"post"`` normalizes embeddings and sums, as in DistilBERT.
+        bin_gain_range: If above 0, each gene embedding is multiplied by a learned gain per expression bin, which starts
+            at 1 + range * (level - 1). 0 disables the gain: word plus type embedding, as in BERT.
+        bin_levels: Expression that each bin stands for, relative to the mean: 0 for ``bin_0``, then ascending. None
+            means evenly spaced from 0 to 2.
+        direct_path: Add a linear term in the expressed genes to the logits of the labels, see ``DirectPath``.
+        pad_token_id: Id of ``[PAD]``; only used for padded batches without an attention mask.
+        first_bin_id: Id of ``bin_0``; lower ids are special tokens or phenotype labels.
+        phenotype_id_ranges: The ``[start, stop)`` range of label ids of phenotype types 1, 2, ..., P, in this order.
+        phenotype_loss_weight: Factor of the phenotype part of the masked loss.
+        gene_loss_weight: Factor of the gene part of the masked loss.
+        class_weights: One weight per class of the classifier; None means equal weights.
+        phenotype_category: The phenotype that a classifier predicts, or None.
+        tokenizer_fingerprint: Fingerprint of the tokenizer that the weights were trained with.
+        attention_kernel: ``"auto"`` picks the fastest for the device and precision; ``"matmul"`` and ``"sdpa"`` run
+            anywhere, ``"varlen"`` and ``"flash"`` need CUDA and half precision. Not saved: it depends on the machine.
+
+    Raises:
+        InputError: A value is outside its allowed range.
+    """
+
+    model_type = "genebert"
+
+    vocab_size: int = 16
+    type_vocab_size: int = 16
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    dropout: float | int = 0.1
+    classifier_dropout: float | int = 0.1
+    initializer_range: float = 0.02
+    embedding_range: float | None = None
+    layer_norm_eps: float = 1e-12
+    norm_position: str = "branch"
+    bin_gain_range: float | int = 1.0
+    bin_levels: list[float] | None = None
+    direct_path: bool = False
+    pad_token_id: int = 3
+    first_bin_id: int = 4
+    phenotype_id_ranges: list[list[int]] = field(default_factory=list)
+    phenotype_loss_weight: float | int = 1.0
+    gene_loss_weight: float | int = 0.3
+    class_weights: list[float] | None = None
+    phenotype_category: str | None = None
+    tokenizer_fingerprint: str | None = None
+    attention_kernel: str = "auto"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Convert ranges to plain lists and check the settings."""
+        self.phenotype_id_ranges = [[int(start), int(stop)] for start, stop in self.phenotype_id_ranges]
+        super().__post_init__(**kwargs)
+        check_choice("norm_position", self.norm_position, NORM_POSITIONS)
+        check_choice("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} cannot be split into {self.num_attention_heads} attention heads. "
+                "Choose --num_attention_heads that divides it."
+            )
+        if not 0 <= self.bin_gain_range <= 1:
+            raise InputError(f"bin_gain_range is {self.bin_gain_range}, but must be in 0..1. Choose 0 or 1.")
+        if self.bin_levels is not None and len(self.bin_levels) != self.vocab_size - self.first_bin_id:
+            raise InputError(
+                f"bin_levels holds {len(self.bin_levels)} numbers for {self.vocab_size - self.first_bin_id} bins. "
+                "Take the levels from the tokenizer."
+            )
+        for start, stop in self.phenotype_id_ranges:
+            if not 0 <= start < stop <= self.first_bin_id:
+                raise InputError(
+                    f"phenotype_id_ranges holds [{start}, {stop}), which is empty or reaches beyond first_bin_id "
+                    f"({self.first_bin_id}). Take the ranges from the tokenizer."
+                )
+
+    @property
+    def first_label_id(self) -> int:
+        """Id of the first phenotype label; ``first_bin_id`` ends the labels."""
+        return min((start for start, _ in self.phenotype_id_ranges), default=self.first_bin_id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings to save, without the kernel, so that a run folder from a GPU loads on a laptop."""
+        settings = super().to_dict()
+        settings.pop("attention_kernel", None)
+        return settings
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise an InputError if a setting does not have one of the allowed values."""
+    if value not in allowed:
+        raise InputError(f"{name} cannot be {value!r}. {did_you_mean(value, allowed)}")
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Return the size settings of a preset, ready for ``GeneBertConfig(**load_preset("tiny"), ...)``.
+
+    Args:
+        name: ``tiny``, ``small``, ``base`` or ``large``.
+
+    Raises:
+        InputError: There is no preset of that name.
+    """
+    folder = resources.files("perturbgene") / "presets"
+    known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    if name not in known:
+        raise InputError(f"--model_arch {name!r} is no preset. {did_you_mean(name, known)}")
+    return cast(dict[str, Any], json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
