@@ -252,7 +252,7 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write the numbers to a file."""
-        flat = self.histogram.counts_gr.ravel()
+        flat = self.histogram.counts_r
         at = np.flatnonzero(flat)
         tensors = {**self.moments.tensors(), "histogram_at": at, "histogram": flat[at]}
         save_file(tensors | (self.counts.tensors() if self.counts else {}), path)
@@ -261,7 +261,7 @@ class Statistics:
         """Add a part: its file and what the journal says of it."""
         tensors = load_file(path)
         self.moments.merge(tensors)
-        self.histogram.counts_gr.ravel()[tensors["histogram_at"]] += tensors["histogram"]
+        self.histogram.counts_r[tensors["histogram_at"]] += tensors["histogram"]
         if self.counts is not None:
             self.counts.merge(tensors)
         for category, of_split in entry["labels"].items():

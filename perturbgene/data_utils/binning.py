@@ -133,32 +133,29 @@ def read_edges(path: str | Path) -> list[float] | dict[str, list[float]]:
 class ValueHistogram:
     """Mergeable histogram of positive values, for quantiles of data that never fit in memory.
 
-    The grid has `resolution` cells over (0, `top`]; quantile edges come out on cell boundaries, hence in any order of
-    the input the same, and practically never exactly on an observed value.
+    The grid has `resolution` cells over (0, `top`]. Quantile edges are on cell boundaries, so they do not depend on the
+    order of the values and are practically never exactly on one.
     """
 
-    def __init__(self, *, num_rows: int = 1, top: float = 12.0, resolution: int = 4096) -> None:
+    def __init__(self, *, top: float = 12.0, resolution: int = 4096) -> None:
         self.top = top
-        self.counts_gr = np.zeros((num_rows, resolution), dtype=np.int64)
+        self.counts_r = np.zeros(resolution, dtype=np.int64)
 
-    def add(self, values: np.ndarray, rows: np.ndarray | None = None) -> None:
-        """Count positive values; `rows` says which gene each belongs to (all in row 0 when None)."""
-        resolution = self.counts_gr.shape[1]
+    def add(self, values: np.ndarray) -> None:
+        """Count positive values."""
+        resolution = len(self.counts_r)
         cells = np.clip((values * (resolution / self.top)).astype(np.int64), 0, resolution - 1)
-        if rows is not None:
-            cells += rows.astype(np.int64) * resolution
-        self.counts_gr += np.bincount(cells, minlength=self.counts_gr.size).reshape(self.counts_gr.shape)
+        self.counts_r += np.bincount(cells, minlength=resolution)
 
-    def quantile_edges(self, num_bins: int, *, row: int = 0) -> list[float]:
+    def quantile_edges(self, num_bins: int) -> list[float]:
         """Return edges that cut the expressed values into `num_bins` bins of about equal size.
 
-        The first edge is `LOWEST_EDGE`, so every expressed value, seen or not yet seen, has a bin >= 1. Fewer edges
-        come back when neighbouring quantiles coincide.
+        The first edge is `LOWEST_EDGE`, so every expressed value, seen or not yet seen, has a bin >= 1. There are fewer
+        edges if neighbouring quantiles coincide.
         """
-        counts_r = self.counts_gr[row]
-        step = self.top / len(counts_r)
-        if counts_r.sum() == 0:
+        if self.counts_r.sum() == 0:
             return []
-        cumulative_r = np.cumsum(counts_r) / counts_r.sum()
+        step = self.top / len(self.counts_r)
+        cumulative_r = np.cumsum(self.counts_r) / self.counts_r.sum()
         inner = [(np.searchsorted(cumulative_r, b / num_bins) + 1) * step for b in range(1, num_bins)]
         return [LOWEST_EDGE, *(round(float(edge), 6) for edge in np.unique(inner))]

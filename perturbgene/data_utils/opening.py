@@ -25,21 +25,6 @@ from perturbgene.urls import is_url, shown_path, shown_text, url_identity
 
 MOST_PATHS = 100_000
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
-
-
-def _alternatives(text: str) -> Sequence[str]:
-    bounds = _RANGE.match(text)
-    if not bounds:
-        return text.split(",")
-    first, last = bounds.groups()
-    if abs(int(last) - int(first)) >= MOST_PATHS:
-        raise InputError(f"pattern {{{text}}} names more than {MOST_PATHS:,} files. Narrow the range.")
-    width = len(first) if first.startswith("0") and len(first) > 1 else 0
-    step = 1 if int(last) >= int(first) else -1
-    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
-
 
 def expand_braces(pattern: str) -> list[str]:
     """Expand brace patterns.
@@ -48,10 +33,20 @@ def expand_braces(pattern: str) -> list[str]:
         >>> expand_braces("shard_{8..10}.h5ad")
         ['shard_8.h5ad', 'shard_9.h5ad', 'shard_10.h5ad']
     """
-    pieces = _BRACES.split(pattern)
-    options = [[piece] if index % 2 == 0 else _alternatives(piece) for index, piece in enumerate(pieces)]
-    if np.prod([float(len(option)) for option in options]) > MOST_PATHS:
-        raise InputError(f"pattern {shown_text(pattern)!r} names more than {MOST_PATHS:,} files. Narrow the ranges.")
+    options: list[Sequence[str]] = []
+    num_paths = 1
+    for index, piece in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", piece) if index % 2 else None
+        num_paths *= abs(int(bounds[2]) - int(bounds[1])) + 1 if bounds else 1
+        if num_paths > MOST_PATHS:
+            raise InputError(f"pattern {shown_text(pattern)!r} names more than {MOST_PATHS:,} files. Narrow it.")
+        if bounds:
+            width = len(bounds[1]) if bounds[1].startswith("0") else 0
+            step = 1 if int(bounds[2]) >= int(bounds[1]) else -1
+            numbers = range(int(bounds[1]), int(bounds[2]) + step, step)
+            options.append([f"{number:0{width}d}" for number in numbers])
+        else:
+            options.append(piece.split(",") if index % 2 else [piece])
     return ["".join(parts) for parts in itertools.product(*options)]
 
 

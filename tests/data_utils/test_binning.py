@@ -109,12 +109,5 @@ def test_quantile_edges_do_not_depend_on_the_order_or_the_blocks_of_the_values()
     assert whole.quantile_edges(5) == parts.quantile_edges(5)
 
 
-def test_rows_of_a_histogram_are_genes() -> None:
-    histogram = ValueHistogram(num_rows=2)
-    histogram.add(np.array([1.0, 1.0, 5.0, 5.0]), np.array([0, 0, 1, 1]))
-    assert histogram.quantile_edges(2, row=0)[1] == pytest.approx(1.0, abs=0.01)
-    assert histogram.quantile_edges(2, row=1)[1] == pytest.approx(5.0, abs=0.01)
-
-
 def test_no_values_give_no_edges() -> None:
     assert ValueHistogram().quantile_edges(4) == []
