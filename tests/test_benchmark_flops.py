@@ -43,6 +43,7 @@ def test_a_training_step_is_three_forward_passes_and_an_empty_batch_none() -> No
     assert flops_of_batch(sizes(layers=1), [], num_reads=0) == 0
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_measured_peak_lies_within_what_a_core_can_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEAK_SIDES, "cpu", 128)

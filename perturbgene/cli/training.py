@@ -382,8 +382,8 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
         use_cpu = self.training_overrides.get("use_cpu", self.use_cpu) or not torch.accelerator.is_available()
         device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+        if self.training_overrides.get("fp16"):
+            return use_cpu, bool(self.bf16)
         if self.bf16:
             check_bfloat16(device_type, flag="--bf16")
-        if self.bf16 is not None or self.training_overrides.get("fp16"):
-            return use_cpu, bool(self.bf16)
-        return use_cpu, has_fast_bfloat16(device_type)
+        return use_cpu, has_fast_bfloat16(device_type) if self.bf16 is None else self.bf16

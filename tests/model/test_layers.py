@@ -410,6 +410,7 @@ def test_rows_of_no_cell_get_no_output_and_no_gradient(kernel: str) -> None:
         assert (gradient[:8] != 0).all()
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("gate", [None, -0.5], ids=["plain", "gated"])
 def test_rounding_a_batch_up_changes_no_result(
@@ -431,6 +432,7 @@ def test_rounding_a_batch_up_changes_no_result(
     assert_same_gradients(rounded_gradients, exact_gradients, atol=2e-3)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("how", ["autocast", "bfloat16", "float32"])
 def test_a_linear_layer_has_the_bits_of_pytorchs(how: str) -> None:
     torch.manual_seed(0)
@@ -473,6 +475,7 @@ def test_the_backward_pass_of_explicit_matmuls_is_that_of_the_formula(queries: l
         torch.testing.assert_close(own, other, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_explicit_matmuls_equal_those_of_sdpa(dtype: torch.dtype) -> None:
     parts, where = [part.to(dtype).requires_grad_() for part in random_qkv(LENGTHS)], packing_of(LENGTHS)
@@ -548,6 +551,7 @@ def test_a_padded_gate_equals_the_packed_one() -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+@pytest.mark.bf16
 def test_bf16_autocast_stays_close_to_float32_and_takes_explicit_matmuls() -> None:
     model, batch = build(GeneBertForPhenotypicMLM, initializer_range=0.05), packed(make_cells())
     with torch.no_grad():
@@ -597,6 +601,7 @@ def test_varlen_on_a_gpu_equals_sdpa(gated: bool) -> None:
 # dropout
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_drops_its_share_and_keeps_the_mean(rate: float, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ import torch
 from scipy import sparse
 
 from perturbgene.configs import parse_args
+from perturbgene.devices import has_bfloat16
 from perturbgene.errors import InputError
 from perturbgene.files import claimed
 from perturbgene.inference.run import Run
@@ -215,7 +216,12 @@ def test_the_state_moves_by_a_distance(run, cells):
         assert (table["effect"] > 0).all()
 
 
-def test_bfloat16_is_near_float32(run, cells):
+@pytest.mark.bf16
+def test_bfloat16_is_near_float32_where_the_cpu_has_it_and_refused_elsewhere(run, cells):
+    if not has_bfloat16("cpu"):
+        with pytest.raises(InputError, match="--precision bfloat16 needs bfloat16, but this cpu has none"):
+            perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1, precision="bfloat16")
+        return
     first, second = (
         perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1, precision=precision).set_index("perturbation")
         for precision in ("float32", "bfloat16")

@@ -60,6 +60,7 @@ def effects(run: Run, block: TokenBlock, readout, genes: list[str], **options) -
     return pairs, exact_effects(run, asked, perturbations, readout, pairs=pairs, **options)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("classifier", [False, True])
 def test_what_a_gene_votes_is_screened_exactly(classifier: bool) -> None:
     run = a_run(classifier=classifier)
