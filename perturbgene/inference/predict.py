@@ -115,7 +115,7 @@ class Predictor:
         found = read_calibration(run.path) if options.calibrate else None
         self.is_calibrated, self.calibration = found is not None, found or Calibration()
         self.collate = collate_fn_wrapper(run.tokenizer, packed=True)
-        self.mask_rates = run.mask_rates
+        self.mask_rates = run.mask_rates if options.ood else {}
         self._own_label_n: dict[str, np.ndarray] = {}
 
     @property

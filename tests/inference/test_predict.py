@@ -728,6 +728,13 @@ def test_a_moved_run_answers_as_before(copied_run, cells, expected):
     pd.testing.assert_frame_equal(table, expected[:12])
 
 
+def test_predict_needs_no_settings_of_training(copied_run, cells, expected):
+    run = copied_run()
+    (run / "run.yaml").write_text("verb: mlm\nof_another_version: 1\n")
+    table = predict_table(cells, load_run(run, device="cpu"), ask=["cell_type"])
+    pd.testing.assert_frame_equal(table, expected[:12])
+
+
 def test_a_loaded_model_is_ready_for_inference(mlm):
     assert not mlm.model.training
 
