@@ -32,7 +32,7 @@ def run() -> Run:
     torch.manual_seed(0)
     config = GeneBertConfig(
         **tokenizer_facts(TOKENIZER), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        norm_position="branch", dropout=0.0, initializer_range=0.15, embedding_range=0.5,
+        norm_position="branch", bin_gain_range=0, dropout=0.0, initializer_range=0.15, embedding_range=0.5,
     )  # fmt: skip
     model = GeneBertForPhenotypicMLM(config)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
