@@ -10,16 +10,14 @@ The path of a batch is the reading order, types at the arrows. `config`: the set
 
 from perturbgene.model.config import GeneBertConfig, load_preset
 from perturbgene.model.heads import DirectPath, GeneBertForClassification, GeneBertForPhenotypicMLM
-from perturbgene.model.layers import BATCH_STEP, GeneBertLayer, GeneBertModel, PositionlessEmbeddings
+from perturbgene.model.layers import GeneBertModel, PositionlessEmbeddings
 from perturbgene.model.packing import PackedCells, Packing
 
 __all__ = [
-    "BATCH_STEP",
     "DirectPath",
     "GeneBertConfig",
     "GeneBertForClassification",
     "GeneBertForPhenotypicMLM",
-    "GeneBertLayer",
     "GeneBertModel",
     "PackedCells",
     "Packing",

@@ -33,19 +33,13 @@ def attention(
     kernel: str = "auto",
     key_log_gate_l: Tensor | None = None,
 ) -> Tensor:
-    """Attend within each cell: softmax(q k / sqrt(d) + gate) v, without dropout.
+    """Attend within each cell: softmax(q k / sqrt(d) + gate) v, (a, heads, d), without dropout.
 
     Args:
-        q_ahd: Queries, shape (a, heads, d); a cell may have fewer queries than keys.
-        k_lhd: Keys, shape (l, heads, d).
-        v_lhd: Values, shape (l, heads, d).
-        queries: Boundaries of the cells among the queries.
-        keys: Boundaries of the cells among the keys.
+        q_ahd, k_lhd, v_lhd: Queries (a, heads, d), keys and values (l, heads, d).
+        queries, keys: Boundaries of the cells among queries and keys; a cell may have fewer queries than keys.
         kernel: One of ``ATTENTION_KERNELS``.
-        key_log_gate_l: Added to every query's logit for a token, shape (l,); finite, about -1e4 hides the token.
-
-    Returns:
-        Shape (a, heads, d).
+        key_log_gate_l: Added to every query's logit for a token, (l,); finite, about -1e4 hides the token.
 
     Raises:
         InputError: The kernel is not installed, or does not support this device or precision.

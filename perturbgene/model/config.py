@@ -18,67 +18,42 @@ NORM_POSITIONS = ("post", "branch")
 
 
 class GeneBertConfig(PreTrainedConfig):
-    """All settings of a GeneBERT model.
-
-    Args:
-        vocab_size: Number v of input ids: special tokens, then phenotype labels, then bins.
-        type_vocab_size: Number of token types: 0 special, 1..P phenotype categories, then one per gene.
-        hidden_size: Width h; a multiple of ``num_attention_heads``.
-        num_hidden_layers: Number of transformer layers.
-        num_attention_heads: Attention heads per layer.
-        intermediate_size: Width inside the feed-forward part.
-        dropout: Rate on embeddings and both residual branches; none on attention weights, which rules out fast kernels.
-        classifier_dropout: Rate before the classifier.
-        initializer_range: Standard deviation of fresh linear weights.
-        embedding_range: Standard deviation of fresh embeddings; None means ``initializer_range``.
-        layer_norm_eps: Epsilon of every LayerNorm.
-        norm_position: ``"branch"`` normalizes what each residual branch adds and the final hidden states, so a gene
-            that says little can keep a short vector. ``"post"`` normalizes embeddings and sums, as in DistilBERT.
-        bin_gain_range: If above 0, each gene embedding is multiplied by a learned gain per expression bin, which starts
-            at 1 + range * (level - 1). 0 disables the gain: word plus type embedding, as in BERT.
-        bin_levels: Expression that each bin stands for, relative to the mean: 0 for ``bin_0``, then ascending. None
-            means evenly spaced from 0 to 2.
-        direct_path: Add a linear term in the expressed genes to the logits of the labels, see ``DirectPath``.
-        pad_token_id: Id of ``[PAD]``; only used for padded batches without an attention mask.
-        first_bin_id: Id of ``bin_0``; lower ids are special tokens or phenotype labels.
-        phenotype_id_ranges: The ``[start, stop)`` range of label ids of phenotype types 1, 2, ..., P, in this order.
-        phenotype_loss_weight: Factor of the phenotype part of the masked loss.
-        gene_loss_weight: Factor of the gene part of the masked loss.
-        class_weights: One weight per class of the classifier; None means equal weights.
-        phenotype_category: The phenotype that a classifier predicts, or None.
-        tokenizer_fingerprint: Fingerprint of the tokenizer that the weights were trained with.
-        attention_kernel: ``"auto"`` picks the fastest for the device and precision; ``"matmul"`` and ``"sdpa"`` run
-            anywhere, ``"varlen"`` and ``"flash"`` need CUDA and half precision. Not saved: it depends on the machine.
-
-    Raises:
-        InputError: A value is outside its allowed range.
-    """
+    """All settings of a GeneBERT model; a value outside its allowed range raises an InputError."""
 
     model_type = "genebert"
 
-    vocab_size: int = 16
-    type_vocab_size: int = 16
-    hidden_size: int = 256
+    vocab_size: int = 16  # v input ids: special tokens, then phenotype labels, then bins
+    type_vocab_size: int = 16  # token types: 0 special, 1..P phenotype categories, then one per gene
+    hidden_size: int = 256  # h, a multiple of num_attention_heads
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    intermediate_size: int = 1024
+    intermediate_size: int = 1024  # width inside the feed-forward part
+    #: On embeddings and both residual branches; never on attention weights, which would rule out the fast kernels.
     dropout: float | int = 0.1
     classifier_dropout: float | int = 0.1
-    initializer_range: float = 0.02
-    embedding_range: float | None = None
+    initializer_range: float = 0.02  # standard deviation of fresh linear weights
+    embedding_range: float | None = None  # the same of embeddings; None means initializer_range
     layer_norm_eps: float = 1e-12
+    #: "branch" normalizes what each residual branch adds and the final hidden states, so a gene that says little can
+    #: keep a short vector. "post" normalizes the embeddings and each residual sum, as DistilBERT does.
     norm_position: str = "branch"
+    #: If above 0, each gene embedding is multiplied by a learned gain per expression bin, which starts at
+    #: 1 + range * (level - 1). 0 disables the gain: word plus type embedding, as in BERT.
     bin_gain_range: float | int = 1.0
+    #: Expression that each bin stands for, relative to the mean: 0 for bin_0, then ascending; None: evenly from 0 to 2.
     bin_levels: list[float] | None = None
-    direct_path: bool = False
-    pad_token_id: int = 3
-    first_bin_id: int = 4
+    direct_path: bool = False  # add a linear term in the expressed genes to the logits of labels, see `DirectPath`
+    pad_token_id: int = 3  # only used for padded batches without an attention mask
+    first_bin_id: int = 4  # id of bin_0; lower ids are special tokens or phenotype labels
+    #: The [start, stop) range of label ids of phenotype types 1, 2, ..., P, in this order.
     phenotype_id_ranges: list[list[int]] = field(default_factory=list)
     phenotype_loss_weight: float | int = 1.0
     gene_loss_weight: float | int = 0.3
-    class_weights: list[float] | None = None
-    phenotype_category: str | None = None
-    tokenizer_fingerprint: str | None = None
+    class_weights: list[float] | None = None  # one per class of the classifier; None means equal weights
+    phenotype_category: str | None = None  # that a classifier predicts
+    tokenizer_fingerprint: str | None = None  # of the tokenizer that the weights were trained with
+    #: "auto" picks the fastest kernel for device and precision; "matmul" and "sdpa" run anywhere, "varlen" and "flash"
+    #: need CUDA and half precision. Not saved, because it depends on the machine.
     attention_kernel: str = "auto"
     tie_word_embeddings: bool = False
 
@@ -126,14 +101,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Return the size settings of a preset, ready for ``GeneBertConfig(**load_preset("tiny"), ...)``.
-
-    Args:
-        name: ``tiny``, ``small``, ``base`` or ``large``.
-
-    Raises:
-        InputError: There is no preset of that name.
-    """
+    """Return the size settings of ``tiny``, ``small``, ``base`` or ``large``, as arguments of ``GeneBertConfig``."""
     folder = resources.files("perturbgene") / "presets"
     known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
     if name not in known:

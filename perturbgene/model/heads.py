@@ -51,21 +51,13 @@ class DirectPath(nn.Module):
 
 @dataclass
 class PhenotypicMLMOutput(ModelOutput):
-    """Output of ``GeneBertForPhenotypicMLM``.
-
-    Args:
-        loss: Weighted sum of the two parts, scalar.
-        logits: Shape (n, l, v), (l, v) or (a, v), see ``forward``.
-        loss_phenotypes: Phenotype part, unweighted and detached, scalar.
-        loss_genes: Gene part, unweighted and detached, scalar.
-        hidden_states: Embeddings and each layer's output, on request.
-    """
+    """Output of ``GeneBertForPhenotypicMLM``; the two parts of the loss are unweighted and detached."""
 
     loss: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Tensor | None = None  # (n, l, v), (l, v) or (a, v), see `forward`
     loss_phenotypes: Tensor | None = None
     loss_genes: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # embeddings and each layer's output, on request
 
 
 class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):

@@ -18,19 +18,12 @@ from perturbgene.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Boundaries of the cells in a packed row of tokens.
+    """Boundaries of the cells in a packed row of tokens."""
 
-    Args:
-        cu_seqlens: Start of each cell and the end of the last, int32, shape (n + 1,).
-        max_seqlen: At least the length of the longest cell.
-        known_lengths: Length of each cell on the host, if known without a copy from the device.
-        positions: Flat position of each token, ascending, shape (a,), if the row holds only some tokens of another one.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    known_lengths: tuple[int, ...] | None = None
-    positions: Tensor | None = None
+    cu_seqlens: Tensor  # start of each cell and the end of the last, int32, (n + 1,)
+    max_seqlen: int  # at least the length of the longest cell
+    known_lengths: tuple[int, ...] | None = None  # of each cell, if known without a copy from the device
+    positions: Tensor | None = None  # flat position of each token, (a,), if the row holds only some of another row's
 
     @classmethod
     def of(
@@ -56,25 +49,15 @@ class Packing:
 
 @dataclass(frozen=True, eq=False)
 class PackedCells:
-    """A batch without padding, and what it takes to restore its padded shape.
-
-    Args:
-        packing: Boundaries of the cells.
-        input_ids: Shape (l,), or None when ``inputs_embeds`` is given.
-        token_type_ids: Shape (l,), or None.
-        inputs_embeds: Shape (l, h), or None.
-        key_log_gate: Shape (l,), or None.
-        padded_index: Flat position of each token in the padded batch, shape (l,); None if the batch came packed.
-        padded_shape: Shape (n, l) of the padded batch; None if the batch came packed.
-    """
+    """A batch without padding, and what it takes to restore its padded shape."""
 
     packing: Packing
-    input_ids: Tensor | None = None
-    token_type_ids: Tensor | None = None
-    inputs_embeds: Tensor | None = None
-    key_log_gate: Tensor | None = None
-    padded_index: Tensor | None = None
-    padded_shape: tuple[int, int] | None = None
+    input_ids: Tensor | None = None  # (l,)
+    token_type_ids: Tensor | None = None  # (l,)
+    inputs_embeds: Tensor | None = None  # (l, h)
+    key_log_gate: Tensor | None = None  # (l,)
+    padded_index: Tensor | None = None  # flat position of each token in the padded batch, (l,); None if it came packed
+    padded_shape: tuple[int, int] | None = None  # (n, l) of the padded batch
 
     def pack(self, values_nl: Tensor) -> Tensor:
         """Drop the padding of further per-token values; packed ones stay as they are."""
