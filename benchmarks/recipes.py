@@ -44,7 +44,7 @@ CATEGORY = "cell_type"
 MASKS = {"gene_mask_prob": 0.15, "phenotype_mask_prob": 0.5, "absent_prob": 0.1, "unexpressed_ratio": 0.5}
 
 #: Of both trainings: no logs, and neither a choice nor a stop by held-out cells.
-QUIET = "--report_to none --save_strategy no --load_best_model_at_end false --logging_steps 0.05 --eval_on_start false"
+QUIET = "--report_to none --save_strategy no --load_best_model_at_end false --logging_steps 0.05"
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def commands(folder: Path) -> list[str]:
         f"evaluate {mlm}",
         f"cls --corpus {corpus} --output_dir {cls} {COMMON} --pretrained_model_path {mlm} "
         f"--phenotype_category {CATEGORY} --num_train_epochs 12 --learning_rate 5e-4 --weight_decay 1 "
-        "--gene_drop_prob 0.5 --balanced_dataset --eval_strategy no --save_strategy no",
+        "--gene_drop_prob 0.5 --no_balanced_dataset --eval_strategy no --save_strategy no",
         f"evaluate {cls} --no_baselines",
         f"predict {mlm} {held_out} --output {folder}/predicted_by_mlm.h5ad --ask {CATEGORY}",
         f"predict {cls} {held_out} --output {folder}/predicted_by_cls.h5ad",

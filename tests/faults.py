@@ -14,13 +14,13 @@ from unittest.mock import patch
 
 #: Phase -> (module, attribute) of the function at whose start the fault acts.
 PHASES = {
-    "step": ("perturbgene.training.safe_trainer.SafeTrainer", "training_step"),
-    "save:model": ("perturbgene.training.safe_trainer.SafeTrainer", "_save"),
-    "save:optimizer": ("perturbgene.training.safe_trainer.SafeTrainer", "_save_optimizer_and_scheduler"),
-    "save:rng": ("perturbgene.training.safe_trainer.SafeTrainer", "_save_rng_state"),
+    "step": ("perturbgene.training.checkpoints.SafeTrainer", "training_step"),
+    "save:model": ("perturbgene.training.checkpoints.SafeTrainer", "_save"),
+    "save:optimizer": ("perturbgene.training.checkpoints.SafeTrainer", "_save_optimizer_and_scheduler"),
+    "save:rng": ("perturbgene.training.checkpoints.SafeTrainer", "_save_rng_state"),
     "save:manifest": ("perturbgene.training.checkpoints", "seal"),
     "commit": ("perturbgene.training.checkpoints", "commit"),
-    "rotate": ("perturbgene.training.checkpoints", "delete"),
+    "rotate": ("perturbgene.training.checkpoints", "rotate"),
     "deliver": ("perturbgene.training.checkpoints", "move_files"),
 }
 
@@ -47,7 +47,7 @@ def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
     """Let `action` happen at a phase once `step` steps are done."""
     import importlib
 
-    from perturbgene.training.safe_trainer import SafeTrainer
+    from perturbgene.training.checkpoints import SafeTrainer, checkpoints
 
     owner_name, name = PHASES[phase]
     module, _, kind = owner_name.rpartition(".")
@@ -62,7 +62,7 @@ def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
         if trainers and trainers[-1].state.global_step == step:
             _half(Path(args[1]) if phase.startswith("save:") and phase != "save:manifest" else Path(), phase)
             if phase == "rotate":  # one file is gone already
-                args[0].rename(args[0].with_name(args[0].name + ".del"))
+                (checkpoints(args[0])[0] / "trainer_state.json").unlink()
             if phase == "deliver":  # the weights are new, what belongs to them is not
                 os.replace(args[0] / "model.safetensors", args[1] / "model.safetensors")
             action()

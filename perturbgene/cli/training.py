@@ -72,9 +72,6 @@ class DataOptions(BinOptions):
     pad_to_multiple_of: int | None = option(
         None, help="Pad sequences to a multiple of this length; tensor cores prefer 8.", within="[1, inf)"
     )
-    shard_size: int | None = option(
-        None, help="Cells per shard; only compared with the sizes read from the files.", group="Data", within="[1, inf)"
-    )
     allow_overlap: bool = option(
         False, help="Go on although a file or cell is in both training and evaluation.", group="Data"
     )
@@ -207,12 +204,6 @@ class TrainOptions(BaseConfig):
     )  # fmt: skip
     weight_decay: float = option(0.01, help="Decoupled weight decay.", within="[0, inf)")
     max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", within="[0, inf)")
-    ema_decay: float | None = option(
-        None,
-        help="Average weights over steps with this decay (0.999), and evaluate and deliver the average.",
-        group="Training",
-        within="(0, 1)",
-    )
     bf16: bool | None = option(None, help="Compute in bfloat16. Default: if the device is fast at it.")
     use_cpu: bool = option(False, help="Use the CPU even if there is a GPU.")
     seed: int = option(42, help="Determines weights, the order of cells and masks.", within="[0, 4294967295]")
@@ -221,9 +212,6 @@ class TrainOptions(BaseConfig):
     )
     eval_steps: float | None = option(
         None, help="Steps between evaluations; below 1, a share of all steps.", within="(0, inf)"
-    )
-    eval_on_start: bool = option(
-        True, help="Evaluate before the first step, so that a broken evaluation shows at once."
     )
     save_strategy: Literal["auto", "no", "steps", "epoch", "best"] = option(
         "auto", help="When to write a checkpoint. auto: by --save_steps if given, otherwise when evaluating."
@@ -353,6 +341,7 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             "remove_unused_columns": False,
             "disable_tqdm": not sys.stderr.isatty(),
             "label_names": ["labels"],
+            "hub_strategy": "end",  # half-trained weights stay here
             "include_num_input_tokens_seen": "no",
         }
 
@@ -371,7 +360,6 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             "eval_strategy": evaluates,
             "save_strategy": saves,
             "save_steps": save_steps,
-            "eval_on_start": self.eval_on_start and evaluates != "no",
             "load_best_model_at_end": evaluates != "no" and is_together,
             "metric_for_best_model": self.best_metric if evaluates != "no" else None,
         }

@@ -166,7 +166,7 @@ class ClsConfig(TrainingConfig):
         None, help="Tell this label from all others, in place of all classes.", none_is_text=True
     )
     balanced_dataset: bool = option(
-        False, help="Classes count as they come; otherwise a class weighs inversely to its training cells."
+        True, help="Weight each class inversely to its number of training cells, so that rare classes count as much."
     )
 
     def check(self) -> None:

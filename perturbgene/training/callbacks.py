@@ -1,50 +1,49 @@
-"""What a run tells while it trains: speed, padding, share of the machine's peak, memory, time left, and when it breaks.
+"""What a run shows while it trains, and how it stops: a progress bar or lines of a log, speed, signals.
 
-Owns counting on the host, from the batches alone and without asking the device, and the lines on the terminal; leaves
-the count of operations to `flops` and stopping to the trainer. Letters: n cells of a batch.
+Owns counting cells on the host and the agreement of all processes to stop after the same step; leaves saving to
+`checkpoints` and exit codes to `main`. Letters: n cells of a batch.
 """
 
-import functools
 import logging
-import math
-import statistics
-import sys
+import os
+import signal
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from perturbgene.data_utils.iterable_ann_dataset import BlockCollator
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.training.flops import flops_of_batch, measured_peak
 
 logger = logging.getLogger(__name__)
 
-#: A loss this many times the median of the last ones has exploded.
-EXPLOSION = 10.0
-_REMEMBERED, _FEWEST = 50, 10
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+#: Seconds that a loader worker survives SIGTERM, so that the current step gets its cells.
+_GRACE_SECONDS = 120
+#: In a log file, lines are at least this many seconds and this share of all steps apart.
+_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES = 60.0, 0.1
+#: Steps and seconds after which a run knows its speed; the first step is left out, since it compiles and opens files.
+_MEASURED_STEPS, _MEASURED_SECONDS = 3, 2.0
 
 Batch = dict[str, Any]
 
 
-@functools.cache
-def _peak(device_type: str, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product; the random numbers of training stay as they are."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device_type == "cuda" else []):
-        return measured_peak(device_type, dtype)
+# -- speed --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class WithCells:
-    """A collator that adds `cells` (2, n): number and length of each cell, which stay on the host.
+    """A collator that adds `cells` (2, n) to a batch: the number and the length of each cell, kept on the host.
 
     Args:
         collator: Makes the batches.
@@ -60,69 +59,32 @@ class WithCells:
 
 
 @dataclass
-class Counts:
-    """What went through the model since the last log."""
-
-    num_cells: int = 0
-    num_tokens: int = 0
-    num_places: int = 0
-    flops: float = 0.0
-
-    def add(self, batch: Batch, cells_2n: np.ndarray, config: Any) -> None:
-        """Count one batch of which number and length of each cell are known, shape (2, n)."""
-        lengths = cells_2n[1].tolist()
-        labels = batch.get("label_positions")
-        self.num_cells += len(lengths)
-        self.num_tokens += sum(lengths)
-        self.num_places += batch["input_ids"].numel()
-        num_reads = len(lengths) if labels is None else len(labels)
-        self.flops += flops_of_batch(config, lengths, num_reads=num_reads)
-
-    def as_list(self) -> list[float]:
-        """All counts, to be added up over ranks."""
-        return [self.num_cells, self.num_tokens, self.num_places, self.flops]
-
-
-@dataclass
-class Watch:
-    """Counts batches as they come, and says at each log what that means per second.
+class Speed:
+    """Counts the cells and tokens of batches, and reports them per second.
 
     Args:
-        config: Of the model, for its sizes.
-        device: Where it trains.
-        dtype: In which its matrices are multiplied.
-        num_ranks: Processes that train together.
-        sum_over_ranks: Adds numbers over ranks.
+        sum_over_ranks: Adds numbers over all processes.
     """
 
-    config: Any
-    device: torch.device
-    dtype: torch.dtype
-    num_ranks: int = 1
     sum_over_ranks: Callable[[list[float]], list[float]] = list
-    #: Cells of the present step: one array (2, n) of numbers and lengths per batch.
+    #: Cells of the current step: one array (2, n) of numbers and lengths per batch.
     cells: list[np.ndarray] = field(default_factory=list)
-    #: Most tokens of a batch that has gone through.
+    #: Tokens of the largest batch that the model has finished.
     most_tokens: int = 0
-    _counts: Counts = field(default_factory=Counts)
-    _since: float = field(default_factory=time.monotonic)
-    _began: tuple[float, int] | None = None
-    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _num_cells: int = 0
+    _num_tokens: int = 0
+    _since: float | None = None
 
-    @property
-    def is_idle(self) -> bool:
-        """True before the first step."""
-        return self._began is None
-
-    def see(self, batches: Sequence[Batch]) -> None:
-        """Count the batches of a step, and take out of them what only concerns the host."""
+    def count(self, batches: Sequence[Batch]) -> None:
+        """Count the batches of a step, and remove from them what the model does not take."""
         self.most_tokens = max([self.most_tokens, *(int(cells_2n[1].sum()) for cells_2n in self.cells)])
-        self.cells = []
-        for batch in batches:
-            cells_2n = batch.pop("cells", None)
-            if cells_2n is not None:
-                self.cells.append(cells_2n)
-                self._counts.add(batch, cells_2n, self.config)
+        self.cells = [batch.pop("cells") for batch in batches if "cells" in batch]
+        self._num_cells += sum(cells_2n.shape[1] for cells_2n in self.cells)
+        self._num_tokens += sum(int(cells_2n[1].sum()) for cells_2n in self.cells)
+
+    def start(self) -> None:
+        """Start the clock, unless it runs: the first time that a batch is fetched."""
+        self._since = time.monotonic() if self._since is None else self._since
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -131,152 +93,212 @@ class Watch:
         try:
             yield
         finally:
-            self._since += time.monotonic() - began
+            self._since = None if self._since is None else self._since + time.monotonic() - began
 
-    def begin(self, step: int) -> None:
-        """Start the clock at the first step of this process."""
-        self._since, self._counts = time.monotonic(), Counts()
-        self._began = (self._since, step)
-
-    def rates(self, step: int, last_step: int) -> dict[str, float]:
-        """Say what was done per second since the last call, over all ranks; and memory of this rank and time left.
-
-        Returns:
-            `cells_per_second`, `tokens_per_second`, `padding` (share of places that hold no token), `flops_per_second`
-            and `mfu` (its share of a measured matmul peak), `memory_gb`, `cuda_memory_gb`, `seconds_left`.
-        """
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        cells, tokens, places, flops = self.sum_over_ranks(self._counts.as_list())
-        with self.paused():
-            peak = _peak(self.device.type, self.dtype) * self.num_ranks
-        self._counts, self._since = Counts(), time.monotonic()
-        told = {
+    def rates(self) -> dict[str, float]:
+        """Return cells and tokens per second since the last call over all processes, and this one's memory in GB."""
+        now = time.monotonic()
+        seconds = max(now - (now if self._since is None else self._since), 1e-9)
+        cells, tokens = self.sum_over_ranks([self._num_cells, self._num_tokens])
+        self._num_cells, self._num_tokens, self._since = 0, 0, now
+        rates = {
             "cells_per_second": round(cells / seconds, 1),
             "tokens_per_second": round(tokens / seconds, 1),
-            "padding": round(1 - tokens / max(places, 1), 4),
-            "flops_per_second": float(f"{flops / seconds:.4g}"),
-            "mfu": round(flops / seconds / peak, 4),
             "memory_gb": round(psutil.Process().memory_info().rss / 1e9, 3),
         }
-        if self.device.type == "cuda":
-            told["cuda_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
-        if self._began is not None and step > self._began[1]:
-            of_step = (time.monotonic() - self._began[0]) / (step - self._began[1])
-            told["seconds_left"] = round(of_step * max(0, last_step - step), 1)
-        return told
-
-    def note_loss(self, loss: float, step: int) -> None:
-        """Warn once when the loss has exploded; the median forgets slowly, so that it must stay up to become usual."""
-        usual = statistics.median(self._losses) if len(self._losses) >= _FEWEST else math.inf
-        if loss > EXPLOSION * usual:
-            logger.warning(
-                "the loss has exploded: %.4g at step %d, where %.4g was usual. Perhaps --learning_rate is too high",
-                loss, step, usual,
-            )  # fmt: skip
-        self._losses.append(loss)
+        if torch.cuda.is_available():
+            rates["cuda_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        return rates
 
 
-# -- lines --------------------------------------------------------------------------------------------------------
+# -- what is shown ------------------------------------------------------------------------------------------------
 
 
-def short_number(value: float) -> str:
-    """Write a large number with three digits and a letter.
+def rough_duration(seconds: float) -> str:
+    """Write a duration as precisely as an estimate can be.
 
     Example:
-        >>> [short_number(value) for value in (7.25, 1234, 56_789_000, 3.1e12)]
-        ['7.25', '1.23k', '56.8M', '3.1T']
+        >>> [rough_duration(seconds) for seconds in (20, 200, 9000, 200_000)]
+        ['20 seconds', '3.3 minutes', '2.5 hours', '2.3 days']
     """
-    power = min(4, max(0, int(math.log10(max(abs(value), 1)) // 3)))
-    return f"{value / 1000**power:.3g}{' kMGT'[power].strip()}"
+    units = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    name = next((name for name, size in units.items() if seconds >= 1.5 * size), "seconds")
+    return f"{seconds / units[name]:.2g} {name}"
 
 
-def duration(seconds: float) -> str:
-    """Write seconds as hours, minutes and seconds.
+def training_line(logs: Mapping[str, Any], *, step: int, last_step: int, seconds_left: float | None = None) -> str:
+    """Write the logged values of training in one line.
 
     Example:
-        >>> duration(3725.4)
-        '1:02:05'
+        >>> logs = {"loss": 2.5, "loss_genes": 1.25, "epoch": 0.5, "learning_rate": 5e-4, "cells_per_second": 976.4}
+        >>> training_line(logs, step=5, last_step=90, seconds_left=61)
+        'step 5/90 · epoch 0.50 · loss 2.5 (genes 1.25) · lr 5.00e-04 · 976 cells/s · 01:01 left'
     """
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-_LOSS_PARTS = ("phenotypes", "genes")
-_UNITS: dict[str, Callable[[float], str]] = {
-    "grad_norm": lambda value: f"grad {value:.3g}",
-    "learning_rate": lambda value: f"lr {value:.2e}",
-    "cells_per_second": lambda value: f"{short_number(value)} cells/s",
-    "tokens_per_second": lambda value: f"{short_number(value)} tokens/s",
-    "padding": lambda value: f"padding {value:.0%}",
-    "flops_per_second": lambda value: f"{short_number(value)}FLOP/s",
-    "mfu": lambda value: f"MFU {value:.0%}",
-    "memory_gb": lambda value: f"RAM {value:.1f} GB",
-    "cuda_memory_gb": lambda value: f"GPU {value:.1f} GB",
-    "seconds_left": lambda value: f"{duration(value)} left",
-}
-
-
-def training_line(logs: Mapping[str, Any], *, step: int, last_step: int) -> str:
-    """Write what is logged of training in one line.
-
-    Example:
-        >>> logs = {"loss": 2.5, "loss_genes": 1.25, "epoch": 0.5, "learning_rate": 5e-4, "seconds_left": 61}
-        >>> training_line(logs, step=5, last_step=90)
-        'step 5/90 · epoch 0.50 · loss 2.5 (genes 1.25) · lr 5.00e-04 · 0:01:01 left'
-    """
-    parts = [f"{name} {logs[f'loss_{name}']:.4g}" for name in _LOSS_PARTS if f"loss_{name}" in logs]
-    loss = f"loss {logs['loss']:.4g}" + (f" ({', '.join(parts)})" if parts else "")
-    told = [write(logs[name]) for name, write in _UNITS.items() if name in logs]
-    return " · ".join([f"step {step}/{last_step}", f"epoch {logs.get('epoch', 0):.2f}", loss, *told])
+    parts = [f"{name} {logs[f'loss_{name}']:.4g}" for name in ("phenotypes", "genes") if f"loss_{name}" in logs]
+    values = [
+        f"step {step}/{last_step}",
+        f"epoch {logs.get('epoch', 0):.2f}",
+        f"loss {logs['loss']:.4g}" + (f" ({', '.join(parts)})" if parts else ""),
+    ]
+    formats = {
+        "learning_rate": "lr {:.2e}",
+        "cells_per_second": "{:,.0f} cells/s",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "memory_gb": "RAM {:.1f} GB",
+        "cuda_memory_gb": "GPU {:.1f} GB",
+    }
+    values += [text.format(logs[name]) for name, text in formats.items() if name in logs]
+    left = [] if seconds_left is None else [f"{tqdm.format_interval(seconds_left)} left"]
+    return " · ".join([*values, *left])
 
 
 def evaluation_line(logs: Mapping[str, Any], *, step: int) -> str:
-    """Write what an evaluation found in one line; times are left out.
+    """Write the scores of an evaluation in one line, without its times.
 
     Example:
         >>> evaluation_line({"eval_loss": 0.5, "eval_cell_type_accuracy": 0.75, "eval_runtime": 3}, step=5)
         'evaluated at step 5 · loss 0.5 · cell type accuracy 0.75'
     """
-    hidden = ("runtime", "per_second")
-    names = [name for name in logs if name.startswith("eval_") and not name.endswith(hidden)]
-    told = [f"{name.removeprefix('eval_').replace('_', ' ')} {logs[name]:.4g}" for name in names]
-    return " · ".join([f"evaluated at step {step}", *told])
+    names = [name for name in logs if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))]
+    scores = [f"{name.removeprefix('eval_').replace('_', ' ')} {logs[name]:.4g}" for name in names]
+    return " · ".join([f"evaluated at step {step}", *scores])
 
 
-class Lines(TrainerCallback):
-    """Writes one line per log and evaluation, above a progress bar where there is a terminal."""
+class Progress(TrainerCallback):
+    """Shows one live progress bar in a terminal; in a log file, a line every so often. Evaluations get a line in both.
+
+    `ProgressCallback` of transformers prints every log as a dictionary and does not know about cells.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._first_step: tuple[float, int] | None = None  # when the first step ended, and its number
+        self._last_line = (0.0, 0)
+        self._is_announced = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+        self._first_step, self._last_line, self._is_announced = None, (time.monotonic(), state.global_step), False
+        if not state.is_world_process_zero:
+            return
+        logger.info("training for %s steps", f"{state.max_steps - state.global_step:,}")
+        if not args.disable_tqdm:
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True,
+                bar_format="{l_bar}{bar}| step {n_fmt}/{total_fmt} · {remaining} left{postfix}",
+            )  # fmt: skip
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
+        if self._first_step is None:
+            self._first_step = (time.monotonic(), state.global_step)
+        seconds, steps = time.monotonic() - self._first_step[0], state.global_step - self._first_step[1]
+        is_measured = steps >= _MEASURED_STEPS and seconds >= _MEASURED_SECONDS
+        if is_measured and not self._is_announced and state.is_world_process_zero:
+            more = "" if args.eval_strategy == "no" else ", evaluations not counted"
+            steps_left, left = state.max_steps - state.global_step, self._seconds_left(state) or 0
+            logger.info("about %s for the remaining %s steps%s", rough_duration(left), f"{steps_left:,}", more)
+            self._is_announced = True
+
+    def _seconds_left(self, state: TrainerState) -> float | None:
+        if self._first_step is None or state.global_step == self._first_step[1]:
+            return None
+        seconds_per_step = (time.monotonic() - self._first_step[0]) / (state.global_step - self._first_step[1])
+        return seconds_per_step * (state.max_steps - state.global_step)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if "loss" in logs:
-            self._write(training_line(logs, step=state.global_step, last_step=state.max_steps))
-        elif "eval_loss" in logs:
-            self._write(evaluation_line(logs, step=state.global_step))
+        if "eval_loss" in logs:
+            logger.info("%s", evaluation_line(logs, step=state.global_step))
+        elif "loss" in logs and self._bar is not None:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.4g}, {logs['cells_per_second']:,.0f} cells/s")
+        elif "loss" in logs and self._is_line_due(state):
+            self._last_line = (time.monotonic(), state.global_step)
+            left, step, last_step = self._seconds_left(state), state.global_step, state.max_steps
+            logger.info("%s", training_line(logs, step=step, last_step=last_step, seconds_left=left))
 
-    def _write(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        logger.info("%s", line)
-        if self._bar is not None:
-            self._bar.refresh()
+    def _is_line_due(self, state: TrainerState) -> bool:
+        seconds, steps = time.monotonic() - self._last_line[0], state.global_step - self._last_line[1]
+        is_late = seconds >= _SECONDS_BETWEEN_LINES and steps >= _SHARE_BETWEEN_LINES * state.max_steps
+        return is_late or state.global_step >= state.max_steps
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.global_step >= state.max_steps and self._bar is not None:
-            self._bar.update(state.max_steps - self._bar.n)
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is; what is printed next starts on a line of its own."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None
+
+
+# -- signals ------------------------------------------------------------------------------------------------------
+
+
+def outlive_signals(worker: int) -> None:
+    """Keep a loader worker alive when its whole process group gets a signal: the trainer ends it after the step.
+
+    A worker that hangs ends too: SIGTERM starts an alarm.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the current step on a signal, with a checkpoint; a second signal acts at once.
+
+    Attributes:
+        stopped_by: Number of the signal on which all processes stopped; 0 while they continue.
+    """
+
+    def __init__(self) -> None:
+        self._received = self.stopped_by = 0
+        self._previous: dict[int, Any] = {}
+        self._group: Any = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._received = self.stopped_by = 0
+        if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo")  # host numbers: nobody waits for the device
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self.give_back()
+        text = f"\n{signal.Signals(number).name}: finishing this step and saving; a second signal stops at once\n"
+        os.write(2, text.encode())  # a logger may be at work at this very moment
+
+    def give_back(self) -> None:
+        """Restore the signal handlers that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.give_back()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        number = torch.tensor(self._received)
+        if dist.is_initialized() and dist.get_world_size() > 1:  # all processes must stop after the same step
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+        self.stopped_by = int(number)
+        if self.stopped_by:
+            args.load_best_model_at_end = False  # training goes on later, from the newest weights
+            control.should_training_stop = True
+            control.should_save = control.should_save or not _is_whole(state.epoch)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluate and save at the end of an epoch, but not where a signal has stopped an epoch halfway."""
+        if self.stopped_by:
+            is_over = _is_whole(state.epoch)
+            control.should_save = is_over
+            control.should_evaluate, control.should_log = control.should_evaluate and is_over, is_over
+
+
+def _is_whole(epoch: float | None) -> bool:
+    return epoch is not None and float(epoch).is_integer()

@@ -1,69 +1,65 @@
-"""Checkpoints that are whole or not there: written under another name, sealed by a manifest, then renamed.
+"""Checkpoints that are whole or not there, what may change when a run is resumed, and the trainer that does both.
 
-Owns the manifest, which checkpoint counts, setting others aside, deleting old ones, and what may differ on resuming;
-knows nothing of what the files hold.
+Owns the manifest, which checkpoint counts, setting others aside and deleting old ones, and how files reach the disk;
+leaves the terminal and signals to `callbacks`, and data and losses to `ShardedTrainer`. Only folders with the names
+below are touched, and unfinished ones only if they hold our mark.
 
-    run/tmp-checkpoint-40/checkpoint-40/   being written
-    run/checkpoint-40/manifest.json        written last: size and SHA-256 of every other file
-    run/checkpoint-20.del/                 being deleted
-    run/checkpoint-40.incomplete/          torn or foreign, set aside
+    run/.checkpoint-40.partial/written_by_perturbgene      the mark
+    run/.checkpoint-40.partial/checkpoint-40/              being written
+    run/checkpoint-40/manifest.json                        written last: size and SHA-256 of every other file
+    run/checkpoint-40.incomplete/                          cannot be used, set aside
 """
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from perturbgene.corpus.workers import sha256_of
-from perturbgene.errors import InputError
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from perturbgene.errors import InputError, RunFailedError, listed
+from perturbgene.files import partial_path, write_json
+from perturbgene.training.callbacks import Progress, Speed, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE, MARK_FILE = "manifest.json", "written_by_perturbgene"
 MANIFEST_VERSION = 1
-_UNFINISHED, _DELETED, _SET_ASIDE = "tmp-", ".del", ".incomplete"
-#: What a run needs to go on; others (weights, optimizer) have names that depend on how the model is cut.
-_NEEDED = ("trainer_state.json", "scheduler.pt")
-
-
-# -- names --------------------------------------------------------------------------------------------------------
-
-
-def step_of(path: Path) -> int | None:
-    """Return the step in a checkpoint's name; None for any other name.
-
-    Example:
-        >>> step_of(Path("run/checkpoint-40")), step_of(Path("run/checkpoint-40.del"))
-        (40, None)
-    """
-    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(found[1]) if found else None
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """Return the folders of a run that are named as checkpoints, by step."""
-    steps = {path: step_of(path) for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
-    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
-
-
-def unfinished_folder(folder: str | Path, step: int) -> Path:
-    """Return where the checkpoint of a step is written, before it is renamed."""
-    return Path(folder) / f"{_UNFINISHED}checkpoint-{step}"
+#: What a run needs to continue; other files (weights, optimizer) have names that depend on how the model is sharded.
+_NEEDED = (TRAINER_STATE_NAME, "scheduler.pt")
+#: Final files whose presence shows other programs that a run is finished, in the order in which they appear.
+_LAST_FILES = ("config.json", "model.safetensors", TRAINER_STATE_NAME)
 
 
 # -- whole or not -------------------------------------------------------------------------------------------------
 
 
-def _files_of(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Return the folders of a run that are named exactly like checkpoints, by step."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")}
+    return sorted(
+        (path for path, step in steps.items() if step and path.is_dir()), key=lambda path: int(path.name[11:])
+    )
+
+
+def _sums(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def _sync(path: Path) -> None:
-    """Let a file or folder reach the disk, where the system can."""
+    """Make a file or folder reach the disk, where the file system allows it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,14 +69,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small text file by way of a temporary name."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
 def seal(checkpoint: Path, **facts: Any) -> None:
     """Write the manifest, which makes a checkpoint count.
 
@@ -88,17 +76,16 @@ def seal(checkpoint: Path, **facts: Any) -> None:
         checkpoint: Folder with all its files.
         **facts: What else is worth knowing: numbers and strings.
     """
-    files = {}
-    for path in _files_of(checkpoint):
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    for path in paths:
         _sync(path)
-        name = path.relative_to(checkpoint).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = {"version": MANIFEST_VERSION, **facts, "files": files}
-    replace_text(checkpoint / MANIFEST_FILE, json.dumps(manifest, indent=1))
+    files = {path.relative_to(checkpoint).as_posix(): _sums(path) for path in paths}
+    write_json(checkpoint / MANIFEST_FILE, {"version": MANIFEST_VERSION, **facts, "files": files})
+    _sync(checkpoint / MANIFEST_FILE)
 
 
 def manifest_of(checkpoint: Path) -> dict[str, Any]:
-    """Read the manifest; an empty one where it is missing or is none."""
+    """Read the manifest; returns an empty one where it is missing or not ours."""
     try:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -108,7 +95,7 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint, naming the file; None when it is as it was written."""
+    """Return what is wrong with a checkpoint, with the name of the file; None if it is as it was written."""
     manifest = manifest_of(checkpoint)
     if not manifest:
         return f"{MANIFEST_FILE} is missing or unreadable, so it was not finished, or not written by perturbgene"
@@ -116,168 +103,359 @@ def damage_of(checkpoint: Path) -> str | None:
         if name not in manifest["files"]:
             return f"it was saved without {name} (as --save_only_model does)"
     for name, expected in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
+        if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes, not {expected['bytes']:,}"
-        if sha256_of(path) != expected["sha256"]:
+        if _sums(checkpoint / name) != expected:
             return f"{name} is damaged: its content is not what was written"
     return None
 
 
 def check_whole(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint that is torn or foreign.
+    """Refuse a checkpoint that is incomplete, damaged or not ours.
 
     Raises:
         InputError: It does not exist, or a file is missing or damaged; names the file.
     """
     if not Path(checkpoint).is_dir():
         raise InputError(f"checkpoint {checkpoint} does not exist. Give a folder, or --resume_from_checkpoint alone.")
-    damage = damage_of(Path(checkpoint))
-    if damage:
+    if damage := damage_of(Path(checkpoint)):
         raise InputError(
             f"checkpoint {checkpoint} cannot be used: {damage}. Give an older one, or --resume_from_checkpoint alone "
-            "for the newest whole one."
+            "for the newest complete one."
         )
 
 
 def newest_whole(folder: str | Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None; newer ones that are torn or foreign are set aside.
+    """Return the newest complete checkpoint of a run, or None; newer ones that cannot be used are set aside.
 
-    A set-aside checkpoint is renamed to end in `.incomplete`, with one warning that says why.
+    A checkpoint that is set aside gets a name that ends in `.incomplete`, and one warning says why.
     """
     for path in reversed(checkpoints(folder)):
         damage = damage_of(path)
         if damage is None:
             return path
-        aside = _free_name(path.with_name(path.name + _SET_ASIDE))
+        names = [path.with_name(f"{path.name}.incomplete{number}") for number in ("", *range(-2, -1000, -1))]
+        aside = next(name for name in names if not name.exists())
         path.rename(aside)
-        logger.warning("%s cannot be used: %s. It is now called %s", path, damage, aside.name)
+        logger.warning("%s cannot be used: %s. Its new name is %s", path, damage, aside.name)
     return None
 
 
 def newest_sealed(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint that has a manifest, or None; what other ranks take once rank 0 has looked."""
+    """Return the newest checkpoint that has a manifest, or None: what other processes take once rank 0 has checked."""
     return next((path for path in reversed(checkpoints(folder)) if manifest_of(path)), None)
-
-
-def _free_name(path: Path) -> Path:
-    names = (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000)))
-    return next(name for name in names if not name.exists())
 
 
 # -- writing and deleting -----------------------------------------------------------------------------------------
 
 
+def mark(partial: Path) -> None:
+    """Make a folder for unfinished files that `clean_up` may delete, since it holds our mark."""
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / MARK_FILE).touch()
+
+
 def commit(written: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; one of the same name that was there before is deleted afterwards."""
-    old = final.with_name(final.name + _DELETED)
+    """Give a sealed checkpoint its final name, in place of an older one; then delete the folder it was written in."""
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
+        final.rename(written.parent / "replaced")
     written.rename(final)
     _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(written.parent, ignore_errors=True)
 
 
-def delete(checkpoint: Path) -> None:
-    """Delete a checkpoint; stopped half-way, what is left no longer looks like one."""
-    doomed = checkpoint.with_name(checkpoint.name + _DELETED)
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def clean_up(folder: str | Path) -> None:
+    """Finish or delete what a killed run left half-written; a folder without our mark is not touched."""
+    for partial in Path(folder).glob(".*.partial"):
+        if not (partial / MARK_FILE).is_file():
+            continue
+        for written in checkpoints(partial):
+            if damage_of(written) is None and not (Path(folder) / written.name).exists():
+                commit(written, Path(folder) / written.name)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def rotate(folder: str | Path, *, keep: int | None, best: str | Path | None = None) -> None:
-    """Delete the oldest checkpoints beyond `keep`; the newest and the best one always stay."""
+    """Delete the oldest checkpoints beyond `keep`; the newest and the best one always stay.
+
+    `transformers.trainer_utils.rotate_checkpoints` would also delete a `checkpoint-20-backup` of the user's.
+    """
     every = checkpoints(folder)
-    if not keep or len(every) <= keep:
-        return
-    spared = {every[-1].resolve()} | ({Path(best).resolve()} if best else set())
-    spare = len(every) - max(keep, len(spared))
-    for path in [path for path in every if path.resolve() not in spared][: max(0, spare)]:
-        delete(path)
-
-
-def clean_up(folder: str | Path) -> None:
-    """Clear away what a killed run left half-written or half-deleted."""
-    for path in Path(folder).glob(f"{_UNFINISHED}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-    for path in Path(folder).glob(f"checkpoint-*{_DELETED}"):
-        name = path.with_name(path.name.removesuffix(_DELETED))
-        if not name.exists() and damage_of(path) is None:  # killed between the two renames of `commit`
-            path.rename(name)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    spared = {path.resolve() for path in [*every[-1:], *([Path(best)] if best else [])]}
+    num_spare = len(every) - max(keep, len(spared)) if keep else 0
+    for path in [path for path in every if path.resolve() not in spared][: max(0, num_spare)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def move_files(source: Path, target: Path, *, last: Iterable[str]) -> None:
     """Move every file of a folder into another over what is there, those named `last` at the end, in this order."""
-    names = sorted(path.name for path in source.iterdir())
+    names = sorted(path.name for path in source.iterdir() if path.name != MARK_FILE)
     ends = [name for name in last if name in names]
     for name in [*(name for name in names if name not in ends), *ends]:
         _sync(source / name)
         os.replace(source / name, target / name)
-    source.rmdir()
+    shutil.rmtree(source)
 
 
-# -- settings of then and now -------------------------------------------------------------------------------------
+# -- changed settings ---------------------------------------------------------------------------------------------
 
 #: Settings on which the order of cells, the meaning of tokens, or what a step does with them depend.
 _FIXED = (
     "verb", "corpus", "train_data_paths", "layer", "gene_id_column", "vocab_path", "included_phenotypes", "panel",
-    "num_top_genes", "normalization", "bin_edges", "bin_edges_path", "max_length", "truncation", "seed",
-    "gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpressed_ratio", "gene_drop_prob",
+    "num_top_genes", "normalization", "missing_labels", "bin_edges", "bin_edges_path", "max_length", "truncation",
+    "seed", "gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpressed_ratio", "gene_drop_prob",
     "phenotype_category", "binary_label", "balanced_dataset", "phenotype_loss_weight", "gene_loss_weight",
     "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
-    "lr_scheduler_type", "optim", "max_grad_norm", "dropout", "ema_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "lr_scheduler_type", "optim", "max_grad_norm", "dropout", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 #: Settings that shape the model: the weights and the optimizer's moments of a checkpoint fit no other.
 MODEL_SETTINGS = (
     "model_arch", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "norm_position",
     "bin_gain_range", "direct_path",
 )  # fmt: skip
-#: Settings that may change without a word: where and how often is written, and what reads.
+#: Settings that may change without a message: where and how often something is written, and what reads.
 _FREE = re.compile(
     r"output_dir|resume_from_checkpoint|allow_changed|dataloader_.*|save_.*|logging_.*|eval_.*|report_to|run_name"
     r"|per_device_eval_batch_size|disable_tqdm|allow_overlap|pretrained_model_path|project|hub_.*|push_to_hub|ddp_.*"
 )
-_CELLS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-
-def _cells_per_step(settings: Mapping[str, Any], world_size: int) -> int:
-    return int(settings.get(_CELLS[0], 1)) * int(settings.get(_CELLS[1], 1)) * world_size
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name the settings that both have, with other values."""
+    """Return the names of the settings that both have, with other values."""
     return [name for name in then if name in now and then[name] != now[name]]
 
 
 def changed_settings(
     then: Mapping[str, Any], now: Mapping[str, Any], *, ranks: tuple[int, int]
 ) -> tuple[list[str], list[str]]:
-    """List what differs between the settings of a checkpoint and those it is to be continued with.
+    """List what differs between the settings of a checkpoint and those with which it will be continued.
 
     Args:
         then, now: Settings by name.
-        ranks: Number of processes then and now. Another cut of the same number of cells per step is no difference.
+        ranks: Number of processes then and now. The same number of cells per step, divided otherwise, is no difference.
 
     Returns:
-        Differences after which the run would be another one, and those that are only worth knowing, as lines.
+        Differences that make it another run, and those that are only worth knowing, as lines.
 
     Example:
         >>> changed_settings({"seed": 1, "max_steps": 5}, {"seed": 2, "max_steps": 9}, ranks=(1, 1))
         (['seed was 1, is 2'], ['max_steps was 5, is 9'])
     """
-    names = differing(then, now)
-    is_same_step = _cells_per_step(then, ranks[0]) == _cells_per_step(now, ranks[1])
-    names = [name for name in names if not _FREE.fullmatch(name) and not (is_same_step and name in _CELLS)]
+    factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    cells_per_step = [
+        settings.get(factors[0], 1) * settings.get(factors[1], 1) * num_ranks
+        for settings, num_ranks in zip((then, now), ranks, strict=True)
+    ]
+    names = [name for name in differing(then, now) if not _FREE.fullmatch(name)]
+    if cells_per_step[0] == cells_per_step[1]:
+        names = [name for name in names if name not in factors]
     lines = {name: f"{name} was {then[name]}, is {now[name]}" for name in names}
     noted = [line for name, line in lines.items() if name not in _FIXED]
     if ranks[0] != ranks[1]:
         noted.append(f"processes were {ranks[0]}, are {ranks[1]}")
     return [line for name, line in lines.items() if name in _FIXED], noted
+
+
+# -- the trainer --------------------------------------------------------------------------------------------------
+
+
+class SafeTrainer(Trainer):
+    """A Trainer that can be killed and resumed: checkpoints are whole or not there, and it stops in good order.
+
+    Args:
+        *args, **kwargs: As for `transformers.Trainer`.
+
+    Attributes:
+        stop: Knows the signal that ended training, if one did.
+        speed: Counts what goes through the model.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_kept, self.args.save_total_limit = self.args.save_total_limit, None  # `rotate` deletes, not Trainer
+        self._partial: Path | None = None
+        self._unchecked: tuple[Any, int, list[np.ndarray]] | None = None  # norm, step and cells of the last step
+        self.stop, self.progress, self.speed = StopOnSignal(), Progress(), Speed(self._sum_over_ranks)
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        for callback in (self.stop, self.progress):
+            self.add_callback(callback)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(str(self.args.output_dir))
+
+    def _sum_over_ranks(self, numbers: Sequence[Any]) -> list[Any]:
+        """Add numbers or arrays over all processes."""
+        if self.args.world_size == 1:
+            return list(numbers)
+        tensors = [torch.as_tensor(np.asarray(number, dtype=np.float64)).to(self.args.device) for number in numbers]
+        return [self.accelerator.reduce(tensor, reduction="sum").cpu().numpy() for tensor in tensors]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; advise when memory runs out, and restore the terminal and the signal handlers whatever happens."""
+        try:
+            with nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm():
+                return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise InputError(self._memory_advice()) from error
+        finally:
+            self.progress.close()
+            self.stop.give_back()
+
+    def _memory_advice(self) -> str:
+        wanted = sum(int(cells_2n[1].sum()) for cells_2n in self.speed.cells) // max(1, len(self.speed.cells))
+        most, newest = self.speed.most_tokens, newest_sealed(self.folder)
+        fits = f"the largest that fitted had {most:,}" if most else "none has fitted yet"
+        advice = f"Give --tokens_per_batch {most}" if most else "Lower --tokens_per_batch"
+        resume = f" Continue from {newest} with --resume_from_checkpoint --allow_changed." if newest else ""
+        return (
+            f"the memory of {self.args.device} does not hold a batch of {wanted:,} tokens; {fits}. {advice}, or a "
+            f"smaller --per_device_train_batch_size with more --gradient_accumulation_steps.{resume}"
+        )
+
+    # -- every step -----------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Fetch the batches of a step, and count their cells before the model sees them."""
+        self.speed.start()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.speed.count(batches)
+        return batches, num_items
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm, and keep it: it is looked at one step later, so that nobody waits for a GPU."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._check_last_step()
+        if not self.args.fp16:  # there, the gradient scaler expects such steps and leaves them out
+            self._unchecked = (norm, self.state.global_step + 1, self.speed.cells)
+        return norm
+
+    def _check_last_step(self) -> None:
+        """Stop before anything is built on a step whose gradient was not a number."""
+        (norm, step, cells), self._unchecked = self._unchecked or (0.0, 0, []), None
+        if np.isfinite(float(norm)):
+            return
+        places = self.places_of(np.concatenate([cells_2n[0] for cells_2n in cells]).astype(np.int64))
+        raise RunFailedError(
+            f"step {step} gave a gradient of norm {float(norm)}, so training stopped. Its {len(places)} cells: "
+            f"{listed(places, most=3)}. Last good checkpoint: {newest_sealed(self.folder) or 'none'}. Look at these "
+            "cells, or lower --learning_rate."
+        )
+
+    def places_of(self, cells_n: np.ndarray) -> list[str]:
+        """Return where cells are, as text; a subclass that knows the files says more."""
+        return [f"cell {number}" for number in cells_n]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add speed and memory to what is logged of training."""
+        self._check_last_step()
+        if "loss" in logs:
+            logs |= self.speed.rates()
+        super().log(logs, *args, **kwargs)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them, but keep the learning rate and its kin of now, where --allow_changed has changed them."""
+        optimizer: Any = self.optimizer
+        wanted = [] if checkpoint is None else [dict(group) for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, now in zip(optimizer.param_groups, wanted, strict=bool(wanted)):
+            take_settings(group, now)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if wanted and hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [now["initial_lr"] for now in wanted]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where checkpoints are written: while one is, under another name."""
+        return str(self._partial) if self._partial else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint under another name, seal it and rename it, since Trainer writes in place."""
+        self._check_last_step()
+        name = f"checkpoint-{self.state.global_step}"
+        self._partial, final = partial_path(self.folder / name), self.folder / name
+        try:
+            with self.speed.paused():
+                if self.args.should_save:
+                    mark(self._partial)
+                super()._save_checkpoint(model, trial)
+                self._finish_checkpoint(self._partial / name, final)
+        except Exception as error:  # of the system, torch or safetensors: a full disk has many names
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise RunFailedError(
+                f"checkpoint {final} could not be written ({_reason(error, self.folder)}). Older checkpoints are "
+                "complete: make room and continue with --resume_from_checkpoint."
+            ) from error
+        finally:
+            self._partial = None
+
+    def _finish_checkpoint(self, written: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()  # each process has written its random states
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that may hold an access token
+            seal(written, step=self.state.global_step, world_size=self.args.world_size)
+            commit(written, final)
+            rotate(self.folder, keep=self._num_kept, best=self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    # -- the finished run -----------------------------------------------------------------------------------------
+
+    def is_delivered(self) -> bool:
+        """True when the run folder already holds the weights after all steps of this run."""
+        if not all((self.folder / name).is_file() for name in _LAST_FILES):
+            return False
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME)).global_step >= max_steps
+
+    def deliver(self, write_more: Callable[[Path], None]) -> None:
+        """Write final weights, settings, tokenizer and state into the run folder, each file whole.
+
+        Args:
+            write_more: Called on the first process with the folder in which files wait for their rename, to add some.
+
+        Raises:
+            RunFailedError: They cannot be written.
+        """
+        waiting = partial_path(self.folder / "final")
+        try:
+            if self.args.should_save:
+                mark(waiting)
+            self.save_model(str(waiting), _internal_call=True)  # by all processes, over which weights may be sharded
+            if self.args.should_save:
+                (waiting / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
+                write_more(waiting)
+                move_files(waiting, self.folder, last=_LAST_FILES)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(waiting, ignore_errors=True)
+            raise RunFailedError(
+                f"the final weights could not be written to {self.folder} ({_reason(error, self.folder)}). Make room "
+                "and finish with --resume_from_checkpoint."
+            ) from error
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def take_settings(group: dict[str, Any], now: dict[str, Any]) -> None:
+    """Give a loaded group of parameters the settings of now: a checkpoint brings its own.
+
+    Args:
+        group: What was loaded; its learning rate is where the schedule is, and is scaled.
+        now: What the optimizer was made with.
+    """
+    group |= {name: now[name] for name in ("weight_decay", "betas", "eps") if name in group and name in now}
+    then, wanted = group.get("initial_lr"), now.get("initial_lr")
+    if then != wanted and then and wanted is not None:
+        group |= {"lr": group["lr"] * wanted / then, "initial_lr": wanted}
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Return the first line of an error, and the free space on the disk of a folder."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{line}; {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"

@@ -1,13 +1,13 @@
-"""The verbs `mlm` and `cls`: from a configuration to a run folder.
+"""The verbs `mlm` and `cls`: from settings to a run folder.
 
 Owns putting the parts together and what a run folder holds (a Hugging Face model folder with `tokenizer.json`,
-`run.yaml`, `metrics.json` and a model card); leaves the loop to `ShardedTrainer`. Letters: k classes.
+`run.yaml`, `metrics.json` and a model card); leaves the loop to `ShardedTrainer`. Letters: k classes, t token types.
 """
 
 import logging
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,31 +19,22 @@ import torch
 import yaml
 from safetensors import safe_open
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from perturbgene import __version__
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.opening import expand_paths, identity
+from perturbgene.data_utils.opening import FileList, expand_paths, identity
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, StoppedError, listed
-from perturbgene.eval_utils import ClassEvaluator, Evaluator, MlmEvaluator, Question, standard_questions, without_nan
-from perturbgene.files import write_json
+from perturbgene.eval_utils import ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
+from perturbgene.files import claimed, write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.plots import loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
-from perturbgene.training.checkpoints import (
-    MODEL_SETTINGS,
-    changed_settings,
-    check_whole,
-    clean_up,
-    differing,
-    manifest_of,
-    newest_sealed,
-    newest_whole,
-)
-from perturbgene.training.claim import claimed
+from perturbgene.training import checkpoints
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -51,124 +42,218 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Spread of fresh embeddings. Small against that of linear layers (1 / sqrt(h), which keeps the size of signals), so
-#: that what is learnt of a gene soon outweighs its random start. 560 PBMC cells, 64 wide, held-out accuracy of two
-#: splits: 0.80 and 0.83 after 20 epochs, against 0.81 and 0.74 after 24 with 0.07 for both.
+#: Spread of fresh embeddings. It is small next to that of linear layers (1 / sqrt(h), which keeps the size of signals),
+#: so that what the model learns about a gene soon outweighs the gene's random start (docs/experiments.md).
 EMBEDDING_RANGE = 0.02
 
 RUN_FILE, METRICS_FILE, CARD_FILE = "run.yaml", "metrics.json", "README.md"
 
 
-# -- data ---------------------------------------------------------------------------------------------------------
+# -- verbs --------------------------------------------------------------------------------------------------------
 
 
-def _paths(config: "TrainingConfig", split: str, corpus: Corpus | None) -> list[str]:
-    given = config.train_data_paths if split == "train" else config.eval_data_paths
-    if given:
-        return expand_paths(given)
-    return corpus.paths(split) if corpus else []
+def run_mlm(config: "MlmConfig") -> Path:
+    """Train by masking genes and phenotypes together; returns the run folder.
+
+    Raises:
+        InputError: Data, weights or settings do not fit together.
+    """
+    config = _with_learning_rate(config)
+    with _run_folder(config) as arguments:
+        tokenizer, train, evaluation = _data(config, arguments)
+        weights = {"phenotype_loss_weight": config.phenotype_loss_weight, "gene_loss_weight": config.gene_loss_weight}
+        if config.pretrained_model_path:
+            model = _pretrained(GeneBertForPhenotypicMLM, config, tokenizer, **weights)
+        else:
+            model = GeneBertForPhenotypicMLM(model_config(config, tokenizer, **weights))
+        collator = DataCollatorForPhenotypicMLM(
+            tokenizer,
+            **config.mask_rates,
+            seed=arguments.seed,
+            pad_to_multiple_of=config.pad_to_multiple_of,
+            packed=config.pad_to_multiple_of is None,
+            gene_drop_prob=config.gene_drop_prob,
+        )
+        packed = replace(collator, packed=True, gene_drop_prob=0.0)  # whole cells are scored
+        alone = [Question("alone", (category,)) for category in tokenizer.included_phenotypes]
+        every = standard_questions(tokenizer.included_phenotypes)
+        quick, final = (MlmEvaluator(tokenizer, collator=packed, questions=questions) for questions in (alone, every))
+        trainer = ShardedTrainer(
+            args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
+            evaluator=quick, final_evaluator=final,
+        )  # fmt: skip
+        return _train(trainer, config, tokenizer)
 
 
-def _check_overlap(train: Sequence[str], evaluation: Sequence[str], *, is_allowed: bool) -> None:
-    trained = {identity(path) for path in train}
-    shared = [shown_path(path) for path in evaluation if identity(path) in trained]
-    if shared and not is_allowed:
+def run_cls(config: "ClsConfig") -> Path:
+    """Train a classifier of one phenotype, from scratch or from an mlm run; returns the run folder.
+
+    Raises:
+        InputError: Data, weights or settings do not fit together, or all training cells have the same class.
+    """
+    config, category = _with_learning_rate(config), config.phenotype_category
+    with _run_folder(config) as arguments:
+        classes = {"phenotype_category": category, "binary_label": config.binary_label}
+        tokenizer, train, evaluation = _data(config, arguments, **classes)
+        names, counts_k = class_names(tokenizer, category, config.binary_label), train.class_counts()
+        if (counts_k > 0).sum() < 2:
+            raise InputError(f"all training cells are {names[int(counts_k.argmax())]!r}: there is nothing to classify.")
+        rare = [name for name, count in zip(names, counts_k, strict=True) if count < 2]
+        if rare:
+            logger.warning("classes with fewer than two training cells cannot be learned: %s", listed(rare))
+        head = {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+            "phenotype_category": category,
+            "class_weights": class_weights(counts_k) if config.balanced_dataset else None,
+        }
+        if config.pretrained_model_path:
+            model = _pretrained(GeneBertForClassification, config, tokenizer, **head)
+            if config.binary_label is None:  # otherwise classes are not labels
+                _inherit_votes(model, config.pretrained_model_path, tokenizer, category)
+        else:
+            model = GeneBertForClassification(model_config(config, tokenizer, **head))
+        collator = collate_fn_wrapper(
+            tokenizer,
+            config.pad_to_multiple_of,
+            packed=config.pad_to_multiple_of is None,
+            gene_drop_prob=config.gene_drop_prob,
+            seed=arguments.seed,
+        )
+        trainer = ShardedTrainer(
+            args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
+            evaluator=ClassEvaluator(names, tokenizer=tokenizer, category=category),
+        )  # fmt: skip
+        return _train(trainer, config, tokenizer)
+
+
+def class_names(tokenizer: GeneTokenizer, category: str, binary_label: str | None) -> list[str]:
+    """Return the names of a classifier's classes, by class number."""
+    return [f"not {binary_label}", binary_label] if binary_label else list(tokenizer.phenotypes[category])
+
+
+def class_weights(counts_k: np.ndarray) -> list[float]:
+    """Weight classes inversely to their training cells, so that the mean weight over training cells is 1.
+
+    Example:
+        >>> class_weights(np.array([30, 10, 0]))
+        [0.6667, 2.0, 0.0]
+    """
+    weights_k = np.where(counts_k > 0, counts_k.sum() / np.maximum(counts_k, 1) / max(1, (counts_k > 0).sum()), 0.0)
+    return [round(float(weight), 4) for weight in weights_k]
+
+
+# -- before training ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _run_folder(config: "TrainingConfig") -> Iterator[TrainingArguments]:
+    """Hold the run folder for this run; the first process does so for all processes of `torchrun`."""
+    arguments, folder = config.training_arguments(), Path(config.output_dir)
+    set_seed(arguments.seed)
+    with nullcontext() if arguments.process_index else claimed(folder, flag="output_dir", is_inside=True):
+        is_used = any(path.name != ".lock" for path in folder.iterdir())
+        if is_used and not config.resume_from_checkpoint and not arguments.process_index:
+            raise InputError(
+                f"{folder} exists and is not empty: an older run's checkpoints would be mixed with this one's. Choose "
+                "another --output_dir, or continue with --resume_from_checkpoint."
+            )
+        yield arguments
+
+
+def _with_learning_rate(config: "TrainingConfig") -> Any:
+    """Fill in the learning rate, so that `run.yaml` has it; the width is that of the pretrained model, if any."""
+    if config.pretrained_model_path:
+        hidden_size = _pretrained_config(config).hidden_size
+    else:
+        hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
+    return config.with_learning_rate(hidden_size)
+
+
+def _data(
+    config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
+) -> tuple[GeneTokenizer, IterableAnnDataset, IterableAnnDataset | None]:
+    """Return the tokenizer, the training cells and the evaluation cells, with paths expanded and opened once.
+
+    Args:
+        classes: What a classifier learns; its category leaves the sequence.
+    """
+    corpus, paths, sizes = Corpus.open(config.corpus) if config.corpus else None, {}, {}
+    for split, given in (("train", config.train_data_paths), ("eval", config.eval_data_paths)):
+        paths[split] = expand_paths(given) if given else FileList()
+        if corpus and not given:
+            paths[split], sizes[split] = corpus.paths(split), corpus.sizes(split)
+    trained = {identity(path) for path in paths["train"]}
+    shared = [shown_path(path) for path in paths["eval"] if identity(path) in trained]
+    if shared and not config.allow_overlap:
         raise InputError(
             f"{listed(shared)} are in both --train_data_paths and --eval_data_paths, so scores would be of cells seen "
             "in training. Separate them, or pass --allow_overlap."
         )
+    tokenizer = GeneTokenizer.from_config(replace(config, train_data_paths=[] if corpus else paths["train"]))
+    if category := classes.get("phenotype_category"):
+        tokenizer.vocabulary.check_category(category)
+        others = [name for name in config.included_phenotypes if name != category]
+        tokenizer = tokenizer.with_settings(included=others)
 
+    def dataset(split: str, **options: Any) -> IterableAnnDataset:
+        return IterableAnnDataset(
+            paths[split],
+            tokenizer,
+            seed=arguments.seed,
+            layer=config.layer,
+            gene_id_column=config.gene_id_column,
+            missing_labels=config.missing_labels,
+            min_gene_coverage=config.min_gene_coverage,
+            rank=arguments.process_index,
+            world_size=arguments.world_size,
+            known_sizes=sizes.get(split),
+            **classes,
+            **options,
+        )
 
-def _dataset(
-    config: "TrainingConfig", tokenizer: GeneTokenizer, arguments: TrainingArguments, split: str,
-    corpus: Corpus | None, **options: Any,
-) -> IterableAnnDataset | None:  # fmt: skip
-    paths = _paths(config, split, corpus)
-    if not paths:
-        return None
-    is_train = split == "train"
-    if corpus and not (config.train_data_paths if is_train else config.eval_data_paths):
-        options["known_sizes"] = corpus.sizes(split)
-    if is_train:
-        is_grouped = config.train_sampling_strategy == "group_by_length"
-        options |= {"tokens_per_batch": config.tokens_per_batch, "group_by_length": is_grouped}
-    return IterableAnnDataset(
-        paths,
-        tokenizer,
-        shuffle=is_train,
-        seed=arguments.seed,
-        batch_size=arguments.per_device_train_batch_size if is_train else arguments.per_device_eval_batch_size,
-        layer=config.layer,
-        gene_id_column=config.gene_id_column,
-        missing_labels=config.missing_labels,
-        min_gene_coverage=config.min_gene_coverage,
-        rank=arguments.process_index,
-        world_size=arguments.world_size,
-        **options,
+    train = dataset(
+        "train",
+        shuffle=True,
+        batch_size=arguments.per_device_train_batch_size,
+        tokens_per_batch=config.tokens_per_batch,
+        group_by_length=config.train_sampling_strategy == "group_by_length",
     )
-
-
-def _datasets(
-    config: "TrainingConfig", tokenizer: GeneTokenizer, arguments: TrainingArguments, **options: Any
-) -> tuple[IterableAnnDataset, IterableAnnDataset | None]:
-    corpus = Corpus.open(config.corpus) if config.corpus else None
-    paths = [_paths(config, split, corpus) for split in ("train", "eval")]
-    _check_overlap(*paths, is_allowed=config.allow_overlap)
-    train = _dataset(config, tokenizer, arguments, "train", corpus, **options)
-    assert train is not None  # the configuration was checked
-    sizes = set(train.sizes)
-    if config.shard_size and sizes != {config.shard_size}:
-        logger.warning(
-            "--shard_size says %d, the files hold %s cells; the files are right", config.shard_size, sorted(sizes)[:5]
-        )
-    if config.tokens_per_batch and not train.num_batches():
+    if not train.num_batches() or (not config.tokens_per_batch and len(train) < train.batch_size):
+        size, flag = arguments.per_device_train_batch_size, "per_device_train_batch_size"
+        what = f"{size} cells"
+        if config.tokens_per_batch:
+            what, flag = f"{config.tokens_per_batch} tokens", "tokens_per_batch"
         raise InputError(
-            f"{train.num_units()} batches of {config.tokens_per_batch} tokens are fewer than the {train.world_size} "
-            "processes. Lower --tokens_per_batch."
+            f"{train.num_cells:,} training cells are fewer than one batch of {what} for each of {train.world_size} "
+            f"processes. Lower --{flag}."
         )
-    if not config.tokens_per_batch and len(train) < arguments.per_device_train_batch_size:
-        raise InputError(
-            f"{len(train)} training cells per process are fewer than one batch of "
-            f"{arguments.per_device_train_batch_size}. Lower --per_device_train_batch_size."
-        )
-    return train, _dataset(config, tokenizer, arguments, "eval", corpus, **options)
+    if not paths["eval"]:
+        return tokenizer, train, None
+    return tokenizer, train, dataset("eval", batch_size=arguments.per_device_eval_batch_size)
 
 
 # -- model --------------------------------------------------------------------------------------------------------
 
 
-#: A masked model's direct path in its weights file.
-VOTES = "direct_labels.votes_tk"
-_SHAPE = ("norm_position", "bin_gain_range")
-
-
-def _own_sizes(config: "TrainingConfig") -> dict[str, Any]:
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "dropout")
-    return {name: getattr(config, name) for name in (*names, *_SHAPE) if getattr(config, name) is not None}
-
-
 def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> GeneBertConfig:
-    """Return the model's configuration: preset, then own sizes, then what the tokenizer fixes."""
-    sizes = {**load_preset(config.model_arch), **_own_sizes(config)}
+    """Return the model's configuration: the preset, then given sizes, then what the tokenizer decides."""
+    sizes = load_preset(config.model_arch)
+    names = (
+        "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "dropout", "norm_position",
+        "bin_gain_range",
+    )  # fmt: skip
+    sizes |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.hidden_size and not config.intermediate_size:
         sizes["intermediate_size"] = 4 * config.hidden_size
-    asked = extra.get("phenotype_category")  # of a classifier
-    num_labels = sum(len(labels) for name, labels in tokenizer.phenotypes.items() if asked in (None, name))
+    category = extra.get("phenotype_category")  # of a classifier
+    num_labels = sum(len(labels) for name, labels in tokenizer.phenotypes.items() if category in (None, name))
     is_small = num_labels <= sizes["hidden_size"]  # then the votes are no more numbers than the genes' vectors
     if config.direct_path == "auto" and not is_small:
         logger.info("%d labels outnumber hidden_size %d: no --direct_path", num_labels, sizes["hidden_size"])
     sizes["direct_path"] = {"auto": is_small, "always": True, "never": False}[config.direct_path]
     sizes |= {"initializer_range": round(1 / math.sqrt(sizes["hidden_size"]), 4), "embedding_range": EMBEDDING_RANGE}
     return GeneBertConfig(**{**sizes, **_kernel(config), **tokenizer_facts(tokenizer), **extra})
-
-
-def _with_learning_rate(config: "TrainingConfig") -> Any:
-    """Fill in the learning rate, so that `run.yaml` tells it; the width is the pretrained model's, if there is one."""
-    if config.pretrained_model_path:
-        hidden_size = _pretrained_config(config).hidden_size
-    else:
-        hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
-    return config.with_learning_rate(hidden_size)
 
 
 def _kernel(config: "TrainingConfig") -> dict[str, str]:
@@ -187,114 +272,112 @@ def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(model_config: GeneBertConfig, tokenizer: GeneTokenizer, *, source: str) -> None:
-    """Refuse weights that were trained with other genes, labels or bins than the tokenizer's."""
-    if model_config.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-        raise InputError(
-            f"{source} was trained with another tokenizer (genes, labels, bins or scale differ), so its weights would "
-            "mean other things. Use the corpus that it was trained on, or start without --pretrained_model_path."
-        )
-
-
 def _pretrained_config(config: "TrainingConfig") -> GeneBertConfig:
-    path = str(config.pretrained_model_path)
-    with _named_if_no_weights(path):
-        loaded: GeneBertConfig = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
-        return loaded
+    with _errors_of_weights(config):
+        loaded: GeneBertConfig = GeneBertConfig.from_pretrained(
+            str(config.pretrained_model_path), trust_remote_code=False
+        )
+    return loaded
 
 
 @contextmanager
-def _named_if_no_weights(path: str) -> Iterator[None]:
+def _errors_of_weights(config: "TrainingConfig") -> Iterator[None]:
+    """Explain what transformers raises for a folder without our weights."""
     try:
         yield
+    except InputError:
+        raise
     except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        path = config.pretrained_model_path
         raise InputError(f"{path} holds no GeneBERT weights ({error}). Give a run folder of mlm or cls.") from error
 
 
 def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> Any:
+    """Load weights, and report in one line which parts start fresh, where transformers prints a table of weights."""
     path, loaded = str(config.pretrained_model_path), _pretrained_config(config)
-    check_fingerprint(loaded, tokenizer, source=path)
+    if loaded.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise InputError(
+            f"{path} was trained with another tokenizer (genes, labels, bins or scale differ), so its weights would "
+            "mean other things. Use the corpus that it was trained on, or start without --pretrained_model_path."
+        )
     for name, value in {**_kernel(config), **extra}.items():
         setattr(loaded, name, value)
-    with _named_if_no_weights(path):
-        return _load_weights(kind, path, loaded)
-
-
-def _inherit_votes(model: GeneBertForClassification, path: str, tokenizer: GeneTokenizer, category: str) -> None:
-    """Start a classifier's direct path where the masked model's stands, if there is one."""
-    file = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    if file is None or model.direct_classes is None:
-        return
-    with safe_open(file, framework="pt") as weights:
-        if VOTES in weights.keys():  # noqa: SIM118 - no mapping
-            start, stop = (bound - model.config.first_label_id for bound in tokenizer.vocabulary.id_range(category))
-            with torch.no_grad():
-                model.direct_classes.votes_tk.copy_(weights.get_tensor(VOTES)[:, start:stop])
-            logger.info("genes vote for %s as in %s from the start", category, path)
-
-
-def _load_weights(kind: type[PreTrainedModel], path: str, config: GeneBertConfig) -> Any:
-    """Load weights, and say in one line which parts start afresh, where transformers prints a table of every weight."""
     table = logging.getLogger("transformers.modeling_utils")
     level = table.level
     table.setLevel(logging.ERROR)
     try:
-        loaded: Any = kind.from_pretrained(path, config=config, output_loading_info=True)
+        with _errors_of_weights(config):
+            pair: Any = kind.from_pretrained(path, config=loaded, output_loading_info=True)
     finally:
         table.setLevel(level)
-    model, report = loaded
-    fresh, unused = (
-        sorted({key.partition(".")[0] for key in report[f"{why}_keys"]}) for why in ("missing", "unexpected")
-    )
-    if fresh or unused:
-        logger.info(
-            "weights from %s; starting afresh: %s; not used: %s",
-            path,
-            listed(fresh) or "none",
-            listed(unused) or "none",
-        )
+    model, report = pair
+    parts = {why: sorted({key.partition(".")[0] for key in report[f"{why}_keys"]}) for why in ("missing", "unexpected")}
+    fresh, unused = listed(parts["missing"]) or "none", listed(parts["unexpected"]) or "none"
+    if any(parts.values()):
+        logger.info("weights from %s; parts that start fresh: %s; parts not used: %s", path, fresh, unused)
     return model
 
 
-# -- run folder ---------------------------------------------------------------------------------------------------
-
-
-def _check_output(config: "TrainingConfig", arguments: TrainingArguments) -> None:
-    """Refuse a folder in use; by the first rank only, as others come when it may have written there already."""
-    folder = Path(config.output_dir)
-    if arguments.process_index:
+def _inherit_votes(model: GeneBertForClassification, path: str, tokenizer: GeneTokenizer, category: str) -> None:
+    """Start a classifier's direct path with the votes of the masked model, if it has any."""
+    file, name = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False), "votes_tk"
+    if file is None or model.direct_classes is None:
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not config.resume_from_checkpoint:
-        raise InputError(
-            f"{folder} exists and is not empty: an older run's checkpoints would be mixed with this one's. Choose "
-            "another --output_dir, or continue with --resume_from_checkpoint."
+    with safe_open(file, framework="pt") as weights:
+        if f"direct_labels.{name}" not in weights.keys():  # noqa: SIM118 - not a mapping
+            return
+        start, stop = (bound - model.config.first_label_id for bound in tokenizer.vocabulary.id_range(category))
+        with torch.no_grad():
+            model.direct_classes.votes_tk.copy_(weights.get_tensor(f"direct_labels.{name}")[:, start:stop])
+    logger.info("genes vote for %s as in %s from the start", category, path)
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+def _train(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer) -> Path:
+    """Train from the start or from a checkpoint, score the best weights and write the run folder."""
+    folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
+    checkpoint = _checkpoint(config, trainer.args)
+    is_last = checkpoint is not None and trainer.is_finished(checkpoint)
+    if (is_last or config.resume_from_checkpoint == "latest") and trainer.is_delivered():
+        logger.info("%s is finished: nothing to resume", folder)
+        return folder
+    if is_first:
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # the run is not finished, or not any more
+        config.save(folder / RUN_FILE)
+        tokenizer.save_pretrained(folder)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if number := trainer.stop.stopped_by:
+        step = trainer.state.global_step
+        message = (
+            f"stopped by {signal.Signals(number).name} after step {step} of {trainer.state.max_steps}; everything is "
+            f"saved in {folder}/checkpoint-{step}. The same command with --resume_from_checkpoint continues from there."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error}). Choose another --output_dir.") from error
+        raise StoppedError(message if is_first else "", exit_code=128 + number)  # one process prints
+    results = trainer.final_results()
+    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results))
+    return folder
 
 
 def _checkpoint(config: "TrainingConfig", arguments: TrainingArguments) -> str | None:
-    """Return the checkpoint to continue from; the first rank looks it through and clears up before others look."""
+    """Return the checkpoint to continue from; the first process checks it and cleans up before the others look."""
     wanted, is_first = config.resume_from_checkpoint, arguments.process_index == 0
     with arguments.main_process_first(local=False):
         if is_first:
-            clean_up(config.output_dir)
+            checkpoints.clean_up(config.output_dir)
         if wanted is None:
             return None
         if wanted != "latest":
-            if is_first:
-                check_whole(wanted)
             found: str | None = wanted
+            if is_first:
+                checkpoints.check_whole(wanted)
         else:
-            newest = newest_whole(config.output_dir) if is_first else newest_sealed(config.output_dir)
+            newest = (checkpoints.newest_whole if is_first else checkpoints.newest_sealed)(config.output_dir)
             found = None if newest is None else str(newest)
         if found and is_first:
             _check_settings(config, arguments, Path(found))
-    if found is None and is_first:
+    if found is None:
         logger.warning("%s holds no checkpoint yet: starting from the beginning", config.output_dir)
     return found
 
@@ -305,201 +388,43 @@ def _check_settings(config: "TrainingConfig", arguments: TrainingArguments, chec
     if not path.is_file():
         return
     then, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml())
-    if shape := [name for name in differing(then, now) if name in MODEL_SETTINGS]:
+    if shape := [name for name in checkpoints.differing(then, now) if name in checkpoints.MODEL_SETTINGS]:
         changes = "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in shape)
         raise InputError(
-            f"{checkpoint} holds a model of another shape: {changes}. Give the settings of then, or start a new run in "
+            f"{checkpoint} holds a model of another shape: {changes}. Give the earlier settings, or start a new run in "
             "another --output_dir."
         )
-    ranks = (int(manifest_of(checkpoint).get("world_size", 1)), arguments.world_size)
-    grave, noted = changed_settings(then, now, ranks=ranks)
+    ranks = (int(checkpoints.manifest_of(checkpoint).get("world_size", 1)), arguments.world_size)
+    grave, noted = checkpoints.changed_settings(then, now, ranks=ranks)
     if noted or grave:
         logger.warning("settings differ from those of %s: %s", path, "; ".join([*grave, *noted]))
     if grave and not config.allow_changed:
         raise InputError(
-            f"{checkpoint} was trained with other settings: {'; '.join(grave)}. The result would be that of neither. "
-            "Give the settings of then, or --allow_changed."
+            f"{checkpoint} was trained with other settings: {'; '.join(grave)}. The result would belong to neither "
+            "run. Give the earlier settings, or --allow_changed."
         )
 
 
-def _model_card(config: "TrainingConfig", tokenizer: GeneTokenizer, results: dict[str, Any], num_cells: int) -> str:
+def _write_run(
+    folder: Path, trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer, results: dict[str, Any]
+) -> None:
+    """Write what a run folder holds besides the weights: tokenizer, scores, model card and a figure of the losses."""
+    tokenizer.save_pretrained(folder)
+    write_json(folder / METRICS_FILE, without_nan(results), indent=1)
+    name, cells = Path(config.output_dir).name, sum(trainer.cells.sizes)
     lines = [
         "---", "library_name: transformers", "tags: [single-cell, gene-expression, perturbgene]", "---",
-        f"# {Path(config.output_dir).name}: GeneBERT {config.verb} model", "",
-        f"Trained by perturbgene {__version__} on {num_cells:,} cells, {len(tokenizer.panel):,} genes.", "",
+        f"# {name}: GeneBERT {config.verb} model", "",
+        f"Trained by perturbgene {__version__} on {cells:,} cells, {len(tokenizer.panel):,} genes.", "",
         "| phenotype | question | cells | accuracy | macro F1 |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for category, questions in results.items():
-        for name, scores in questions.items():
-            lines.append(
-                f"| {category} | {name} | {scores['n']:,} | {scores['accuracy']:.3f} | {scores['macro_f1']:.3f} |"
-            )
+        for question, scores in questions.items():
+            numbers = f"{scores['n']:,} | {scores['accuracy']:.3f} | {scores['macro_f1']:.3f}"
+            lines.append(f"| {category} | {question} | {numbers} |")
     command = f"perturbgene predict {config.output_dir} cells.h5ad --output predicted.h5ad"
-    return "\n".join([*lines, "", "Use it:", "", "```bash", command, "```", ""])
-
-
-def _finish(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer, evaluator: Evaluator) -> Path:
-    """Score the final (best) weights and write the run folder."""
-    results: dict[str, Any] = {}
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-        results = evaluator.results()
-
-    def write_more(folder: Path) -> None:
-        tokenizer.save_pretrained(folder)
-        write_json(folder / METRICS_FILE, without_nan(results), indent=1)
-        assert isinstance(trainer.train_dataset, IterableAnnDataset)
-        card = _model_card(config, tokenizer, results, sum(trainer.train_dataset.sizes))
-        (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        history = pd.DataFrame(trainer.state.log_history).drop(columns="train_loss", errors="ignore")
-        if "loss" in history:
-            figure = loss_figure(history, title=f"{config.verb}: {Path(config.output_dir).name}")
-            save_figure(figure, folder / "loss.png")
-
-    trainer.deliver(write_more)
-    return Path(config.output_dir)
-
-
-def _train(
-    config: "TrainingConfig",
-    arguments: TrainingArguments,
-    tokenizer: GeneTokenizer,
-    evaluators: tuple[Evaluator, Evaluator],
-    **parts: Any,
-) -> Path:
-    """Train with the first evaluator, score the best weights with the second; nobody else may write there."""
-    folder, is_first = Path(config.output_dir), arguments.process_index == 0
-    with claimed(folder) if is_first else nullcontext():
-        checkpoint = _checkpoint(config, arguments)
-        trainer = ShardedTrainer(args=arguments, evaluator=evaluators[0], ema_decay=config.ema_decay, **parts)
-        is_last = bool(checkpoint) and trainer.is_finished(str(checkpoint))
-        if (is_last or config.resume_from_checkpoint == "latest") and trainer.is_delivered():
-            logger.info("%s is finished: nothing to resume", folder)
-            return folder
-        if is_first:
-            trainer.withdraw()
-            config.save(folder / RUN_FILE)
-            tokenizer.save_pretrained(folder)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.stop.stopped_by:
-            raise _stopped(trainer)
-        trainer.evaluator = evaluators[1]
-        return _finish(trainer, config, tokenizer, evaluators[1])
-
-
-def _stopped(trainer: ShardedTrainer) -> StoppedError:
-    number, step = trainer.stop.stopped_by, trainer.state.global_step
-    if not trainer.is_world_process_zero():  # one process tells
-        return StoppedError("", exit_code=128 + number)
-    return StoppedError(
-        f"stopped by {signal.Signals(number).name} after step {step} of {trainer.state.max_steps}, all of it saved in "
-        f"{trainer.folder}/checkpoint-{step}. The same command with --resume_from_checkpoint goes on from there.",
-        exit_code=128 + number,
-    )
-
-
-# -- verbs --------------------------------------------------------------------------------------------------------
-
-
-def run_mlm(config: "MlmConfig") -> Path:
-    """Train by masking genes and phenotypes together; returns the run folder.
-
-    Raises:
-        InputError: Data, weights or settings do not fit together.
-    """
-    config = _with_learning_rate(config)
-    arguments = config.training_arguments()
-    _check_output(config, arguments)
-    set_seed(arguments.seed)
-    tokenizer = GeneTokenizer.from_config(config)
-    train, evaluation = _datasets(config, tokenizer, arguments)
-    weights = {"phenotype_loss_weight": config.phenotype_loss_weight, "gene_loss_weight": config.gene_loss_weight}
-    if config.pretrained_model_path:
-        model = _pretrained(GeneBertForPhenotypicMLM, config, tokenizer, **weights)
-    else:
-        model = GeneBertForPhenotypicMLM(model_config(config, tokenizer, **weights))
-    collator = DataCollatorForPhenotypicMLM(
-        tokenizer,
-        gene_mask_prob=config.gene_mask_prob,
-        phenotype_mask_prob=config.phenotype_mask_prob,
-        absent_prob=config.absent_prob,
-        unexpressed_ratio=config.unexpressed_ratio,
-        seed=arguments.seed,
-        pad_to_multiple_of=config.pad_to_multiple_of,
-        packed=config.pad_to_multiple_of is None,
-        gene_drop_prob=config.gene_drop_prob,
-    )
-    packed = replace(collator, packed=True, gene_drop_prob=0.0)  # scores are those of whole cells
-    quick = [Question("alone", (category,)) for category in tokenizer.included_phenotypes]
-    evaluator = MlmEvaluator(tokenizer, collator=packed, questions=quick)
-    final = MlmEvaluator(tokenizer, collator=packed, questions=standard_questions(tokenizer.included_phenotypes))
-    return _train(
-        config, arguments, tokenizer, (evaluator, final),
-        model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
-    )  # fmt: skip
-
-
-def class_names(tokenizer: GeneTokenizer, category: str, binary_label: str | None) -> list[str]:
-    """Return the names of a classifier's classes, by class number."""
-    return [f"not {binary_label}", binary_label] if binary_label else list(tokenizer.phenotypes[category])
-
-
-def class_weights(counts_k: np.ndarray) -> list[float]:
-    """Weigh classes inversely to their training cells, so that the mean weight over training cells is 1.
-
-    Example:
-        >>> class_weights(np.array([30, 10, 0]))
-        [0.6667, 2.0, 0.0]
-    """
-    weights_k = np.where(counts_k > 0, counts_k.sum() / np.maximum(counts_k, 1) / max(1, (counts_k > 0).sum()), 0.0)
-    return [round(float(weight), 4) for weight in weights_k]
-
-
-def run_cls(config: "ClsConfig") -> Path:
-    """Train a classifier of one phenotype, from scratch or from an mlm run; returns the run folder.
-
-    Raises:
-        InputError: Data, weights or settings do not fit together, or the training cells have one class only.
-    """
-    config = _with_learning_rate(config)
-    arguments = config.training_arguments()
-    _check_output(config, arguments)
-    set_seed(arguments.seed)
-    full = GeneTokenizer.from_config(config)
-    full.vocabulary.check_category(config.phenotype_category)
-    others = [name for name in config.included_phenotypes if name != config.phenotype_category]
-    tokenizer = full.with_settings(included=others)
-    train, evaluation = _datasets(
-        config, tokenizer, arguments, phenotype_category=config.phenotype_category, binary_label=config.binary_label
-    )
-    names, counts_k = class_names(tokenizer, config.phenotype_category, config.binary_label), train.class_counts()
-    if (counts_k > 0).sum() < 2:
-        raise InputError(f"all training cells are {names[int(counts_k.argmax())]!r}: there is nothing to tell apart.")
-    rare = [name for name, count in zip(names, counts_k, strict=True) if count < 2]
-    if rare:
-        logger.warning("classes with fewer than two training cells cannot be learnt: %s", listed(rare))
-    head = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-        "phenotype_category": config.phenotype_category,
-        "class_weights": None if config.balanced_dataset else class_weights(counts_k),
-    }
-    if config.pretrained_model_path:
-        model = _pretrained(GeneBertForClassification, config, tokenizer, **head)
-        if config.binary_label is None:  # else classes are no labels
-            _inherit_votes(model, config.pretrained_model_path, full, config.phenotype_category)
-    else:
-        model = GeneBertForClassification(model_config(config, tokenizer, **head))
-    evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=config.phenotype_category)
-    is_packed = config.pad_to_multiple_of is None
-    collator = collate_fn_wrapper(
-        tokenizer,
-        config.pad_to_multiple_of,
-        packed=is_packed,
-        gene_drop_prob=config.gene_drop_prob,
-        seed=arguments.seed,
-    )
-    return _train(
-        config, arguments, tokenizer, (evaluator, evaluator),
-        model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
-    )  # fmt: skip
+    lines += ["", "Use it:", "", "```bash", command, "```", ""]
+    (folder / CARD_FILE).write_text("\n".join(lines), encoding="utf-8")
+    history = pd.DataFrame(trainer.state.log_history).drop(columns="train_loss", errors="ignore")
+    if "loss" in history:
+        save_figure(loss_figure(history, title=f"{config.verb}: {name}"), folder / "loss.png")

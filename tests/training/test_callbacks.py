@@ -1,94 +1,124 @@
-"""What a run tells of itself is counted from the batches, and breaks the run when it must."""
+"""What a run shows is counted from its batches: one bar in a terminal, few lines in a log file."""
 
 import time
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from perturbgene.model import GeneBertConfig
-from perturbgene.training import callbacks as watch_module
-from perturbgene.training.callbacks import Watch
-
-CONFIG = GeneBertConfig(hidden_size=2, num_attention_heads=1, intermediate_size=3, num_hidden_layers=1, vocab_size=5)
-
-
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """A watch whose clock stands still unless told, on a machine of 1,000 operations a second."""
-    monkeypatch.setattr(watch_module, "_peak", lambda device, dtype: 1000.0)
-    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
-    Clock.now = 0.0
-    watch = Watch(CONFIG, torch.device("cpu"), torch.float32)
-    watch.begin(0)
-    return watch
+from perturbgene.training import callbacks
+from perturbgene.training.callbacks import Progress, Speed, StopOnSignal
 
 
 class Clock:
     now = 0.0
 
 
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the clock until a test moves it."""
+    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
+    Clock.now = 0.0
+
+
+@pytest.fixture
+def speed() -> Speed:
+    speed = Speed()
+    speed.start()
+    return speed
+
+
 def padded_batch() -> dict[str, object]:
     """Two cells of 4 and 2 tokens, padded to 4; numbers 7 and 9."""
-    return {"input_ids": torch.zeros(2, 4), "cells": np.array([[7, 9], [4, 2]]), "label_positions": torch.tensor([1])}
+    return {"input_ids": torch.zeros(2, 4), "cells": np.array([[7, 9], [4, 2]])}
 
 
-def test_rates_are_counts_by_seconds(watch: Watch) -> None:
-    watch.see([padded_batch(), padded_batch()])
+def test_rates_are_counts_by_seconds(speed: Speed) -> None:
+    speed.count([padded_batch(), padded_batch()])
     Clock.now = 2.0
-    rates = watch.rates(1, 5)
-    assert (rates["cells_per_second"], rates["tokens_per_second"], rates["padding"]) == (2, 6, 0.25)
-    assert rates["seconds_left"] == 8
+    rates = speed.rates()
+    assert (rates["cells_per_second"], rates["tokens_per_second"]) == (2, 6)
 
 
-def test_the_share_of_the_peak_is_of_needed_operations(watch: Watch) -> None:
-    watch.see([{"input_ids": torch.zeros(4), "cells": np.array([[7], [4]]), "label_positions": torch.tensor([1])}])
+def test_counts_start_again_after_a_log(speed: Speed) -> None:
+    speed.count([padded_batch()])
     Clock.now = 1.0
-    rates = watch.rates(1, 5)
-    assert rates["flops_per_second"] == 492  # three times the 164 of the example in `flops`
-    assert rates["mfu"] == 0.492
-
-
-def test_counts_start_anew_after_a_log(watch: Watch) -> None:
-    watch.see([padded_batch()])
-    Clock.now = 1.0
-    watch.rates(1, 5)
+    speed.rates()
     Clock.now = 2.0
-    assert watch.rates(2, 5)["cells_per_second"] == 0
+    assert speed.rates()["cells_per_second"] == 0
 
 
-def test_the_time_of_an_evaluation_does_not_count(watch: Watch) -> None:
-    watch.see([padded_batch()])
-    with watch.paused():
+def test_the_time_of_an_evaluation_does_not_count(speed: Speed) -> None:
+    speed.count([padded_batch()])
+    with speed.paused():
         Clock.now = 99.0
     Clock.now = 100.0
-    assert watch.rates(1, 5)["cells_per_second"] == 2
+    assert speed.rates()["cells_per_second"] == 2
 
 
-def test_what_concerns_the_host_does_not_reach_the_model(watch: Watch) -> None:
+def test_what_concerns_the_host_does_not_reach_the_model(speed: Speed) -> None:
     batch = padded_batch()
-    watch.see([batch])
+    speed.count([batch])
     assert "cells" not in batch
-    assert watch.cells[0][0].tolist() == [7, 9]
+    assert speed.cells[0][0].tolist() == [7, 9]
 
 
-def test_the_largest_batch_that_went_through_is_known(watch: Watch) -> None:
-    watch.see([padded_batch()])
-    assert watch.most_tokens == 0  # it has not gone through yet
-    watch.see([])
-    assert watch.most_tokens == 6
+def test_the_largest_batch_that_went_through_is_known(speed: Speed) -> None:
+    speed.count([padded_batch()])
+    assert speed.most_tokens == 0  # the model has not finished it yet
+    speed.count([])
+    assert speed.most_tokens == 6
 
 
-def test_a_loss_of_more_than_ten_times_the_usual_is_told(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
-    for step in range(10):
-        watch.note_loss(1.0, step)
-    watch.note_loss(9.9, 10)
-    assert not caplog.records
-    watch.note_loss(10.1, 11)
-    assert "exploded: 10.1 at step 11, where 1 was usual" in caplog.text
+def train(steps: int, *, seconds_per_step: float, is_terminal: bool = False) -> None:
+    """Let a progress callback watch a run that logs every tenth step and evaluates at the end."""
+    args = TrainingArguments("unused", disable_tqdm=not is_terminal, eval_strategy="epoch")
+    state, control, progress = TrainerState(max_steps=steps), TrainerControl(), Progress()
+    progress.on_train_begin(args, state, control)
+    for step in range(1, steps + 1):
+        Clock.now += seconds_per_step
+        state.global_step = step
+        progress.on_step_end(args, state, control)
+        if step % 10 == 0:
+            progress.on_log(args, state, control, logs={"loss": 2.5, "cells_per_second": 976.0})
+    progress.on_log(args, state, control, logs={"eval_loss": 0.5})
+    progress.on_train_end(args, state, control)
 
 
-def test_measuring_the_peak_leaves_random_numbers_alone() -> None:
-    before = torch.random.get_rng_state()
-    watch_module._peak.__wrapped__("cpu", torch.float32)  # type: ignore[attr-defined]
-    assert torch.equal(torch.random.get_rng_state(), before)
+@pytest.mark.parametrize(
+    ("steps", "seconds", "lines"), [(1200, 0.1, 2), (1200, 10.0, 10)], ids=["two minutes", "three hours"]
+)
+def test_a_log_file_gets_a_line_per_minute_or_tenth_whichever_is_rarer(
+    steps: int, seconds: float, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="perturbgene"):
+        train(steps, seconds_per_step=seconds)
+    assert sum(record.message.startswith("step ") for record in caplog.records) == lines
+    assert caplog.records[-2].message.startswith(f"step {steps}/{steps}")
+    assert caplog.records[-1].message == f"evaluated at step {steps} · loss 0.5"
+
+
+def test_the_time_that_a_run_takes_is_printed_after_its_first_steps(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="perturbgene"):
+        train(1200, seconds_per_step=1.0)
+    assert caplog.records[0].message == "training for 1,200 steps"
+    assert caplog.records[1].message == "about 20 minutes for the remaining 1,196 steps, evaluations not counted"
+
+
+def test_a_terminal_gets_one_bar_with_loss_speed_and_time_left(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("INFO", logger="perturbgene"):
+        train(100, seconds_per_step=1.0, is_terminal=True)
+    assert not [record for record in caplog.records if record.message.startswith("step ")]
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "step 100/100" in last and last.endswith("left, loss 2.5, 976 cells/s\n")
+
+
+def test_a_stopped_run_does_not_go_back_to_its_best_weights() -> None:
+    args = TrainingArguments("unused", eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True)
+    control, stop = TrainerControl(), StopOnSignal()
+    stop._received = callbacks.SIGNALS[0]
+    stop.on_step_end(args, TrainerState(epoch=0.5), control)
+    assert control.should_save and control.should_training_stop and not args.load_best_model_at_end

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from perturbgene.errors import InputError
+from perturbgene.files import partial_path
 from perturbgene.training.checkpoints import (
     changed_settings,
     check_whole,
@@ -13,12 +14,11 @@ from perturbgene.training.checkpoints import (
     clean_up,
     commit,
     damage_of,
-    delete,
+    mark,
     move_files,
     newest_whole,
     rotate,
     seal,
-    unfinished_folder,
 )
 
 FILES = {"model.safetensors": "weights", "trainer_state.json": "{}", "scheduler.pt": "rate", "shards/0.distcp": "part"}
@@ -43,7 +43,7 @@ def test_a_sealed_checkpoint_is_whole(tmp_path: Path) -> None:
 
 DAMAGES = {
     "file missing": (lambda path: (path / "scheduler.pt").unlink(), "scheduler.pt is missing"),
-    "file empty": (lambda path: (path / "scheduler.pt").write_text(""), "scheduler.pt has 0 bytes, not 4"),
+    "file empty": (lambda path: (path / "scheduler.pt").write_text(""), "scheduler.pt is damaged"),
     "one letter changed": (lambda path: (path / "shards/0.distcp").write_text("pert"), "shards/0.distcp is damaged"),
     "manifest missing": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "manifest torn": (lambda path: (path / "manifest.json").write_text('{"ver'), "manifest.json is missing or unread"),
@@ -90,9 +90,16 @@ def test_a_second_torn_checkpoint_of_a_step_gets_another_name(tmp_path: Path) ->
     assert names(tmp_path) == ["checkpoint-4.incomplete", "checkpoint-4.incomplete-2"]
 
 
+def partial(folder: Path, step: int) -> Path:
+    """Make the folder in which a checkpoint is written."""
+    path = partial_path(folder / f"checkpoint-{step}")
+    mark(path)
+    return path
+
+
 def test_committing_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> None:
     final = make_checkpoint(tmp_path, 4)
-    written = make_checkpoint(unfinished_folder(tmp_path, 4), 4)
+    written = make_checkpoint(partial(tmp_path, 4), 4)
     (written / "new").touch()
     commit(written, final)
     assert names(tmp_path) == ["checkpoint-4"]
@@ -116,18 +123,29 @@ def test_rotation_keeps_the_newest_and_the_best(
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
-def test_deleting_leaves_nothing(tmp_path: Path) -> None:
-    delete(make_checkpoint(tmp_path, 2))
-    assert names(tmp_path) == []
+def test_rotation_deletes_nothing_that_only_begins_like_a_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-1-backup").mkdir()
+    rotate(tmp_path, keep=1)
+    assert names(tmp_path) == ["checkpoint-1-backup", "checkpoint-4"]
 
 
-def test_what_a_killed_run_left_half_done_is_cleared_away(tmp_path: Path) -> None:
-    make_checkpoint(unfinished_folder(tmp_path, 8), 8)
-    make_checkpoint(tmp_path, 6)
-    (tmp_path / "checkpoint-2.del").mkdir()
-    make_checkpoint(tmp_path, 4).rename(tmp_path / "checkpoint-4.del")  # between the two renames of `commit`
+def test_what_a_killed_run_left_half_done_is_finished_or_deleted(tmp_path: Path) -> None:
+    (make_checkpoint(partial(tmp_path, 8), 8) / "manifest.json").unlink()  # killed before it was sealed
+    make_checkpoint(partial(tmp_path, 6), 6)  # and before it was renamed
+    make_checkpoint(tmp_path, 4)
     clean_up(tmp_path)
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_folders_that_we_did_not_write_are_never_deleted(tmp_path: Path) -> None:
+    theirs = ["tmp-checkpoint-8", "tmp-notes", "checkpoint-2.del", ".checkpoint-8.partial", ".notes.partial"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("all of it")
+    clean_up(tmp_path)
+    assert names(tmp_path) == sorted(theirs)
 
 
 def test_files_are_moved_over_older_ones(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import anndata as ad
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from perturbgene.corpus.prepare import prepare
@@ -24,7 +23,7 @@ STEPS = 14
 COMMON = (
     "--model_arch tiny --num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --no_bf16 --report_to none "
     "--max_length 40 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 3e-3 "
-    f"--max_steps {STEPS} --save_steps 4 --eval_steps 4 --eval_on_start false --logging_steps 1 --save_total_limit 2"
+    f"--max_steps {STEPS} --save_steps 4 --eval_steps 4 --logging_steps 1 --save_total_limit 2"
 )
 
 
@@ -77,7 +76,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights_and_log(
     assert resume(corpus, out, WORKERS) == 0
     assert (out / "model.safetensors").read_bytes() == undisturbed
     assert [step for step, _ in log_of(out)] == list(range(1, STEPS + 1))
-    left = [path.name for path in out.glob("*checkpoint*")]
+    left = [path.name for path in [*out.glob("*checkpoint*"), *out.glob(".*")]]
     assert len(left) == 2  # the newest and the best, and nothing half-done
     assert "checkpoint-14" in left
 
@@ -103,7 +102,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_run_that_goes_on
     done = subprocess.run(call, env=environment, capture_output=True, timeout=200, check=False)
     assert done.returncode == -signal.SIGKILL
     assert (out / ".lock").exists()
-    assert (out / "tmp-checkpoint-8").exists()
+    assert (out / ".checkpoint-8.partial" / "written_by_perturbgene").exists()
     assert resume(corpus, out) == 0
     assert (out / "model.safetensors").read_bytes() == undisturbed
 
@@ -166,7 +165,7 @@ def test_a_signal_ends_the_run_after_its_step_with_everything_saved(
         assert main(command(corpus, out)) == code
     message = capsys.readouterr().err
     assert f"stopped by {name} after step {step} of {STEPS}" in message
-    assert "--resume_from_checkpoint goes on" in message
+    assert "with --resume_from_checkpoint continues" in message
     assert signal.getsignal(getattr(signal, name)) is before
     assert not (out / ".lock").exists()
     assert resume(corpus, out) == 0
@@ -222,22 +221,7 @@ def test_a_step_that_is_no_number_stops_the_run_before_it_is_applied(
     assert error.startswith("error: step 6 gave a gradient of norm nan")
     assert "shard_00000.h5ad row" in error
     assert f"Last good checkpoint: {out}/checkpoint-4" in error
-    report = json.loads((out / "nan_report.json").read_text())
-    assert (report["step"], len(report["cells"]), report["loss_of_each_batch"]) == (6, 16, ["nan", "nan"])
-
-
-def test_the_optimizer_leaves_a_step_out_that_is_no_number_without_being_waited_for() -> None:
-    """What the trainer relies on where a look at the norm would stop the device."""
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    weight.grad = torch.full((2,), float("nan"))
-    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
-    optimizer.step()
-    assert weight.tolist() == [1, 1]
-    weight.grad = torch.ones(2)
-    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
-    optimizer.step()
-    assert weight.tolist() == pytest.approx([0.899, 0.899], abs=1e-5)
+    assert "Its 16 cells: " in error
 
 
 def test_a_device_whose_memory_is_full_hears_of_the_batch_that_fitted(
@@ -254,22 +238,10 @@ def test_a_device_whose_memory_is_full_hears_of_the_batch_that_fitted(
     with plant("step", 9, full):
         assert main(command(corpus, tmp_path / "other")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith(f"Go on from {tmp_path}/other/checkpoint-8 with --resume_from_checkpoint --allow_changed.")
+    assert error.endswith(f"Continue from {tmp_path}/other/checkpoint-8 with --resume_from_checkpoint --allow_changed.")
 
 
-def test_averaged_weights_are_resumed_and_delivered(corpus: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(command(corpus, whole, "--ema_decay 0.9")) == 0
-    with pytest.raises(Killed), plant("step", 10, raise_killed):
-        main(command(corpus, broken, "--ema_decay 0.9"))
-    assert resume(corpus, broken, "--ema_decay 0.9") == 0
-    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    averages = [load_file(path) for path in whole.glob("checkpoint-*/ema.safetensors")]
-    final = load_file(whole / "model.safetensors")
-    assert any(all(torch.equal(final[name], average[name]) for name in average) for average in averages)
-
-
-def test_each_log_tells_speed_memory_and_time_left(
+def test_each_log_holds_speed_and_memory_and_the_last_one_is_printed(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -278,7 +250,5 @@ def test_each_log_tells_speed_memory_and_time_left(
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     first = next(entry for entry in history if "loss" in entry)
     wanted = {"grad_norm", "learning_rate", "loss_genes", "loss_phenotypes", "cells_per_second", "tokens_per_second"}
-    assert wanted | {"padding", "flops_per_second", "mfu", "memory_gb", "seconds_left"} <= set(first)
-    assert first["padding"] == 0
-    assert 0 < first["mfu"] < 1.5
-    assert re.search(r"step 4/4 · epoch 0.67 · loss [\d.]+ \(phenotypes [\d.]+, genes [\d.]+\) · grad", caplog.text)
+    assert wanted | {"memory_gb"} <= set(first)
+    assert re.search(r"step 4/4 · epoch 0.67 · loss [\d.]+ \(phenotypes [\d.]+, genes [\d.]+\) · lr", caplog.text)

@@ -79,7 +79,7 @@ def test_permuted_labels_do_not_beat_the_majority_on_held_out_cells(cells: ad.An
     broken.obs["bulk_labels"] = np.random.default_rng(0).permutation(broken.obs["bulk_labels"].astype(str))
     corpus = prepare(broken, tmp_path / "c", phenotypes=["cell_type=bulk_labels"], num_top_genes=80, eval_fraction=0.4)
     run = cls(
-        f"--corpus {corpus} --output_dir {tmp_path}/run {QUIET} --phenotype_category cell_type --balanced_dataset "
+        f"--corpus {corpus} --output_dir {tmp_path}/run {QUIET} --phenotype_category cell_type --no_balanced_dataset "
         "--num_train_epochs 6 --learning_rate 2e-3"
     )
     scores = json.loads((run / "metrics.json").read_text())["cell_type"]["classifier"]
@@ -235,7 +235,7 @@ def test_class_weights_average_one_over_the_training_cells() -> None:
 def test_one_class_only_is_refused(cells: ad.AnnData, tmp_path: Path) -> None:
     alike = cells[cells.obs["bulk_labels"] == "Dendritic"].copy()
     corpus = prepare(alike, tmp_path / "c", phenotypes=["cell_type=bulk_labels"], num_top_genes=50)
-    with pytest.raises(InputError, match="nothing to tell apart"):
+    with pytest.raises(InputError, match="nothing to classify"):
         cls(f"--corpus {corpus} --output_dir {tmp_path}/r {QUIET} --phenotype_category cell_type --max_steps 1")
 
 
