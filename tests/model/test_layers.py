@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.distilbert.modeling_distilbert import Transformer
 
+from perturbgene.configs import MlmConfig
 from perturbgene.errors import InputError
 from perturbgene.model.attention import attention
 from perturbgene.model.config import GeneBertConfig, load_preset
@@ -850,6 +851,15 @@ def test_a_configuration_that_cannot_be_is_refused(settings: dict[str, Any], mes
 def test_presets_have_the_original_sizes(name: str, layers: int, width: int, heads: int) -> None:
     config = GeneBertConfig(**load_preset(name))
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, width, heads)
+
+
+def test_a_default_configuration_is_what_presets_and_commands_train() -> None:
+    config = GeneBertConfig()
+    for name in ("tiny", "small", "base", "large"):
+        preset = load_preset(name)
+        assert (config.norm_position, config.bin_gain_range) == (preset["norm_position"], preset["bin_gain_range"])
+    assert config.gene_loss_weight == MlmConfig.gene_loss_weight
+    assert config.phenotype_loss_weight == MlmConfig.phenotype_loss_weight
 
 
 def test_an_unknown_preset_is_refused() -> None:
