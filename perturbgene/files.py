@@ -3,6 +3,7 @@
 Owns temporary names, renaming and locks; knows nothing of what is written. Every command that writes goes through here.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -103,6 +104,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all; NaN and infinity are refused, since JSON has no word for them."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

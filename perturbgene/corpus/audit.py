@@ -24,12 +24,7 @@ def find(
     plan: Plan, survey: Survey, statistics: Statistics, genes: CorpusGenes, hashes: Mapping[str, np.ndarray],
     dropped: Mapping[str, int],
 ) -> list[str]:  # fmt: skip
-    """Return the findings, each with what was found, why it matters and what to do.
-
-    Args:
-        hashes: Split -> content hash of every cell.
-        dropped: Split -> cells with too few genes.
-    """
+    """Return the findings, each with what was found, why it matters and what to do."""
     findings = _about_genes(plan, survey, genes)
     if survey.split_by == BY_CELL:
         findings.append(
@@ -74,11 +69,7 @@ def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
     lacks_g = (num_tables_g > 0) & (num_tables_g < len(genes.measured_tg))
     if lacks_g.any():
         lacks_t = genes.measured_tg[:, lacks_g].sum(axis=1) < lacks_g.sum()
-        files = [
-            path_of(source)
-            for source, table in zip(survey.sources, genes.table_of_source, strict=True)
-            if lacks_t[table]
-        ]
+        files = [path_of(survey.sources[index]) for index in np.flatnonzero(lacks_t[survey.table_of_source])]
         findings.append(
             f"{lacks_g.sum():,} of {len(lacks_g):,} panel genes are not measured in all files "
             f"({listed(sorted(files), most=3)} lack some): they are unknown in those cells, so a model may tell files "
@@ -89,7 +80,7 @@ def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
 
 def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], survey: Survey) -> list[str]:
     findings = []
-    if missing := survey.missing(category):
+    if missing := survey.missing[category]:
         spellings = ", ".join(f"{count:,} {text or 'empty'!r}" for text, count in sorted(missing.items()))
         findings.append(
             f"{category}: {sum(missing.values()):,} of {survey.num_cells:,} cells have a missing label ({spellings}), "
@@ -100,7 +91,7 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
             f"{category}: {listed(new)} occur in eval cells only and cannot be predicted, so their cells count as "
             "errors or are left out; hold out other donors with --eval_donors."
         )
-    alone = sorted(label for label, units in survey.units_of_label(category).items() if len(units) == 1)
+    alone = sorted(label for label, units in survey.units_of_label[category].items() if len(units) == 1)
     if alone:
         findings.append(
             f"{category}: {listed(alone)} come from one {survey.split_by} only (confounded), so a model may learn the "
@@ -111,12 +102,12 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
 
 def describe(
     plan: Plan, survey: Survey, statistics: Statistics, genes: CorpusGenes, tokenizer: GeneTokenizer, *,
-    as_counts: bool, shards: Mapping[str, Sequence[Mapping[str, Any]]], findings: Sequence[str],
+    shards: Mapping[str, Sequence[Mapping[str, Any]]], findings: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the content of `manifest.json`."""
     units = {
-        "train": sorted(set(survey.units) - plan.split.eval_units),
-        "eval": sorted(plan.split.eval_units & set(survey.units)),
+        "train": sorted(set(survey.units) - plan.eval_units),
+        "eval": sorted(plan.eval_units & set(survey.units)),
     }
     return {
         "manifest_version": MANIFEST_VERSION,
@@ -125,10 +116,10 @@ def describe(
         "inputs": [
             {"path": path_of(source), "cells": file.num_cells, "values": "counts" if file.is_counts else "log",
              "gene_table": int(table)}
-            for source, file, table in zip(survey.sources, survey.files, genes.table_of_source, strict=True)
+            for source, file, table in zip(survey.sources, survey.files, survey.table_of_source, strict=True)
         ],
         "gene_tables": genes.reports,
-        "values": "counts" if as_counts else "log1p_cp10k",
+        "values": "counts" if plan.as_counts else "log1p_cp10k",
         "num_genes": len(tokenizer.panel),
         "hvg_flavor": "given" if plan.config.panel else plan.flavor,
         "bin_edges": tokenizer.bin_edges.to_json(tokenizer.genes) if tokenizer.bin_edges.is_shared else "per gene",
@@ -146,7 +137,7 @@ def describe(
             }
             for category, of_split in statistics.labels.items()
         },
-        "missing_labels": {category: dict(sorted(survey.missing(category).items())) for category in statistics.labels},
+        "missing_labels": {category: dict(sorted(survey.missing[category].items())) for category in statistics.labels},
         "shards": shards,
         "audit": list(findings),
     }  # fmt: skip

@@ -20,23 +20,14 @@ BY_CELL = "cell"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder that `prepare` has written. `Corpus.open` reads the manifest; pass the object on instead of the path.
-
-    Args:
-        folder: The corpus folder.
-        manifest: The parsed `manifest.json`.
-    """
+    """A folder that `prepare` has written. `Corpus.open` reads the manifest; pass the object on instead of the path."""
 
     folder: Path
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
-        """Read the manifest of a corpus folder.
-
-        Raises:
-            InputError: The folder is not a corpus, or was written by another version.
-        """
+        """Read the manifest of a corpus folder, which this version must have written."""
         path = Path(folder) / MANIFEST_FILE
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -48,11 +39,7 @@ class Corpus:
         return cls(Path(folder), manifest)
 
     def paths(self, split: str) -> FileList:
-        """Return the shards of one split, "train" or "eval".
-
-        Raises:
-            InputError: A shard is missing.
-        """
+        """Return the shards of one split, "train" or "eval", which must all exist."""
         files = FileList(str(self.folder / shard["file"]) for shard in self.manifest["shards"][split])
         if missing := [path for path in files if not Path(path).exists()]:
             raise InputError(f"{listed(missing)} of corpus {self.folder} does not exist. Run prepare again.")
@@ -61,16 +48,6 @@ class Corpus:
     def sizes(self, split: str) -> list[int]:
         """Return the number of cells in each of `paths`."""
         return [int(shard["cells"]) for shard in self.manifest["shards"][split]]
-
-    def checksums(self, split: str) -> list[str]:
-        """Return the SHA-256 of each of `paths`, as it was written."""
-        return [str(shard["sha256"]) for shard in self.manifest["shards"][split]]
-
-    @property
-    def labels(self) -> dict[str, list[str]]:
-        """The labels of every phenotype that training cells have."""
-        phenotypes = self.manifest["phenotypes"]
-        return {name: [label for label in of["train"] if label != "(missing)"] for name, of in phenotypes.items()}
 
     @property
     def split_by(self) -> str | None:

@@ -40,7 +40,7 @@ def join_genes(survey: Survey, config: PrepareConfig) -> GenePanel:
     symbol_of: dict[str, str] = {}
     kept_apart: set[str] = set()
     with closing(open_files(survey.sources, config)) as cache:
-        for index in survey.gene_tables()[0]:
+        for index in survey.first_of_table:
             columns = gene_names_of(cache[index], config.gene_id_column)
             genes = dict(itertools.starmap(_id_and_symbol, zip(*columns, strict=True)))
             genes.pop("", None)
@@ -74,9 +74,7 @@ class CorpusGenes:
     """The panel of a corpus and how the files measure it.
 
     Args:
-        panel: The chosen genes, in order.
         panel_of_union: Place in the panel of each gene of all files, int64 of shape (u,), -1 if it was not chosen.
-        table_of_source: Each file's table of genes, int64 of shape (files,).
         measured_tg: True where a table has a gene of the panel, shape (t, g).
         reports: What became of the columns of each table; `MEANING` explains the words.
         num_given_missing: Genes of a given panel that no file has.
@@ -84,18 +82,13 @@ class CorpusGenes:
 
     panel: GenePanel
     panel_of_union: np.ndarray
-    table_of_source: np.ndarray
     measured_tg: np.ndarray
     reports: list[dict[str, Any]]
     num_given_missing: int
 
 
 def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGenes:
-    """Choose the panel (a given one, or expressed genes by variability) and find its genes in every table.
-
-    Raises:
-        InputError: No gene is expressed, or the panel that is asked for cannot be had.
-    """
+    """Choose the panel (a given one, or expressed genes by variability) and find its genes in every table."""
     config, moments, union = plan.config, statistics.moments, plan.union
     if config.panel:
         genes, symbols, union_g = _given_genes(union, config.panel)
@@ -114,10 +107,9 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
     panel = GenePanel(tuple(genes[: config.num_top_genes]), tuple(symbols[: config.num_top_genes]))
     panel_of_union = np.full(len(union), -1, dtype=np.int64)
     panel_of_union[union_g[union_g >= 0]] = np.flatnonzero(union_g >= 0)
-    first_files, table_of_source = survey.gene_tables()
-    measured_tg, reports = np.zeros((len(first_files), len(panel)), dtype=bool), []
+    measured_tg, reports = np.zeros((len(survey.first_of_table), len(panel)), dtype=bool), []
     with closing(open_files(plan.sources, config, union)) as cache:
-        for table, index in enumerate(first_files):
+        for table, index in enumerate(survey.first_of_table):
             shard = cache[index]
             places = panel_of_union[shard.alignment.is_measured_g]
             measured_tg[table, places[places >= 0]] = True
@@ -130,7 +122,7 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
                         "  %s: %d %s (%s)", kind, found["count"], MEANING[kind], ", ".join(found["examples"][:3])
                     )
     num_missing = int((union_g < 0).sum()) if config.panel else 0
-    return CorpusGenes(panel, panel_of_union, table_of_source, measured_tg, reports, num_missing)
+    return CorpusGenes(panel, panel_of_union, measured_tg, reports, num_missing)
 
 
 def _given_genes(union: GenePanel, given: str) -> tuple[list[str], list[str], np.ndarray]:
@@ -147,8 +139,8 @@ def _given_genes(union: GenePanel, given: str) -> tuple[list[str], list[str], np
             f"panel {given} cannot be read ({error}). Give a text file of genes, or a run's folder."
         ) from error
     union_g = np.array([union.find(gene) for gene in genes], dtype=np.int64)
-    if symbols:
-        union_g = np.array([g if g >= 0 else union.find(symbols[i]) for i, g in enumerate(union_g)], dtype=np.int64)
+    for i in np.flatnonzero(union_g < 0) if symbols else ():
+        union_g[i] = union.find(symbols[i])
     num_missing = int((union_g < 0).sum())
     if 2 * num_missing > len(genes) or not genes:
         raise InputError(

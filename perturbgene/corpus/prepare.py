@@ -11,29 +11,28 @@ The result does not depend on the order of the files or on the number of process
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from perturbgene import __version__
 from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus import audit
-from perturbgene.corpus.manifest import MANIFEST_FILE
+from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE
 from perturbgene.corpus.panel import CorpusGenes, choose_genes, join_genes
-from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, Spool, spool_part, write_shuffled
+from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, read_spool, spool_part, write_shuffled
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_part, merge_parts
 from perturbgene.corpus.survey import PART_ROWS, SPLITS, Plan, Survey, close_files, digest_of, hold_out, survey_files
-from perturbgene.corpus.workers import JOURNAL_FILE, Journal, Workers, WorkStoppedError, available_cores, open_workers
+from perturbgene.corpus.workers import JOURNAL_FILE, Journal, WorkStoppedError, available_cores, open_workers
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
-from perturbgene.files import claimed, write_json
+from perturbgene.files import claimed, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -128,36 +127,45 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
     with open_workers(scheduler=config.scheduler, num_processes=num_processes, preload=module) as workers:
         survey = survey_files(sources, config, workers)
         plan = _plan(survey, config, work)
-        journal = _continue(work, plan.key)
-        parts = {part.name: part for part in plan.parts()}
-        cells = {f"{STATISTICS_FOLDER}/{name}": part.stop - part.start for name, part in parts.items()}
-        items = dict(zip(cells, parts.values(), strict=True))
-        counted = workers.write_files(count_part, plan, items, journal=journal, cells=cells, text="genes and bins")
-        statistics = merge_parts(plan, counted)
+        journal, parts = _continue(work, plan.key), plan.parts()
+
+        def run_parts(folder: str, task: Callable[..., Any], context: Any, text: str) -> list[dict[str, Any]]:
+            items = {f"{folder}/{part.name}": part for part in parts}
+            cells = {file: part.stop - part.start for file, part in items.items()}
+            return workers.write_files(task, context, items, journal=journal, cells=cells, text=text)
+
+        statistics = merge_parts(plan, run_parts(STATISTICS_FOLDER, count_part, plan, "genes and bins"))
         genes = choose_genes(plan, survey, statistics)
         tokenizer = _tokenizer(statistics, genes, config)
-        layout = Layout(
-            plan=plan, panel=genes.panel, panel_of_union=genes.panel_of_union,
-            labels={name: sorted(set().union(*of.values()) - {""}) for name, of in statistics.labels.items()},
-            units=sorted(set(survey.units) - {""}), as_counts=all(file.is_counts for file in survey.files),
-            num_cells=statistics.num_cells, first_of_part=statistics.first_of_part,
-            table_of_source=genes.table_of_source, measured_tg=genes.measured_tg,
-        )  # fmt: skip
-        shards, spool, dropped = _write_shards(layout, workers, journal)
-    findings = audit.find(plan, survey, statistics, genes, spool.hashes, dropped)
+        texts = {name: sorted(set().union(*of.values()) - {""}) for name, of in statistics.labels.items()}
+        if plan.split_by != BY_CELL:
+            texts.setdefault(plan.split_by, sorted(set(survey.units) - {""}))
+        num_shards = {split: -(-number // config.shard_size) for split, number in statistics.num_cells.items()}
+        layout = Layout(plan, genes, texts, statistics.num_cells, num_shards, statistics.first_of_part)
+        spooled = run_parts(SPOOL_FOLDER, spool_part, layout, "dealing cells")
+        shards, hashes = read_spool(layout)
+        items = {f"{_NEW}/{file}": shard for file, shard in shards.items()}
+        cells = dict.fromkeys(items, config.shard_size)
+        written = workers.write_files(
+            write_shuffled, layout, items, journal=journal, cells=cells, text="writing shards"
+        )
+    dropped = sum((Counter(entry["dropped"]) for entry in spooled), Counter())
+    findings = audit.find(plan, survey, statistics, genes, hashes, dropped)
     for finding in findings:
         logger.warning("audit: %s", finding)
     tokenizer.save_pretrained(work / _NEW)
-    manifest = audit.describe(
-        plan, survey, statistics, genes, tokenizer, as_counts=layout.as_counts, shards=shards, findings=findings
-    )
+    listing: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for (file, (split, _)), entry in zip(shards.items(), written, strict=True):
+        listing[split].append({"file": file, "cells": entry["cells"], "sha256": entry["sha256"]})
+    manifest = audit.describe(plan, survey, statistics, genes, tokenizer, shards=listing, findings=findings)
     write_json(work / _NEW / MANIFEST_FILE, manifest, indent=1)
 
 
 def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
     """Decide what must be known before any value is read: the genes of all files, the split, how genes are ranked."""
     # `seurat_v3` needs raw counts, kept one by one.
-    is_raw, flavor = all(file.is_counts for file in survey.files) and config.normalization == "auto", config.hvg_flavor
+    as_counts, flavor = all(file.is_counts for file in survey.files), config.hvg_flavor
+    is_raw = as_counts and config.normalization == "auto"
     if flavor == "seurat_v3" and not is_raw:
         raise InputError(
             "--hvg_flavor seurat_v3 needs raw counts in every file, but some hold logarithms or are normalized on "
@@ -168,12 +176,15 @@ def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OPTIONS_OF_THE_RUN}
     named = [Path(path) for path in (config.panel, config.bin_edges_path) if path]
     named = [path / "tokenizer.json" if path.is_dir() else path for path in named]
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in named]
+    contents = [sha256_of(path) if path.is_file() else "" for path in named]
     files = [(file.key, file.state) for file in survey.files]
+    union = join_genes(survey, config)
+    eval_units, highest_eval_key = hold_out(survey, config)
     return Plan(
-        key=digest_of(__version__, PART_ROWS, json.dumps(settings, default=list, sort_keys=True), contents, files),
-        folder=work, config=config, sources=tuple(survey.sources), sizes=tuple(file.num_cells for file in survey.files),
-        union=join_genes(survey, config), split=hold_out(survey, config), flavor=flavor,
+        key=digest_of(PART_ROWS, __version__, json.dumps(settings, default=list, sort_keys=True), contents, files),
+        folder=work, config=config, sources=survey.sources, sizes=[file.num_cells for file in survey.files],
+        table_of_source=survey.table_of_source, as_counts=as_counts, union=union, split_by=survey.split_by,
+        eval_units=eval_units, highest_eval_key=highest_eval_key, flavor=flavor,
     )  # fmt: skip
 
 
@@ -194,27 +205,6 @@ def _tokenizer(statistics: Statistics, genes: CorpusGenes, config: PrepareConfig
         genes=list(genes.panel.genes), gene_symbols=list(genes.panel.symbols), phenotypes=labels, bin_edges=edges,
         included_phenotypes=list(labels), normalization=config.normalization,
     )  # fmt: skip
-
-
-def _write_shards(
-    layout: Layout, workers: Workers, journal: Journal
-) -> tuple[dict[str, list[dict[str, Any]]], Spool, Counter[str]]:
-    """Spool all parts, then write all shards.
-
-    Returns:
-        Split -> its shards as the manifest lists them; what was spooled; split -> cells with too few genes.
-    """
-    parts = {f"{SPOOL_FOLDER}/{part.name}": part for part in layout.plan.parts()}
-    cells = {file: part.stop - part.start for file, part in parts.items()}
-    spooled = workers.write_files(spool_part, layout, parts, journal=journal, cells=cells, text="dealing cells")
-    spool = Spool.of(layout)
-    items = {f"{_NEW}/{file}": shard for file, shard in spool.shards.items()}
-    cells = dict.fromkeys(items, layout.plan.config.shard_size)
-    written = workers.write_files(write_shuffled, layout, items, journal=journal, cells=cells, text="writing shards")
-    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for (file, (split, _)), entry in zip(spool.shards.items(), written, strict=True):
-        shards[split].append({"file": file, "cells": entry["cells"], "sha256": entry["sha256"]})
-    return shards, spool, sum((Counter(entry["dropped"]) for entry in spooled), Counter())
 
 
 # -- the folders --------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ Owns sums over cells that merge in a fixed order, and the two ways of ranking ge
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from skmisc.loess import loess
 
-from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, table_of
+from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of
 from perturbgene.data_utils.binning import ValueHistogram
 from perturbgene.data_utils.scale import TARGET_SUM, ExpressionBlock
 
@@ -37,13 +37,7 @@ _FEWEST_MEANS = 20
 
 @dataclass
 class GeneMoments:
-    """Sums over cells of counts per 10,000, which merge in any order.
-
-    Args:
-        num_cells: Cells seen, including those without any value.
-        sum_g, sum_squares_g: Sums of x and x^2, float64 of shape (g,).
-        num_expressed_g: Cells with x > 0, int64 of shape (g,).
-    """
+    """Sums over cells of counts per 10,000 (x): cells seen, sums of x and of x^2, and cells with x > 0 of each gene."""
 
     num_cells: int
     sum_g: np.ndarray
@@ -94,11 +88,7 @@ class GeneMoments:
         return ((frame["dispersion"] - center) / spread).to_numpy()
 
     def rank(self, score_g: np.ndarray | None = None) -> np.ndarray:
-        """Return gene indices, most variable first; ties and undefined ones by number of expressing cells.
-
-        Args:
-            score_g: What to rank by, shape (g,); by default Seurat's dispersion.
-        """
+        """Return gene indices, highest score (by default Seurat's dispersion) first; ties by expressing cells."""
         score_g = np.nan_to_num(self.normalized_dispersion() if score_g is None else score_g, nan=-np.inf)
         return np.lexsort((np.arange(len(score_g)), -self.num_expressed_g, -score_g))
 
@@ -148,9 +138,7 @@ class CountTable:
 
         The expected variance is a smooth curve; counts are clipped at sqrt(n) expected deviations above the mean
         (Stuart et al. 2019, Cell). A test compares it with `flavor="seurat_v3"` of scanpy's `highly_variable_genes`.
-
-        Args:
-            num_cells: Cells counted, including those that do not express the gene.
+        `num_cells` includes cells that do not express the gene.
         """
         sums_g, squares_g = self._sums(np.full(len(self.few_gk), np.inf))
         mean_g = sums_g / max(1, num_cells)
@@ -192,11 +180,8 @@ def by_gene(block: ExpressionBlock) -> sparse.csr_matrix:
     """Return a block's values over the genes of all files, float64 of shape (n, g), columns of one gene summed."""
     genes_l = block.alignment.gene_of_column_c[block.columns_l]
     is_kept_l = (genes_l >= 0) & (block.values_l != 0)
-    if is_kept_l.all():
-        parts = (block.values_l.astype(np.float64), genes_l, block.offsets_n1)
-    else:
-        offsets = np.concatenate([[0], np.cumsum(is_kept_l)])[block.offsets_n1]
-        parts = (block.values_l[is_kept_l].astype(np.float64), genes_l[is_kept_l], offsets)
+    offsets = np.concatenate([[0], np.cumsum(is_kept_l)])[block.offsets_n1]
+    parts = (block.values_l[is_kept_l].astype(np.float64), genes_l[is_kept_l], offsets)
     matrix = sparse.csr_matrix(parts, shape=(len(block), block.alignment.num_genes))
     if block.alignment.duplicated:
         matrix.sum_duplicates()
@@ -212,9 +197,9 @@ def per_10_000(block: ExpressionBlock, matrix: sparse.csr_matrix) -> np.ndarray:
 # -- statistics of parts ------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Statistics:
-    """What pass one finds in training cells; parts merge into the whole.
+    """What pass one finds in training cells, summed over parts.
 
     Args:
         counts: Only for ranking by the variance of counts.
@@ -226,70 +211,51 @@ class Statistics:
     moments: GeneMoments
     histogram: ValueHistogram
     counts: CountTable | None
-    labels: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
-    num_cells: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    first_of_part: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, plan: Plan) -> "Statistics":
-        """Statistics of no cell."""
-        counts = CountTable(len(plan.union)) if plan.flavor == "seurat_v3" else None
-        labels = {name: {split: Counter[str]() for split in SPLITS} for name in plan.config.column_of_phenotype}
-        return cls(GeneMoments.zeros(len(plan.union)), ValueHistogram(), counts, labels)
-
-    def add(self, block: ExpressionBlock, plan: Plan) -> None:
-        """Add a block of training cells."""
-        matrix = by_gene(block)
-        if block.is_counts:
-            linear_l = per_10_000(block, matrix)
-        else:
-            linear_l = matrix.data if plan.config.normalization == "none" else np.expm1(matrix.data)
-        self.moments.add(linear_l, matrix.indices, num_cells=len(block))
-        if self.counts is not None:
-            self.counts.add(matrix.data, matrix.indices)
-        if not (plan.config.bin_edges or plan.config.bin_edges_path):
-            self.histogram.add(np.log1p(linear_l))
-
-    def save(self, path: Path) -> None:
-        """Write the numbers to a file."""
-        flat = self.histogram.counts_r
-        at = np.flatnonzero(flat)
-        tensors = {**self.moments.tensors(), "histogram_at": at, "histogram": flat[at]}
-        save_file(tensors | (self.counts.tensors() if self.counts else {}), path)
-
-    def merge(self, path: Path, entry: Mapping[str, Any]) -> None:
-        """Add a part: its file and what the journal says of it."""
-        tensors = load_file(path)
-        self.moments.merge(tensors)
-        self.histogram.counts_r[tensors["histogram_at"]] += tensors["histogram"]
-        if self.counts is not None:
-            self.counts.merge(tensors)
-        for category, of_split in entry["labels"].items():
-            for split, counts in of_split.items():
-                self.labels[category][split].update(counts)
-        for split in SPLITS:
-            self.num_cells[split] += entry[split]
+    labels: dict[str, dict[str, Counter[str]]]
+    num_cells: dict[str, int]
+    first_of_part: dict[str, np.ndarray]
 
 
 def count_part(plan: Plan, part: Part, path: Path) -> dict[str, Any]:
     """Write the statistics of one part; return its cells and its label counts in both splits."""
-    table, statistics = table_of(plan, part.source), Statistics.of(plan)
-    is_eval_n = plan.split.is_eval(table)[part.start : part.stop]
-    for block in blocks_of(plan, part, part.start + np.flatnonzero(~is_eval_n)):
-        statistics.add(block, plan)
-    statistics.save(path)
+    config, (table, is_eval_n) = plan.config, cells_of(plan, part)
     rows = {"train": part.start + np.flatnonzero(~is_eval_n), "eval": part.start + np.flatnonzero(is_eval_n)}
+    moments, histogram = GeneMoments.zeros(len(plan.union)), ValueHistogram()
+    counts = CountTable(len(plan.union)) if plan.flavor == "seurat_v3" else None
+    for block in blocks_of(plan, part, rows["train"]):
+        matrix = by_gene(block)
+        if block.is_counts:
+            linear_l = per_10_000(block, matrix)
+        else:
+            linear_l = matrix.data if config.normalization == "none" else np.expm1(matrix.data)
+        moments.add(linear_l, matrix.indices, num_cells=len(block))
+        if counts is not None:
+            counts.add(matrix.data, matrix.indices)
+        if not (config.bin_edges or config.bin_edges_path):
+            histogram.add(np.log1p(linear_l))
+    at = np.flatnonzero(histogram.counts_r)
+    tensors = {**moments.tensors(), "histogram_at": at, "histogram": histogram.counts_r[at]}
+    save_file(tensors | (counts.tensors() if counts else {}), path)
     labels = {
         category: {split: labels.counts(rows[split]) for split in SPLITS} for category, labels in table.labels.items()
     }
     return {"labels": labels, **{split: len(rows[split]) for split in SPLITS}}
 
 
-def merge_parts(plan: Plan, entries: Iterable[Mapping[str, Any]]) -> Statistics:
+def merge_parts(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> Statistics:
     """Add up all parts in their order, so that rounding does not depend on who counted them."""
-    statistics, entries = Statistics.of(plan), list(entries)
+    moments, histogram = GeneMoments.zeros(len(plan.union)), ValueHistogram()
+    counts = CountTable(len(plan.union)) if plan.flavor == "seurat_v3" else None
+    labels = {name: {split: Counter[str]() for split in SPLITS} for name in plan.config.column_of_phenotype}
     for entry in entries:
-        statistics.merge(plan.folder / entry["file"], entry)
-    for split in SPLITS:
-        statistics.first_of_part[split] = np.cumsum([0] + [entry[split] for entry in entries])[:-1]
-    return statistics
+        tensors = load_file(plan.folder / entry["file"])
+        moments.merge(tensors)
+        histogram.counts_r[tensors["histogram_at"]] += tensors["histogram"]
+        if counts is not None:
+            counts.merge(tensors)
+        for category, of_split in entry["labels"].items():
+            for split, found in of_split.items():
+                labels[category][split].update(found)
+    ends = {split: np.cumsum([0] + [entry[split] for entry in entries]) for split in SPLITS}
+    num_cells = {split: int(ends[split][-1]) for split in SPLITS}
+    return Statistics(moments, histogram, counts, labels, num_cells, {split: ends[split][:-1] for split in SPLITS})

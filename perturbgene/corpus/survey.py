@@ -10,7 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,15 +67,10 @@ class Labels(NamedTuple):
         texts = (*map(label_text, factor.categories), "")
         return cls(np.where(factor.codes < 0, len(texts) - 1, factor.codes).astype(np.int32), texts)
 
-    def codes_in(self, known: Sequence[str]) -> np.ndarray:
-        """Return each cell's place in a list of texts, int32 of shape (n,), -1 where it is not listed."""
-        place = {text: index for index, text in enumerate(known)}
-        return np.array([place.get(text, -1) for text in self.texts], dtype=np.int32)[self.codes_n]
-
     def counts(self, rows_n: np.ndarray | slice = slice(None)) -> Counter[str]:
         """Count the cells of each text, in all rows or in some."""
-        counted: Counter[str] = Counter()
         counts = np.bincount(self.codes_n[rows_n], minlength=len(self.texts))
+        counted: Counter[str] = Counter()
         for text, count in zip(self.texts, counts.tolist(), strict=True):
             counted[text] += count
         return +counted
@@ -85,7 +81,6 @@ class CellTable:
     """What obs says of the cells of one file.
 
     Args:
-        names_n: Names of the cells, str objects of shape (n,).
         keys_n: Hash of each cell's name under the seed, uint64 of shape (n,).
         units: What is kept whole by the split, such as donors; one empty text when cells are split one by one.
         labels: Labels of every phenotype; those that mean "not known" are ''.
@@ -100,11 +95,7 @@ class CellTable:
 
     @classmethod
     def of(cls, shard: Shard, config: PrepareConfig, split_by: str) -> "CellTable":
-        """Read the table of one file.
-
-        Raises:
-            InputError: There is no such column, or a phenotype holds measurements.
-        """
+        """Read the table of one file; refuse a column that does not exist, and a phenotype that holds measurements."""
         names_n = np.asarray([str(name) for name in shard.source.obs_names], dtype=object)
         keys_n = pd.util.hash_array(names_n, hash_key=f"{config.seed:016d}"[-16:], categorize=False)
         units = Labels(np.zeros(len(shard), dtype=np.int32), ("",))
@@ -123,15 +114,14 @@ class CellTable:
             spelled = Labels.of(values_n)
             unknown = {text for text in spelled.texts if is_missing(text, config.missing_labels)}
             labels[category] = Labels(spelled.codes_n, tuple("" if text in unknown else text for text in spelled.texts))
-            counts = spelled.counts()
-            missing[category] = Counter({text: counts[text] for text in counts.keys() & unknown})
+            missing[category] = Counter({text: n for text, n in spelled.counts().items() if text in unknown})
         return cls(names_n, keys_n, units, labels, missing)
 
 
 # -- surveying files ----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class FileSurvey:
     """What one file says of its cells and genes.
 
@@ -141,8 +131,8 @@ class FileSurvey:
         genes: Hash of its gene names; files that agree share one table of genes.
         is_counts: True if its values are counts that are still to be normalized.
         missing: Phenotype -> spelling -> cells, of labels that mean "not known".
-        units: Cells of each donor, '' where missing; empty when cells are split one by one.
-        units_of_label: Phenotype -> label -> donors that have a cell of that label.
+        units: Cells of each donor, '' where missing.
+        units_of_label: Phenotype -> label -> donors that have a cell of that label; empty when cells are split.
         cell_keys_n: Hash of each cell's name, uint64 of shape (n,); empty when donors are split.
     """
 
@@ -152,64 +142,86 @@ class FileSurvey:
     genes: str
     is_counts: bool
     missing: dict[str, Counter[str]]
-    units: Counter[str] = field(default_factory=Counter)
-    units_of_label: dict[str, dict[str, set[str]]] = field(default_factory=dict)
-    cell_keys_n: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    units: Counter[str]
+    units_of_label: dict[str, dict[str, set[str]]]
+    cell_keys_n: np.ndarray
 
 
 @dataclass(frozen=True)
-class _SurveyFile:
-    """The task of surveying one file, by its number."""
+class Survey:
+    """What all files say, in the order of their content.
 
-    sources: tuple[Any, ...]
-    config: PrepareConfig
+    Args:
+        split_by: The obs column that is kept whole, or "cell".
+        units, missing, units_of_label: As in `FileSurvey`, over all files.
+        first_of_table: One file of each distinct table of genes.
+        table_of_source: Each file's table of genes, int64 of shape (files,).
+    """
+
+    sources: list[Any]
+    files: list[FileSurvey]
     split_by: str
-
-    def __call__(self, index: int) -> FileSurvey:
-        source = self.sources[index]
-        with closing(open_files([source], self.config)) as cache:
-            shard = cache[0]
-            table = CellTable.of(shard, self.config, self.split_by)
-            genes = digest_of(*(str(column) for column in gene_names_of(shard, self.config.gene_id_column)))
-            is_file = isinstance(source, str | Path) and os.path.exists(source)
-            survey = FileSurvey(
-                num_cells=len(shard),
-                key=_content_key(shard, table, genes),
-                state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
-                genes=genes,
-                is_counts=shard.is_counts,
-                missing=table.missing,
-            )
-            if self.split_by == BY_CELL:
-                survey.cell_keys_n = table.keys_n
-            else:
-                survey.units = table.units.counts()
-                survey.units_of_label = {
-                    name: _units_of_label(labels, table.units) for name, labels in table.labels.items()
-                }
-        return survey
+    num_cells: int
+    units: Counter[str]
+    missing: dict[str, Counter[str]]
+    units_of_label: dict[str, dict[str, set[str]]]
+    first_of_table: list[int]
+    table_of_source: np.ndarray
 
 
-def _content_key(shard: Shard, table: CellTable, genes: str) -> str:
-    """Hash what a file holds, whatever its name and storage: genes, cells, labels and the values of sampled rows."""
-    source, num_rows = shard.source, len(shard)
-    digest = hashlib.sha256(f"{genes} {source.shape}".encode())
-    digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
-    for labels in (table.units, *table.labels.values()):
-        digest.update("\0".join(labels.texts).encode("utf-8", errors="surrogatepass") + labels.codes_n.tobytes())
-    for start in sorted({max(0, min(num_rows - _SAMPLE_ROWS, num_rows * spot // 4)) for spot in range(4)}):
-        values_l, columns_l, offsets = source.read_rows(start, min(num_rows, start + _SAMPLE_ROWS))
-        for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
-            digest.update(array.tobytes())
-    return digest.hexdigest()
+def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers) -> Survey:
+    """Survey all files and put them in the order of their content."""
+    split_by = config.split_by or _donor_column(sources, config)
+    found = dict(workers.run(partial(_survey_file, tuple(sources), config, split_by), range(len(sources))))
+    order = sorted(found, key=lambda index: (found[index].key, str(sources[index])))
+    files: list[FileSurvey] = [found[index] for index in order]
+    num_cells = sum(file.num_cells for file in files)
+    first_of: dict[str, int] = {}
+    units_of_label: dict[str, dict[str, set[str]]] = {category: {} for category in config.column_of_phenotype}
+    for index, file in enumerate(files):
+        if file.num_cells or not num_cells:
+            first_of.setdefault(file.genes, index)
+        for category, of_label in file.units_of_label.items():
+            for label, units in of_label.items():
+                units_of_label[category].setdefault(label, set()).update(units)
+    table_of = {genes: table for table, genes in enumerate(first_of)}
+    return Survey(
+        sources=[sources[index] for index in order], files=files, split_by=split_by, num_cells=num_cells,
+        units=sum((file.units for file in files), Counter()),
+        missing={name: sum((file.missing[name] for file in files), Counter()) for name in units_of_label},
+        units_of_label=units_of_label, first_of_table=[*first_of.values()],
+        table_of_source=np.array([table_of.get(file.genes, 0) for file in files]),
+    )  # fmt: skip
 
 
-def _units_of_label(labels: Labels, units: Labels) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for label, unit in np.unique(np.stack([labels.codes_n, units.codes_n]), axis=1).T.tolist():
-        if labels.texts[label]:
-            found.setdefault(labels.texts[label], set()).add(units.texts[unit])
-    return found
+def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, index: int) -> FileSurvey:
+    """Survey one file, by its number. Its key hashes genes, cells, labels and the values of sampled rows."""
+    source, is_by_cell = sources[index], split_by == BY_CELL
+    with closing(open_files([source], config)) as cache:
+        shard = cache[0]
+        table = CellTable.of(shard, config, split_by)
+        genes = digest_of(*(str(column) for column in gene_names_of(shard, config.gene_id_column)))
+        digest = hashlib.sha256(f"{genes} {shard.source.shape}".encode())
+        digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
+        for labels in (table.units, *table.labels.values()):
+            digest.update("\0".join(labels.texts).encode("utf-8", errors="surrogatepass") + labels.codes_n.tobytes())
+        for start in sorted({max(0, min(len(shard) - _SAMPLE_ROWS, len(shard) * spot // 4)) for spot in range(4)}):
+            values_l, columns_l, offsets = shard.source.read_rows(start, min(len(shard), start + _SAMPLE_ROWS))
+            for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
+                digest.update(array.tobytes())
+        units_of_label: dict[str, dict[str, set[str]]] = {}
+        for category, labels in table.labels.items() if not is_by_cell else ():
+            of_label = units_of_label.setdefault(category, {})
+            for label, unit in np.unique(np.stack([labels.codes_n, table.units.codes_n]), axis=1).T.tolist():
+                if labels.texts[label]:
+                    of_label.setdefault(labels.texts[label], set()).add(table.units.texts[unit])
+        is_file = isinstance(source, str | Path) and os.path.exists(source)
+        return FileSurvey(
+            num_cells=len(shard), key=digest.hexdigest(), genes=genes, is_counts=shard.is_counts,
+            state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
+            missing=table.missing, units=table.units.counts(), units_of_label=units_of_label,
+            cell_keys_n=table.keys_n if is_by_cell else table.keys_n[:0],
+        )  # fmt: skip
 
 
 def gene_names_of(shard: Shard, gene_id_column: str | None) -> tuple[tuple[object, ...], ...]:
@@ -220,63 +232,7 @@ def gene_names_of(shard: Shard, gene_id_column: str | None) -> tuple[tuple[objec
 
 def digest_of(*texts: object) -> str:
     """Hash texts, each ended by a zero byte."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(str(text).encode("utf-8", errors="surrogatepass") + b"\0")
-    return digest.hexdigest()
-
-
-@dataclass
-class Survey:
-    """What all files say, in the order of their content.
-
-    Args:
-        sources, files: The files (or AnnData objects) and what each of them says.
-        split_by: The obs column that is kept whole, or "cell".
-    """
-
-    sources: list[Any]
-    files: list[FileSurvey]
-    split_by: str
-
-    @property
-    def num_cells(self) -> int:
-        """Number of cells in all files."""
-        return sum(file.num_cells for file in self.files)
-
-    @property
-    def units(self) -> Counter[str]:
-        """Cells of each donor in all files."""
-        return sum((file.units for file in self.files), Counter())
-
-    def missing(self, category: str) -> Counter[str]:
-        """Spelling -> cells, of a phenotype's labels that mean "not known"."""
-        return sum((file.missing[category] for file in self.files), Counter())
-
-    def units_of_label(self, category: str) -> dict[str, set[str]]:
-        """Label -> donors that have it."""
-        found: dict[str, set[str]] = {}
-        for file in self.files:
-            for label, units in file.units_of_label.get(category, {}).items():
-                found.setdefault(label, set()).update(units)
-        return found
-
-    def gene_tables(self) -> tuple[list[int], np.ndarray]:
-        """Return one file of each distinct table of genes, and each file's table, int64 of shape (files,)."""
-        first_of: dict[str, int] = {}
-        for index, file in enumerate(self.files):
-            if file.num_cells or not self.num_cells:
-                first_of.setdefault(file.genes, index)
-        number_of = {genes: number for number, genes in enumerate(first_of)}
-        return [*first_of.values()], np.array([number_of.get(file.genes, 0) for file in self.files])
-
-
-def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers) -> Survey:
-    """Survey all files and put them in the order of their content."""
-    split_by = config.split_by or _donor_column(sources, config)
-    found = dict(workers.run(_SurveyFile(tuple(sources), config, split_by), range(len(sources))))
-    order = sorted(found, key=lambda index: (found[index].key, str(sources[index])))
-    return Survey([sources[index] for index in order], [found[index] for index in order], split_by)
+    return hashlib.sha256("".join(f"{text}\0" for text in texts).encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def _donor_column(sources: Sequence[Any], config: PrepareConfig) -> str:
@@ -293,92 +249,56 @@ def _donor_column(sources: Sequence[Any], config: PrepareConfig) -> str:
     return BY_CELL
 
 
-# -- who is held out ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which cells are held out for evaluation.
-
-    Args:
-        by: The obs column that is kept whole, or "cell".
-        eval_units: Values of that column that are held out.
-        highest_eval_key: When cells are split one by one: cells whose key is at most this are held out; -1 for none.
-    """
-
-    by: str
-    eval_units: frozenset[str] = frozenset()
-    highest_eval_key: int = -1
-
-    def is_eval(self, table: CellTable) -> np.ndarray:
-        """True for cells that are held out, shape (n,)."""
-        if self.by != BY_CELL:
-            return np.array([text in self.eval_units for text in table.units.texts], dtype=bool)[table.units.codes_n]
-        if self.highest_eval_key < 0:
-            return np.zeros(len(table.keys_n), dtype=bool)
-        return table.keys_n <= np.uint64(self.highest_eval_key)
-
-
-def hold_out(survey: Survey, config: PrepareConfig) -> Split:
+def hold_out(survey: Survey, config: PrepareConfig) -> tuple[frozenset[str], int]:
     """Choose what is held out: the donors that are named, or about `eval_fraction` of the cells, chosen by a hash.
+
+    Returns:
+        Donors that are held out. When cells are split one by one: the highest key of a cell that is held out, else -1.
 
     Raises:
         InputError: The named donors are unknown, or nothing would be left on one side.
     """
+    by, size_of, named = survey.split_by, survey.units, config.eval_donors
     wanted = config.eval_fraction * survey.num_cells
-    if survey.split_by != BY_CELL:
-        return Split(survey.split_by, eval_units=frozenset(_eval_units(survey, config, wanted)))
-    if config.eval_donors:
+    if by == BY_CELL and named:
         raise InputError(
-            f"eval_donors {listed(config.eval_donors)} need a split by donor, but cells are split one by one. Name the "
-            "donor column with --split_by."
+            f"eval_donors {listed(named)} need a split by donor, but cells are split one by one. Name the donor column "
+            "with --split_by."
         )
-    if not round(wanted):
-        return Split(BY_CELL)
-    keys_n = np.concatenate([file.cell_keys_n for file in survey.files])
-    return Split(BY_CELL, highest_eval_key=int(np.partition(keys_n, round(wanted) - 1)[round(wanted) - 1]))
-
-
-def _eval_units(survey: Survey, config: PrepareConfig, wanted: float) -> list[str]:
-    """Return the donors to hold out, of which `wanted` cells are asked."""
-    size_of, named = survey.units, list(config.eval_donors)
+    if by == BY_CELL:
+        keys_n, place = np.concatenate([file.cell_keys_n for file in survey.files]), round(wanted) - 1
+        return frozenset(), int(np.partition(keys_n, place)[place]) if place >= 0 else -1
     if unknown := sorted(set(named) - set(size_of)):
-        raise InputError(
-            f"eval_donors {listed(unknown)} are not in obs[{survey.split_by!r}]. Known: {listed(size_of)}."
-        )
+        raise InputError(f"eval_donors {listed(unknown)} are not in obs[{by!r}]. Known: {listed(size_of)}.")
     if len(size_of) < 2:
         raise InputError(
-            f"obs[{survey.split_by!r}] holds one value ({listed(size_of)}), so nothing can be held out. Give another "
-            "--split_by, or --split_by cell."
+            f"obs[{by!r}] holds one value ({listed(size_of)}), so nothing can be held out. Give another --split_by, or "
+            "--split_by cell."
         )
     if set(named) == set(size_of):
-        raise InputError(f"eval_donors name every {survey.split_by}, so nothing is left to train on. Name fewer.")
+        raise InputError(f"eval_donors name every {by}, so nothing is left to train on. Name fewer.")
     if named or not wanted:
-        return named
-    chosen, num_chosen = list[str](), 0
+        return frozenset(named), -1
+    chosen, num_chosen = set[str](), 0
     for unit in sorted(size_of, key=lambda text: hashlib.sha256(f"{config.seed}:{text}".encode()).digest()):
         is_nearer = abs(num_chosen + size_of[unit] - wanted) < abs(num_chosen - wanted)
         if is_nearer and len(chosen) < len(size_of) - 1:
-            chosen.append(unit)
+            chosen.add(unit)
             num_chosen += size_of[unit]
-    return chosen or [min(sorted(size_of), key=size_of.__getitem__)]
+    return frozenset(chosen or {min(sorted(size_of), key=size_of.__getitem__)}), -1
 
 
 # -- parts of files, read in the process that needs them ----------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """Neighboring rows of one file."""
+    """Neighboring rows of one file, and the name of the files that hold what is made of them."""
 
     number: int
     source: int
     start: int
     stop: int
-
-    @property
-    def name(self) -> str:
-        """Name of the files that hold what was made of it."""
-        return f"part_{self.number:06d}.safetensors"
+    name: str
 
 
 @dataclass(frozen=True)
@@ -388,36 +308,45 @@ class Plan:
     Args:
         key: Fingerprint of all that the corpus depends on.
         folder: Where parts and shards are written.
-        sources, sizes: The files (or AnnData objects) in their order, and their numbers of cells.
+        sources, sizes, table_of_source: The files (or AnnData objects), their numbers of cells and tables of genes.
+        as_counts: True writes counts, False log1p counts per 10,000.
         union: The genes of all files.
-        split: Which cells are held out.
+        split_by: The obs column that the split keeps whole, or "cell".
+        eval_units, highest_eval_key: What `hold_out` returns.
         flavor: How genes are ranked.
     """
 
     key: str
     folder: Path
     config: PrepareConfig
-    sources: tuple[Any, ...]
-    sizes: tuple[int, ...]
+    sources: list[Any]
+    sizes: list[int]
+    table_of_source: np.ndarray
+    as_counts: bool
     union: GenePanel
-    split: Split
+    split_by: str
+    eval_units: frozenset[str]
+    highest_eval_key: int
     flavor: HvgFlavor
 
     def parts(self) -> list[Part]:
         """Cut all files into parts of at most `PART_ROWS` rows."""
         spans = [(s, a, min(a + PART_ROWS, n)) for s, n in enumerate(self.sizes) for a in range(0, n, PART_ROWS)]
-        return [Part(number, *span) for number, span in enumerate(spans)]
+        return [Part(number, *span, f"part_{number:06d}.safetensors") for number, span in enumerate(spans)]
 
 
 #: The plan's open files, and the table of the file used last. No thread shares its handles with another.
 _OPEN = threading.local()
 
 
-def _shard_of(plan: Plan, source: int) -> Shard:
-    """Return one file of a plan. Files stay open from task to task."""
+def opened(plan: Plan, source: int) -> tuple[Shard, CellTable]:
+    """Return one file of a plan and the table of its cells. Files stay open from task to task."""
     if getattr(_OPEN, "key", None) != plan.key:
         _OPEN.key, _OPEN.shards, _OPEN.tables = plan.key, open_files(plan.sources, plan.config, plan.union), {}
-    return _OPEN.shards[source]
+    shard = _OPEN.shards[source]
+    if source not in _OPEN.tables:
+        _OPEN.tables = {source: CellTable.of(shard, plan.config, plan.split_by)}
+    return shard, _OPEN.tables[source]
 
 
 def close_files() -> None:
@@ -427,22 +356,23 @@ def close_files() -> None:
         _OPEN.__dict__.clear()
 
 
-def table_of(plan: Plan, source: int) -> CellTable:
-    """Return the table of one file's cells."""
-    shard = _shard_of(plan, source)
-    if source not in _OPEN.tables:
-        _OPEN.tables = {source: CellTable.of(shard, plan.config, plan.split.by)}
-    return _OPEN.tables[source]
+def cells_of(plan: Plan, part: Part) -> tuple[CellTable, np.ndarray]:
+    """Return the table of a part's file, and which of the part's cells are held out, shape (n,)."""
+    table = opened(plan, part.source)[1]
+    if plan.split_by == BY_CELL:
+        is_eval_n = table.keys_n <= plan.highest_eval_key  # all False for -1
+    else:
+        is_eval_n = np.array([text in plan.eval_units for text in table.units.texts])[table.units.codes_n]
+    return table, is_eval_n[part.start : part.stop]
 
 
 def blocks_of(plan: Plan, part: Part, rows_n: np.ndarray) -> Iterator[ExpressionBlock]:
     """Read rows of a part (sorted, numbered within the file) in blocks, in one pass through the file.
 
-    Raises:
-        InputError: A value has no bin, or a column does not exist: the survey has seen a sample of rows only.
+    Every value is checked, because the survey has seen a sample of rows only.
     """
     for first in range(0, len(rows_n), _BLOCK_ROWS):
-        block = _shard_of(plan, part.source).read(rows_n[first : first + _BLOCK_ROWS])
+        block = opened(plan, part.source)[0].read(rows_n[first : first + _BLOCK_ROWS])
         check_values(block.values_l, source=block.source)
         num_columns = len(block.alignment.gene_of_column_c)
         if len(block.columns_l) and not 0 <= block.columns_l.min() <= block.columns_l.max() < num_columns:

@@ -4,7 +4,6 @@ Owns handing out tasks, and the journal of finished files from which an interrup
 the files hold. What a task returns and writes must not depend on where or in which order it runs.
 """
 
-import hashlib
 import importlib
 import json
 import logging
@@ -16,12 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from perturbgene.errors import InputError
+from perturbgene.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +36,8 @@ class WorkStoppedError(InputError):
     """The work stopped for a reason outside of it. Finished files stay, and the next run uses them."""
 
 
-def sha256_of(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class Journal:
-    """The finished files of one folder, one line each. The first line names what they were made from.
-
-    Args:
-        folder: Where the files are.
-        key: Fingerprint of everything that the files depend on.
-    """
+    """The finished files of one folder, one line each. The first line names what they were made from, as a key."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
@@ -59,10 +49,7 @@ class Journal:
         self.path.write_text(json.dumps({"key": self.key}) + "\n", encoding="utf-8")
 
     def resume(self) -> bool:
-        """Read which files are finished; return False if the journal is missing or has another key.
-
-        A last line that was cut off is dropped. So is a file that is missing or differs from its checksum.
-        """
+        """Read which files are finished and unchanged; return False if the journal is missing or has another key."""
         entries = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []:
             try:
@@ -85,25 +72,20 @@ class Journal:
             stream.write(json.dumps(entry) + "\n")
 
 
-@dataclass(frozen=True)
-class _WriteFile:
-    """A task's context, and the task that writes a file with it; the journal entry of the file is the result."""
-
-    task: Callable[[Any, Any, Path], dict[str, Any]]
-    context: Any
-    folder: Path
-
-    def __call__(self, file_and_item: tuple[str, Any]) -> dict[str, Any]:
-        file, item = file_and_item
-        # A cluster may run a task twice at once, if it has lost sight of a worker: each attempt has its own name.
-        temporary = self.folder / f"{file}.{uuid.uuid4().hex}.tmp"
-        try:
-            facts = self.task(self.context, item, temporary)
-            entry = {"file": file, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), **facts}
-            temporary.replace(self.folder / file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return entry
+def _write_file(
+    task: Callable[[Any, Any, Path], dict[str, Any]], context: Any, folder: Path, file_and_item: tuple[str, Any]
+) -> dict[str, Any]:
+    """Run a task that writes one file; return the journal entry of the file."""
+    file, item = file_and_item
+    # A cluster may run a task twice at once, if it has lost sight of a worker: each attempt has its own name.
+    temporary = folder / f"{file}.{uuid.uuid4().hex}.tmp"
+    try:
+        facts = task(context, item, temporary)
+        entry = {"file": file, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), **facts}
+        temporary.replace(folder / file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return entry
 
 
 @dataclass(frozen=True)
@@ -148,17 +130,13 @@ class Workers:
         self, task: Callable[[Any, Any, Path], dict[str, Any]], context: Any, items: Mapping[str, Any], *,
         journal: Journal, cells: Mapping[str, int], text: str,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Write the files that the journal does not list yet.
+        """Write the files that the journal does not list yet; return the entries of all, in the order of `items`.
 
         Args:
             task: Writes one file: called with the context, an item and a path; returns what to note in the journal.
-            context: What all tasks need.
             items: File -> item.
             cells: File -> its number of cells, for the progress bar.
             text: Name of the step.
-
-        Returns:
-            The journal entries of all files, in the order of `items`.
         """
         to_do = [(file, item) for file, item in items.items() if file not in journal.done]
         num_done = len(items) - len(to_do)
@@ -166,7 +144,7 @@ class Workers:
             logger.info("%s: %d of %d files were finished by an earlier run", text, num_done, len(items))
         total, done = sum(cells.values()), sum(cells[file] for file in items if file in journal.done)
         with tqdm(total=total, initial=done, desc=text, unit=" cells", unit_scale=True, disable=None) as bar:
-            for (file, _), entry in self.run(_WriteFile(task, context, journal.folder), to_do):
+            for (file, _), entry in self.run(partial(_write_file, task, context, journal.folder), to_do):
                 journal.add(entry)
                 bar.update(cells[file])
         return [journal.done[file] for file in items]
@@ -185,9 +163,6 @@ def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> 
         scheduler: Address of a Dask scheduler, or None for this machine.
         num_processes: Processes on this machine; 1 runs everything in this one.
         preload: Module that the tasks come from.
-
-    Raises:
-        InputError: Dask is not installed, or nothing answers at the address.
     """
     with ExitStack() as stack:
         if scheduler:

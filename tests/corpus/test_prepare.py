@@ -734,9 +734,9 @@ def test_the_manifest_names_inputs_shards_and_split(corpus: Path) -> None:
 def test_a_corpus_on_disk_names_its_shards_their_sums_and_its_labels(corpus: Path) -> None:
     opened = Corpus.open(corpus)
     sums = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in opened.paths("train")]
-    assert opened.checksums("train") == sums
+    assert [shard["sha256"] for shard in opened.manifest["shards"]["train"]] == sums
     assert opened.sizes("train") == [30, 30, 20]
-    assert opened.labels == {"cell_type": ["B cell", "NK cell", "T cell"]}
+    assert [*opened.manifest["phenotypes"]["cell_type"]["train"]] == ["B cell", "NK cell", "T cell"]
     assert opened.split_by == "donor_id"
 
 
