@@ -123,6 +123,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @every_module
+def test_only_model_and_training_import_transformers(module: str) -> None:
+    """Besides, `cli.training` turns flags into `TrainingArguments`."""
+    is_user = "transformers" in {name.partition(".")[0] for name in imported_names(TREES[module])}
+    assert not is_user or room_of(module) in ("model", "training") or module == "cli.training"
+
+
+@every_module
 def test_only_the_owner_of_a_seam_imports_its_library(module: str) -> None:
     libraries = {name.partition(".")[0] for name in imported_names(TREES[module])}
     strangers = {library for library in libraries if module not in SEAMS.get(library, {module})}

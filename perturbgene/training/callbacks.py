@@ -34,6 +34,8 @@ _GRACE_SECONDS = 120
 _SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES = 60.0, 0.1
 #: Steps and seconds after which a run knows its speed; the first step is left out, since it compiles and opens files.
 _MEASURED_STEPS, _MEASURED_SECONDS = 3, 2.0
+#: Nobody has to plan for a rest that is shorter than this, in seconds.
+_SHORT_REST = 10.0
 
 Batch = dict[str, Any]
 
@@ -153,14 +155,14 @@ def training_line(logs: Mapping[str, Any], *, step: int, last_step: int, seconds
 
 
 def evaluation_line(logs: Mapping[str, Any], *, step: int) -> str:
-    """Write the scores of an evaluation in one line, without its times.
+    """Write the loss, accuracies and macro F1 of an evaluation in one line; `trainer_state.json` has all scores.
 
     Example:
-        >>> evaluation_line({"eval_loss": 0.5, "eval_cell_type_accuracy": 0.75, "eval_runtime": 3}, step=5)
+        >>> evaluation_line({"eval_cell_type_accuracy": 0.75, "eval_loss": 0.5, "eval_runtime": 3}, step=5)
         'evaluated at step 5 · loss 0.5 · cell type accuracy 0.75'
     """
-    names = [name for name in logs if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))]
-    scores = [f"{name.removeprefix('eval_').replace('_', ' ')} {logs[name]:.4g}" for name in names]
+    names = [name for name in logs if name.endswith(("accuracy", "macro_f1")) and name != "eval_balanced_accuracy"]
+    scores = [f"{name.removeprefix('eval_').replace('_', ' ')} {logs[name]:.4g}" for name in ("eval_loss", *names)]
     return " · ".join([f"evaluated at step {step}", *scores])
 
 
@@ -193,12 +195,12 @@ class Progress(TrainerCallback):
         if self._first_step is None:
             self._first_step = (time.monotonic(), state.global_step)
         seconds, steps = time.monotonic() - self._first_step[0], state.global_step - self._first_step[1]
-        is_measured = steps >= _MEASURED_STEPS and seconds >= _MEASURED_SECONDS
-        if is_measured and not self._is_announced and state.is_world_process_zero:
-            more = "" if args.eval_strategy == "no" else ", evaluations not counted"
-            steps_left, left = state.max_steps - state.global_step, self._seconds_left(state) or 0
-            logger.info("about %s for the remaining %s steps%s", rough_duration(left), f"{steps_left:,}", more)
+        if not self._is_announced and steps >= _MEASURED_STEPS and seconds >= _MEASURED_SECONDS:
             self._is_announced = True
+            steps_left, left = state.max_steps - state.global_step, self._seconds_left(state) or 0
+            if state.is_world_process_zero and left >= _SHORT_REST:
+                more = "" if args.eval_strategy == "no" else ", evaluations not counted"
+                logger.info("about %s for the remaining %s steps%s", rough_duration(left), f"{steps_left:,}", more)
 
     def _seconds_left(self, state: TrainerState) -> float | None:
         if self._first_step is None or state.global_step == self._first_step[1]:
@@ -215,15 +217,13 @@ class Progress(TrainerCallback):
             logger.info("%s", evaluation_line(logs, step=state.global_step))
         elif "loss" in logs and self._bar is not None:
             self._bar.set_postfix_str(f"loss {logs['loss']:.4g}, {logs['cells_per_second']:,.0f} cells/s")
-        elif "loss" in logs and self._is_line_due(state):
-            self._last_line = (time.monotonic(), state.global_step)
-            left, step, last_step = self._seconds_left(state), state.global_step, state.max_steps
-            logger.info("%s", training_line(logs, step=step, last_step=last_step, seconds_left=left))
-
-    def _is_line_due(self, state: TrainerState) -> bool:
-        seconds, steps = time.monotonic() - self._last_line[0], state.global_step - self._last_line[1]
-        is_late = seconds >= _SECONDS_BETWEEN_LINES and steps >= _SHARE_BETWEEN_LINES * state.max_steps
-        return is_late or state.global_step >= state.max_steps
+        elif "loss" in logs:
+            seconds, steps = time.monotonic() - self._last_line[0], state.global_step - self._last_line[1]
+            is_due = seconds >= _SECONDS_BETWEEN_LINES and steps >= _SHARE_BETWEEN_LINES * state.max_steps
+            if is_due or state.global_step + args.logging_steps > state.max_steps:  # or the last one of the run
+                self._last_line = (time.monotonic(), state.global_step)
+                left, step, last_step = self._seconds_left(state), state.global_step, state.max_steps
+                logger.info("%s", training_line(logs, step=step, last_step=last_step, seconds_left=left))
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.close()

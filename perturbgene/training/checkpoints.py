@@ -125,25 +125,16 @@ def check_whole(checkpoint: str | Path) -> None:
         )
 
 
-def newest_whole(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None; newer ones that cannot be used are set aside.
-
-    A checkpoint that is set aside gets a name that ends in `.incomplete`, and one warning says why.
-    """
+def set_damaged_aside(folder: str | Path) -> None:
+    """Rename checkpoints that cannot be used and are newer than the newest one that can, with a warning for each."""
     for path in reversed(checkpoints(folder)):
         damage = damage_of(path)
         if damage is None:
-            return path
-        names = [path.with_name(f"{path.name}.incomplete{number}") for number in ("", *range(-2, -1000, -1))]
+            return
+        names = [path.with_name(f"{path.name}.incomplete{suffix}") for suffix in ("", *range(-2, -1000, -1))]
         aside = next(name for name in names if not name.exists())
         path.rename(aside)
         logger.warning("%s cannot be used: %s. Its new name is %s", path, damage, aside.name)
-    return None
-
-
-def newest_sealed(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint that has a manifest, or None: what other processes take once rank 0 has checked."""
-    return next((path for path in reversed(checkpoints(folder)) if manifest_of(path)), None)
 
 
 # -- writing and deleting -----------------------------------------------------------------------------------------
@@ -306,10 +297,10 @@ class SafeTrainer(Trainer):
 
     def _memory_advice(self) -> str:
         wanted = sum(int(cells_2n[1].sum()) for cells_2n in self.speed.cells) // max(1, len(self.speed.cells))
-        most, newest = self.speed.most_tokens, newest_sealed(self.folder)
+        most, newest = self.speed.most_tokens, checkpoints(self.folder)[-1:]
         fits = f"the largest that fitted had {most:,}" if most else "none has fitted yet"
         advice = f"Give --tokens_per_batch {most}" if most else "Lower --tokens_per_batch"
-        resume = f" Continue from {newest} with --resume_from_checkpoint --allow_changed." if newest else ""
+        resume = f" Continue from {newest[0]} with --resume_from_checkpoint --allow_changed." if newest else ""
         return (
             f"the memory of {self.args.device} does not hold a batch of {wanted:,} tokens; {fits}. {advice}, or a "
             f"smaller --per_device_train_batch_size with more --gradient_accumulation_steps.{resume}"
@@ -338,9 +329,10 @@ class SafeTrainer(Trainer):
         if np.isfinite(float(norm)):
             return
         places = self.places_of(np.concatenate([cells_2n[0] for cells_2n in cells]).astype(np.int64))
+        newest = checkpoints(self.folder)[-1:]
         raise RunFailedError(
             f"step {step} gave a gradient of norm {float(norm)}, so training stopped. Its {len(places)} cells: "
-            f"{listed(places, most=3)}. Last good checkpoint: {newest_sealed(self.folder) or 'none'}. Look at these "
+            f"{listed(places, most=3)}. Last good checkpoint: {newest[0] if newest else 'none'}. Look at these "
             "cells, or lower --learning_rate."
         )
 

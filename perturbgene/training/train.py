@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,9 +151,11 @@ def _run_folder(config: "TrainingConfig") -> Iterator[TrainingArguments]:
     """Hold the run folder for this run; the first process does so for all processes of `torchrun`."""
     arguments, folder = config.training_arguments(), Path(config.output_dir)
     set_seed(arguments.seed)
-    with nullcontext() if arguments.process_index else claimed(folder, flag="output_dir", is_inside=True):
-        is_used = any(path.name != ".lock" for path in folder.iterdir())
-        if is_used and not config.resume_from_checkpoint and not arguments.process_index:
+    if arguments.process_index:
+        yield arguments
+        return
+    with claimed(folder, flag="output_dir", is_inside=True):
+        if any(path.name != ".lock" for path in folder.iterdir()) and not config.resume_from_checkpoint:
             raise InputError(
                 f"{folder} exists and is not empty: an older run's checkpoints would be mixed with this one's. Choose "
                 "another --output_dir, or continue with --resume_from_checkpoint."
@@ -373,8 +375,9 @@ def _checkpoint(config: "TrainingConfig", arguments: TrainingArguments) -> str |
             if is_first:
                 checkpoints.check_whole(wanted)
         else:
-            newest = (checkpoints.newest_whole if is_first else checkpoints.newest_sealed)(config.output_dir)
-            found = None if newest is None else str(newest)
+            if is_first:
+                checkpoints.set_damaged_aside(config.output_dir)
+            found = next(map(str, reversed(checkpoints.checkpoints(config.output_dir))), None)
         if found and is_first:
             _check_settings(config, arguments, Path(found))
     if found is None:

@@ -73,7 +73,7 @@ def test_the_largest_batch_that_went_through_is_known(speed: Speed) -> None:
 
 def train(steps: int, *, seconds_per_step: float, is_terminal: bool = False) -> None:
     """Let a progress callback watch a run that logs every tenth step and evaluates at the end."""
-    args = TrainingArguments("unused", disable_tqdm=not is_terminal, eval_strategy="epoch")
+    args = TrainingArguments("unused", disable_tqdm=not is_terminal, eval_strategy="epoch", logging_steps=10)
     state, control, progress = TrainerState(max_steps=steps), TrainerControl(), Progress()
     progress.on_train_begin(args, state, control)
     for step in range(1, steps + 1):

@@ -16,9 +16,9 @@ from perturbgene.training.checkpoints import (
     damage_of,
     mark,
     move_files,
-    newest_whole,
     rotate,
     seal,
+    set_damaged_aside,
 )
 
 FILES = {"model.safetensors": "weights", "trainer_state.json": "{}", "scheduler.pt": "rate", "shards/0.distcp": "part"}
@@ -78,7 +78,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_set_aside(
     for step in (2, 4, 10):
         make_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-10" / "model.safetensors").write_text("weightz")
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+    set_damaged_aside(tmp_path)
     assert names(tmp_path) == ["checkpoint-10.incomplete", "checkpoint-2", "checkpoint-4"]
     assert "model.safetensors is damaged" in caplog.text
 
@@ -86,7 +86,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_set_aside(
 def test_a_second_torn_checkpoint_of_a_step_gets_another_name(tmp_path: Path) -> None:
     for _ in range(2):
         (make_checkpoint(tmp_path, 4) / "scheduler.pt").unlink()
-        assert newest_whole(tmp_path) is None
+        set_damaged_aside(tmp_path)
     assert names(tmp_path) == ["checkpoint-4.incomplete", "checkpoint-4.incomplete-2"]
 
 

@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -232,6 +235,21 @@ def test_class_weights_average_one_over_the_training_cells() -> None:
     assert weights_k @ counts_k / counts_k.sum() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize(("flag", "is_balanced"), [("", True), ("--balanced_dataset", True),
+                                                   ("--no_balanced_dataset", False)])  # fmt: skip
+def test_a_balanced_dataset_weights_rare_classes_more(
+    flag: str, is_balanced: bool, corpus: Path, tmp_path: Path
+) -> None:
+    run = cls(
+        f"--corpus {corpus} --output_dir {tmp_path}/cls {QUIET} --phenotype_category cell_type --max_steps 1 {flag}"
+    )
+    weights_k = json.loads((run / "config.json").read_text()).get("class_weights")
+    assert (weights_k is not None) is is_balanced
+    labels = pd.concat([ad.read_h5ad(path).obs["cell_type"] for path in Corpus.open(corpus).paths("train")])
+    counts_k = labels.value_counts().reindex(load_run(run).class_labels)
+    assert not is_balanced or np.argmax(weights_k) == np.argmin(counts_k)
+
+
 def test_one_class_only_is_refused(cells: ad.AnnData, tmp_path: Path) -> None:
     alike = cells[cells.obs["bulk_labels"] == "Dendritic"].copy()
     corpus = prepare(alike, tmp_path / "c", phenotypes=["cell_type=bulk_labels"], num_top_genes=50)
@@ -242,6 +260,26 @@ def test_one_class_only_is_refused(cells: ad.AnnData, tmp_path: Path) -> None:
 def test_an_output_folder_in_use_is_refused(short_run: Path, corpus: Path) -> None:
     with pytest.raises(InputError, match="not empty"):
         mlm(f"--corpus {corpus} --output_dir {short_run} {QUIET} --max_steps 1")
+
+
+def test_a_run_folder_that_another_process_writes_is_refused(corpus: Path, tmp_path: Path) -> None:
+    holder = "import sys; from perturbgene.files import claimed\nwith claimed(sys.argv[1], flag='x', is_inside=True): "
+    with subprocess.Popen(
+        [sys.executable, "-c", holder + "print(flush=True); input()", str(tmp_path / "run")], stdin=-1, stdout=-1
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(InputError, match="being written by another process.*--output_dir"):
+            mlm(f"--corpus {corpus} --output_dir {tmp_path}/run {QUIET} --max_steps 1")
+        process.kill()  # the lock goes with its process
+    mlm(f"--corpus {corpus} --output_dir {tmp_path}/run {QUIET} --max_steps 1")
+
+
+def test_the_last_step_is_evaluated_once_with_every_question(short_run: Path) -> None:
+    history = json.loads((short_run / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4]
+    questions = json.loads((short_run / "metrics.json").read_text())["cell_type"]
+    assert set(questions) > {"alone"}
 
 
 def test_weights_of_another_tokenizer_are_refused(short_run: Path, cells: ad.AnnData, tmp_path: Path) -> None:
