@@ -27,7 +27,7 @@ from perturbgene.corpus.panel import CorpusGenes, choose_genes, join_genes
 from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, read_spool, spool_part, write_shuffled
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_part, merge_parts
 from perturbgene.corpus.survey import PART_ROWS, SPLITS, Plan, Survey, close_files, digest_of, hold_out, survey_files
-from perturbgene.corpus.workers import JOURNAL_FILE, Journal, WorkStoppedError, available_cores, open_workers
+from perturbgene.corpus.workers import JOURNAL_FILE, Journal, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -87,8 +87,8 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
         raise InputError("--scheduler needs files that its workers can read, but AnnData objects were given.")
     # One process for every core, if the files are worth it.
     sizes = [0 if is_memory else os.path.getsize(x) if os.path.exists(x) else SMALL_INPUT for x in sources]
-    default = available_cores() if sum(sizes) >= SMALL_INPUT else 1
-    num_processes = 1 if is_memory else config.num_processes or default
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_processes = 1 if is_memory else config.num_processes or (cores if sum(sizes) >= SMALL_INPUT else 1)
     folder = Path(output).expanduser()
     folder = folder if folder.name and not folder.is_symlink() else folder.resolve()
     with claimed(folder, flag="output"):
@@ -216,11 +216,7 @@ def _replaced(folder: Path) -> Path:
 
 
 def _check_folders(folder: Path, work: Path, *, overwrite: bool) -> None:
-    """Clear away what a run left that was killed at its very end, and refuse to touch anything that is not ours.
-
-    Raises:
-        InputError: The output, or the place of unfinished work, holds something else.
-    """
+    """Clear away what a run left that was killed at its very end, and refuse to touch anything that is not ours."""
     if _replaced(folder).exists() and not folder.exists():
         _replaced(folder).rename(folder)  # killed just before the new corpus took its place
     _delete(_replaced(folder), _CORPUS_FILES)

@@ -78,9 +78,6 @@ def shuffled_positions(numbers_n: np.ndarray, *, size: int, key: int) -> np.ndar
     return positions_n.astype(np.int64)
 
 
-# -- parts to spool files -----------------------------------------------------------------------------------------
-
-
 def spool_part(layout: Layout, part: Part, path: Path) -> dict[str, Any]:
     """Write one part's rows sorted by their shards; return how many cells were dropped in each split."""
     config, (table, is_eval_n) = layout.plan.config, cells_of(layout.plan, part)
@@ -149,16 +146,8 @@ def _smallest_type(values_l: np.ndarray) -> np.dtype:
     return np.dtype(np.float32 if (values_l.astype(np.float32) == values_l).all() else np.float64)
 
 
-# -- spool files to shards ----------------------------------------------------------------------------------------
-
-
 def read_spool(layout: Layout) -> tuple[dict[str, tuple[str, int]], dict[str, np.ndarray]]:
-    """Return what the spool files hold in all.
-
-    Returns:
-        File of each shard that holds cells -> its split and its number over both splits; split -> content hash of
-        every cell.
-    """
+    """Return file of each shard that holds cells -> its split and number; and split -> content hash of every cell."""
     num_train = layout.num_shards["train"]
     counts_s = np.zeros(sum(layout.num_shards.values()), dtype=np.int64)
     hashes: dict[str, list[np.ndarray]] = {split: [np.zeros(0, dtype=np.uint64)] for split in SPLITS}

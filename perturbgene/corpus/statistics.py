@@ -113,16 +113,11 @@ class CountTable:
         whole_l = counts_l.astype(np.int64)
         is_few_l = whole_l < self._FEW
         cells = genes_l[is_few_l].astype(np.int64) * self._FEW + whole_l[is_few_l]
-        self.few_gk += np.bincount(cells, minlength=self.few_gk.size).reshape(self.few_gk.shape)
+        few_gk = np.bincount(cells, minlength=self.few_gk.size)
         many, genes = whole_l[~is_few_l], genes_l[~is_few_l].astype(np.int64)
         shift = np.maximum(np.frexp(many.astype(np.float64))[1] - self._EXACT_BITS, 0)
-        self._add_pairs(*np.unique((genes << 32) | (many >> shift << shift), return_counts=True))
-
-    def _add_pairs(self, keys: np.ndarray, times: np.ndarray) -> None:
-        both, place = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
-        summed = np.zeros(len(both), dtype=np.int64)
-        np.add.at(summed, place, np.concatenate([self.times, times]))
-        self.keys, self.times = both, summed
+        keys, times = np.unique((genes << 32) | (many >> shift << shift), return_counts=True)
+        self.merge({"few_gk": few_gk.reshape(self.few_gk.shape), "count_keys": keys, "count_times": times})
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the numbers as they are stored."""
@@ -131,7 +126,11 @@ class CountTable:
     def merge(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Add the stored numbers of another part."""
         self.few_gk += tensors["few_gk"]
-        self._add_pairs(tensors["count_keys"], tensors["count_times"])
+        keys = np.concatenate([self.keys, tensors["count_keys"]])
+        self.keys, place = np.unique(keys, return_inverse=True)
+        times = np.concatenate([self.times, tensors["count_times"]])
+        self.times = np.zeros(len(self.keys), dtype=np.int64)
+        np.add.at(self.times, place, times)
 
     def normalized_variance(self, num_cells: int) -> np.ndarray:
         """Return each gene's variance over that expected from its mean, NaN where it is constant, shape (g,).
@@ -173,9 +172,6 @@ def smooth_curve(x_g: np.ndarray, y_g: np.ndarray) -> np.ndarray:
     return np.polyval(np.polyfit(x_g, y_g, deg=min(2, len(np.unique(x_g)) - 1)), x_g)
 
 
-# -- values on one scale ------------------------------------------------------------------------------------------
-
-
 def by_gene(block: ExpressionBlock) -> sparse.csr_matrix:
     """Return a block's values over the genes of all files, float64 of shape (n, g), columns of one gene summed."""
     genes_l = block.alignment.gene_of_column_c[block.columns_l]
@@ -192,9 +188,6 @@ def per_10_000(block: ExpressionBlock, matrix: sparse.csr_matrix) -> np.ndarray:
     """Return each stored count of `by_gene` per 10,000 counts of its cell, shape (l,)."""
     assert block.library_size_n is not None
     return matrix.data * np.repeat(TARGET_SUM / np.maximum(block.library_size_n, 1e-300), np.diff(matrix.indptr))
-
-
-# -- statistics of parts ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,6 @@ def open_files(sources: Sequence[Any], config: PrepareConfig, panel: GenePanel |
     )  # fmt: skip
 
 
-# -- the cells of one file ----------------------------------------------------------------------------------------
-
-
 class Labels(NamedTuple):
     """One obs column: the number of each cell's text, int32 of shape (n,). The text of a missing label is ''."""
 
@@ -116,9 +113,6 @@ class CellTable:
             labels[category] = Labels(spelled.codes_n, tuple("" if text in unknown else text for text in spelled.texts))
             missing[category] = Counter({text: n for text, n in spelled.counts().items() if text in unknown})
         return cls(names_n, keys_n, units, labels, missing)
-
-
-# -- surveying files ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -252,11 +246,7 @@ def _donor_column(sources: Sequence[Any], config: PrepareConfig) -> str:
 def hold_out(survey: Survey, config: PrepareConfig) -> tuple[frozenset[str], int]:
     """Choose what is held out: the donors that are named, or about `eval_fraction` of the cells, chosen by a hash.
 
-    Returns:
-        Donors that are held out. When cells are split one by one: the highest key of a cell that is held out, else -1.
-
-    Raises:
-        InputError: The named donors are unknown, or nothing would be left on one side.
+    Returns the donors. When cells are split one by one: the highest key of a cell that is held out, else -1.
     """
     by, size_of, named = survey.split_by, survey.units, config.eval_donors
     wanted = config.eval_fraction * survey.num_cells

@@ -150,19 +150,11 @@ class Workers:
         return [journal.done[file] for file in items]
 
 
-def available_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> Iterator[Workers]:
-    """Open the place where tasks run, and close it afterwards.
+    """Open the place where tasks run (a Dask cluster, new processes or this one), and close it afterwards.
 
-    Args:
-        scheduler: Address of a Dask scheduler, or None for this machine.
-        num_processes: Processes on this machine; 1 runs everything in this one.
-        preload: Module that the tasks come from.
+    Processes on this machine import the module `preload`, where the tasks come from, once.
     """
     with ExitStack() as stack:
         if scheduler:
