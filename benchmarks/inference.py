@@ -31,7 +31,6 @@ from perturbgene.perturbation.readouts import (
     StateReadout,
     exact_effects,
     label_readout,
-    most_genes,
     read_block,
     sequences,
     token_budget,
@@ -138,7 +137,7 @@ def knock_out_rows(
         np.concatenate([random.permutation(np.flatnonzero(cell_m == cell))[:sample] for cell in range(len(asked))])
     )
     few = np.sort(random.choice(chosen, min(12, len(chosen)), replace=False))
-    rooms = {"most_genes": most_genes(run.tokenizer, readout)}
+    rooms = {"most_genes": run.tokenizer.most_genes(num_slots=len(readout.asked) + len(readout.given))}
     clock = Clock(run.model.device)
     screen_removals(run, asked.take(np.arange(1)), readout)  # warm up
     for name, batch_size in (("one edited cell at a time", 1), ("padded batches of 16", 16)):

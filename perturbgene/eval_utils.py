@@ -27,6 +27,7 @@ from perturbgene.data_utils.data_collators import (
     block_of,
     collate_fn_wrapper,
 )
+from perturbgene.data_utils.kernels import GOLDEN, MIX_1
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError
@@ -152,8 +153,8 @@ def _content_hash(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
     """Return a number that depends on a cell's genes and bins alone, int64 >= 0 of shape (n,)."""
     types_l = block.token_type_ids_l.astype(np.uint64)
     is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
-    pair_l = types_l * np.uint64(0x9E3779B97F4A7C15) + block.input_ids_l.astype(np.uint64) + np.uint64(1)
-    pair_l = (pair_l ^ (pair_l >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    pair_l = types_l * GOLDEN + block.input_ids_l.astype(np.uint64) + np.uint64(1)
+    pair_l = (pair_l ^ (pair_l >> np.uint64(31))) * MIX_1
     sums_l1 = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(np.where(is_gene_l, pair_l, np.uint64(0)))])
     return ((sums_l1[block.offsets_n1[1:]] - sums_l1[block.offsets_n1[:-1]]) >> np.uint64(1)).astype(np.int64)
 

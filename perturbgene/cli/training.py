@@ -30,7 +30,6 @@ RATE_TIMES_WIDTH = 0.128
 #: PBMC, 64 wide, 1e-3 did best; 3e-4 for six epochs left the head untrained.
 RATE_OF_FINE_TUNING = 0.5
 
-Truncation = Literal["variable", "expressed", "random"]
 Schedule = Literal[
     "linear",
     "cosine",
@@ -68,7 +67,6 @@ class DataOptions(BinOptions):
     max_length: int = option(
         2048, help="Maximum length of a sequence in tokens, including [CLS] and [EOS].", within="[3, inf)"
     )
-    truncation: Truncation = option("variable", help="Which genes to keep of a cell longer than --max_length.")
     pad_to_multiple_of: int | None = option(
         None, help="Pad sequences to a multiple of this length; tensor cores prefer 8.", within="[1, inf)"
     )
@@ -188,9 +186,6 @@ class TrainOptions(BaseConfig):
         None, help="Maximum number of tokens in a device's batch, instead of a number of cells; at least --max_length. "
         "Tokens are counted before genes are masked or dropped.", within="[3, inf)",
     )  # fmt: skip
-    train_sampling_strategy: Literal["random", "group_by_length"] = option(
-        "random", help="group_by_length puts cells of similar length into one padded batch.",
-    )  # fmt: skip
     per_device_eval_batch_size: int = option(64, help="Cells per evaluation batch and device.", within="[1, inf)")
     gradient_accumulation_steps: int = option(1, help="Number of batches per optimizer step.", within="[1, inf)")
     num_train_epochs: float = option(10.0, help="Number of passes over the training cells.", within="(0, inf)")
@@ -298,13 +293,11 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
                 f"tokens_per_batch {budget} and per_device_train_batch_size {cells} are both given, but they answer "
                 "the same question. Remove --tokens_per_batch or --per_device_train_batch_size."
             )
-        rivals = {"pad_to_multiple_of": None, "train_sampling_strategy": "random"}
-        for name, default in rivals.items():
-            if getattr(self, name) != default:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}, but batches of --tokens_per_batch are packed without padding. "
-                    f"Remove --{name} or --tokens_per_batch."
-                )
+        if self.pad_to_multiple_of is not None:
+            raise InputError(
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but batches of --tokens_per_batch are packed "
+                "without padding. Remove --pad_to_multiple_of or --tokens_per_batch."
+            )
 
     def training_arguments(self) -> "TrainingArguments":
         """Build the `transformers.TrainingArguments`, overrides last (imports transformers).

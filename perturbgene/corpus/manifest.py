@@ -39,8 +39,10 @@ class Corpus:
         return cls(Path(folder), manifest)
 
     def paths(self, split: str) -> FileList:
-        """Return the shards of one split, "train" or "eval", which must all exist."""
-        files = FileList(str(self.folder / shard["file"]) for shard in self.manifest["shards"][split])
+        """Return the shards of one split, "train" or "eval", with their sizes; they must all exist."""
+        shards = self.manifest["shards"][split]
+        files = FileList(str(self.folder / shard["file"]) for shard in shards)
+        files.sizes = tuple(int(shard["cells"]) for shard in shards)
         if missing := [path for path in files if not Path(path).exists()]:
             raise InputError(f"{listed(missing)} of corpus {self.folder} does not exist. Run prepare again.")
         return files

@@ -21,7 +21,7 @@ from scipy import sparse
 from perturbgene.corpus.panel import CorpusGenes
 from perturbgene.corpus.statistics import by_gene, per_10_000
 from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of
-from perturbgene.data_utils.order import mix
+from perturbgene.data_utils.kernels import mix
 from perturbgene.data_utils.scale import TARGET_SUM
 from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, write_shard
 

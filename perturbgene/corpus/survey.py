@@ -23,6 +23,7 @@ from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.workers import Workers
 from perturbgene.data_utils.genes import GenePanel, names_of
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
+from perturbgene.data_utils.order import sampled_spans
 from perturbgene.data_utils.scale import ExpressionBlock, check_values
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.errors import InputError, listed
@@ -40,7 +41,6 @@ MOST_NUMERIC_LABELS = 50
 PART_ROWS = 8192
 
 _BLOCK_ROWS = 1024
-_SAMPLE_ROWS = 64
 
 
 def open_files(sources: Sequence[Any], config: PrepareConfig, panel: GenePanel | None = None) -> ShardCache:
@@ -199,8 +199,8 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
         digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
         for labels in (table.units, *table.labels.values()):
             digest.update("\0".join(labels.texts).encode("utf-8", errors="surrogatepass") + labels.codes_n.tobytes())
-        for start in sorted({max(0, min(len(shard) - _SAMPLE_ROWS, len(shard) * spot // 4)) for spot in range(4)}):
-            values_l, columns_l, offsets = shard.source.read_rows(start, min(len(shard), start + _SAMPLE_ROWS))
+        for span in sampled_spans(len(shard)):
+            values_l, columns_l, offsets = shard.source.read_rows(*span)
             for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
                 digest.update(array.tobytes())
         units_of_label: dict[str, dict[str, set[str]]] = {}

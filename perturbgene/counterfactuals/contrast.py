@@ -8,7 +8,6 @@ A gene is predicted where it is hidden, once with the cell's own label and once 
 equal. The null moves the label's vector just as far in directions that mean nothing.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -166,19 +165,11 @@ class Sums:
         place_m = np.ravel_multi_index((side_n[tokens.cell_m], group_n[tokens.cell_m], tokens.gene_m), shape)
         self.expressed_2kg += np.bincount(place_m, minlength=size).reshape(shape)
         self.values_2kg += np.bincount(place_m, value_m, minlength=size).reshape(shape)
-        for mask_g, rows in _cells_of_mask(block):
-            counts_2k = np.zeros(shape[:2])
-            np.add.at(counts_2k, (side_n[rows], group_n[rows]), 1)
-            self.measured_2kg += counts_2k[..., None] * (1.0 if mask_g is None else mask_g)
-
-
-def _cells_of_mask(block: TokenBlock) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
-    """Yield each distinct mask of measured genes and the cells that have it; cells of one file share one array."""
-    masks = list(block.measured) or [block.is_measured_g] * len(block)
-    keys = np.array([id(mask) for mask in masks])
-    for key in np.unique(keys):
-        rows = np.flatnonzero(keys == key)
-        yield masks[rows[0]], rows
+        measured_tg, table_n = block.tables(shape[-1])
+        for table in np.unique(table_n):
+            counts_2k, is_here_n = np.zeros(shape[:2]), table_n == table
+            np.add.at(counts_2k, (side_n[is_here_n], group_n[is_here_n]), 1)
+            self.measured_2kg += counts_2k[..., None] * measured_tg[table]
 
 
 def add_block(

@@ -1,7 +1,8 @@
 """Cells of many h5ad files as a stream of token dicts, in an order that depends on (seed, epoch) alone.
 
-Owns walking the plan, for one rank and one loader worker, and where it stopped; leaves reading to `shards`, tokens to
-the tokenizer, masks and padding to the collators. Letters: n cells, m cells of one round for this worker.
+Owns reading the cells of one rank and one loader worker in order, and the position of the stream; leaves the order to
+`order`, reading to `shards`, tokens to the tokenizer, masks and padding to the collators. Letters: n cells, m cells of
+one round for this worker, b batches.
 """
 
 import hashlib
@@ -19,55 +20,58 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from perturbgene.data_utils.budget import BatchPlan, BatchRule
 from perturbgene.data_utils.labels import ABSENT
-from perturbgene.data_utils.lengths import gene_counts
 from perturbgene.data_utils.opening import H5adFile, expand_paths
-from perturbgene.data_utils.order import DEFAULT_BLOCK_ROWS, DEFAULT_BUFFER_ROWS, RowPlan, Share, split_rows
-from perturbgene.data_utils.scale import ExpressionBlock
+from perturbgene.data_utils.order import (
+    DEFAULT_BLOCK_ROWS,
+    DEFAULT_BUFFER_ROWS,
+    BudgetSampler,
+    CellSampler,
+    WorkerSampler,
+    gene_counts,
+    split_rows,
+)
 from perturbgene.data_utils.shards import Shard, ShardCache
-from perturbgene.data_utils.tokenization import GeneTokenizer, Room, TokenBlock
+from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock, TokenBuffer
 from perturbgene.errors import InputError, listed
 from perturbgene.urls import shown_path
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-#: How often the rule of batches may change within one epoch.
-MOST_CHANGES = 16
-#: Rules that held in an epoch before the present one, each with the number of batches that were done by its end.
-_Earlier = tuple[tuple[int, BatchRule], ...]
 
-#: Rows that are tokenised at once: their values are then still in the processor's cache.
+#: Rows that are tokenized at once: their values are then still in the processor's cache.
 CHUNK_ROWS = 256
 
-#: More than two hardly help: the batches themselves are then what takes time.
+#: More than two hardly help: assembling the batches is then what takes time.
 DEFAULT_THREADS = 2
 
 #: Files that threads read from at the same time; few enough that the cache of open files closes none of them.
 FILES_AT_ONCE = 16
 
+#: Loader workers that can share a data set.
+MOST_WORKERS = 1024
+
 
 class Cell(dict[str, torch.Tensor]):
-    """One cell's tensors; its identity, on which masks hang, rides along as attributes.
+    """One cell's tensors, with its identity, on which masks depend, as attributes.
 
     Attributes:
         index: Number of the cell in the data set.
         epoch: Epoch in which it was drawn.
-        seed: Seed of the data set, on which random truncation depends; -1 when unknown.
         is_measured_g: True for genes that it was measured with, shape (g,); None for all.
     """
 
     index: int = -1
     epoch: int = 0
-    seed: int = -1
     is_measured_g: np.ndarray | None = None
 
 
 class _Round(NamedTuple):
-    """Rows of one round that a worker takes, and the sizes of their batches where these are not all alike."""
+    """The tokens of one round: cells by row number, where each cell in order is, and sizes of batches (None: equal)."""
 
-    rows_m: np.ndarray
+    block: TokenBlock
+    place_m: np.ndarray
     sizes_b: np.ndarray | None
 
 
@@ -81,20 +85,20 @@ class BlockCollator(Protocol):
 class IterableAnnDataset(IterableDataset[Cell]):
     """Streams cells from h5ad files (or AnnData objects in memory).
 
-    The order is a pure function of (seed, epoch); ranks take every `world_size`-th cell of it, and loader workers whole
+    The order is a pure function of (seed, epoch). Ranks take every `world_size`-th cell of it, and loader workers whole
     batches in turn, so batches are the same for any number of workers. Memory holds one round of `buffer_rows`
-    tokenised cells, whatever the size of the files. `state_dict` says where the stream stands, in the form that
-    torchdata's `StatefulDataLoader` stores; a stream continues there without reading what came before, also with
-    another number of ranks or workers.
+    tokenized cells, whatever the size of the files. `state_dict` and `state_after` return the position of the stream;
+    a stream continues there without reading what came before, also with another number of ranks or workers.
 
     Args:
-        paths: Files, brace patterns, globs or folders; or AnnData objects.
+        paths: Files, brace patterns, globs or folders; or AnnData objects. Of the files of a corpus, only the first is
+            opened and checked now, the others when they are read.
         tokenizer: Gives the panel, the vocabulary and the layout of sequences.
         shuffle: True draws a new order per epoch; False keeps the order of the files.
-        seed: What order and random truncation depend on, with the epoch.
+        seed: What the order depends on, with the epoch.
         batch_size: Cells per batch of the loader, so that workers can take whole batches.
-        phenotype_category: Adds `labels`, the index of this phenotype's label; cells without one are left out, and the
-            answer itself never stands in the input, even when the tokenizer includes it.
+        phenotype_category: Adds `labels`, the index of this phenotype's label. Cells without one are left out, and the
+            answer itself is never in the input, even when the tokenizer includes it.
         binary_label: With `phenotype_category`: 1 for this label, 0 for all others.
         layer, gene_id_column, min_gene_coverage: Which matrix, which var column names the genes, least share of the
             panel that a file must have.
@@ -105,19 +109,16 @@ class IterableAnnDataset(IterableDataset[Cell]):
         obs_columns: Phenotype -> obs column where the names differ.
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
         optional_labels: False refuses a file that lacks the column of an included phenotype.
-        known_sizes: Cells of each file where a manifest says so; then files are opened when they are read, not before,
-            and the genes of the first speak for all.
-        threads: Threads that read and tokenise local files, beside the one that uses the cells; loader workers have one
-            each. What comes out does not depend on it.
-        block_rows, buffer_rows: Neighbouring rows that travel together, and rows shuffled in memory.
-        tokens_per_batch: Fills batches up to so many tokens in place of `batch_size` cells, counted as the tokenizer
-            makes them, before masking and thinning: never more of prepared shards, and of other files, whose lengths
-            are estimates, seldom and little more. Ranks then take whole batches in turn.
-        group_by_length: True gives the cells of a batch like lengths, to be padded.
+        threads: Threads that read and tokenize local files, in addition to the thread that uses the cells; loader
+            workers have one each. The cells do not depend on it.
+        block_rows, buffer_rows: Neighboring rows that travel together, and rows shuffled in memory.
+        tokens_per_batch: Fills batches up to so many tokens instead of `batch_size` cells, counted as the tokenizer
+            makes them, before masking and thinning. Batches of prepared shards never exceed it; batches of other files,
+            whose lengths are estimates, rarely and slightly. Ranks then take whole batches in turn.
 
     Raises:
         InputError: A path does not exist or cannot be read, its genes do not cover the panel, a label column is
-            missing, no cell carries a label, or `tokens_per_batch` may not hold a single cell.
+            missing, no cell has a label, or `tokens_per_batch` may not hold a single cell.
     """
 
     def __init__(
@@ -143,8 +144,6 @@ class IterableAnnDataset(IterableDataset[Cell]):
         block_rows: int = DEFAULT_BLOCK_ROWS,
         buffer_rows: int = DEFAULT_BUFFER_ROWS,
         tokens_per_batch: int | None = None,
-        group_by_length: bool = False,
-        known_sizes: Sequence[int] | None = None,
         threads: int = DEFAULT_THREADS,
     ) -> None:
         super().__init__()
@@ -153,27 +152,24 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.rank, self.world_size = rank, world_size
         self.keep_all = not shuffle if keep_all is None else keep_all
         self.block_rows, self.buffer_rows, self.threads = block_rows, buffer_rows, threads
-        self.tokens_per_batch, self.has_planned_batches = tokens_per_batch, bool(tokens_per_batch) or group_by_length
-        self._batch_rule = BatchRule(1 if tokens_per_batch else batch_size, tokens_per_batch)
-        self._last_plan: tuple[tuple[int, _Earlier, BatchRule], BatchPlan] | None = None
-        self._genes_by_budget: dict[int | None, np.ndarray] = {}
+        self.tokens_per_batch = tokens_per_batch
+        self._last_batches: BudgetSampler | None = None
         if tokens_per_batch is not None and tokens_per_batch < tokenizer.max_length:
             raise InputError(
                 f"tokens_per_batch is {tokens_per_batch}, but one cell may have max_length {tokenizer.max_length}. "
                 "Raise --tokens_per_batch, or lower --max_length."
             )
-        # The epoch, and the position where its stream starts: shared with loader workers that live already.
+        # Shared with live loader workers: the epoch and a loaded position, and which of this process and workers 0, 1,
+        # ... have yet to begin there.
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
-        # Rules of batches that held in this epoch before the present one: (batches by then, cells or 0, tokens or 0).
-        self._changes = torch.zeros((MOST_CHANGES, 3), dtype=torch.int64).share_memory_()
-        # A state that was loaded within a loader worker: (epoch, position where dealing began, position done).
-        self._own_start: tuple[int, int, int] | None = None
-        self._begin, self._consumed = 0, 0
+        self._has_to_resume = torch.zeros(1 + MOST_WORKERS, dtype=torch.bool).share_memory_()
+        self._begin = self._done = 0
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
         options |= {"missing_labels": tuple(missing_labels)}
-        self.shards = ShardCache(_as_sources(paths), layer=layer, **options)
-        self.sizes = self._checked_sizes(known_sizes, min_gene_coverage)
+        sources = _as_sources(paths)
+        self.shards = ShardCache(sources, layer=layer, **options)
+        self.sizes = self._checked_sizes(getattr(sources, "sizes", None), min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
         self._class_n = self._classes() if phenotype_category is not None else None
         if sum(self.sizes) == 0:
@@ -191,7 +187,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
             yield self.shards[index]
 
     def _checked_sizes(self, known_sizes: Sequence[int] | None, min_gene_coverage: float) -> tuple[int, ...]:
-        """Count the cells of each file; with known sizes only the first is opened, the others when they are read."""
+        """Count the cells of each file; of a corpus, whose sizes are known, only the first is opened here."""
         if known_sizes is None:
             return tuple(self._check(shard, min_gene_coverage) for shard in self._all_shards())
         assert len(known_sizes) == len(self.shards)
@@ -206,7 +202,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if len(shard) != self.sizes[file]:
             raise InputError(
                 f"{shard.path} holds {len(shard):,} cells, not {self.sizes[file]:,}: it was changed after it was "
-                "listed or during the run. Prepare the corpus again, or start anew."
+                "listed or during the run. Prepare the corpus again, or start a new run."
             )
         return shard
 
@@ -258,59 +254,17 @@ class IterableAnnDataset(IterableDataset[Cell]):
         return int(self._start[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order (and random truncation), from its first cell on; reaches live workers too.
+        """Choose the epoch's order, from its first cell on; reaches live workers too.
 
-        The present epoch named again leaves a position that was loaded as it is.
+        Naming the current epoch again keeps a position that was loaded.
         """
         if epoch != self.epoch:
             self._move(epoch, 0)
 
-    def _move(self, epoch: int, position: int, earlier: _Earlier = ()) -> None:
+    def _move(self, epoch: int, position: int) -> None:
         self._start.copy_(torch.tensor([epoch, position]))
-        self._keep_earlier(earlier)
-        self._begin = self._consumed = position
-
-    def plan(self, epoch: int | None = None) -> RowPlan:
-        """The order of all ranks' cells in an epoch, the present one unless told."""
-        return RowPlan(
-            self.sizes, seed=self.seed, epoch=self.epoch if epoch is None else epoch, is_shuffled=self.shuffle,
-            rows_n=self._rows_n, block_rows=self.block_rows, buffer_rows=self.buffer_rows,
-        )  # fmt: skip
-
-    def _genes_of(self, rule: BatchRule) -> np.ndarray:
-        """Genes that each cell's sequence will have, as far as its file tells without its values, shape (n,)."""
-        if rule.budget not in self._genes_by_budget:
-            genes = [gene_counts(shard, self.tokenizer, budget=rule.budget) for shard in self._all_shards()]
-            self._genes_by_budget[rule.budget] = np.concatenate(genes)
-        return self._genes_by_budget[rule.budget]
-
-    def batch_plan(self, epoch: int | None = None) -> BatchPlan:
-        """The batches of all ranks in an epoch, where they are planned: under a budget, or of like lengths."""
-        epoch = self.epoch if epoch is None else epoch
-        return self._batch_plan(epoch, self._earlier if epoch == self.epoch else (), self._batch_rule)
-
-    def _batch_plan(self, epoch: int, earlier: _Earlier, rule: BatchRule) -> BatchPlan:
-        """Plan an epoch in which some first batches were filled by other rules; the last plan is kept."""
-        key = epoch, earlier, rule
-        if self._last_plan is not None and self._last_plan[0] == key:
-            return self._last_plan[1]
-        plan, done = None, 0
-        for until, one in (*earlier, (0, rule)):
-            length_n = self._genes_of(one) + (2 + len(self.tokenizer.included_phenotypes))
-            plan, done = BatchPlan(self.plan(epoch), length_n, one, plan, done), until
-        assert plan is not None
-        self._last_plan = key, plan
-        return plan
-
-    @property
-    def _earlier(self) -> _Earlier:
-        rows = [(until, BatchRule(size or 1, budget or None)) for until, size, budget in self._changes.tolist()]
-        return tuple(row for row in rows if row[0])
-
-    def _keep_earlier(self, earlier: _Earlier) -> None:
-        self._changes.zero_()
-        for row, (until, rule) in enumerate(earlier):
-            self._changes[row] = torch.tensor([until, rule.batch_size, rule.budget or 0])
+        self._has_to_resume.fill_(bool(position))
+        self._begin = self._done = position
 
     @cached_property
     def _rows_n(self) -> np.ndarray | None:
@@ -322,82 +276,97 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """Cells of an epoch over all ranks."""
         return sum(self.sizes) if self._rows_n is None else len(self._rows_n)
 
+    def cell_sampler(self, epoch: int | None = None) -> CellSampler:
+        """The order of all ranks' cells in an epoch, by default the current one."""
+        return CellSampler(
+            self.sizes, seed=self.seed, epoch=self.epoch if epoch is None else epoch, is_shuffled=self.shuffle,
+            rows_n=self._rows_n, block_rows=self.block_rows, buffer_rows=self.buffer_rows,
+        )  # fmt: skip
+
+    @cached_property
+    def _genes_n(self) -> np.ndarray:
+        """Genes that each cell's sequence will have, estimated without reading values, shape (n,)."""
+        budget = self.tokens_per_batch
+        return np.concatenate([gene_counts(shard, self.tokenizer, budget=budget) for shard in self._all_shards()])
+
+    def batch_sampler(self, epoch: int | None = None) -> BudgetSampler:
+        """The batches of all ranks in an epoch under a budget of tokens; those of the last epoch asked for are kept."""
+        assert self.tokens_per_batch is not None
+        cells = self.cell_sampler(epoch)
+        if self._last_batches is None or self._last_batches.cells.epoch != cells.epoch:
+            length_n = self._genes_n + (2 + len(self.tokenizer.included_phenotypes))
+            self._last_batches = BudgetSampler(cells, length_n, self.tokens_per_batch)
+        return self._last_batches
+
     def num_units(self, epoch: int | None = None) -> int:
-        """Count what is dealt out to ranks in an epoch: cells, or batches where they are planned."""
-        return len(self.batch_plan(epoch)) if self.has_planned_batches else self.num_cells
+        """Count what is dealt out to ranks in an epoch: cells, or batches under a budget of tokens."""
+        return len(self.batch_sampler(epoch)) if self.tokens_per_batch else self.num_cells
 
     @property
     def units_per_batch(self) -> int:
         """By how many units a batch moves the position on."""
-        return 1 if self.has_planned_batches else self.batch_size
+        return 1 if self.tokens_per_batch else self.batch_size
 
-    def _share(self, begin: int = 0, *, epoch: int | None = None) -> Share:
+    def _sampler(self, begin: int = 0, *, epoch: int | None = None) -> WorkerSampler:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        return Share(
+        return WorkerSampler(
             self.num_units(epoch), begin=begin, rank=self.rank, world_size=self.world_size, is_even=not self.keep_all,
             batch_size=self.units_per_batch, worker=worker, num_workers=num_workers,
         )  # fmt: skip
 
     def __len__(self) -> int:
-        """Cells that this rank yields in the present epoch, were it to yield all of it."""
-        share = self._share()
-        if not self.has_planned_batches:
-            return len(share)
-        own = slice(self.rank, self.rank + len(share) * self.world_size, self.world_size)
-        return int(self.batch_plan().sizes_b[own].sum())
+        """Cells that this rank yields in the whole current epoch."""
+        num_units = len(self._sampler())
+        if not self.tokens_per_batch:
+            return num_units
+        own = slice(self.rank, self.rank + num_units * self.world_size, self.world_size)
+        return int(self.batch_sampler().sizes_b[own].sum())
 
     def num_batches(self, position: int = 0, *, epoch: int | None = None) -> int:
-        """Count the batches of this rank from a position on, in an epoch, the present one unless told."""
-        return -(-len(self._share(position, epoch=epoch)) // self.units_per_batch)
+        """Count the batches of this rank from a position on, in an epoch, by default the current one."""
+        return -(-len(self._sampler(position, epoch=epoch)) // self.units_per_batch)
 
-    # -- where the stream stands ----------------------------------------------------------------------------------
-
-    def _fingerprint_of(self, rule: BatchRule | None) -> str:
-        """A hash of all that the order of an epoch depends on, beside seed and epoch."""
-        facts = [list(self.sizes), self.shuffle, self.block_rows, self.buffer_rows]
-        rows = b"" if self._rows_n is None else self._rows_n.astype(np.int64).tobytes()
-        rows += self._genes_of(rule).tobytes() if rule is not None else b""
-        return hashlib.sha256(json.dumps(facts).encode() + rows).hexdigest()[:16]
+    # -- the position of the stream -------------------------------------------------------------------------------
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self._fingerprint_of(self._batch_rule if self.has_planned_batches else None)
+        """A hash of everything that the order of an epoch depends on, except seed and epoch."""
+        facts = [list(self.sizes), self.shuffle, self.block_rows, self.buffer_rows]
+        rows = b"" if self._rows_n is None else self._rows_n.astype(np.int64).tobytes()
+        rows += self._genes_n.tobytes() if self.tokens_per_batch else b""
+        return hashlib.sha256(json.dumps(facts).encode() + rows).hexdigest()[:16]
 
     @property
-    def _rule(self) -> str:
+    def _unit(self) -> str:
         """What a position counts."""
-        return str(self._batch_rule) if self.has_planned_batches else "cells"
+        return f"batches of {self.tokens_per_batch} tokens" if self.tokens_per_batch else "cells"
 
     def _state(self, position: int) -> dict[str, Any]:
-        earlier = [[until, str(rule)] for until, rule in self._earlier]
         return {
             "version": STATE_VERSION,
             "seed": self.seed,
             "epoch": self.epoch,
             "consumed": position,
-            "begin": self._begin,
             "num_cells": self.num_cells,
             "fingerprint": self._fingerprint,
-            **({"rule": self._rule} if self.has_planned_batches else {}),
-            **({"earlier": earlier} if earlier else {}),
+            **({"rule": self._unit} if self.tokens_per_batch else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where the stream stands: numbers and strings only, fit for JSON.
+        """Return the position of the stream: numbers and strings only, fit for JSON.
+
+        Loader workers run ahead of their consumer: with a loader that has workers, use `state_after`.
 
         Returns:
-            `seed` and `epoch`, which fix the order; `consumed`, how many cells of that order are done over all ranks
-            and loader workers, or how many batches, where `rule` says how these are planned (and `earlier`, up to which
-            batch other rules held in this epoch); `begin`, where the stream that is under way began; `num_cells` and
-            `fingerprint`, by which another corpus is told apart. Within a loader worker it speaks for that worker
-            alone, as `StatefulDataLoader` wants it; beside a plain loader with workers, which run ahead, use
-            `state_after`.
+            `seed` and `epoch`, which fix the order; `consumed`, how many cells of that order are done over all ranks,
+            or how many batches, where `rule` names their budget; `num_cells` and `fingerprint`, by which the state of
+            another corpus is recognized.
         """
-        return self._state(self._consumed)
+        return self._state(self._done)
 
     def state_after(self, num_batches: int) -> dict[str, Any]:
-        """Say where the stream stands once each rank has used so many batches since it began.
+        """Return the position once each rank has used so many batches since the stream began.
 
         The stream begins at the first cell of the epoch, or where `load_state_dict` put it.
         """
@@ -408,108 +377,77 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """Refuse a state that this data set cannot continue from.
 
         Raises:
-            InputError: It was saved for another corpus, another seed or another version, or is no state.
+            InputError: It was saved for another corpus, other batches, another seed or another version, or is no state.
         """
         if state.get("version") != STATE_VERSION or not {"seed", "epoch", "consumed", "fingerprint"} <= set(state):
             raise InputError(
                 f"{dict(state)} is no state of this version ({STATE_VERSION}). Give what `state_dict` returned."
             )
-        rule = BatchRule.read(state.get("rule", "cells"))
-        if (rule is not None) != self.has_planned_batches:
+        if (unit := state.get("rule", "cells")) != self._unit:
             raise InputError(
-                f"the state counts {state.get('rule', 'cells')}, so it does not say which {self._rule} are done. Give "
-                "--tokens_per_batch and --train_sampling_strategy as before, or start anew."
+                f"the checkpoint counts {unit}, so it does not say which {self._unit} are done. Give "
+                "--tokens_per_batch as before, or start a new run from its weights with --pretrained_model_path."
             )
-        if state["fingerprint"] != self._fingerprint_of(rule):
+        if state["fingerprint"] != self._fingerprint:
             raise InputError(
                 f"the state is of another corpus ({state.get('num_cells', 0):,} cells, {state['fingerprint']}), not of "
-                f"{listed(self.paths)} ({self.num_cells:,} cells, {self._fingerprint_of(rule)}): sizes, labels, "
-                "shuffle, block_rows or buffer_rows differ. Give the same files in the same order, or start anew."
+                f"{listed(self.paths)} ({self.num_cells:,} cells, {self._fingerprint}): sizes, labels, shuffle, "
+                "block_rows or buffer_rows differ. Give the same files in the same order, or start a new run."
             )
         if state["seed"] != self.seed:
             raise InputError(
                 f"the state was drawn with seed {state['seed']}, which orders cells differently from seed {self.seed}. "
-                f"Give --seed {state['seed']}, or start anew."
+                f"Give --seed {state['seed']}, or start a new run."
             )
-        num_units = self.num_cells
-        if rule is not None:
-            num_units = len(self._batch_plan(state["epoch"], _earlier_of(state, rule), rule))
+        num_units = self.num_units(state["epoch"])
         if not 0 <= state["consumed"] <= num_units:
-            raise InputError(
-                f"the state has {state['consumed']:,} of {num_units:,} {rule or 'cells'} done. Start anew."
-            )
+            raise InputError(f"the state has {state['consumed']:,} of {num_units:,} {unit} done. Start a new run.")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration continue where `state` stands; nothing before is read.
+        """Let the next iteration continue at the position of `state`; nothing before it is read.
 
-        The position holds for the state's epoch: `set_epoch` of another one starts at its first cell. Ranks and workers
-        may be others than those that saved the state; each cell that is left still comes exactly once (in training, up
-        to `world_size - 1` last cells of the epoch are left out as ever).
+        The position is for the state's epoch: `set_epoch` of another one starts at its first cell, and so does a second
+        iteration. The numbers of ranks and workers may differ from those that saved the state; each cell that is left
+        still comes exactly once (in training, up to `world_size - 1` last cells of the epoch are left out as always).
 
         Raises:
-            InputError: It was saved for another corpus, another seed or another version, or is no state; or batches
-                have changed their size and it is that of one loader worker.
+            InputError: It was saved for another corpus, other batches, another seed or another version, or is no state;
+                or it is loaded within a loader worker.
         """
+        if get_worker_info() is not None:
+            raise InputError("a loader worker cannot load a state. Load it into the data set before the loader starts.")
         self.check_state(state)
-        epoch, consumed = int(state["epoch"]), int(state["consumed"])
-        earlier = _earlier_of(state, self._batch_rule)
-        if get_worker_info() is None:
-            self._move(epoch, consumed, earlier)
+        self._move(int(state["epoch"]), int(state["consumed"]))
+
+    def _take_start(self) -> int:
+        """Return the position at which this iteration begins: a loaded one once, then the epoch's first."""
+        info = get_worker_info()
+        who = 0 if info is None else 1 + info.id
+        self._begin = self._done = int(self._start[1]) if self._has_to_resume[who] else 0
+        self._has_to_resume[who] = self._has_to_resume[0] = False
+        self._has_to_resume[1 if info is None else 1 + info.num_workers :] = False  # of loaders with more workers
+        return self._begin
+
+    def _own_rows(self, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yield this worker's rows of each round, in order, and the sizes of their batches (None: equal)."""
+        sampler = self._sampler(begin)
+        if self.tokens_per_batch:
+            for first, rows_n, sizes_b in self.batch_sampler().rounds(skip=begin):
+                is_own_b = sampler.holds(first + np.arange(len(sizes_b)))
+                if is_own_b.any():
+                    yield rows_n[np.repeat(is_own_b, sizes_b)], sizes_b[is_own_b]
             return
-        # `StatefulDataLoader` hands each worker its own state: the worker goes on with its own turns of the dealing.
-        if state.get("rule", "cells") != self._rule:  # no worker knows what the others have done
-            raise InputError(
-                f"the state of a loader worker counts {state['rule']}, not {self._rule}. Give `state_after` of the "
-                "data set, or batches of the size of then."
-            )
-        self._start[0] = epoch
-        self._keep_earlier(earlier)
-        self._begin, self._consumed = int(state.get("begin", consumed)), consumed
-        self._own_start = (epoch, self._begin, consumed)
-
-    def _take_start(self) -> tuple[Share, int]:
-        """Return what this worker takes and before which position all is done; a second iteration starts anew."""
-        own, self._own_start = self._own_start, None
-        if own is not None and own[0] == self.epoch:
-            self._begin, self._consumed = own[1:]
-        else:
-            self._begin = self._consumed = int(self._start[1])
-        if get_worker_info() is None:
-            self._start[1] = 0
-        return self._share(self._begin), self._consumed
-
-    def _rows_of(self, share: Share, skip: int) -> Iterator[_Round]:
-        """Yield what a worker takes of each round, from position `skip` on."""
-        if self.has_planned_batches:
-            yield from self._batches_of(share, skip)
-            return
-        for start, rows_n in self.plan().rounds(skip=skip):
-            position_n = start + np.arange(len(rows_n))
-            is_mine_n = share.holds(position_n) & (position_n >= skip)
-            if is_mine_n.any():
-                yield _Round(rows_n[is_mine_n], None)
-
-    def _batches_of(self, share: Share, skip: int) -> Iterator[_Round]:
-        for first, rows_n, sizes_b in self.batch_plan().rounds(skip=skip):
-            number_b = first + np.arange(len(sizes_b))
-            is_mine_b = share.holds(number_b) & (number_b >= skip)
-            if is_mine_b.any():
-                yield _Round(rows_n[np.repeat(is_mine_b, sizes_b)], sizes_b[is_mine_b])
+        for start, rows_n in self.cell_sampler().rounds(skip=begin):
+            is_own_n = sampler.holds(start + np.arange(len(rows_n)))
+            if is_own_n.any():
+                yield rows_n[is_own_n], None
 
     # -- the cells ------------------------------------------------------------------------------------------------
-
-    def _tokenize(self, rows_m: np.ndarray, epoch: int, pool: ThreadPoolExecutor) -> list[TokenBlock]:
-        """Read and tokenise sorted rows, chunk by chunk, the chunks of a few files at a time in several threads."""
-        blocks: list[TokenBlock] = []
-        for chunks in self._windows(rows_m):
-            do = pool.map if self.threads > 1 and get_worker_info() is None else map
-            blocks += do(self._tokenize_chunk, chunks, itertools.repeat(epoch))
-        return blocks
 
     def _windows(self, rows_m: np.ndarray) -> Iterator[list[tuple[Shard, int, np.ndarray]]]:
         """Yield chunks of (shard, its first cell, rows) of a few files at a time.
 
-        A file kept in memory as a whole ends its window: the cache would close its elders, and reads reopen them.
+        A file kept in memory as a whole ends its window: the cache would close older ones, and reads reopen them.
         """
         chunks: list[tuple[Shard, int, np.ndarray]] = []
         for number, (file, rows) in enumerate(split_rows(rows_m, starts_f=self._starts_f), start=1):
@@ -521,53 +459,53 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if chunks:
             yield chunks
 
-    def _tokenize_chunk(self, chunk: tuple[Shard, int, np.ndarray], epoch: int) -> TokenBlock:
+    def _tokenize(self, chunk: tuple[Shard, int, np.ndarray], epoch: int) -> TokenBlock:
+        """Read and tokenize some rows of one file, without the answer of a classifier."""
         shard, first_cell, rows_m = chunk
-        block = self._without_answer(shard.read(rows_m, first_cell=first_cell))
-        return self.tokenizer.tokenize_block(block, seed=self.seed, epoch=epoch)
+        block = shard.read(rows_m, first_cell=first_cell)
+        if self.phenotype_category in self.tokenizer.included_phenotypes:
+            label_ids_np = block.label_ids_np.copy()
+            label_ids_np[:, self.tokenizer.included_phenotypes.index(self.phenotype_category)] = ABSENT
+            block = replace(block, label_ids_np=label_ids_np)
+        return self.tokenizer.tokenize_block(block, epoch=epoch)
 
-    def _without_answer(self, block: ExpressionBlock) -> ExpressionBlock:
-        if self.phenotype_category not in self.tokenizer.included_phenotypes:
-            return block
-        label_ids_np = block.label_ids_np.copy()
-        label_ids_np[:, self.tokenizer.included_phenotypes.index(self.phenotype_category)] = ABSENT
-        return replace(block, label_ids_np=label_ids_np)
-
-    def _round(
-        self, taken: _Round, epoch: int, room: Room, pool: ThreadPoolExecutor
-    ) -> tuple[TokenBlock, np.ndarray, np.ndarray | None]:
-        """Read and tokenise one round; return its cells by row, where each of `rows_m` stands, and sizes of batches."""
-        rows_m, sizes_b = taken
+    def _read_round(
+        self, rows_m: np.ndarray, sizes_b: np.ndarray | None, epoch: int, buffer: TokenBuffer, pool: ThreadPoolExecutor
+    ) -> _Round:
+        """Read and tokenize one round in file order, the chunks of a few files at a time in several threads."""
         order = np.argsort(rows_m, kind="stable")
-        block = TokenBlock.join(self._tokenize(rows_m[order], epoch, pool), room=room)
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = np.arange(len(order))
+        blocks: list[TokenBlock] = []
+        for chunks in self._windows(rows_m[order]):
+            run = pool.map if self.threads > 1 and get_worker_info() is None else map
+            blocks += run(self._tokenize, chunks, itertools.repeat(epoch))
+        block = TokenBlock.join(blocks, buffer=buffer)
         if self._class_n is not None:
             block = replace(block, labels_n=self._class_n[block.cells_n])
-        return block, place, sizes_b
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        return _Round(block, place, sizes_b)
 
-    def _rounds(
-        self, share: Share, skip: int, epoch: int
-    ) -> Iterator[tuple[TokenBlock, np.ndarray, np.ndarray | None]]:
-        """Yield rounds, the next one being read in a thread while the present one is used, until the one after it."""
-        rooms = itertools.cycle((Room(), Room()))
+    def _rounds(self, begin: int, epoch: int) -> Iterator[_Round]:
+        """Yield rounds; a thread reads the next one while the current one is used."""
+        buffers = itertools.cycle((TokenBuffer(), TokenBuffer()))
         with (
             ThreadPoolExecutor(max(1, self.threads), thread_name_prefix="tokenize") as tokenizing,
             ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool,
         ):
-            waiting: Future[tuple[TokenBlock, np.ndarray, np.ndarray | None]] | None = None
-            for taken in self._rows_of(share, skip):
-                ahead = pool.submit(self._round, taken, epoch, next(rooms), tokenizing)
+            waiting: Future[_Round] | None = None
+            for rows_m, sizes_b in self._own_rows(begin):
+                ahead = pool.submit(self._read_round, rows_m, sizes_b, epoch, next(buffers), tokenizing)
                 if waiting is not None:
                     yield waiting.result()
                 waiting = ahead
             if waiting is not None:
                 yield waiting.result()
 
-    def _blocks(self, share: Share, skip: int, epoch: int) -> Iterator[TokenBlock]:
+    def _blocks(self, begin: int, epoch: int) -> Iterator[TokenBlock]:
+        """Yield batches: those of the budget, or of `batch_size` cells, which may span two rounds."""
         num_empty = 0
         rest: list[TokenBlock] = []
-        for block, place, sizes_b in self._rounds(share, skip, epoch):
+        for block, place, sizes_b in self._rounds(begin, epoch):
             num_empty += int((block.token_type_ids_l[block.offsets_n1[1:] - 2] < self.tokenizer.first_gene_type).sum())
             if sizes_b is not None:
                 yield from map(block.take, np.split(place, np.cumsum(sizes_b)[:-1]))
@@ -588,34 +526,30 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if rest:
             yield TokenBlock.join(rest)
         if num_empty and epoch == 0:
-            logger.warning("%d cells express no gene of the panel; they carry their phenotypes only", num_empty)
+            logger.warning("%d cells express no gene of the panel; they have only their phenotypes", num_empty)
 
     def blocks(self) -> Iterator[TokenBlock]:
         """Yield this rank's and worker's cells in blocks of `batch_size`, without a Python step per cell."""
-        share, skip = self._take_start()
-        num_done = share.cells_before(skip)
-        for block in self._blocks(share, skip, self.epoch):
-            num_done += 1 if self.has_planned_batches else len(block)
-            self._consumed = share.position_after(num_done)
+        begin, num_units = self._take_start(), self.num_units()
+        for block in self._blocks(begin, self.epoch):
+            done = self._done + self.world_size * (1 if self.tokens_per_batch else len(block))
+            self._done = min(done, num_units)
             yield block
-
-    def _cell(self, block: TokenBlock, index: int, epoch: int) -> Cell:
-        cell = Cell(self.tokenizer.as_tensors(*block.cell(index)))
-        cell.index, cell.epoch, cell.seed = int(block.cells_n[index]), epoch, self.seed
-        cell.is_measured_g = block.measured[index] if block.measured else block.is_measured_g
-        if block.labels_n is not None:
-            cell["labels"] = torch.tensor(int(block.labels_n[index]))
-        return cell
 
     def __iter__(self) -> Iterator[Cell]:
         """Yield this rank's and worker's cells: `input_ids`, `token_type_ids`, `attention_mask`, maybe `labels`."""
-        share, skip = self._take_start()
-        epoch, num_done = self.epoch, share.cells_before(skip)
-        for block in self._blocks(share, skip, epoch):
-            for index in range(len(block)):
-                num_done += not self.has_planned_batches or index == len(block) - 1
-                self._consumed = share.position_after(num_done)
-                yield self._cell(block, index, epoch)
+        begin, epoch, num_units = self._take_start(), self.epoch, self.num_units()
+        for block in self._blocks(begin, epoch):
+            measured_tg, table_n = block.tables(len(self.tokenizer.panel))
+            masks = [None if is_measured_g.all() else is_measured_g for is_measured_g in measured_tg]
+            for row in range(len(block)):
+                if not self.tokens_per_batch or row == len(block) - 1:
+                    self._done = min(self._done + self.world_size, num_units)
+                cell = Cell(self.tokenizer.as_tensors(*block.cell(row)))
+                cell.index, cell.epoch, cell.is_measured_g = int(block.cells_n[row]), epoch, masks[table_n[row]]
+                if block.labels_n is not None:
+                    cell["labels"] = torch.tensor(int(block.labels_n[row]))
+                yield cell
 
     def batches(self, collator: BlockCollator) -> "Batches":
         """Return the same cells as finished batches, for `DataLoader(..., batch_size=None)`: the fast way.
@@ -642,37 +576,17 @@ class Batches(IterableDataset[dict[str, Any]]):
         self.cells.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where the stream stands; see `IterableAnnDataset.state_dict`."""
+        """Return the position of the stream; see `IterableAnnDataset.state_dict`."""
         return self.cells.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration continue where `state` stands; see `IterableAnnDataset.load_state_dict`."""
+        """Let the next iteration continue at a position; see `IterableAnnDataset.load_state_dict`."""
         self.cells.load_state_dict(state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield what the collator makes of each block."""
         for block in self.cells.blocks():
             yield self.collator.collate_block(block)
-
-
-def _earlier_of(state: Mapping[str, Any], rule: BatchRule) -> _Earlier:
-    """Return which rules filled the batches of a state's epoch before `rule`, and until which batch each of them.
-
-    Raises:
-        InputError: They changed too often.
-    """
-    kept: _Earlier = ()
-    for until, text in [*state.get("earlier", []), [state["consumed"], state.get("rule", "cells")]]:
-        one = BatchRule.read(text)
-        if one is not None and until > (kept[-1][0] if kept else 0):  # else nothing was trained by it
-            kept = (*(kept[:-1] if kept and kept[-1][1] == one else kept), (int(until), one))
-    kept = kept[:-1] if kept and kept[-1][1] == rule else kept  # that one goes on
-    if len(kept) > MOST_CHANGES:
-        raise InputError(
-            f"batches changed their size {len(kept)} times within epoch {state['epoch']}, more than {MOST_CHANGES} "
-            f"times. Go on with {state['rule']}, or start anew."
-        )
-    return kept
 
 
 def _as_sources(paths: str | Path | Sequence[Any]) -> list[Any]:

@@ -72,7 +72,13 @@ def _files_of(path: str, *, given: str) -> list[str]:
 
 
 class FileList(list[str]):
-    """Files that `expand_paths` found, each once; every function that takes patterns takes this list as it is."""
+    """Files that `expand_paths` found, each once; every function that takes patterns takes this list as it is.
+
+    Attributes:
+        sizes: Cells of each file, if a corpus's manifest gave them; then files are opened only when they are read.
+    """
+
+    sizes: tuple[int, ...] | None = None
 
 
 def expand_paths(patterns: str | Path | Sequence[str | Path]) -> FileList:

@@ -4,7 +4,6 @@ Owns recognizing counts (`recognize_counts`) and the arithmetic of log1p counts 
 knows nothing of files, gene names or tokens. Letters: n cells, l stored values, e edges.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -39,8 +38,8 @@ class ExpressionBlock:
         label_ids_np: Input id of each included phenotype, int32 of shape (n, p), -1 where absent.
         cells_n: Number of each cell in the data set, int64 of shape (n,): the identity that masks hang on.
         source: The file, for messages.
-        measured: For each cell, True for genes of the panel that it was measured with, shape (g,), None for all; cells
-            share these arrays. Empty means that every cell has the genes of the file.
+        measured_tg: True for the genes of the panel that each table of the data set measured, shape (t, g); None: all.
+        table_n: Table of each cell, int64 of shape (n,); None if there are no tables.
     """
 
     values_l: np.ndarray
@@ -52,7 +51,8 @@ class ExpressionBlock:
     label_ids_np: np.ndarray
     cells_n: np.ndarray
     source: str = "AnnData"
-    measured: Sequence[np.ndarray | None] = ()
+    measured_tg: np.ndarray | None = None
+    table_n: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets_n1) - 1

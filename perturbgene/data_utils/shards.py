@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
-import weakref
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +25,7 @@ from scipy import sparse
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
 from perturbgene.data_utils.opening import H5adFile, MemoryFile
-from perturbgene.data_utils.order import runs_of
+from perturbgene.data_utils.order import sampled_spans
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.scale import (
     ExpressionBlock,
@@ -59,8 +59,30 @@ MOST_WHOLE_FILES = 2
 #: Rows of a matrix that are in memory while it is written.
 COPIED_ROWS = 4096
 
-_SAMPLE_ROWS = 64
 _SEARCH_ROWS = 1024
+
+
+_TABLES_LOCK = threading.Lock()
+
+
+class MeasuredGenes:
+    """The tables of measured genes of a data set: the distinct sets of genes that its cells were measured with.
+
+    Tables are only ever appended, so the number of a table stays valid; table 0 has all genes.
+    """
+
+    def __init__(self, num_genes: int) -> None:
+        self.measured_tg = np.ones((1, num_genes), dtype=bool)
+        self._table_of = {self.measured_tg[0].tobytes(): 0}
+
+    def table_of(self, is_measured_g: np.ndarray) -> int:
+        """Return the number of the table with these genes, appending it if it is new."""
+        key = is_measured_g.tobytes()
+        with _TABLES_LOCK:
+            if key not in self._table_of:
+                self.measured_tg = np.concatenate([self.measured_tg, is_measured_g[None]])
+                self._table_of[key] = len(self.measured_tg) - 1
+        return self._table_of[key]
 
 
 @dataclass
@@ -76,6 +98,7 @@ class Shard:
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
         missing_labels: Labels that mean "not known", beside an empty one, NaN and `unknown`.
         alignments: Alignments of files seen before, by a hash of what they call their columns.
+        measured: Tables of measured genes, which the files of a data set share.
     """
 
     source: H5adFile | MemoryFile
@@ -88,7 +111,11 @@ class Shard:
     obs_columns: dict[str, str] = field(default_factory=dict)
     constant_labels: dict[str, int] = field(default_factory=dict)
     missing_labels: Sequence[str] = ()
-    alignments: "dict[bytes, GeneAlignment]" = field(default_factory=dict)
+    alignments: dict[bytes, GeneAlignment] = field(default_factory=dict)
+    measured: MeasuredGenes | None = None
+
+    def __post_init__(self) -> None:
+        self.measured = self.measured or MeasuredGenes(len(self.panel))
 
     @property
     def path(self) -> str:
@@ -129,8 +156,7 @@ class Shard:
     def _sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values (l,), offsets (m + 1,) and numbers (m,) of sampled rows, or of the first rows that hold values."""
         num_rows = len(self)
-        starts = {max(0, min(num_rows - _SAMPLE_ROWS, num_rows * spot // 4)) for spot in range(4)}
-        spans = [np.arange(start, min(num_rows, start + _SAMPLE_ROWS)) for start in starts]
+        spans = [np.arange(*span) for span in sampled_spans(num_rows)]
         searched = (np.arange(start, min(num_rows, start + _SEARCH_ROWS)) for start in range(0, num_rows, _SEARCH_ROWS))
         sample = np.zeros(0), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
         for rows_m in (np.unique(np.concatenate(spans)), *searched) if num_rows else ():
@@ -206,31 +232,30 @@ class Shard:
         return np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), dtype=np.int32)
 
     @cached_property
-    def _table_masks(self) -> tuple[list[np.ndarray | None], np.ndarray] | None:
-        """Masks (g,) of the corpus's tables of genes, and each cell's table (n,); None where the file has no tables."""
+    def _table_n(self) -> np.ndarray:
+        """The table of measured genes of each cell: as `prepare` noted it, else the genes that the file has."""
+        assert self.measured is not None
         measured_tc = _measured_columns(self.source) if self.source.var_frame == "var" else None
         if measured_tc is None or SOURCE_COLUMN not in self.source.columns_of("obs"):
-            return None
-        table_n = self._one_per_cell(self.source.obs_column(SOURCE_COLUMN).to_numpy(dtype=np.int64))
-        if len(table_n) and not 0 <= table_n.min() <= table_n.max() < len(measured_tc):
+            return np.full(len(self), self.measured.table_of(self.alignment.is_measured_g), dtype=np.int64)
+        source_n = self._one_per_cell(self.source.obs_column(SOURCE_COLUMN).to_numpy(dtype=np.int64))
+        if len(source_n) and not 0 <= source_n.min() <= source_n.max() < len(measured_tc):
             raise InputError(
-                f"{self.path}: obs[{SOURCE_COLUMN!r}] names table {table_n.max()} of {len(measured_tc)} tables of "
+                f"{self.path}: obs[{SOURCE_COLUMN!r}] names table {source_n.max()} of {len(measured_tc)} tables of "
                 "genes. Make the file again with `perturbgene prepare`."
             )
-        gene_of_column_c = self.alignment.gene_of_column_c
-        masks: list[np.ndarray | None] = []
-        for measured_c in measured_tc:
+        gene_of_column_c, tables = self.alignment.gene_of_column_c, np.zeros(len(measured_tc), dtype=np.int64)
+        for source in np.unique(source_n):
             is_measured_g = np.zeros(self.alignment.num_genes, dtype=bool)
-            is_measured_g[gene_of_column_c[measured_c & (gene_of_column_c >= 0)]] = True
-            masks.append(None if is_measured_g.all() else _shared_mask(is_measured_g))
-        used = set(np.unique(table_n).tolist())
-        return (masks, table_n) if any(masks[table] is not None for table in used) else None
+            is_measured_g[gene_of_column_c[measured_tc[source] & (gene_of_column_c >= 0)]] = True
+            tables[source] = self.measured.table_of(is_measured_g)
+        return tables[source_n]
 
     def _read_runs(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if isinstance(self.source, H5adFile) and (gathered := self.source.gather_rows(rows_m)) is not None:
             return gathered
         values, columns, lengths = [], [], []
-        for run in runs_of(rows_m, gap=READ_GAP_ROWS):
+        for run in np.split(rows_m, np.flatnonzero(np.diff(rows_m) > READ_GAP_ROWS) + 1):
             run_values, run_columns, offsets = self.source.read_rows(int(run[0]), int(run[-1]) + 1)
             wanted = run - run[0]
             if len(wanted) < len(offsets) - 1:
@@ -255,8 +280,9 @@ class Shard:
             rows_m: Row numbers within the file, int64 of shape (m,), m >= 1.
             first_cell: Number of the file's first cell in the data set.
         """
+        assert self.measured is not None
         values_l, columns_l, offsets_m1 = self._read_runs(rows_m)
-        masks, table_n = self._table_masks or ([], rows_m)
+        table_n = self._table_n[rows_m]  # before the tables are handed out: it may append one
         if self.normalization == "auto":
             check_scale(values_l, offsets_m1, rows_m, is_counts=self.is_counts, source=self._where)
         return ExpressionBlock(
@@ -269,7 +295,8 @@ class Shard:
             label_ids_np=self._label_ids_np[rows_m],
             cells_n=rows_m + first_cell,
             source=self._where,
-            measured=[masks[table] for table in table_n[rows_m].tolist()] if masks else (),
+            table_n=table_n,
+            measured_tg=self.measured.measured_tg,
         )
 
 
@@ -300,6 +327,7 @@ class ShardCache:
     def __init__(self, sources: Sequence[Any], *, layer: str | None = None, **options: Any) -> None:
         self.sources, self.layer, self.options = list(sources), layer, options
         self.options.setdefault("alignments", {})
+        self.options.setdefault("measured", MeasuredGenes(len(options["panel"])))
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -363,15 +391,6 @@ def write_shard(
     temporary.replace(path)
 
 
-#: Masks in use, by content: the shards of a corpus repeat the same few.
-_MASKS: "weakref.WeakValueDictionary[bytes, np.ndarray]" = weakref.WeakValueDictionary()
-
-
-def _shared_mask(is_measured_g: np.ndarray) -> np.ndarray:
-    """Return the one array of this content that all shards share."""
-    return _MASKS.setdefault(is_measured_g.tobytes(), is_measured_g)
-
-
 def _measured_columns(source: H5adFile | MemoryFile) -> np.ndarray | None:
     """Return which columns each table of a corpus measured, bool of shape (t, c), or None where nothing says so."""
     measured_ct, num_columns = source.varm_array(MEASURED_KEY), source.shape[1]
@@ -383,22 +402,6 @@ def _measured_columns(source: H5adFile | MemoryFile) -> np.ndarray | None:
             f"say which of {num_columns:,} columns were measured. Make the file again with `perturbgene prepare`."
         )
     return measured_ct.T.astype(bool)
-
-
-def measured_genes(path: str | Path) -> np.ndarray:
-    """Return which genes each source of a corpus measured, bool of shape (t, g); a cell's t is `obs[SOURCE_COLUMN]`.
-
-    Raises:
-        InputError: The file is not a shard that `prepare` wrote.
-    """
-    file = H5adFile(str(path))
-    try:
-        measured_tg = _measured_columns(file)
-        if measured_tg is None:
-            raise InputError(f"{path} does not say which genes were measured. Make it with `perturbgene prepare`.")
-        return measured_tg
-    finally:
-        file.close()
 
 
 def write_h5ad_copy(

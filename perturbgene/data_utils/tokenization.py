@@ -1,7 +1,7 @@
-"""Cells to tokens and back: the one place where the token contract lives.
+"""Cells to tokens: the one place that knows the token contract.
 
-Owns `GeneTokenizer`; leaves the compiled loops to `kernels`, reading to `shards` and masking to the collators. Letters:
-n cells, l tokens, g genes, p phenotypes, e edges.
+Owns `GeneTokenizer`; leaves the compiled loops to `kernels`, reading to `shards` and masking to `data_collators`.
+Letters: n cells, l tokens, g genes, p phenotypes, e edges, t tables of measured genes.
 
 Input ids: [CLS] 0, [EOS] 1, [MASK] 2, [PAD] 3, then labels by category, then bin_0..bin_E.
 Token types: 0 special, 1..P phenotype categories sorted by name, 1 + P + i gene i of the panel.
@@ -10,20 +10,19 @@ Token types: 0 special, 1..P phenotype categories sorted by name, 1 + P + i gene
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 
-from perturbgene.data_utils.binning import BinEdges, read_edges
-from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene, read_panel
+from perturbgene.data_utils.binning import BinEdges
+from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene
 from perturbgene.data_utils.kernels import (
     BAD_COLUMN,
     INFINITE,
@@ -44,7 +43,7 @@ from perturbgene.data_utils.labels import (
     Vocabulary,
     token_text,
 )
-from perturbgene.data_utils.opening import H5adFile, MemoryFile, expand_paths
+from perturbgene.data_utils.opening import H5adFile, MemoryFile
 from perturbgene.data_utils.scale import (
     NORMALIZATIONS,
     ExpressionBlock,
@@ -56,21 +55,19 @@ from perturbgene.data_utils.scale import (
 )
 from perturbgene.data_utils.shards import Shard
 from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.files import write_text
 
 logger = logging.getLogger(__name__)
 
-Truncation = Literal["variable", "expressed", "random"]
-TRUNCATIONS: tuple[Truncation, ...] = ("variable", "expressed", "random")
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
-RANK_COLUMN = "highly_variable_rank"
 
 _FAULTS = {
     NOT_A_NUMBER: "NaN",
     INFINITE: "an infinite value",
     NEGATIVE: "a negative value",
     BAD_COLUMN: "a column index outside the matrix",
-    REPEATED: "a column twice, again",
+    REPEATED: "a second value",
 }
 
 
@@ -82,10 +79,9 @@ class TokenBlock:
         input_ids_l, token_type_ids_l: Tokens, integers of shape (l,).
         offsets_n1: int64 of shape (n + 1,).
         cells_n: Number of each cell in the data set, int64 of shape (n,).
-        is_measured_g: True for genes that the file has, shape (g,); None when it has all.
-        epochs_n, seeds_n: Epoch in which and seed with which each cell was drawn, int64 of shape (n,); a seed of -1 is
-            not known. None means epoch 0 and no known seed.
-        measured: In a block of several sources, `is_measured_g` of each cell; empty means that of the block.
+        measured_tg: True for the genes that each table of the data set measured, shape (t, g); None: all genes.
+        table_n: Table of each cell, int64 of shape (n,); None if there are no tables.
+        epochs_n: Epoch in which each cell was drawn, int64 of shape (n,); None means epoch 0.
         labels_n: Class of each cell when classifying, int64 of shape (n,).
     """
 
@@ -93,77 +89,75 @@ class TokenBlock:
     token_type_ids_l: np.ndarray
     offsets_n1: np.ndarray
     cells_n: np.ndarray
-    is_measured_g: np.ndarray | None = None
+    measured_tg: np.ndarray | None = None
+    table_n: np.ndarray | None = None
     epochs_n: np.ndarray | None = None
-    seeds_n: np.ndarray | None = None
-    measured: Sequence[np.ndarray | None] = ()
     labels_n: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets_n1) - 1
 
-    def cell(self, index: int) -> "tuple[np.ndarray, np.ndarray]":
+    def cell(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return input ids and token types of one cell."""
         span = slice(int(self.offsets_n1[index]), int(self.offsets_n1[index + 1]))
         return self.input_ids_l[span], self.token_type_ids_l[span]
 
+    def tables(self, num_genes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which genes each table measured, bool (t, g), and the table of each cell, (n,)."""
+        if self.measured_tg is None or self.table_n is None:
+            return np.ones((1, num_genes), dtype=bool), np.zeros(len(self), dtype=np.int64)
+        return self.measured_tg, self.table_n
+
     def take(self, rows_m: np.ndarray) -> "TokenBlock":
-        """Return some cells, in the order named, as a block of its own."""
+        """Return some cells, in the given order, as a block of its own."""
         offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets_n1)[rows_m])]).astype(np.int64)
         ids, types = np.empty((2, offsets[-1]), dtype=self.input_ids_l.dtype)
         gather_rows(self.input_ids_l, self.token_type_ids_l, self.offsets_n1, rows_m, ids, types, offsets)
-        return replace(
-            self,
-            input_ids_l=ids,
-            token_type_ids_l=types,
-            offsets_n1=offsets,
-            measured=[self.measured[row] for row in rows_m] if self.measured else (),
-            **{name: values[rows_m] for name, values in self._per_cell().items()},
-        )
+        per_cell = {name: values[rows_m] for name, values in self._per_cell().items()}
+        return replace(self, input_ids_l=ids, token_type_ids_l=types, offsets_n1=offsets, **per_cell)
 
     def _per_cell(self) -> dict[str, np.ndarray]:
-        names = ("cells_n", "epochs_n", "seeds_n", "labels_n")
+        names = ("cells_n", "table_n", "epochs_n", "labels_n")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
-    def join(cls, blocks: "Sequence[TokenBlock]", *, room: "Room | None" = None) -> "TokenBlock":
-        """Put blocks of one or several files behind each other, in memory of their own or in `room`."""
+    def join(cls, blocks: "Sequence[TokenBlock]", *, buffer: "TokenBuffer | None" = None) -> "TokenBlock":
+        """Concatenate blocks of one data set, in memory of their own or in `buffer`."""
         if len(blocks) == 1:
             return blocks[0]
         length = sum(len(block.input_ids_l) for block in blocks)
-        ids_l, types_l = (room or Room()).of(length, blocks[0].input_ids_l.dtype)
+        ids_l, types_l = (buffer or TokenBuffer()).rows(length, blocks[0].input_ids_l.dtype)
         starts = np.cumsum([0, *(len(block.input_ids_l) for block in blocks[:-1])])
         offsets = [block.offsets_n1[:-1] + start for block, start in zip(blocks, starts, strict=True)]
-        measured = [mask for block in blocks for mask in block.measured or [block.is_measured_g] * len(block)]
+        tables = [block.measured_tg for block in blocks if block.measured_tg is not None]
         return replace(
             blocks[0],
             input_ids_l=np.concatenate([block.input_ids_l for block in blocks], out=ids_l),
             token_type_ids_l=np.concatenate([block.token_type_ids_l for block in blocks], out=types_l),
             offsets_n1=np.append(np.concatenate(offsets), starts[-1] + blocks[-1].offsets_n1[-1]),
-            is_measured_g=None,
-            measured=measured if any(mask is not None for mask in measured) else (),
+            measured_tg=max(tables, key=len, default=None),  # the tables of a data set only grow, see `MeasuredGenes`
             **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in blocks[0]._per_cell()},
         )
 
 
-class Room:
-    """Memory for the tokens of one round after the other: fresh memory for each would cost more than filling it."""
+class TokenBuffer:
+    """Memory for tokens that is used again: fresh memory for each round would cost more than filling it."""
 
     def __init__(self) -> None:
-        self._kept = np.empty((2, 0), dtype=np.uint16)
+        self._memory = np.empty((2, 0), dtype=np.uint16)
 
-    def of(self, length: int, dtype: np.dtype) -> np.ndarray:
-        """Return two rows of so many tokens, shape (2, l); whoever used the last ones must be done with them."""
-        if self._kept.shape[1] < length or self._kept.dtype != dtype:
-            self._kept = np.empty((2, length + length // 8), dtype=dtype)
-        return self._kept[:, :length]
+    def rows(self, length: int, dtype: np.dtype) -> np.ndarray:
+        """Return two rows of so many tokens, shape (2, l); overwrites what the last call returned."""
+        if self._memory.shape[1] < length or self._memory.dtype != dtype:
+            self._memory = np.empty((2, length + length // 8), dtype=dtype)
+        return self._memory[:, :length]
 
 
 def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
-    """Sum columns that are the same gene; what comes back stands in panel columns.
+    """Sum columns that are the same gene; the result has the columns of the panel.
 
     Raises:
-        InputError: A value has no bin, or a column lies outside the matrix: summing would hide both.
+        InputError: A value has no bin, or a column is outside the matrix: summing would hide both.
     """
     check_values(block.values_l, source=block.source)
     is_outside_l = (block.columns_l < 0) | (block.columns_l >= len(block.alignment.gene_of_column_c))
@@ -178,16 +172,14 @@ def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
     summed = sparse.csr_matrix(parts, shape=shape)
     summed.sum_duplicates()
     identity = GeneAlignment(np.arange(shape[1], dtype=np.int32), shape[1])
-    return ExpressionBlock(
-        summed.data, summed.indices, summed.indptr.astype(np.int64), identity, block.is_counts,
-        block.library_size_n, block.label_ids_np, block.cells_n, block.source,
-    )  # fmt: skip
+    offsets = summed.indptr.astype(np.int64)
+    return replace(block, values_l=summed.data, columns_l=summed.indices, offsets_n1=offsets, alignment=identity)
 
 
 def _fault_of(block: ExpressionBlock, row: int, at: int, fault: int) -> InputError:
     return InputError(
-        f"{block.source}: cell {block.cells_n[row]} holds {_FAULTS[fault]} in column "
-        f"{block.columns_l[block.offsets_n1[row] + at]}. Bins need finite values >= 0 (counts or log-normalised): "
+        f"{block.source}: cell {block.cells_n[row]} has {_FAULTS[fault]} in column "
+        f"{block.columns_l[block.offsets_n1[row] + at]}. Bins need finite values >= 0 (counts or log-normalized): "
         "clean the matrix or choose another with --layer."
     )
 
@@ -201,11 +193,9 @@ class GeneTokenizer:
         bin_edges: Edges shared by all genes, or gene -> edges, on log1p counts per 10,000 (on the raw values with
             `normalization="none"`).
         included_phenotypes: Categories that appear in a cell's sequence, in this order.
-        max_length: Most tokens per cell, `[CLS]` and `[EOS]` included.
-        truncation: Which genes a longer cell keeps: the first of the panel ("variable"), the highest expressed
-            ("expressed"), or others in every epoch ("random").
-        normalization: "auto" normalises raw counts and passes log values, "log1p_cp10k" always normalises, "none"
-            never.
+        max_length: Most tokens per cell, `[CLS]` and `[EOS]` included; longer cells keep the first genes of the panel.
+        normalization: "auto" normalizes raw counts and leaves log values as they are, "log1p_cp10k" always normalizes,
+            "none" never.
         gene_symbols: Symbol of each gene, for files and messages that use symbols.
 
     Raises:
@@ -229,7 +219,6 @@ class GeneTokenizer:
         bin_edges: Sequence[float] | Mapping[str, Sequence[float]],
         included_phenotypes: Sequence[str] = (),
         max_length: int = 2048,
-        truncation: Truncation = "variable",
         normalization: Normalization = "auto",
         gene_symbols: Sequence[str] | None = None,
     ) -> None:
@@ -240,7 +229,7 @@ class GeneTokenizer:
         else:
             self.bin_edges = BinEdges.shared(bin_edges)
         self.included_phenotypes = tuple(included_phenotypes)
-        self.max_length, self.truncation, self.normalization = int(max_length), truncation, normalization
+        self.max_length, self.normalization = int(max_length), normalization
         self._check()
 
     def _check(self) -> None:
@@ -251,14 +240,12 @@ class GeneTokenizer:
         shortest = 3 + len(self.included_phenotypes)
         if self.max_length < shortest:
             raise InputError(
-                f"max_length {self.max_length} leaves no room for a gene beside [CLS], [EOS] and "
+                f"max_length {self.max_length} leaves no room for a gene next to [CLS], [EOS] and "
                 f"{len(self.included_phenotypes)} phenotypes. Give --max_length of at least {shortest}."
             )
-        for name, value, known in (
-            ("truncation", self.truncation, TRUNCATIONS), ("normalization", self.normalization, NORMALIZATIONS)
-        ):  # fmt: skip
-            if value not in known:
-                raise InputError(f"{name} {value!r} is unknown. {did_you_mean(str(value), known)}")
+        if self.normalization not in NORMALIZATIONS:
+            known = did_you_mean(str(self.normalization), NORMALIZATIONS)
+            raise InputError(f"normalization {self.normalization!r} is unknown. {known}")
 
     # -- sizes and names ------------------------------------------------------------------------------------------
 
@@ -305,6 +292,20 @@ class GeneTokenizer:
         """Half-open range of label ids of token types 1..P, in order."""
         return [list(self.vocabulary.id_range(category)) for category in self.vocabulary.categories]
 
+    def most_genes(self, *, num_slots: int = 0) -> int:
+        """Return how many genes fit into a sequence next to [CLS], [EOS] and its phenotype slots.
+
+        Args:
+            num_slots: Slots of a question; the slots that the cells were trained with are always kept free, so that a
+                long cell keeps the same genes whatever is asked.
+        """
+        return max(0, self.max_length - 2 - max(len(self.included_phenotypes), num_slots))
+
+    def reading(self, included: Sequence[str], *, num_slots: int = 0) -> "GeneTokenizer":
+        """Return a copy that reads only some phenotypes and cuts long cells to `most_genes` of this one."""
+        most_genes = max(1, self.most_genes(num_slots=num_slots))
+        return self.with_settings(included=included, max_length=2 + len(included) + most_genes)
+
     def convert_tokens_to_ids(self, tokens: str | tuple[str, str] | Sequence[Any]) -> int | list[int]:
         """Return ids of token texts; a label of several categories needs (category, label).
 
@@ -343,16 +344,13 @@ class GeneTokenizer:
         """Return token texts of ids.
 
         Raises:
-            InputError: An id lies outside the vocabulary, such as -100.
+            InputError: An id is outside the vocabulary, such as -100.
         """
-        if isinstance(ids, int | np.integer):
-            return self._token_of(int(ids))
-        return [self._token_of(int(id_)) for id_ in ids]
-
-    def _token_of(self, input_id: int) -> str:
-        if not 0 <= input_id < self.vocab_size:
-            raise InputError(f"input id {input_id} is outside the vocabulary of {self.vocab_size}. Give ids from 0.")
-        return self._tokens[input_id]
+        if not isinstance(ids, int | np.integer):
+            return [str(self.convert_ids_to_tokens(int(id_))) for id_ in ids]
+        if not 0 <= ids < self.vocab_size:
+            raise InputError(f"input id {ids} is outside the vocabulary of {self.vocab_size}. Give ids from 0.")
+        return self._tokens[ids]
 
     def type_name(self, token_type: int) -> str:
         """Return the phenotype or gene (symbol if known) behind a token type; '' for special tokens."""
@@ -361,34 +359,6 @@ class GeneTokenizer:
         if token_type < self.first_gene_type:
             return self.vocabulary.categories[token_type - 1]
         return self.panel.display_name(token_type - self.first_gene_type)
-
-    def decode(self, input_ids: Sequence[int] | torch.Tensor, token_type_ids: Sequence[int] | torch.Tensor) -> str:
-        """Return a cell as text: phenotypes by name, genes with their bins, padding left out.
-
-        Args:
-            input_ids, token_type_ids: One cell, shape (l,).
-        """
-        words = []
-        for id_, type_ in zip(map(int, input_ids), map(int, token_type_ids), strict=True):
-            if id_ == PAD_ID:
-                continue
-            text = self._token_of(id_)
-            if type_ and self.first_gene_type > type_ and id_ >= len(SPECIAL_TOKENS):
-                text = self.vocabulary.label_of(id_)[1]
-            words.append(f"{self.type_name(type_)}={text}" if type_ else text)
-        return " ".join(words)
-
-    def get_special_tokens_mask(self, token_type_ids: torch.Tensor) -> torch.Tensor:
-        """True for [CLS], [EOS] and [PAD]; any shape."""
-        return token_type_ids == 0
-
-    def get_phenotype_tokens_mask(self, token_type_ids: torch.Tensor) -> torch.Tensor:
-        """True for phenotype slots, given or asked; any shape."""
-        return (token_type_ids > 0) & (token_type_ids < self.first_gene_type)
-
-    def get_gene_tokens_mask(self, token_type_ids: torch.Tensor) -> torch.Tensor:
-        """True for gene tokens, masked or not; any shape."""
-        return token_type_ids >= self.first_gene_type
 
     # -- cells to tokens ------------------------------------------------------------------------------------------
 
@@ -419,20 +389,15 @@ class GeneTokenizer:
     def _dtype(self) -> type:
         return np.uint16 if max(self.vocab_size, self.type_vocab_size) <= 1 << 16 else np.int32
 
-    def tokenize_block(self, block: ExpressionBlock, *, seed: int = 0, epoch: int = 0) -> TokenBlock:
-        """Tokenise many cells at once.
-
-        Args:
-            block: Rows of one file.
-            seed, epoch: What `truncation="random"` depends on, beside the cell.
+    def tokenize_block(self, block: ExpressionBlock, *, epoch: int = 0) -> TokenBlock:
+        """Tokenize many cells of one file at once; `epoch` travels with them, for masks.
 
         Raises:
-            InputError: A value is NaN, infinite or negative, or a column index lies outside the matrix.
+            InputError: A value is NaN, infinite or negative, or a column index is outside the matrix.
         """
         library_size = block.library_size_n
         if block.is_counts and library_size is None:
             library_size = library_sizes(block.values_l, block.offsets_n1)
-        is_measured_g, measured = block.alignment.is_measured_g, block.measured
         if block.alignment.duplicated:
             block = _sum_duplicates(block)
         values_l = native(block.values_l)
@@ -445,9 +410,8 @@ class GeneTokenizer:
         row, at, fault = tokenize_rows(
             values_l, block.columns_l, block.offsets_n1, block.alignment.gene_of_column_c, len(self.panel),
             self._thresholds(is_counts=block.is_counts, dtype=block.values_l.dtype), scale_n,
-            block.label_ids_np, label_types, block.cells_n,
-            self.first_gene_type, self.first_bin_id, self.max_length, TRUNCATIONS.index(self.truncation),
-            seed, epoch, ids, types, offsets,
+            block.label_ids_np, label_types, self.first_gene_type, self.first_bin_id, self.max_length, ids, types,
+            offsets,
         )  # fmt: skip
         if fault != NO_FAULT:
             raise _fault_of(block, row, at, fault)
@@ -456,16 +420,15 @@ class GeneTokenizer:
             types[: offsets[-1]],
             offsets,
             block.cells_n,
-            None if is_measured_g.all() else is_measured_g,
-            epochs_n=np.full(len(block), epoch),
-            seeds_n=np.full(len(block), seed),
-            measured=measured,
+            block.measured_tg,
+            block.table_n,
+            np.full(len(block), epoch),
         )
 
     def __call__(
         self, adata: Any, *, layer: str | None = None
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
-        """Tokenise an AnnData: a dict for one cell, a list of dicts for many.
+        """Tokenize an AnnData: a dict for one cell, a list of dicts for many.
 
         Args:
             adata: Cells; X may be CSR, CSC, dense or backed, of integers or floats.
@@ -502,7 +465,6 @@ class GeneTokenizer:
             "format_version": FORMAT_VERSION,
             "tokenizer_class": type(self).__name__,
             "normalization": self.normalization,
-            "truncation": self.truncation,
             "max_length": self.max_length,
             "included_phenotypes": list(self.included_phenotypes),
             "phenotypes": {name: list(labels) for name, labels in self.phenotypes.items()},
@@ -526,35 +488,23 @@ class GeneTokenizer:
         """Write `tokenizer.json` into a folder, whole or not at all."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / TOKENIZER_FILE
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        return (str(path),)
+        write_text(folder / TOKENIZER_FILE, json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        return (str(folder / TOKENIZER_FILE),)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], *, source: str) -> "GeneTokenizer":
         """Rebuild a tokenizer, refusing unknown keys and versions."""
-        known = [
-            "format_version",
-            "tokenizer_class",
-            "normalization",
-            "truncation",
-            "max_length",
-            "included_phenotypes",
-        ]
-        known += ["phenotypes", "bin_edges", "genes", "gene_symbols"]
-        unknown = sorted(set(content) - set(known))
+        required = ("normalization", "max_length", "included_phenotypes", "phenotypes", "bin_edges", "genes")
+        content = {key: value for key, value in content.items() if (key, value) != ("truncation", "variable")}
+        unknown = sorted(set(content) - {*required, "format_version", "tokenizer_class", "gene_symbols"})
         if content.get("format_version") != FORMAT_VERSION or unknown:
             raise InputError(
                 f"{source} is not a tokenizer of format {FORMAT_VERSION} (version {content.get('format_version')!r}, "
-                f"unknown keys: {listed(unknown) or 'none'}). Was it written by a newer perturbgene? Update it."
+                f"unknown keys: {listed(unknown) or 'none'}). Was it written by another perturbgene? Update it."
             )
-        missing = [key for key in known if key not in content and key not in ("tokenizer_class", "gene_symbols")]
-        if missing:
+        if missing := [key for key in required if key not in content]:
             raise InputError(f"{source} lacks {listed(missing)}. Use the tokenizer.json that came with the model.")
-        settings = {key: content[key] for key in known[2:] if key in content}
-        return cls(**settings)
+        return cls(**{key: content[key] for key in (*required, "gene_symbols") if key in content})
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **_: Any) -> "GeneTokenizer":
@@ -574,29 +524,15 @@ class GeneTokenizer:
             raise InputError(f"{file} is not a tokenizer. Point to a run or corpus folder.")
         return cls.from_dict(content, source=str(file))
 
-    @classmethod
-    def from_config(cls, config: Any) -> "GeneTokenizer":
-        """Build the tokenizer that a configuration of `mlm` or `cls` describes.
-
-        It builds on the tokenizer of `config.corpus` (or of `config.pretrained_model_path`); vocabulary, bin edges and
-        panel that the configuration names itself replace those. Without either, the panel is a file of genes, another
-        run's tokenizer, or the first training file's genes by `highly_variable_rank`.
-        """
-        base = config.corpus or config.pretrained_model_path
-        content = cls.from_pretrained(base).to_dict() if base else {"format_version": FORMAT_VERSION}
-        content.update(_settings_from_config(config, has_base=bool(base)))
-        return cls.from_dict(content, source=str(base or "the configuration"))
-
     def with_settings(
         self,
         *,
         max_length: int | None = None,
-        truncation: Truncation | None = None,
         included: Sequence[str] | None = None,
     ) -> "GeneTokenizer":
         """Return a copy that means the same ids but lays sequences out differently."""
         content = self.to_dict()
-        changes = {"max_length": max_length, "truncation": truncation, "included_phenotypes": included}
+        changes = {"max_length": max_length, "included_phenotypes": included}
         content.update({key: value for key, value in changes.items() if value is not None})
         return self.from_dict(content, source="tokenizer")
 
@@ -608,69 +544,3 @@ def _clean_keys(edges_of_gene: Mapping[str, Sequence[float]]) -> dict[str, Seque
         repeated = [gene for gene, count in names.items() if count > 1]
         raise InputError(f"bin_edges name {listed(repeated)} more than once (in several versions). Keep one of each.")
     return cleaned
-
-
-def _settings_from_config(config: Any, *, has_base: bool) -> dict[str, Any]:
-    """Return what the configuration says itself; the rest comes from the corpus or run that it builds on."""
-    settings: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
-    if config.vocab_path or not has_base:
-        vocabulary = Vocabulary.from_file(config.vocab_path) if config.vocab_path else Vocabulary({})
-        settings["phenotypes"] = {name: list(labels) for name, labels in vocabulary.phenotypes.items()}
-        settings["included_phenotypes"] = list(vocabulary.categories)
-    if config.included_phenotypes:
-        settings["included_phenotypes"] = list(config.included_phenotypes)
-    if config.bin_edges_path or config.bin_edges:
-        settings["bin_edges"] = read_edges(config.bin_edges_path) if config.bin_edges_path else list(config.bin_edges)
-    if config.panel or not has_base:
-        settings["genes"], settings["gene_symbols"] = _panel_from_config(config)
-    elif config.num_top_genes:
-        base = GeneTokenizer.from_pretrained(config.corpus or config.pretrained_model_path)
-        settings["genes"] = _first_genes(base.genes, config.num_top_genes)
-        settings["gene_symbols"] = list(base.gene_symbols[: config.num_top_genes]) or None
-    if not has_base or config.normalization != "auto":
-        settings["normalization"] = config.normalization
-    return settings
-
-
-def _first_genes(genes: Sequence[str], count: int | None) -> list[str]:
-    if count and count > len(genes):
-        raise InputError(
-            f"num_top_genes {count:,} exceeds the {len(genes):,} genes of the panel. Lower --num_top_genes."
-        )
-    return list(genes[:count])
-
-
-def _panel_from_config(config: Any) -> tuple[list[str], list[str] | None]:
-    """Return gene ids and symbols of the panel, cut to `num_top_genes`."""
-    if config.panel and (Path(config.panel).is_dir() or str(config.panel).endswith(".json")):
-        given = GeneTokenizer.from_pretrained(config.panel)
-        genes, symbols = list(given.genes), list(given.gene_symbols) or None
-    elif config.panel:
-        genes, symbols = list(read_panel(config.panel)), None
-    else:
-        genes, symbols = _panel_of_file(H5adFile(expand_paths(config.train_data_paths)[0], layer=config.layer), config)
-    return _first_genes(genes, config.num_top_genes), symbols[: config.num_top_genes] if symbols else None
-
-
-def _panel_of_file(file: H5adFile, config: Any) -> tuple[list[str], list[str] | None]:
-    """Return all genes of a file, by `highly_variable_rank` where it has one."""
-    names = file.var_names if config.gene_id_column is None else file.var_column(config.gene_id_column).to_numpy()
-    known = file.columns_of(file.var_frame)
-    order = np.arange(len(names))
-    if RANK_COLUMN in known:
-        rank = file.var_column(RANK_COLUMN).to_numpy(dtype=np.float64)
-        if len(set(rank[np.isfinite(rank)])) < np.isfinite(rank).sum():
-            raise InputError(
-                f"{file.path}: var[{RANK_COLUMN!r}] has ties. Rank the genes 0, 1, 2, ... or use `prepare`."
-            )
-        order = np.argsort(rank, kind="stable")[: int(np.isfinite(rank).sum())]
-    elif config.num_top_genes:
-        raise InputError(
-            f"{file.path} has no var column {RANK_COLUMN!r}, so --num_top_genes cannot choose. Rank the genes with "
-            "`perturbgene prepare`, or give --panel."
-        )
-    symbols = None
-    if "feature_name" in known:
-        symbols = [clean_gene(name) for name in file.var_column("feature_name").to_numpy(dtype=object)[order]]
-    file.close()
-    return [str(name) for name in names[order]], symbols

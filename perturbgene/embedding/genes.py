@@ -21,7 +21,7 @@ from sklearn.neighbors import NearestNeighbors
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import pack
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.order import cell_key
+from perturbgene.data_utils.kernels import cell_key
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import whole_files

@@ -38,7 +38,6 @@ from perturbgene.inference.streaming import (
     open_cells,
     read_cells,
     reading_options,
-    reading_tokenizer,
     stream_batches,
 )
 
@@ -136,7 +135,7 @@ class Predictor:
             return self.run.tokenizer
         read = list(dict.fromkeys([*self.given, *(name for audit in self.audits for name in audit.given)]))
         num_slots = max(len(question.asked) + len(question.given) for question in self.questions)
-        return reading_tokenizer(self.run.tokenizer, read, num_slots=num_slots)
+        return self.run.tokenizer.reading(read, num_slots=num_slots)
 
     def open(self, data: Any, **reading: Any) -> IterableAnnDataset:
         """Open a file or an AnnData; see `open_cells`.

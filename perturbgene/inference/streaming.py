@@ -31,6 +31,7 @@ from perturbgene.cli.verbs import FileOptions
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, label_text
 from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
@@ -193,22 +194,6 @@ def constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -
     return constants
 
 
-def reading_tokenizer(tokenizer: GeneTokenizer, read: Sequence[str], *, num_slots: int | None = None) -> GeneTokenizer:
-    """Return a tokenizer that reads only the labels of some phenotypes.
-
-    A long cell keeps the same genes as in training, whatever is read: room that unread phenotypes leave is not filled
-    with genes, else an answer would depend on which labels a file has.
-
-    Args:
-        tokenizer: The run's.
-        read: Phenotypes whose labels are read.
-        num_slots: Most phenotypes in one sequence; None means those that are read.
-    """
-    num_slots = max(len(tokenizer.included_phenotypes), len(read) if num_slots is None else num_slots)
-    max_length = max(3 + len(read), tokenizer.max_length - num_slots + len(read))
-    return tokenizer.with_settings(included=list(read), max_length=max_length)
-
-
 def open_cells(
     data: Any,
     run: Run,
@@ -224,7 +209,7 @@ def open_cells(
         data: Path, URL or AnnData.
         run: Whose genes and labels are read.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
-        tokenizer: See `reading_tokenizer`; None reads the given phenotypes.
+        tokenizer: What is read, see `GeneTokenizer.reading`; None reads the given phenotypes.
         ranks: Which of the processes this is.
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
 
@@ -235,7 +220,7 @@ def open_cells(
         run.tokenizer.vocabulary.check_category(category)
     options = {"batch_size": FileOptions.batch_size, **reading, "rank": ranks.rank, "world_size": ranks.size}
     options["constant_labels"] = constant_labels(run.tokenizer, given)
-    dataset = IterableAnnDataset(data, tokenizer or reading_tokenizer(run.tokenizer, list(given)), **options)
+    dataset = IterableAnnDataset(data, tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options)
     for index in range(len(dataset.shards)):
         for name in [name for name, label in given.items() if label is None]:
             dataset.shards[index].source.obs_column(name)  # raises where it is missing
@@ -272,23 +257,6 @@ def read_groups(
 # -- blocks of cells ----------------------------------------------------------------------------------------------
 
 
-def token_batches(
-    block: TokenBlock, *, most_tokens: int = FileOptions.batch_tokens
-) -> Iterator[tuple[slice, TokenBlock]]:
-    """Cut a block into batches of consecutive cells with at most `most_tokens` tokens; a longer cell is a batch alone.
-
-    Yields:
-        Rows of the block, and their cells.
-    """
-    start, total = 0, 0
-    for row, length in enumerate(np.diff(block.offsets_n1).tolist()):
-        if row > start and total + length > most_tokens:
-            yield slice(start, row), block.take(np.arange(start, row))
-            start, total = row, 0
-        total += length
-    yield slice(start, len(block)), block.take(np.arange(start, len(block))) if start else block
-
-
 def stream_batches(
     dataset: IterableAnnDataset, *, text: str, ranks: Ranks = ALONE, most_tokens: int = FileOptions.batch_tokens
 ) -> Iterator[TokenBlock]:
@@ -296,7 +264,8 @@ def stream_batches(
     is_hidden = None if ranks.is_main else True  # None hides the bar where there is no terminal
     with tqdm(total=len(dataset), desc=text, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
         for block in dataset.blocks():
-            for _, batch in token_batches(block, most_tokens=most_tokens):
+            for piece in in_budget(np.diff(block.offsets_n1), budget=most_tokens):
+                batch = block if piece == slice(0, len(block)) else block.take(np.arange(piece.start, piece.stop))
                 yield batch
                 bar.update(len(batch))
 

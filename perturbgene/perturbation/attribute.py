@@ -19,6 +19,7 @@ from torch import Tensor
 
 from perturbgene.cli.verbs import AttributeConfig
 from perturbgene.data_utils.data_collators import pack
+from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
@@ -35,7 +36,7 @@ from perturbgene.inference.streaming import (
     reading_options,
 )
 from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects, write_table
-from perturbgene.perturbation.readouts import LabelReadout, in_budget, readout_of, sequences, token_budget
+from perturbgene.perturbation.readouts import LabelReadout, readout_of, sequences, token_budget
 from perturbgene.perturbation.screening import screen_removals
 from perturbgene.plots import deletion_figure, save_figure
 

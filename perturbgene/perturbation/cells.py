@@ -30,7 +30,7 @@ from perturbgene.files import whole_file
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import ALONE, Ranks, constant_labels, read_groups
-from perturbgene.perturbation.readouts import Readout, most_genes
+from perturbgene.perturbation.readouts import Readout
 from perturbgene.urls import is_url, shown_path
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ class GroupedCells:
         for name in given:
             run.tokenizer.vocabulary.check_category(name)
         # Given labels only, and long cells cut where `data_utils.ask` cuts them.
-        max_length = max(3, most_genes(run.tokenizer, readout) + 2) + len(readout.given)
-        tokenizer = run.tokenizer.with_settings(included=list(readout.given), max_length=max_length)
+        num_slots = len(readout.asked) + len(readout.given)
+        tokenizer = run.tokenizer.reading(list(readout.given), num_slots=num_slots)
         labels = constant_labels(run.tokenizer, given)
         dataset = IterableAnnDataset(source, tokenizer, constant_labels=labels, **{"batch_size": 256, **reading})
         file = dataset.shards[0].source

@@ -5,7 +5,7 @@ Owns how a cell is put to the model and read, and exact effects, for which every
 perturbations, m edited cells, k labels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perturbgene.cli.verbs import PerturbConfig, Pooling
 from perturbgene.data_utils.data_collators import Batch, ask, pack
+from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
@@ -195,12 +196,6 @@ def _category_and_label(text: str, *, flag: str) -> tuple[str, str]:
 # -- sequences ------------------------------------------------------------------------------------------------------
 
 
-def most_genes(tokenizer: GeneTokenizer, readout: Readout) -> int:
-    """Return the maximum number of genes in a sequence; see `data_collators.ask`."""
-    slots = max(len(tokenizer.included_phenotypes), len(readout.asked) + len(readout.given))
-    return max(0, tokenizer.max_length - 2 - slots)
-
-
 def sequences(block: TokenBlock, tokenizer: GeneTokenizer, readout: Readout) -> TokenBlock:
     """Return cells as the readout needs them: asked slots masked after `[CLS]`, given ones kept, all others absent."""
     batch = ask(block, tokenizer, asked=readout.asked, given=readout.given)
@@ -238,7 +233,8 @@ def exact_effects(
     if not len(cell_m):
         return np.zeros(0, dtype=np.float32)
     budget = token_budget(run.model) if budget is None else budget
-    first_gene_type, room = run.tokenizer.first_gene_type, most_genes(run.tokenizer, readout)
+    first_gene_type = run.tokenizer.first_gene_type
+    room = run.tokenizer.most_genes(num_slots=len(readout.asked) + len(readout.given))
     is_gene_l = block.token_type_ids_l >= first_gene_type
     is_mean = isinstance(readout, StateReadout) and readout.pooling == "mean"
     if is_mean:
@@ -263,23 +259,6 @@ def exact_effects(
 def token_budget(model: torch.nn.Module) -> int:
     """Return how many tokens run at once on the model's device."""
     return TOKEN_BUDGET.get(model_device(model).type, TOKEN_BUDGET["cpu"])
-
-
-def in_budget(lengths_m: np.ndarray, *, budget: int) -> Iterator[slice]:
-    """Cut sequences into runs of neighbours of at most `budget` tokens, at least one sequence each.
-
-    Example:
-        >>> list(in_budget(np.array([3, 3, 3, 9, 1]), budget=6))
-        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
-    """
-    start, total = 0, 0
-    for index, length in enumerate(lengths_m.tolist()):
-        if index > start and total + length > budget:
-            yield slice(start, index)
-            start, total = index, 0
-        total += length
-    if start < len(lengths_m):
-        yield slice(start, len(lengths_m))
 
 
 def read_block(

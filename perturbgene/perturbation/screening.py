@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from perturbgene.data_utils.data_collators import Batch, pack
+from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.devices import has_fast_bfloat16
 from perturbgene.eval_utils import inference_mode, model_device, to_device
 from perturbgene.inference.run import Run
 from perturbgene.model import DirectPath, GeneBertModel, PackedCells, Packing
-from perturbgene.perturbation.readouts import LabelReadout, Readout, in_budget, token_budget
+from perturbgene.perturbation.readouts import LabelReadout, Readout, token_budget
 
 #: Directions along which the length of a shift of the state is measured.
 NUM_DIRECTIONS = 12

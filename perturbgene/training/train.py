@@ -35,6 +35,7 @@ from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBer
 from perturbgene.plots import loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
+from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -180,11 +181,11 @@ def _data(
     Args:
         classes: What a classifier learns; its category leaves the sequence.
     """
-    corpus, paths, sizes = Corpus.open(config.corpus) if config.corpus else None, {}, {}
+    corpus, paths = Corpus.open(config.corpus) if config.corpus else None, {}
     for split, given in (("train", config.train_data_paths), ("eval", config.eval_data_paths)):
         paths[split] = expand_paths(given) if given else FileList()
         if corpus and not given:
-            paths[split], sizes[split] = corpus.paths(split), corpus.sizes(split)
+            paths[split] = corpus.paths(split)
     trained = {identity(path) for path in paths["train"]}
     shared = [shown_path(path) for path in paths["eval"] if identity(path) in trained]
     if shared and not config.allow_overlap:
@@ -192,7 +193,7 @@ def _data(
             f"{listed(shared)} are in both --train_data_paths and --eval_data_paths, so scores would be of cells seen "
             "in training. Separate them, or pass --allow_overlap."
         )
-    tokenizer = GeneTokenizer.from_config(replace(config, train_data_paths=[] if corpus else paths["train"]))
+    tokenizer = tokenizer_of(config, paths["train"])
     if category := classes.get("phenotype_category"):
         tokenizer.vocabulary.check_category(category)
         others = [name for name in config.included_phenotypes if name != category]
@@ -209,7 +210,6 @@ def _data(
             min_gene_coverage=config.min_gene_coverage,
             rank=arguments.process_index,
             world_size=arguments.world_size,
-            known_sizes=sizes.get(split),
             **classes,
             **options,
         )
@@ -219,7 +219,6 @@ def _data(
         shuffle=True,
         batch_size=arguments.per_device_train_batch_size,
         tokens_per_batch=config.tokens_per_batch,
-        group_by_length=config.train_sampling_strategy == "group_by_length",
     )
     if not train.num_batches() or (not config.tokens_per_batch and len(train) < train.batch_size):
         size, flag = arguments.per_device_train_batch_size, "per_device_train_batch_size"

@@ -19,7 +19,7 @@ from perturbgene.data_utils.data_collators import (
     collate_fn_wrapper,
 )
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
-from perturbgene.data_utils.tokenization import TRUNCATIONS, GeneTokenizer
+from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 from tests.nine_genes import GENES, LABELS, a_tokenizer
 
@@ -339,12 +339,11 @@ def test_a_negative_ratio_of_unexpressed_genes_is_refused() -> None:
 
 
 @pytest.mark.parametrize("gene_mask_prob", [0.15, 1.0])
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
 def test_genes_labelled_bin_0_are_never_expressed_and_cells_never_outgrow_max_length(
-    truncation: str, gene_mask_prob: float
+    gene_mask_prob: float,
 ) -> None:
     adata = random_cells(400, 60, density=0.5)
-    tokenizer = wide_tokenizer(max_length=24, truncation=truncation)
+    tokenizer = wide_tokenizer(max_length=24)
     dataset = IterableAnnDataset(adata, tokenizer, seed=5, shuffle=True)
     dataset.set_epoch(3)
     cells = list(dataset)
@@ -354,19 +353,11 @@ def test_genes_labelled_bin_0_are_never_expressed_and_cells_never_outgrow_max_le
         assert not adata.X[cell.index, unexpressed(row)].any()
 
 
-@pytest.mark.parametrize("truncation", ["variable", "random"])
-def test_full_cells_still_get_unexpressed_genes(truncation: str) -> None:
-    tokenizer = wide_tokenizer(max_length=24, truncation=truncation)
+def test_full_cells_still_get_unexpressed_genes() -> None:
+    tokenizer = wide_tokenizer(max_length=24)
     cells = list(IterableAnnDataset(random_cells(40, 60, density=0.5), tokenizer))
     rows = rows_of(DataCollatorForPhenotypicMLM(tokenizer, unexpressed_ratio=1)(cells))
     assert sum(len(unexpressed(row)) for row in rows) > 40
-
-
-def test_full_cells_truncated_at_random_by_an_unknown_seed_get_no_unexpressed_genes() -> None:
-    tokenizer = wide_tokenizer(max_length=24, truncation="random")
-    cells = tokenizer(random_cells(40, 60, density=0.7))
-    rows = rows_of(DataCollatorForPhenotypicMLM(tokenizer, unexpressed_ratio=1)(cells))
-    assert [gene for row in rows for gene in unexpressed(row)] == []
 
 
 def test_genes_that_a_file_does_not_measure_are_never_labelled_bin_0() -> None:

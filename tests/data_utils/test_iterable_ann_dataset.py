@@ -6,7 +6,7 @@ import logging
 import pickle
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
-from perturbgene.data_utils.opening import H5adFile
+from perturbgene.data_utils.opening import FileList, H5adFile
 from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.tokenization import TokenBlock
@@ -115,15 +115,17 @@ def test_a_cell_knows_which_genes_its_file_measures(tmp_path: Path) -> None:
 
 
 def test_files_of_known_sizes_are_opened_when_they_are_read(paths: list[str]) -> None:
-    sizes = IterableAnnDataset(paths, a_tokenizer()).sizes
-    lazy = IterableAnnDataset(paths, a_tokenizer(), known_sizes=sizes)
+    files = FileList(paths)
+    files.sizes = sizes = IterableAnnDataset(paths, a_tokenizer()).sizes
+    lazy = IterableAnnDataset(files, a_tokenizer())
     assert list(lazy.shards._open) == [0], "the first file speaks for all"
     assert indices(lazy) == list(range(sum(sizes)))
 
 
 def test_a_file_that_changed_after_it_was_listed_is_refused(paths: list[str]) -> None:
-    sizes = IterableAnnDataset(paths, a_tokenizer()).sizes
-    stale = IterableAnnDataset(paths, a_tokenizer(), known_sizes=[*sizes[:-1], sizes[-1] + 1])
+    files, sizes = FileList(paths), IterableAnnDataset(paths, a_tokenizer()).sizes
+    files.sizes = (*sizes[:-1], sizes[-1] + 1)
+    stale = IterableAnnDataset(files, a_tokenizer())
     with pytest.raises(InputError, match=r"holds \d+ cells, not \d+: it was changed after it was "):
         list(stale)
 
@@ -154,17 +156,6 @@ def test_the_thread_that_reads_ahead_ends_with_its_consumer(paths: list[str]) ->
     assert any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
     del stream
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
-
-
-def test_random_truncation_draws_other_genes_in_another_epoch_and_the_same_in_the_same() -> None:
-    tokenizer = a_tokenizer(max_length=5, truncation="random", included_phenotypes=[])
-    adata = ad.AnnData(np.full((6, 9), 2.0, dtype=np.float32), var=pd.DataFrame(index=GENES))
-    dataset = IterableAnnDataset(adata, tokenizer)
-    drawn = []
-    for epoch in (0, 1, 0):
-        dataset.set_epoch(epoch)
-        drawn.append([cell["token_type_ids"].tolist() for cell in dataset])
-    assert drawn[0] == drawn[2] != drawn[1]
 
 
 # -- order --------------------------------------------------------------------------------------------------------
@@ -496,60 +487,44 @@ def test_a_damaged_state_is_refused(paths: list[str], change: dict[str, int], me
         a_stream(paths).load_state_dict(state)
 
 
-class TwoTurns(IterableDataset[Any]):
-    """In each loader worker: loads the worker's own state, as `StatefulDataLoader` does, and takes two batches."""
-
-    def __init__(self, paths: list[str], states: dict[int, Any]) -> None:
-        self.batches, self.states = a_stream(paths).batches(Numbers()), states
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info().id  # type: ignore[union-attr]
-        if worker in self.states:
-            self.batches.load_state_dict(self.states[worker])
-        for batch in itertools.islice(self.batches, 2):
-            yield worker, batch["cells"], self.batches.state_dict()
+def test_a_loader_worker_refuses_a_state(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = a_stream(paths)
+    monkeypatch.setattr("perturbgene.data_utils.iterable_ann_dataset.get_worker_info", lambda: SimpleNamespace(id=0))
+    with pytest.raises(InputError, match="Load it into the data set before the loader starts"):
+        stream.load_state_dict(a_stream(paths).state_after(2))
 
 
-def test_each_loader_worker_goes_on_with_its_own_turns_of_the_dealing(paths: list[str]) -> None:
-    states: dict[int, Any] = {}
-    seen = []
-    for _ in range(3):
-        for worker, cells, state in DataLoader(TwoTurns(paths, dict(states)), batch_size=None, num_workers=2):
-            states[worker] = state
-            seen.append(cells)
-    assert seen == numbers(a_stream(paths))[:12]
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("persistent_workers", [False, True])
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_a_resumed_stream_is_whole_again_in_its_second_pass(
+    paths: list[str], num_workers: int, persistent_workers: bool
+) -> None:
+    stream = a_stream(paths)
+    whole = numbers(stream)
+    stream.load_state_dict(stream.state_after(9))
+    workers = {"num_workers": num_workers, "persistent_workers": persistent_workers}
+    loader = DataLoader(stream.batches(Numbers()), batch_size=None, **workers)
+    passes = [[batch["cells"] for batch in loader] for _ in range(3)]
+    assert passes == [whole[9:], whole, whole]
+    assert numbers(stream) == numbers(stream, num_workers=4) == whole
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("num_batches", [1, 5])
 def test_a_stateful_data_loader_resumes_without_replay(
-    paths: list[str], rows_read: list[int], num_workers: int, num_batches: int
+    paths: list[str], rows_read: list[int], num_batches: int
 ) -> None:
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
-
-    def a_loader() -> Any:
-        return torchdata.StatefulDataLoader(
-            a_stream(paths).batches(Numbers()), batch_size=None, num_workers=num_workers
-        )
-
-    whole = [batch["cells"] for batch in a_loader()]
-    first, second = a_loader(), a_loader()
+    first, second = (torchdata.StatefulDataLoader(a_stream(paths).batches(Numbers()), batch_size=None) for _ in "12")
     used = [batch["cells"] for batch in itertools.islice(first, num_batches)]
     second.load_state_dict(first.state_dict())
-    del first  # or it would read ahead in the meantime
     rows_read.clear()
-    assert used + [batch["cells"] for batch in second] == whole
-    assert len(rows_read) == (0 if num_workers else 37 - 3 * num_batches)
-    assert [batch["cells"] for batch in second] == whole
+    assert used + [batch["cells"] for batch in second] == numbers(a_stream(paths))
 
 
-# -- planned batches ----------------------------------------------------------------------------------------------
+# -- batches under a budget of tokens --------------------------------------------------------------------------------
 
-PLANNED: dict[str, dict[str, Any]] = {
-    "budget": {"tokens_per_batch": 24},
-    "like lengths": {"batch_size": 4, "group_by_length": True},
-}
-planned = pytest.mark.parametrize("rule", PLANNED.values(), ids=list(PLANNED))
+BUDGET = {"tokens_per_batch": 24}
 
 
 class Lengths:
@@ -559,11 +534,8 @@ class Lengths:
         return {"lengths": np.diff(block.offsets_n1).tolist()}
 
 
-@planned
-def test_planned_batches_hold_every_cell_once_in_another_order_each_epoch(
-    paths: list[str], rule: dict[str, Any]
-) -> None:
-    stream = a_stream(paths, **rule)
+def test_planned_batches_hold_every_cell_once_in_another_order_each_epoch(paths: list[str]) -> None:
+    stream = a_stream(paths, **BUDGET)
     orders = []
     for epoch in (0, 1, 0):
         stream.set_epoch(epoch)
@@ -581,30 +553,16 @@ def test_no_batch_has_more_tokens_than_its_budget_and_most_are_full(paths: list[
     assert sum(sums) == sum(len(cell["input_ids"]) for cell in a_stream(paths))
 
 
-def test_cells_of_like_length_share_a_batch(paths: list[str]) -> None:
-    def padded(stream: IterableAnnDataset) -> int:
-        return sum(max(batch["lengths"]) * len(batch["lengths"]) for batch in stream.batches(Lengths()))
-
-    plain, grouped = (a_stream(paths, batch_size=4, group_by_length=is_grouped) for is_grouped in (False, True))
-    assert padded(grouped) < padded(plain)
-
-
-@planned
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_planned_batches_are_the_same_for_any_number_of_workers(
-    paths: list[str], num_workers: int, rule: dict[str, Any]
-) -> None:
-    assert numbers(a_stream(paths, **rule), num_workers=num_workers) == numbers(a_stream(paths, **rule))
+def test_planned_batches_are_the_same_for_any_number_of_workers(paths: list[str], num_workers: int) -> None:
+    assert numbers(a_stream(paths, **BUDGET), num_workers=num_workers) == numbers(a_stream(paths, **BUDGET))
 
 
-@planned
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_take_planned_batches_in_turn_and_as_many_each(
-    paths: list[str], world_size: int, rule: dict[str, Any]
-) -> None:
-    alone = numbers(a_stream(paths, **rule))
-    ranks = [a_stream(paths, rank=rank, world_size=world_size, **rule) for rank in range(world_size)]
+def test_ranks_take_planned_batches_in_turn_and_as_many_each(paths: list[str], world_size: int) -> None:
+    alone = numbers(a_stream(paths, **BUDGET))
+    ranks = [a_stream(paths, rank=rank, world_size=world_size, **BUDGET) for rank in range(world_size)]
     for rank, stream in enumerate(ranks):
         own = alone[rank::world_size][: len(alone) // world_size]
         assert numbers(stream) == own
@@ -612,15 +570,14 @@ def test_ranks_take_planned_batches_in_turn_and_as_many_each(
         assert stream.num_batches() == len(own)
 
 
-@planned
 @pytest.mark.parametrize("num_batches", [0, 1, 7])
 def test_a_planned_stream_resumes_with_the_next_batch_and_reads_nothing_before(
-    paths: list[str], rows_read: list[int], num_batches: int, rule: dict[str, Any]
+    paths: list[str], rows_read: list[int], num_batches: int
 ) -> None:
-    whole = numbers(a_stream(paths, **rule))
-    state = stopped_after(a_stream(paths, **rule), num_batches)
-    assert state == {**a_stream(paths, **rule).state_after(num_batches), "begin": 0}
-    resumed = a_stream(paths, **rule)
+    whole = numbers(a_stream(paths, **BUDGET))
+    state = stopped_after(a_stream(paths, **BUDGET), num_batches)
+    assert state == a_stream(paths, **BUDGET).state_after(num_batches)
+    resumed = a_stream(paths, **BUDGET)
     resumed.load_state_dict(state)
     len(resumed)
     rows_read.clear()
@@ -628,17 +585,16 @@ def test_a_planned_stream_resumes_with_the_next_batch_and_reads_nothing_before(
     assert sorted(rows_read) == sorted(index for batch in whole[num_batches:] for index in batch)
 
 
-@planned
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("before", "after", "workers"), [(1, 2, 0), (2, 1, 2), (2, 3, 1), (3, 2, 0)])
 def test_planned_batches_that_are_left_come_on_other_ranks_and_workers(
-    paths: list[str], before: int, after: int, workers: int, rule: dict[str, Any]
+    paths: list[str], before: int, after: int, workers: int
 ) -> None:
-    whole = numbers(a_stream(paths, **rule))
-    state = a_stream(paths, world_size=before, **rule).state_after(2)
+    whole = numbers(a_stream(paths, **BUDGET))
+    state = a_stream(paths, world_size=before, **BUDGET).state_after(2)
     ranks = []
     for rank in range(after):
-        resumed = a_stream(paths, rank=rank, world_size=after, keep_all=True, **rule)
+        resumed = a_stream(paths, rank=rank, world_size=after, keep_all=True, **BUDGET)
         resumed.load_state_dict(state)
         ranks.append(numbers(resumed, num_workers=workers))
     left = [batch for turn in itertools.zip_longest(*ranks) for batch in turn if batch is not None]
@@ -665,9 +621,13 @@ def test_cells_without_a_label_are_in_no_planned_batch() -> None:
 @pytest.mark.parametrize(
     ("saved", "loaded_by", "message"),
     [
-        ({}, PLANNED["budget"], "counts cells, so it does not say which batches of 24 tokens are done"),
-        (PLANNED["budget"], {}, "counts batches of 24 tokens, so it does not say which cells are done"),
-        ({}, PLANNED["like lengths"], "counts cells, so it does not say which batches of 4 cells of like length"),
+        ({}, BUDGET, "counts cells, so it does not say which batches of 24 tokens are done. Give --tokens_per_batch"),
+        (BUDGET, {}, "counts batches of 24 tokens, so it does not say which cells are done"),
+        (
+            BUDGET,
+            {"tokens_per_batch": 48},
+            "counts batches of 24 tokens, so it does not say which batches of 48 tokens",
+        ),
     ],
 )
 def test_a_position_among_other_batches_is_refused(
@@ -676,67 +636,6 @@ def test_a_position_among_other_batches_is_refused(
     state = a_stream(paths, **saved).state_after(2)
     with pytest.raises(InputError, match=message):
         a_stream(paths, **loaded_by).load_state_dict(state)
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("later", [{"tokens_per_batch": 48}, PLANNED["like lengths"]], ids=["budget", "like lengths"])
-def test_batches_of_another_size_hold_what_is_left_of_the_epoch(
-    paths: list[str], later: dict[str, Any], num_workers: int
-) -> None:
-    first = a_stream(paths, **PLANNED["budget"])
-    whole, done = numbers(first), 7
-    second = a_stream(paths, **later)
-    second.load_state_dict(a_stream(paths, **PLANNED["budget"]).state_after(done))
-    left = numbers(second, num_workers=num_workers)
-    assert sorted(itertools.chain(*left)) == sorted(itertools.chain(*whole[done:]))
-    assert left != whole[done:]
-    second.set_epoch(1)
-    fresh = a_stream(paths, **later)
-    fresh.set_epoch(1)
-    assert numbers(second, num_workers=num_workers) == numbers(fresh)
-
-
-def test_a_stream_whose_batches_changed_their_size_resumes_as_well(paths: list[str]) -> None:
-    """Even when they change once more, or go back to what they were."""
-    small, large = {"tokens_per_batch": 24}, {"tokens_per_batch": 48}
-
-    def continued(state: dict[str, Any], rule: dict[str, Any]) -> IterableAnnDataset:
-        stream = a_stream(paths, **rule)
-        stream.load_state_dict(json.loads(json.dumps(state)))
-        return stream
-
-    first = continued(a_stream(paths, **small).state_after(5), large)
-    assert first.state_after(2)["earlier"] == [[5, "batches of 24 tokens"]]
-    rest = numbers(continued(a_stream(paths, **small).state_after(5), large))
-    resumed = continued(first.state_after(2), large)
-    assert numbers(resumed) == rest[2:]
-    back = continued(first.state_after(2), small)
-    assert back.state_after(0)["earlier"] == [[5, "batches of 24 tokens"], [7, "batches of 48 tokens"]]
-    assert sorted(itertools.chain(*numbers(back))) == sorted(itertools.chain(*rest[2:]))
-    idle = continued(first.state_after(0), small)  # no batch of 48 tokens was used: as if there never had been one
-    assert numbers(idle) == numbers(a_stream(paths, **small))[5:]
-    assert idle.state_after(1).keys() == a_stream(paths, **small).state_after(1).keys()
-
-
-def test_a_size_of_batches_that_changes_again_and_again_within_an_epoch_is_refused(paths: list[str]) -> None:
-    with pytest.raises(InputError, match="changed their size 17 times within epoch 0, more than 16"):
-        state = a_stream(paths, batch_size=1, group_by_length=True).state_after(1)
-        for number in range(1, 20):
-            stream = a_stream(paths, batch_size=1 + number % 2, group_by_length=True)
-            stream.load_state_dict(state)
-            state = stream.state_after(1)
-
-
-def test_the_state_of_one_worker_does_not_tell_what_is_left_for_batches_of_another_size(
-    paths: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = a_stream(paths, tokens_per_batch=24).state_after(2)
-    worker = SimpleNamespace(id=0, num_workers=2)
-    monkeypatch.setattr("perturbgene.data_utils.iterable_ann_dataset.get_worker_info", lambda: worker)
-    a_stream(paths, tokens_per_batch=24).load_state_dict(state)
-    with pytest.raises(InputError, match="the state of a loader worker counts batches of 24 tokens, not batches of 48"):
-        a_stream(paths, tokens_per_batch=48).load_state_dict(state)
 
 
 def test_planned_batches_of_other_values_are_refused_although_the_files_are_alike_in_size(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from perturbgene.configs import parse_args
 from perturbgene.data_utils.labels import token_text
 from perturbgene.data_utils.opening import H5adFile, MemoryFile
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -198,8 +197,8 @@ def test_genes_that_the_file_lacks_stay_unmeasured_beside_summed_columns(
     block = tokenizer.tokenize_block(
         tokenizer.open(MemoryFile(make_adata([[1, 1, 1, 1]], genes=TWICE))).read(np.arange(1))
     )
-    assert block.is_measured_g is not None
-    assert block.is_measured_g.tolist() == [True, False, False, True]
+    measured_tg, table_n = block.tables(4)
+    assert measured_tg[table_n[0]].tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("column", [-1, 4], ids=["negative", "beyond the last"])
@@ -222,24 +221,11 @@ def test_columns_of_one_gene_are_refused_for_log_values(make_tokenizer: Make, ma
 LONG = [[0.7, 0.6, 2.5, 1.2]]
 
 
-@pytest.mark.parametrize(
-    ("truncation", "expected"),
-    [
-        pytest.param("variable", ([0, 9, 9, 1], [0, 3, 4, 0]), id="the first of the panel"),
-        pytest.param("expressed", ([0, 11, 10, 1], [0, 5, 6, 0]), id="the highest expressed"),
-    ],
-)
-def test_a_long_cell_keeps_the_documented_genes_and_eos(
-    make_tokenizer: Make, make_adata: Make, truncation: str, expected: Any
-) -> None:
-    tokenizer = make_tokenizer(truncation=truncation, max_length=4, included_phenotypes=())
-    assert rows(tokenizer(make_adata(LONG))) == [expected]
-
-
-def test_ties_of_expression_are_kept_by_panel_order(make_tokenizer: Make, make_adata: Make) -> None:
-    tokenizer = make_tokenizer(truncation="expressed", max_length=4, included_phenotypes=())
-    reordered = make_adata([[1.0, 1.0, 1.0, 1.0]], genes=["LYZ", "NKG7", "MS4A1", "CD3E"])
-    assert rows(tokenizer(reordered)) == [([0, 10, 10, 1], [0, 3, 4, 0])]
+def test_a_long_cell_keeps_the_first_genes_of_the_panel_and_eos(make_tokenizer: Make, make_adata: Make) -> None:
+    tokenizer = make_tokenizer(max_length=4, included_phenotypes=())
+    assert rows(tokenizer(make_adata(LONG))) == [([0, 9, 9, 1], [0, 3, 4, 0])]
+    reordered = make_adata([LONG[0][::-1]], genes=["LYZ", "NKG7", "MS4A1", "CD3E"])
+    assert rows(tokenizer(reordered)) == [([0, 9, 9, 1], [0, 3, 4, 0])]
 
 
 def test_an_absent_phenotype_leaves_its_place_to_a_gene(make_tokenizer: Make, make_adata: Make) -> None:
@@ -252,41 +238,6 @@ def test_an_absent_phenotype_leaves_its_place_to_a_gene(make_tokenizer: Make, ma
 
 def test_a_cell_of_exactly_max_length_is_whole(make_tokenizer: Make, make_adata: Make) -> None:
     assert len(rows(make_tokenizer(max_length=6, included_phenotypes=())(make_adata(LONG)))[0][0]) == 6
-
-
-def random_types(tokenizer: GeneTokenizer, adata: ad.AnnData, cells: list[int], **key: int) -> list[list[int]]:
-    shard = tokenizer.open(MemoryFile(adata))
-    block = tokenizer.tokenize_block(shard.read(np.array(cells)), **key)
-    return [block.cell(index)[1].tolist() for index in range(len(block))]
-
-
-@pytest.fixture
-def nine_genes(make_tokenizer: Make, make_adata: Make) -> tuple[GeneTokenizer, ad.AnnData]:
-    genes = [f"G{index}" for index in range(9)]
-    tokenizer = make_tokenizer(genes=genes, included_phenotypes=(), max_length=5, truncation="random")
-    return tokenizer, make_adata(np.full((40, 9), 1.5), genes=genes)
-
-
-def test_random_truncation_depends_on_seed_epoch_and_cell_alone(nine_genes: tuple[GeneTokenizer, ad.AnnData]) -> None:
-    tokenizer, adata = nine_genes
-    whole = random_types(tokenizer, adata, [*range(40)], seed=3, epoch=2)
-    assert random_types(tokenizer, adata[:, ::-1], [5, 17], seed=3, epoch=2) == [whole[5], whole[17]]
-
-
-@pytest.mark.parametrize("key", [{"seed": 4, "epoch": 2}, {"seed": 3, "epoch": 1}], ids=["seed", "epoch"])
-def test_random_truncation_changes_with(nine_genes: tuple[GeneTokenizer, ad.AnnData], key: dict[str, int]) -> None:
-    tokenizer, adata = nine_genes
-    cells = [*range(40)]
-    assert random_types(tokenizer, adata, cells, seed=3, epoch=2) != random_types(tokenizer, adata, cells, **key)
-
-
-def test_random_truncation_draws_every_gene_and_keeps_them_in_panel_order(
-    nine_genes: tuple[GeneTokenizer, ad.AnnData],
-) -> None:
-    tokenizer, adata = nine_genes
-    kept = [types[1:-1] for types in random_types(tokenizer, adata, [*range(40)], seed=0, epoch=0)]
-    assert {gene for genes in kept for gene in genes} == {*range(3, 12)}
-    assert all(genes == sorted(genes) and len(genes) == 3 for genes in kept)
 
 
 @pytest.mark.parametrize(("max_length", "phenotypes", "least"), [(4, ("sex", "cell_type"), 5), (2, (), 3)])
@@ -519,35 +470,17 @@ def test_an_ambiguous_label_is_found_with_its_category(make_tokenizer: Make) -> 
     assert tokenizer.convert_tokens_to_ids([("a", "MASK"), ("b", "[MASK]")]) == [4, 5]
 
 
-def test_a_decoded_cell_reads_like_a_sentence(four_gene_tokenizer: GeneTokenizer) -> None:
-    text = four_gene_tokenizer.decode([0, 2, 4, 9, 2, 1, 3], [0, 2, 1, 3, 5, 0, 0])
-    assert text == "[CLS] sex=[MASK] cell_type=B cell CD3E=bin_1 NKG7=[MASK] [EOS]"
-
-
-def test_decoding_prefers_symbols(make_tokenizer: Make) -> None:
-    tokenizer = make_tokenizer(genes=["ENSG00000198851"], gene_symbols=["CD3E"])
-    assert tokenizer.decode(torch.tensor([0, 9, 1]), torch.tensor([0, 3, 0])) == "[CLS] CD3E=bin_1 [EOS]"
-
-
-def test_masks_split_a_cell_into_special_phenotype_and_gene_tokens(four_gene_tokenizer: GeneTokenizer) -> None:
-    types = torch.tensor([[0, 2, 1, 3, 6, 0, 0]])
-    assert four_gene_tokenizer.get_special_tokens_mask(types).int().tolist() == [[1, 0, 0, 0, 0, 1, 1]]
-    assert four_gene_tokenizer.get_phenotype_tokens_mask(types).int().tolist() == [[0, 1, 1, 0, 0, 0, 0]]
-    assert four_gene_tokenizer.get_gene_tokens_mask(types).int().tolist() == [[0, 0, 0, 1, 1, 0, 0]]
-
-
 # -- settings and files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"truncation": "variabel"}, "truncation 'variabel' is unknown. Did you mean 'variable'"),
         ({"normalization": "log"}, "normalization 'log' is unknown"),
         ({"included_phenotypes": ("tissue",)}, "'tissue' is not in the vocabulary"),
         ({"included_phenotypes": ("sex", "sex")}, "repeat a name"),
     ],
-    ids=["truncation", "normalization", "unknown phenotype", "phenotype twice"],
+    ids=["normalization", "unknown phenotype", "phenotype twice"],
 )
 def test_settings_that_mean_nothing_are_refused(make_tokenizer: Make, changes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -558,7 +491,7 @@ def test_settings_that_mean_nothing_are_refused(make_tokenizer: Make, changes: A
     "changes",
     [
         pytest.param({}, id="shared edges"),
-        pytest.param({"bin_edges": PER_GENE, "truncation": "random"}, id="edges per gene"),
+        pytest.param({"bin_edges": PER_GENE}, id="edges per gene"),
         pytest.param(
             {"gene_symbols": ["a", "", "c", "d"], "phenotypes": {}, "included_phenotypes": ()}, id="symbols only"
         ),
@@ -646,43 +579,25 @@ def test_the_fingerprint_tells_meaning_and_not_layout(four_gene_tokenizer: GeneT
 
 
 def test_other_settings_keep_the_ids(four_gene_tokenizer: GeneTokenizer) -> None:
-    shorter = four_gene_tokenizer.with_settings(max_length=5, truncation="expressed", included=["cell_type"])
-    assert (shorter.max_length, shorter.truncation, shorter.included_phenotypes) == (5, "expressed", ("cell_type",))
+    shorter = four_gene_tokenizer.with_settings(max_length=5, included=["cell_type"])
+    assert (shorter.max_length, shorter.included_phenotypes) == (5, ("cell_type",))
     assert shorter.fingerprint == four_gene_tokenizer.fingerprint
 
 
-def config(write_h5ad: Make, *flags: Any, var: dict[str, Any]) -> Any:
-    """Configure `mlm` on a one-cell file with some columns of var."""
-    return parse_args(["mlm", "--output_dir", "run", "--train_data_paths", write_h5ad(CELL, var=var), *map(str, flags)])
+def test_a_copy_that_reads_fewer_phenotypes_keeps_the_genes_of_a_long_cell(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(max_length=6)
+    assert (tokenizer.most_genes(), tokenizer.most_genes(num_slots=3)) == (2, 1)
+    bare = tokenizer.reading([])
+    assert (bare.included_phenotypes, bare.max_length, bare.most_genes()) == ((), 4, 2)
 
 
-def test_a_configuration_names_vocabulary_edges_and_the_ranked_genes_of_a_file(
-    write_h5ad: Make, tmp_path: Path
+@pytest.mark.parametrize("truncation", ["variable", "random"])
+def test_a_tokenizer_with_the_former_setting_of_truncation_loads_if_it_means_the_same(
+    four_gene_tokenizer: GeneTokenizer, truncation: str
 ) -> None:
-    var = {"highly_variable_rank": [2.0, np.nan, 0.0, 1.0], "feature_name": ["c", "m", None, "l"]}
-    (tmp_path / "vocab.json").write_text('{"sex": ["[male]"]}')
-    (tmp_path / "edges.json").write_text('{"NKG7": [1.0], "LYZ": [2.0]}')
-    files = ("--vocab_path", tmp_path / "vocab.json", "--bin_edges_path", tmp_path / "edges.json")
-    tokenizer = GeneTokenizer.from_config(config(write_h5ad, "--num_top_genes", 2, *files, var=var))
-    assert tokenizer.genes == ("NKG7", "LYZ")
-    assert tokenizer.gene_symbols == ("", "l")
-    assert tokenizer.bin_edges.edges_ge.tolist() == [[1.0], [2.0]]
-    assert tokenizer.included_phenotypes == ("sex",)
-
-
-@pytest.mark.parametrize(
-    ("var", "top", "message"),
-    [
-        ({"highly_variable_rank": [0.0, 0.0, 1.0, 2.0]}, 2, "has ties"),
-        ({}, 2, "no var column 'highly_variable_rank'"),
-        ({"highly_variable_rank": [0.0, np.nan, 1.0, 2.0]}, 4, "num_top_genes 4 exceeds the 3 genes"),
-    ],
-    ids=["ties", "no rank", "too many"],
-)
-def test_genes_that_cannot_be_ranked_are_refused(
-    write_h5ad: Make, tmp_path: Path, var: Any, top: int, message: str
-) -> None:
-    (tmp_path / "vocab.json").write_text('{"sex": ["male"]}')
-    flags = ("--num_top_genes", top, "--vocab_path", tmp_path / "vocab.json", "--bin_edges", 0.5)
-    with pytest.raises(InputError, match=message):
-        GeneTokenizer.from_config(config(write_h5ad, *flags, var=var))
+    content = {**four_gene_tokenizer.to_dict(), "truncation": truncation}
+    if truncation == "variable":
+        assert GeneTokenizer.from_dict(content, source="x") == four_gene_tokenizer
+    else:
+        with pytest.raises(InputError, match="unknown keys: 'truncation'"):
+            GeneTokenizer.from_dict(content, source="x")

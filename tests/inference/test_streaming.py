@@ -19,7 +19,6 @@ from perturbgene.inference.streaming import (
     collect_results,
     has_genes,
     stream_batches,
-    token_batches,
 )
 
 CELLS = [[1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 0], [1.0, 1.0, 1.0, 0], [0, 0, 0, 3.0]]
@@ -65,10 +64,11 @@ def test_blocks_of_a_row_array_come_in_order() -> None:
     ("most", "expected"), [(100, [3]), (5, [2, 1]), (3, [1, 1, 1]), (1, [1, 1, 1]), (6, [2, 1]), (9, [3])]
 )
 def test_batches_hold_at_most_so_many_tokens_and_a_longer_cell_goes_alone(most: int, expected: list[int]) -> None:
-    batches = list(token_batches(a_block([3, 2, 4]), most_tokens=most))
-    assert [len(batch) for _, batch in batches] == expected
-    np.testing.assert_array_equal(np.concatenate([batch.input_ids_l for _, batch in batches]), np.arange(9))
-    assert [rows.start for rows, _ in batches] == [0, *np.cumsum(expected)[:-1].tolist()]
+    block = a_block([3, 2, 4])
+    dataset = type("Dataset", (), {"__len__": lambda _: 3, "blocks": lambda _: iter([block])})()
+    batches = list(stream_batches(dataset, text="test", ranks=Ranks(), most_tokens=most))
+    assert [len(batch) for batch in batches] == expected
+    np.testing.assert_array_equal(np.concatenate([batch.input_ids_l for batch in batches]), np.arange(9))
 
 
 def test_cells_without_genes_are_told_apart(make_adata, four_gene_tokenizer) -> None:

@@ -6,7 +6,7 @@ import pytest
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.perturbation.edits import changed_pairs, edit, perturbations_of
-from perturbgene.perturbation.readouts import StateReadout, most_genes, sequences
+from perturbgene.perturbation.readouts import StateReadout, sequences
 from tests.nine_genes import a_tokenizer
 
 # Ids bin_1 and bin_2 are 10 and 11; gene i has token type 3 + i.
@@ -33,7 +33,7 @@ def edited(block: TokenBlock, genes: list[str], tokenizer: GeneTokenizer = TOKEN
     """Return ids, types and own tokens of every sequence that the perturbations change, and which these are."""
     perturbations = perturbations_of(genes, tokenizer, **options)
     pairs = changed_pairs(block, perturbations, tokenizer)
-    room = most_genes(tokenizer, StateReadout())
+    room = tokenizer.most_genes()
     out, is_own_l = edit(block, perturbations, tokenizer, pairs=pairs, most_genes=room)
     rows = [
         [part.tolist() for part in (*out.cell(row), is_own_l[out.offsets_n1[row] : out.offsets_n1[row + 1]])]
@@ -111,10 +111,9 @@ def test_removing_a_token_equals_tokenising_the_cell_without_the_gene(pbmc):
         assert np.array_equal(block.take(untouched).input_ids_l, expected.take(untouched).input_ids_l)
 
 
-@pytest.mark.parametrize("truncation", ["variable", "expressed"])
-def test_a_knock_out_in_a_cut_cell_lets_no_other_gene_in(pbmc, truncation):
+def test_a_knock_out_in_a_cut_cell_lets_no_other_gene_in(pbmc):
     """It equals tokenising the cell without the gene and with room for one token less."""
-    settings = {"genes": list(pbmc.var_names), "phenotypes": {}, "bin_edges": [0.5, 1.0, 2.0], "truncation": truncation}
+    settings = {"genes": list(pbmc.var_names), "phenotypes": {}, "bin_edges": [0.5, 1.0, 2.0]}
     tokenizer = GeneTokenizer(**settings, max_length=60)
     block = block_of_values(pbmc, tokenizer)
     assert (np.diff(block.offsets_n1) == 60).all()

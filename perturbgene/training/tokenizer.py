@@ -1,0 +1,85 @@
+"""The tokenizer of a new run: from a configuration of `mlm` or `cls` and its training files.
+
+Owns the choice of panel, vocabulary and bins; leaves their meaning to `GeneTokenizer`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from perturbgene.data_utils.binning import read_edges
+from perturbgene.data_utils.genes import clean_gene, read_panel
+from perturbgene.data_utils.labels import Vocabulary
+from perturbgene.data_utils.opening import FileList, H5adFile
+from perturbgene.data_utils.tokenization import FORMAT_VERSION, GeneTokenizer
+from perturbgene.errors import InputError
+
+if TYPE_CHECKING:
+    from perturbgene.configs import TrainingConfig
+
+RANK_COLUMN = "highly_variable_rank"
+
+
+def tokenizer_of(config: "TrainingConfig", train_files: FileList) -> GeneTokenizer:
+    """Return the tokenizer that a configuration describes.
+
+    It starts from the tokenizer of `config.corpus` (or of `config.pretrained_model_path`); a vocabulary, bin edges or a
+    panel that the configuration names replace those. Without either, the panel is a file of genes, another run's
+    tokenizer, or the first training file's genes by `highly_variable_rank`.
+    """
+    base = config.corpus or config.pretrained_model_path
+    content: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    if base:
+        content = GeneTokenizer.from_pretrained(base).to_dict()
+    content["max_length"] = config.max_length
+    if config.vocab_path or not base:
+        vocabulary = Vocabulary.from_file(config.vocab_path) if config.vocab_path else Vocabulary({})
+        content["phenotypes"] = {name: list(labels) for name, labels in vocabulary.phenotypes.items()}
+        content["included_phenotypes"] = list(vocabulary.categories)
+    if config.included_phenotypes:
+        content["included_phenotypes"] = list(config.included_phenotypes)
+    if config.bin_edges_path or config.bin_edges:
+        content["bin_edges"] = read_edges(config.bin_edges_path) if config.bin_edges_path else list(config.bin_edges)
+    if config.panel or not base:
+        content["genes"], content["gene_symbols"] = _panel_of(config, train_files)
+    if config.num_top_genes:
+        count, known = config.num_top_genes, len(content["genes"])
+        if count > known:
+            raise InputError(
+                f"num_top_genes {count:,} exceeds the {known:,} genes of the panel. Lower --num_top_genes."
+            )
+        content["genes"] = content["genes"][:count]
+        content["gene_symbols"] = (content["gene_symbols"] or [])[:count] or None
+    if not base or config.normalization != "auto":
+        content["normalization"] = config.normalization
+    return GeneTokenizer.from_dict(content, source=str(base or "the configuration"))
+
+
+def _panel_of(config: "TrainingConfig", train_files: FileList) -> tuple[list[str], list[str] | None]:
+    """Return gene ids and symbols of the whole panel, if known."""
+    if config.panel and (Path(config.panel).is_dir() or str(config.panel).endswith(".json")):
+        given = GeneTokenizer.from_pretrained(config.panel)
+        return list(given.genes), list(given.gene_symbols) or None
+    if config.panel:
+        return list(read_panel(config.panel)), None
+    file = H5adFile(train_files[0], layer=config.layer)
+    names: Any = file.var_names if config.gene_id_column is None else file.var_column(config.gene_id_column).to_numpy()
+    known, order = file.columns_of(file.var_frame), np.arange(len(names))
+    if RANK_COLUMN in known:
+        rank = file.var_column(RANK_COLUMN).to_numpy(dtype=np.float64)
+        if len(set(rank[np.isfinite(rank)])) < np.isfinite(rank).sum():
+            raise InputError(
+                f"{file.path}: var[{RANK_COLUMN!r}] has ties. Rank the genes 0, 1, 2, ... or use `prepare`."
+            )
+        order = np.argsort(rank, kind="stable")[: int(np.isfinite(rank).sum())]
+    elif config.num_top_genes:
+        raise InputError(
+            f"{file.path} has no var column {RANK_COLUMN!r}, so --num_top_genes cannot choose. Rank the genes with "
+            "`perturbgene prepare`, or give --panel."
+        )
+    symbols = None
+    if "feature_name" in known:
+        symbols = [clean_gene(name) for name in file.var_column("feature_name").to_numpy(dtype=object)[order]]
+    file.close()
+    return [str(name) for name in names[order]], symbols
