@@ -1048,12 +1048,6 @@ def test_a_shard_that_names_an_unknown_table_of_genes_is_refused(mixed: Path) ->
         next(iter(IterableAnnDataset(odd, GeneTokenizer.from_pretrained(mixed))))
 
 
-def test_a_file_that_is_no_shard_does_not_say_what_was_measured(tmp_path: Path) -> None:
-    cells(counts(5)).write_h5ad(tmp_path / "plain.h5ad")
-    with pytest.raises(InputError, match="does not say which genes were measured"):
-        measured_genes(tmp_path / "plain.h5ad")
-
-
 def test_the_words_of_a_gene_report_are_explained_where_they_are_printed(tmp_path: Path, caplog: Any) -> None:
     with caplog.at_level("INFO"):
         prepare(named("symbols and ids", "x"), tmp_path / "corpus", num_top_genes=5)
