@@ -567,3 +567,14 @@ def _frame_of_table(table: h5py.Dataset, file: h5py.File) -> pd.DataFrame:
             labels = [_text(label) for label in file[f"uns/{name}_categories"][()]]
             frame[name] = pd.Categorical.from_codes(frame[name], labels)
     return frame.set_index(table.dtype.names[0])
+
+
+def sampled_spans(num_rows: int, *, num_spots: int = 4, span_rows: int = 64) -> list[tuple[int, int]]:
+    """Return spans of rows (start, stop) spread over a file, from which its scale and lengths are read.
+
+    Example:
+        >>> sampled_spans(1000)
+        [(0, 64), (250, 314), (500, 564), (750, 814)]
+    """
+    starts = sorted({max(0, min(num_rows - span_rows, num_rows * spot // num_spots)) for spot in range(num_spots)})
+    return [(start, min(num_rows, start + span_rows)) for start in starts]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perturbgene.data_utils.kernels import best_fit
-from perturbgene.data_utils.opening import H5adFile, MemoryFile
+from perturbgene.data_utils.opening import H5adFile, MemoryFile, sampled_spans
 
 if TYPE_CHECKING:
     from perturbgene.data_utils.shards import Shard
@@ -150,17 +150,6 @@ def split_rows(rows_m: np.ndarray, *, starts_f: np.ndarray) -> list[tuple[int, n
     cuts = np.flatnonzero(np.diff(files_m)) + 1
     parts = zip(np.split(files_m, cuts), np.split(rows_m, cuts), strict=True) if len(rows_m) else ()
     return [(int(files[0]), rows - starts_f[files[0]]) for files, rows in parts]
-
-
-def sampled_spans(num_rows: int, *, num_spots: int = 4, span_rows: int = 64) -> list[tuple[int, int]]:
-    """Return spans of rows (start, stop) spread over a file, from which its scale and lengths are read.
-
-    Example:
-        >>> sampled_spans(1000)
-        [(0, 64), (250, 314), (500, 564), (750, 814)]
-    """
-    starts = sorted({max(0, min(num_rows - span_rows, num_rows * spot // num_spots)) for spot in range(num_spots)})
-    return [(start, min(num_rows, start + span_rows)) for start in starts]
 
 
 # -- batches under a token budget ---------------------------------------------------------------------------------

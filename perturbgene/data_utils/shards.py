@@ -24,8 +24,7 @@ from scipy import sparse
 
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
-from perturbgene.data_utils.opening import H5adFile, MemoryFile
-from perturbgene.data_utils.order import sampled_spans
+from perturbgene.data_utils.opening import H5adFile, MemoryFile, sampled_spans
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.scale import (
     ExpressionBlock,

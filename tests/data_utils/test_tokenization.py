@@ -372,7 +372,7 @@ def test_a_bad_value_beyond_the_sample_is_refused_with_its_cell(
 ) -> None:
     values = np.tile(np.array(CELL), (2_000, 1))
     values[1_850, 2] = value
-    with pytest.raises(InputError, match=f"cell 1850 holds {message} in column 2"):
+    with pytest.raises(InputError, match=f"cell 1850 has {message} in column 2"):
         rows_of_file(make_tokenizer(normalization="none"), write_h5ad(values))
 
 
@@ -383,7 +383,7 @@ def test_a_column_index_outside_the_matrix_is_refused(
     path = write_h5ad([*CELL, *CELL])
     with h5py.File(path, "r+") as file:
         file["X/indices"][4] = column
-    with pytest.raises(InputError, match=f"cell 1 holds a column index outside the matrix in column {column}"):
+    with pytest.raises(InputError, match=f"cell 1 has a column index outside the matrix in column {column}"):
         rows_of_file(four_gene_tokenizer, path)
 
 
@@ -391,7 +391,7 @@ def test_a_column_that_occurs_twice_in_a_cell_is_refused(four_gene_tokenizer: Ge
     path = write_h5ad([*CELL, *CELL])
     with h5py.File(path, "r+") as file:
         file["X/indices"][4] = 0
-    with pytest.raises(InputError, match="cell 1 holds a column twice"):
+    with pytest.raises(InputError, match="cell 1 has a second value in column 0"):
         rows_of_file(four_gene_tokenizer, path)
 
 

@@ -406,7 +406,7 @@ def test_a_classifier_is_not_given_the_answer(cells, cls):
 
 
 def test_a_phenotype_is_not_asked_and_given_at_once(cells, mlm):
-    with pytest.raises(InputError, match="'phase' cannot be asked and given"):
+    with pytest.raises(InputError, match="'phase' cannot be both asked and given"):
         predict_table(cells, mlm, ask=["phase"], given={"phase": "S"})
 
 
@@ -1307,8 +1307,8 @@ def test_an_option_out_of_range_is_refused(wrong):
 # -- command lines ------------------------------------------------------------------------------------------------
 
 NONSENSE = {
-    "predict nowhere {cells} --output {out}": "does not exist",
-    "predict {mlm} nowhere.h5ad --output {out}": "does not exist",
+    "predict nowhere {cells} --output {out}": "there is no such file or folder",
+    "predict {mlm} nowhere.h5ad --output {out}": "there is no such file or folder",
     "predict {mlm} {mlm}/config.json --output {out}": "Give an .h5ad file",
     "predict {mlm} {cells} --output {out} --ask tissue": "'tissue'",
     "predict {cls} {cells} --output {out} --ask phase": "classifies 'cell_type' only",
@@ -1323,11 +1323,11 @@ NONSENSE = {
     "predict {mlm} {bare} --output {out} --ask cell_type --audit": "no obs column 'cell_type'",
     "predict {mlm} {bare} --output {out} --given phase": "no obs column 'phase'",
     "predict {corpus} {cells} --output {out}": "no finished run",
-    "evaluate nowhere": "does not exist",
+    "evaluate nowhere": "there is no such file or folder",
     "evaluate {mlm} --ask tissue --output {out}": "'tissue'",
     "evaluate {cls} --ask phase --output {out}": "classifies 'cell_type' only",
-    "evaluate {mlm} --corpus nowhere --output {out}": "is not a corpus",
-    "evaluate {mlm} --eval_data_paths nowhere.h5ad --output {out}": "does not exist",
+    "evaluate {mlm} --corpus nowhere --output {out}": "there is no such file or folder",
+    "evaluate {mlm} --eval_data_paths nowhere.h5ad --output {out}": "there is no such file or folder",
     "evaluate {mlm} --output {cells}": "cannot be written",
 }
 

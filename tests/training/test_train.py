@@ -19,11 +19,13 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 from perturbgene.inference.run import load_run
 from perturbgene.main import main
 from perturbgene.model import GeneBertForPhenotypicMLM
+from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.train import class_weights, model_config, run_cls, run_mlm
 
 COMMON = "--model_arch tiny --no_bf16 --report_to none --max_length 130 --logging_steps 1000"
@@ -206,7 +208,7 @@ def test_genes_vote_unless_labels_outnumber_the_hidden_size(
     config = parse_args(["mlm", "--corpus", str(corpus), "--output_dir", "x", "--model_arch", "tiny",
                          "--hidden_size", str(hidden_size), "--num_attention_heads", "4",
                          "--direct_path", choice])  # fmt: skip
-    tokenizer = GeneTokenizer.from_config(config)
+    tokenizer = tokenizer_of(config, FileList())
     assert 8 < sum(map(len, tokenizer.phenotypes.values())) <= 64
     found = model_config(config, tokenizer)
     assert found.direct_path is has_votes
