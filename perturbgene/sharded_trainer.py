@@ -158,7 +158,7 @@ class ShardedTrainer(SafeTrainer):
         return self._updates(self.cells.num_batches(epoch=epoch))
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
-        """Count epochs and steps one by one: planned epochs differ in length, and a resumed run may cut batches anew.
+        """Count epochs and steps one by one: planned epochs differ in length, and a resumed run may cut other batches.
 
         A plan takes about 0.2 s for a million cells; the schedule needs the exact end, also for exact resuming.
         """

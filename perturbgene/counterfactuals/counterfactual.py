@@ -169,7 +169,7 @@ def choose_cells(
 
 
 def _given_of(data: "AnnData | str | Path", run: Run, category: str, given: Given | None) -> dict[str, str | None]:
-    """Return the other phenotypes that stand in the sequence: those named, or all of the run that `obs` has."""
+    """Return the other phenotypes that are in the sequence: those named, or all of the run that `obs` has."""
     if given is not None:
         others = given_labels(given)
         if category in others:

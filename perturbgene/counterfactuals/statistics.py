@@ -16,7 +16,7 @@ from perturbgene.data_utils.genes import GenePanel
 from perturbgene.inference.streaming import ALL
 from perturbgene.perturbation.statistics import adjusted
 
-#: A gene whose predictions stand for less than this share of a group's cells gets no change.
+#: A gene whose predictions cover less than this share of a group's cells gets no change.
 LEAST_SHARE = 0.5
 
 

@@ -1,4 +1,4 @@
-"""Expression bins: their edges, and the expression that a bin stands for.
+"""Expression bins: their edges, and the expression that a bin represents.
 
 Owns reading, checking and fitting edges; the compiled loops of `kernels` apply them, as `numpy.digitize` does. Knows
 nothing of tokens or AnnData. Letters: g genes, e edges.
@@ -81,7 +81,7 @@ class BinEdges:
         return len(self.edges_ge) == 1
 
     def values(self) -> np.ndarray:
-        """Return the expression that each bin stands for: 0 for bin 0, then the middle of each bin.
+        """Return the expression that each bin represents: 0 for bin 0, then the middle of each bin.
 
         The lowest bin begins at nothing and the highest has no end. The lowest is counted from half its upper edge, and
         the highest is as wide as the one below it.
@@ -101,7 +101,7 @@ class BinEdges:
         return np.concatenate([zero_g1, (lower_ge + upper_ge) / 2], axis=1)
 
     def levels(self) -> list[float]:
-        """Return how much expression each bin stands for, averaged over genes, relative to the mean of bins 1 to e.
+        """Return how much expression each bin represents, averaged over genes, relative to the mean of bins 1 to e.
 
         Example:
             >>> BinEdges.shared([1e-4, 2.0, 3.0]).levels()

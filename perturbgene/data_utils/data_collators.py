@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise InputError(f"{name} is {value}, but a probability lies in 0..1. Change --{name}.")
+        raise InputError(f"{name} is {value}, but a probability must be in 0..1. Change --{name}.")
 
 
 def block_of(examples: Sequence[Example]) -> TokenBlock:
@@ -152,11 +152,11 @@ def collate_fn_wrapper(
         tokenizer: Gives the layout.
         pad_to_multiple_of: Round the padded length up.
         packed: True lays the batch out without padding.
-        gene_drop_prob: For training: each cell loses a share of its genes, drawn anew from [0, this) every epoch.
+        gene_drop_prob: For training: each cell loses a share of its genes, drawn again from [0, this) every epoch.
         seed: What the thinning depends on, with epoch and cell.
 
     Raises:
-        InputError: `gene_drop_prob` lies outside 0..1.
+        InputError: `gene_drop_prob` is outside 0..1.
 
     Example:
         >>> tokenizer = GeneTokenizer(genes=["A"], phenotypes={}, bin_edges=[1.0], max_length=4)
@@ -189,7 +189,7 @@ class DataCollatorForPhenotypicMLM:
     not measure, or that truncation may have cut, never serve as unexpressed. A full cell gives up its last unmasked
     genes for them, so no sequence grows past `max_length`.
 
-    `gene_drop_prob` thins cells like a shallower sequencing would: each cell loses a share of its genes, drawn anew
+    `gene_drop_prob` thins cells like a shallower sequencing would: each cell loses a share of its genes, drawn again
     from [0, `gene_drop_prob`) every epoch, before any gene is hidden. It keeps small data from being learnt by heart.
 
     Args:

@@ -102,7 +102,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         binary_label: With `phenotype_category`: 1 for this label, 0 for all others.
         layer, gene_id_column, min_gene_coverage: Which matrix, which var column names the genes, least share of the
             panel that a file must have.
-        missing_labels: Labels that mean "not known", beside an empty one, NaN and `unknown`.
+        missing_labels: Labels that mean "not known", in addition to an empty one, NaN and `unknown`.
         rank, world_size: Which part of the cells this process yields.
         keep_all: True yields each cell exactly once over all ranks (evaluation); False gives every rank the same
             number. Default: the opposite of `shuffle`.

@@ -539,7 +539,7 @@ def _checked_csr(matrix: Any) -> sparse.csr_matrix:
     elif sparse.issparse(matrix) and matrix.format == "csc":
         matrix.check_format(full_check=True)
         if len(matrix.indices) and not (matrix.indices.min() >= 0 and matrix.indices.max() < matrix.shape[0]):
-            raise ValueError("a row index lies outside the matrix")
+            raise ValueError("a row index is outside the matrix")
     return sparse.csr_matrix(matrix)
 
 

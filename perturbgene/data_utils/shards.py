@@ -95,7 +95,7 @@ class Shard:
         obs_columns: Phenotype -> obs column where the names differ.
         optional_labels: True lets label columns be missing (all absent); False refuses the file.
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
-        missing_labels: Labels that mean "not known", beside an empty one, NaN and `unknown`.
+        missing_labels: Labels that mean "not known", in addition to an empty one, NaN and `unknown`.
         alignments: Alignments of files seen before, by a hash of what they call their columns.
         measured: Tables of measured genes, which the files of a data set share.
     """
@@ -309,7 +309,7 @@ def _hash_of_names(names: Sequence[np.ndarray]) -> bytes:
 
 
 def _weight(shard: Shard) -> int:
-    """How many ordinary files a file stands for: one compressed by columns is kept in memory as a whole."""
+    """How many ordinary files a file counts as: one compressed by columns is kept in memory as a whole."""
     is_held_whole = isinstance(shard.source, H5adFile) and shard.source.format == "csc"
     return MOST_OPEN_FILES // MOST_WHOLE_FILES if is_held_whole else 1
 
@@ -413,7 +413,7 @@ def write_h5ad_copy(
 ) -> None:
     """Copy an h5ad file and add columns to its `obs`, matrices to its `obsm` and entries to `uns["perturbgene"]`.
 
-    The matrix is never read: the file is copied to a temporary name beside the target, changed there and renamed.
+    The matrix is never read: the file is copied to a temporary name next to the target, changed there and renamed.
     Memory holds one column of `obs`, or a block of rows of a matrix, at a time.
 
     Args:
@@ -445,7 +445,7 @@ def write_h5ad_copy(
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
     finally:
-        with suppress(NotADirectoryError):  # the target lies below a file, as the error says
+        with suppress(NotADirectoryError):  # the target is below a file, as the error says
             temporary.unlink(missing_ok=True)
 
 
@@ -496,7 +496,7 @@ def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, 
             write_elem(node, str(name), _as_column(column, known))
         node.attrs.create("column-order", [*order, *columns], dtype=h5py.string_dtype())
     else:
-        # Older anndata kept obs as one table, or categories apart from their columns: such an obs is written anew.
+        # Older anndata kept obs as one table, or categories apart from their columns: such an obs is written again.
         if isinstance(node, h5py.Group):
             table = read_elem(node)
         else:

@@ -205,7 +205,7 @@ def nearest_genes(vectors_gh: np.ndarray, *, top_k: int, min_similarity: float =
 
 
 def role_distances(vectors_kgh: np.ndarray, counts_kg: np.ndarray, *, min_cells: int) -> np.ndarray:
-    """Return how far apart each gene's vectors lie in two groups: cosine distance, 0..2.
+    """Return how far apart each gene's vectors are in two groups: cosine distance, 0..2.
 
     Args:
         vectors_kgh: Centred mean vectors, shape (k, g, h).
@@ -228,7 +228,7 @@ def role_table(
     """Rank genes by how much their embedding differs between groups, beyond the noise of the means.
 
     A mean over n cells is itself uncertain. With D the distance between the means of two halves of a group's cells, two
-    groups that do not differ lie (D_a + D_b) / 4 apart on average, as halves hold half of the cells each.
+    groups that do not differ are (D_a + D_b) / 4 apart on average, as halves hold half of the cells each.
 
     Args:
         distance_gkk: Of `role_distances`.
@@ -238,7 +238,7 @@ def role_table(
 
     Returns:
         For each gene that at least two groups express: `num_groups`, `mean_distance` over pairs of groups,
-        `mean_noise` to expect of the same pairs, `excess` = distance - noise, and the two groups that lie furthest
+        `mean_noise` to expect of the same pairs, `excess` = distance - noise, and the two groups that are furthest
         apart with their distance; by falling excess.
     """
     first, second = (np.array(side, dtype=np.int64) for side in zip(*combinations(range(len(groups)), 2), strict=True))

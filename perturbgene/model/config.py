@@ -40,7 +40,7 @@ class GeneBertConfig(PreTrainedConfig):
     #: If above 0, each gene embedding is multiplied by a learned gain per expression bin, which starts at
     #: 1 + range * (level - 1). 0 disables the gain: word plus type embedding, as in BERT.
     bin_gain_range: float | int = 1.0
-    #: Expression that each bin stands for, relative to the mean: 0 for bin_0, then ascending; None: evenly from 0 to 2.
+    #: Expression that each bin represents, relative to the mean: 0 for bin_0, then ascending; None: evenly from 0 to 2.
     bin_levels: list[float] | None = None
     direct_path: bool = False  # add a linear term in the expressed genes to the logits of labels, see `DirectPath`
     pad_token_id: int = 3  # only used for padded batches without an attention mask

@@ -68,7 +68,7 @@ class Perturbations:
 def perturbations_of(
     genes: Sequence[str], tokenizer: GeneTokenizer, *, kind: PerturbationKind = "knock_out", level: int | None = None
 ) -> Perturbations:
-    """Return the perturbations that names stand for.
+    """Return the perturbations that names refer to.
 
     Args:
         genes: Ids or symbols of the panel, those of a combination joined by "+"; or "all" alone for every gene that a

@@ -128,7 +128,7 @@ def _screen_batch(
 
 
 def _directions(run: Run, batch: Batch, readout: Readout, *, count: int) -> Tensor:
-    """Return orthonormal directions across each state in which most of its shifts lie, (n, h, r).
+    """Return orthonormal directions across each state in which most of its shifts are, (n, h, r).
 
     Random sums of vectors span most of the space that holds most of them (Halko, Martinsson and Tropp 2011,
     arXiv:0909.4061, algorithm 4.1). Here a sum is where the state goes when some genes fade and all others gain, drawn

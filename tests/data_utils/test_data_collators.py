@@ -326,7 +326,7 @@ def test_plain_dicts_are_masked_by_their_content(many_cells: list[Cell]) -> None
 @pytest.mark.parametrize("name", ["gene_mask_prob", "phenotype_mask_prob", "absent_prob"])
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_probabilities_outside_zero_and_one_are_refused(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{name} is .*, but a probability lies in 0..1. Change --{name}"):
+    with pytest.raises(InputError, match=f"{name} is .*, but a probability must be in 0..1. Change --{name}"):
         DataCollatorForPhenotypicMLM(a_tokenizer(), **{name: value})
 
 
