@@ -428,30 +428,28 @@ class CounterfactualConfig(FileOptions):
     verb: ClassVar[str] = "counterfactual"
     summary: ClassVar[str] = "Change one phenotype of cells and see which genes should change."
     about: ClassVar[str] = (
-        "Predicts hidden genes of each cell with its own label and with the one that is set, all else equal; writes "
-        "the mean change of every gene beside a null of meaningless changes and the observed difference, as h5ad, CSV "
-        "and PNG. It says what the model has learnt to go with a label, not what causes what."
+        "Predicts hidden genes of each cell with its own label and with the one that is set, all else equal. Writes "
+        "the mean change of every gene, with a null of meaningless changes and the observed difference, as .h5ad, .csv "
+        "and .png. It shows what the model has learned to go with a label, not what causes what."
     )
     example: ClassVar[str] = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
 
     set: str = option("", help="Phenotype and label to set, as NAME=LABEL.", is_required=True, keeps_commas=True)
     given: list[str] = option(
-        [],
-        help="Other phenotypes in the sequence: NAME reads obs, NAME=LABEL says it of all cells, `nothing` leaves all "
-        "out; none named means all of the run that obs has.",
-        keeps_commas=True,
-    )
-    groupby: str | None = option(None, help="Column of obs whose groups get changes of their own.")
-    num_passes: int = option(4, help="Masks per cell.", within="[1, inf)")
+        [], help="Other known phenotypes: NAME reads obs, NAME=LABEL sets it for all cells, `nothing` gives none. "
+        "Default: all phenotypes of the run that obs has.", keeps_commas=True,
+    )  # fmt: skip
+    groupby: str | None = option(None, help="Column of obs; changes are computed for each of its groups.")
+    num_passes: int = option(4, help="Number of masks per cell.", within="[1, inf)")
     gene_mask_prob: float | None = option(
-        None,
-        help="Share of genes that are hidden; none means the run's own. The more is hidden, the more the label counts.",
+        None, help="Share of genes to hide; the more is hidden, the more the label counts. Default: as in training.",
         within="(0, 1]",
+    )  # fmt: skip
+    num_null: int = option(
+        20, help="Number of meaningless changes that make the null; 0 means no test.", within="[0, inf)"
     )
-    num_null: int = option(20, help="Meaningless changes that the null is made of; 0 means none.", within="[0, inf)")
-    null_cells: int = option(256, help="Cells of each group that the null is computed on.", within="[1, inf)")
-    force: bool = option(False, help="Ask about combinations of phenotypes that the run has never seen.")
-    seed: int = option(0, help="Fixes the masks and the null.", within="[0, 4294967295]", group="Running")
+    force: bool = option(False, help="Allow combinations of phenotypes that the run has never seen.")
+    seed: int = option(0, help="Seed of the masks and the null.", within="[0, 4294967295]", group="Running")
 
     @property
     def set_label(self) -> dict[str, str]:
@@ -465,8 +463,9 @@ class CounterfactualConfig(FileOptions):
 
     def check(self) -> None:
         super().check()
+        check_suffix(self.output, ".h5ad", verb=self.verb)
         if "=" not in self.set:
-            raise InputError(f"set is {self.set!r}, but reads NAME=LABEL, such as disease=normal. Correct --set.")
+            raise InputError(f"set is {self.set!r}, but it must read NAME=LABEL, e.g. disease=normal. Correct --set.")
         if 0 < self.num_null < 5:
             raise InputError(f"num_null is {self.num_null}, too few to know their spread. Give 0, or 5 or more.")
         if self.set_label.keys() & (self.given_labels or {}).keys():

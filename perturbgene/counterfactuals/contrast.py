@@ -204,7 +204,7 @@ def _hidden(
 ) -> tuple[Batch, np.ndarray]:  # fmt: skip
     """Hide genes of cells: the packed batch, and where in (s, k, g) each hidden gene belongs, int64 of shape (m,).
 
-    The number of the pass takes the place of the epoch on which masks depend, so they are the same for any batches and ranks.
+    The number of the pass takes the place of the epoch, on which masks depend: they are the same for any batches.
     """
     masked, labels_l = collator.mask(replace(block, epochs_n=np.full(len(block), number, dtype=np.int64)))
     batch = pack(masked, labels_l=labels_l)

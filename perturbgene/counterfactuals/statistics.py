@@ -1,37 +1,35 @@
-"""Sums of a contrast to a table of changes: strata weighed, groups pooled, and all of it held against a null.
+"""From sums of a contrast to a table of changes: strata are weighted, groups pooled, and changes tested against a null.
 
-Owns the statistics; leaves prediction to `contrast` and which cells are asked to `counterfactuals`. Letters: g genes,
-k groups, r null draws, s strata (cells that express the gene, cells that do not).
+Owns the statistics; leaves prediction to `contrast` and the choice of cells to `counterfactual`. Letters: g genes, k
+groups, r null draws, s strata (cells that express the gene, cells that do not).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from perturbgene.counterfactuals.contrast import EXPRESSED, UNEXPRESSED, Sums
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.inference.streaming import ALL
-from perturbgene.perturbation.statistics import adjusted
+from perturbgene.perturbation.statistics import adjusted, welch_t
 
-#: A gene whose predictions cover less than this share of a group's cells gets no change.
+#: A gene gets no change if the strata with predictions have less than this share of a group's cells.
 LEAST_SHARE = 0.5
 
 
 def weigh_strata(sums_xskg: np.ndarray, counts_skg: np.ndarray, share_skg: np.ndarray) -> np.ndarray:
-    """Average changes over the cells of each group: means within strata, weighed by their share of the cells.
+    """Average changes over the cells of each group: means within strata, weighted by their share of the cells.
 
-    Only some of the genes that a cell does not express are drawn, hence the weights.
+    The weights are needed because only some of the genes that a cell does not express are drawn.
 
     Args:
         sums_xskg: Sums of changes, shape (..., s, k, g).
-        counts_skg: How many each is a sum of.
+        counts_skg: Number of changes in each sum.
         share_skg: Share of the group's cells in each stratum.
 
     Returns:
-        Shape (..., k, g); NaN where the strata with predictions hold less than `LEAST_SHARE` of the cells.
+        Shape (..., k, g); NaN where the strata with predictions have less than `LEAST_SHARE` of the cells.
 
     Example:
         >>> share = np.array([0.25, 0.75]).reshape(2, 1, 1)
@@ -46,7 +44,7 @@ def weigh_strata(sums_xskg: np.ndarray, counts_skg: np.ndarray, share_skg: np.nd
 
 
 def pool_groups(values_xkg: np.ndarray, cells_k: np.ndarray) -> np.ndarray:
-    """Average groups by their changed cells, (..., k, g) -> (..., g); groups without a value drop out."""
+    """Average groups, weighted by their changed cells, (..., k, g) -> (..., g); groups without a value do not count."""
     is_known = np.isfinite(values_xkg)
     weight = np.where(is_known, cells_k[:, None], 0.0)
     total = weight.sum(axis=-2)
@@ -54,16 +52,10 @@ def pool_groups(values_xkg: np.ndarray, cells_k: np.ndarray) -> np.ndarray:
     return np.where(total > 0, pooled.sum(axis=-2) / np.where(total > 0, total, 1.0), np.nan)
 
 
-def _pool_errors(squared_kg: np.ndarray, cells_k: np.ndarray, is_known_kg: np.ndarray) -> np.ndarray:
-    """Return the squared standard error of what `pool_groups` gives, (g,)."""
-    weight_kg = np.where(is_known_kg, cells_k[:, None], 0.0)
-    return (weight_kg**2 * squared_kg).sum(axis=0) / np.maximum(weight_kg.sum(axis=0), 1.0) ** 2
-
-
 def squared_errors(sums: Sums, share_skg: np.ndarray) -> np.ndarray:
-    """Return the squared standard error of each group's change, (k, g): cells differ, and each mask hides other genes.
+    """Return the squared standard error of each group's change, (k, g), over cells and masks.
 
-    A stratum with a single prediction counts its square as its variance.
+    In a stratum with a single prediction, the square of that prediction is taken for the variance.
     """
     count_skg = np.maximum(sums.counts_skg, 1)
     mean_skg = np.where(sums.counts_skg > 1, sums.changes_2skg[0] / count_skg, 0.0)
@@ -74,18 +66,18 @@ def squared_errors(sums: Sums, share_skg: np.ndarray) -> np.ndarray:
 
 
 def against_null(change_g: np.ndarray, null_rg: np.ndarray, error_g: np.ndarray, count_g: np.ndarray) -> pd.DataFrame:
-    """Compare changes with those that meaningless changes of the same size bring about.
+    """Test changes against those that meaningless changes of the label, of the same size, cause.
 
-    A change is one more draw under the null, known to its standard error:
-    t = (change - mean) / sqrt(sd^2 (1 + 1 / r) + error^2), with Welch's degrees of freedom of r - 1 and n - 1. p is
-    two-sided, q by Benjamini & Hochberg (1995) over the genes that have a p.
+    Welch's t of a change, which has a standard error over cells and masks, against one more draw from the null:
+    t = (change - mean) / sqrt(sd^2 (1 + 1 / r) + error^2), with r - 1 and n - 1 degrees of freedom.
 
     Args:
         change_g, null_rg: The changes, and those of the null.
-        error_g, count_g: Standard error of each change, and of how many predictions it is the mean.
+        error_g, count_g: Standard error of each change, and the number of predictions n behind it.
 
     Returns:
-        `null_mean`, `null_sd`, `t`, `p_value`, `q_value`, a row per gene; all NaN without a null.
+        `null_mean`, `null_sd`, `t`, `p_value` (two-sided), `q_value` (Benjamini-Hochberg over the genes that have a
+        p-value), a row per gene; all NaN without a null.
     """
     num_null = len(null_rg)
     if num_null < 2:
@@ -93,26 +85,17 @@ def against_null(change_g: np.ndarray, null_rg: np.ndarray, error_g: np.ndarray,
             np.nan, index=range(len(change_g)), columns=["null_mean", "null_sd", "t", "p_value", "q_value"]
         )
     mean_g, sd_g = null_rg.mean(axis=0), null_rg.std(axis=0, ddof=1)
-    spread_2g = np.stack([sd_g**2 * (1 + 1 / num_null), error_g**2])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t_g = np.where(sd_g > 0, (change_g - mean_g) / np.sqrt(spread_2g.sum(axis=0)), np.nan)
-        freedom_2g = np.stack([np.full(len(count_g), num_null - 1.0), np.maximum(count_g - 1.0, 1.0)])
-        freedom_g = spread_2g.sum(axis=0) ** 2 / (spread_2g**2 / freedom_2g).sum(axis=0)
-    p_g = 2 * stats.t.sf(np.abs(t_g), np.maximum(freedom_g, 1))
+    freedoms_2g = np.stack([np.full(len(count_g), num_null - 1.0), np.maximum(count_g - 1.0, 1.0)])
+    t_g, p_g = welch_t(
+        np.where(sd_g > 0, change_g - mean_g, np.nan), np.stack([sd_g**2 * (1 + 1 / num_null), error_g**2]), freedoms_2g
+    )
     return pd.DataFrame({"null_mean": mean_g, "null_sd": sd_g, "t": t_g, "p_value": p_g, "q_value": adjusted(p_g)})
 
 
-def _shares(sums: Sums) -> np.ndarray:
-    """Share of the changed cells that express each gene, and of those that do not, (s, k, g)."""
-    measured_kg, expressed_kg = sums.measured_2kg[0], sums.expressed_2kg[0]
-    share_kg = np.where(measured_kg > 0, expressed_kg / np.maximum(measured_kg, 1), 0.0)
-    return np.stack([share_kg, np.where(measured_kg > 0, 1 - share_kg, 0.0)])
+def observed_difference(sums: Sums) -> np.ndarray:
+    """Return the mean value in cells that have the label minus that in the cells to be changed, (k, g).
 
-
-def _observed(sums: Sums) -> np.ndarray:
-    """Mean value of cells that have the label minus that of cells to be changed, (k, g).
-
-    Within a group where it has cells of both kinds, else against all cells that have the label; NaN without any.
+    Within a group if it has cells of both kinds, else against all cells that have the label; NaN without any.
     """
     mean_2kg = np.where(sums.measured_2kg > 0, sums.values_2kg / np.maximum(sums.measured_2kg, 1), np.nan)
     value_g, measured_g = sums.values_2kg[1].sum(axis=0), sums.measured_2kg[1].sum(axis=0)
@@ -121,40 +104,55 @@ def _observed(sums: Sums) -> np.ndarray:
 
 
 def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.DataFrame:
-    """Lay out changes as one row per gene and group; with several groups also over all cells, as group "all"."""
-    share_skg = _shares(sums)
+    """Return one row per gene and group; with several groups also over all cells, as group "all"."""
+    measured_kg, cells_k = sums.measured_2kg[0], sums.cells_k
+    share_kg = np.where(measured_kg > 0, sums.expressed_2kg[0] / np.maximum(measured_kg, 1), 0.0)
+    share_skg = np.stack([share_kg, np.where(measured_kg > 0, 1 - share_kg, 0.0)])
     change_2kg = weigh_strata(sums.changes_2skg, sums.counts_skg, share_skg)
-    null_rkg = weigh_strata(sums.null_r2skg[:, 0], sums.null_counts_skg, share_skg)
-    observed_kg, count_skg = _observed(sums), sums.counts_skg
-    squared_kg, count_kg = squared_errors(sums, share_skg), count_skg.sum(axis=0)
-    stratum_skg = np.where(count_skg > 0, sums.changes_2skg[0] / np.maximum(count_skg, 1), np.nan)
-    pool = partial(pool_groups, cells_k=sums.cells_k)
-    rows: list[tuple[str, Callable[[np.ndarray], np.ndarray], np.ndarray, np.ndarray, float]] = []
-    if len(groups) > 1:
-        pooled_g = _pool_errors(squared_kg, sums.cells_k, np.isfinite(change_2kg[0]))
-        rows.append((ALL, pool, pooled_g, count_kg.sum(axis=0), float(sums.cells_k.sum())))
-    for number, group in enumerate(groups):
-        take_group = partial(np.take, indices=number, axis=-2)
-        rows.append((group, take_group, squared_kg[number], count_kg[number], float(sums.cells_k[number])))
+    stratum_skg = np.where(sums.counts_skg > 0, sums.changes_2skg[0] / np.maximum(sums.counts_skg, 1), np.nan)
+    of_groups = {
+        "change": change_2kg[0],
+        "change_bins": change_2kg[1],
+        "null": weigh_strata(sums.null_r2skg[:, 0], sums.null_counts_skg, share_skg),
+        "observed": observed_difference(sums),
+        "change_expressed": stratum_skg[EXPRESSED],
+        "change_unexpressed": stratum_skg[UNEXPRESSED],
+        "share_expressed": share_skg[EXPRESSED],
+    }
+    squared_kg, count_kg = squared_errors(sums, share_skg), sums.counts_skg.sum(axis=0)
     tables = []
-    for group, take, squared_g, count_g, num_cells in rows:
-        error_g = np.sqrt(squared_g)
-        change_2g = take(change_2kg)
-        table = pd.DataFrame({
-            "group": group,
-            "gene": list(panel.genes),
-            "symbol": [panel.display_name(at) for at in range(len(panel))],
-            "change": change_2g[0],
-            "change_bins": change_2g[1],
-            "standard_error": error_g,
-        })  # fmt: skip
-        held = against_null(change_2g[0], take(null_rkg), error_g, count_g)
-        table = pd.concat([table, held], axis=1)
-        table["observed"] = take(observed_kg)
-        table["change_expressed"], table["change_unexpressed"] = (
-            take(stratum_skg[EXPRESSED]),
-            take(stratum_skg[UNEXPRESSED]),
-        )
-        table["share_expressed"], table["n_cells"] = take(share_skg[EXPRESSED]), int(num_cells)
-        tables.append(table[table["change"].notna()].sort_values("change", ascending=False, kind="stable"))
+    if len(groups) > 1:
+        weight_kg = np.where(np.isfinite(change_2kg[0]), cells_k[:, None], 0.0)
+        squared_g = (weight_kg**2 * squared_kg).sum(axis=0) / np.maximum(weight_kg.sum(axis=0), 1.0) ** 2
+        pooled = {name: pool_groups(values_xkg, cells_k) for name, values_xkg in of_groups.items()}
+        tables.append(_group_table(ALL, panel, pooled, squared_g, count_kg.sum(axis=0), cells_k.sum()))
+    for number, group in enumerate(groups):
+        own = {name: values_xkg[..., number, :] for name, values_xkg in of_groups.items()}
+        tables.append(_group_table(group, panel, own, squared_kg[number], count_kg[number], cells_k[number]))
     return pd.concat(tables, ignore_index=True)
+
+
+def _group_table(
+    group: str, panel: GenePanel, values: dict[str, np.ndarray], squared_g: np.ndarray, count_g: np.ndarray,
+    num_cells: float,
+) -> pd.DataFrame:  # fmt: skip
+    """Return the rows of one group: genes that have a change, by falling change."""
+    error_g = np.sqrt(squared_g)
+    columns = {
+        "group": group,
+        "gene": list(panel.genes),
+        "symbol": [panel.display_name(at) for at in range(len(panel))],
+        "change": values["change"],
+        "change_bins": values["change_bins"],
+        "standard_error": error_g,
+    }
+    last = ("observed", "change_expressed", "change_unexpressed", "share_expressed")
+    table = pd.concat(
+        [
+            pd.DataFrame(columns),
+            against_null(values["change"], values["null"], error_g, count_g),
+            pd.DataFrame({name: values[name] for name in last}).assign(n_cells=int(num_cells)),
+        ],
+        axis=1,
+    )
+    return table[table["change"].notna()].sort_values("change", ascending=False, kind="stable")

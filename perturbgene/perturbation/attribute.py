@@ -7,7 +7,6 @@ cells, l tokens, k labels, g genes, m effects.
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +22,14 @@ from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, model_device, to_device
-from perturbgene.files import check_new, claimed, whole_files, write_json
+from perturbgene.files import check_new, whole_files, write_json
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALONE,
     GeneTokens,
     Given,
     Ranks,
-    check_target,
+    claimed_output,
     given_labels,
     has_genes,
     reading_options,
@@ -221,11 +220,10 @@ def attribute(
 
 def run_attribute(config: AttributeConfig) -> str | None:
     """Run the `attribute` verb: a table of marker genes, the deletion curves as a picture, and a record."""
-    ranks, target = Ranks.join(config.device), Path(config.output).expanduser()
-    png, record = target.with_suffix(".png"), target.with_suffix(".json")
-    with claimed(target, flag="output") if ranks.is_main else nullcontext():
+    ranks = Ranks.join(config.device)
+    with claimed_output(config, ranks) as (path, target):
+        png, record = target.with_suffix(".png"), target.with_suffix(".json")
         check_new(target, png, record, overwrite=config.overwrite)
-        path, _ = check_target(config.input, target, overwrite=config.overwrite, verb="attribute")
         run, settings = load_run(config.run, device=ranks.device(config.device)), config.to_dict()
         readout, labels = label_question(run, config.ask, config.given_labels)
         cells = GroupedCells.open(path, run, readout, given=config.given_labels, **reading_options(config))

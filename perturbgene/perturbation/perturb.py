@@ -9,7 +9,6 @@ import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import pandas as pd
 from perturbgene.cli.verbs import PerturbationKind, PerturbConfig, Pooling, Precision
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.devices import check_bfloat16
-from perturbgene.files import check_new, claimed, whole_files, write_json
+from perturbgene.files import check_new, whole_files, write_json
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALL,
@@ -29,7 +28,7 @@ from perturbgene.inference.streaming import (
     GeneTokens,
     Given,
     Ranks,
-    check_target,
+    claimed_output,
     given_labels,
     reading_options,
 )
@@ -334,12 +333,11 @@ def perturb(
 
 def run_perturb(config: PerturbConfig) -> str | None:
     """Run the `perturb` verb: a table, a picture and a record; an interrupted run continues where it stopped."""
-    ranks, target = Ranks.join(config.device), Path(config.output).expanduser()
-    png, record, per_cell = (target.with_suffix(suffix) for suffix in (".png", ".json", ".cells"))
-    others = [png, record, per_cell] if config.per_cell else [png, record]
-    with claimed(target, flag="output") if ranks.is_main else nullcontext():
+    ranks = Ranks.join(config.device)
+    with claimed_output(config, ranks) as (path, target):
+        png, record, per_cell = (target.with_suffix(suffix) for suffix in (".png", ".json", ".cells"))
+        others = [png, record, per_cell] if config.per_cell else [png, record]
         check_new(target, *others, overwrite=config.overwrite)
-        path, _ = check_target(config.input, target, overwrite=config.overwrite, verb="perturb")
         run = load_run(config.run, device=ranks.device(config.device))
         experiment = Experiment.open(path, run, config, config.given_labels)
         readout, settings = experiment.readout, config.to_dict()

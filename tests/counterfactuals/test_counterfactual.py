@@ -1,7 +1,9 @@
 """Counterfactuals: what is hidden and predicted, how it is averaged and tested, and which questions are refused."""
 
 import json
+import os
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +17,18 @@ import torch
 from scipy import stats
 
 import perturbgene as pg
+from perturbgene.cli.verbs import CounterfactualConfig
 from perturbgene.configs import MlmConfig, parse_args
 from perturbgene.counterfactuals import counterfactual as counterfactuals
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
-from perturbgene.counterfactuals.counterfactual import choose_cells, counterfactual, sum_changes, unseen_combinations
-from perturbgene.counterfactuals.statistics import against_null, change_table, pool_groups, squared_errors, weigh_strata
+from perturbgene.counterfactuals.counterfactual import (
+    CounterfactualTask,
+    choose_cells,
+    counterfactual,
+    expected_changes,
+    unseen_combinations,
+)
+from perturbgene.counterfactuals.statistics import against_null, pool_groups, squared_errors, weigh_strata
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, pack
 from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
@@ -114,15 +123,14 @@ def test_batches_do_not_change_the_table(run: Run, cells: ad.AnnData) -> None:
 
 def test_ranks_add_up_to_the_table_of_one_process(run: Run, cells: ad.AnnData, tmp_path: Path) -> None:
     meeting = threading.Barrier(2)
-    contrast = Contrast("tissue", SPLEEN, num_passes=2, num_null=5)
+    options: dict[str, Any] = {"num_passes": 2, "num_null": 5, "force": True, "groupby": "donor"}
+    config = CounterfactualConfig(run="run", input="in", output="out.h5ad", set="tissue=spleen", **options)
 
     def table_of(rank: int) -> pd.DataFrame:
         ranks = ThreadRanks(rank, 2, meeting=meeting)
-        dataset = open_cells(cells, run, {"tissue": None, "cell_type": None}, ranks=ranks)
-        chosen = choose_cells(dataset, contrast, groupby="donor", null_cells=256)
-        with cell_results(tmp_path / "out", num_cells=40, ranks=ranks) as parts:
-            sums = sum_changes(run, dataset, contrast, chosen, parts=parts)
-        return change_table(sums, run.tokenizer.panel, groups=chosen.groups)
+        task = CounterfactualTask.open(cells, run, config, {"cell_type": None}, ranks=ranks)
+        with cell_results(tmp_path / "out", num_cells=40, ranks=ranks) as results:
+            return expected_changes(task, results)
 
     with ThreadPoolExecutor(2) as pool:
         found = next(iter(pool.map(table_of, range(2))))
@@ -344,13 +352,37 @@ def test_the_command_writes_the_table_as_h5ad_csv_and_figure(run: Run, cells: ad
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_run_killed_among_its_files_leaves_no_main_file_and_is_finished_by_the_same_command(
+    run: Run, cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    paths = [save(run, tmp_path / "run"), str(tmp_path / "in.h5ad"), "--output", str(tmp_path / "out/out.h5ad")]
+    options = "--set tissue=spleen --num_passes 1 --num_null 0 --force --device cpu"
+    command = ["counterfactual", *paths, *options.split()]
+    replace = os.replace
+
+    def fail_at_the_main_file(source: Any, target: Any) -> None:
+        if str(target).endswith("out/out.h5ad"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_at_the_main_file)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nothing is cleaned up after a kill
+        assert main(command) == 130
+    assert (tmp_path / "out/out.csv").exists() and not (tmp_path / "out/out.h5ad").exists()
+    assert main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["out.csv", "out.h5ad", "out.png"]
+
+
 NONSENSE = {
-    "--set tissue": "reads NAME=LABEL",
+    "--set tissue": "it must read NAME=LABEL",
     "--set tissue=spleen --given tissue": "set and given both hold 'tissue'",
     "--set tissue=spleen --num_null 3": "num_null is 3, too few",
     "--set tissue=nowhere": "tissue=nowhere",
     "--set tissue=spleen": "does not say which cells it was trained on",
     "--num_passes 2": "set is missing",
+    "--set tissue=spleen --output changes.csv": "but counterfactual writes .h5ad files",
 }
 
 
