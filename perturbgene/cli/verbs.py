@@ -541,9 +541,6 @@ class PerturbConfig(ScoringOptions):
         5, help="Minimum number of changed cells per donor; donors with fewer are ignored for that gene.",
         within="[1, inf)",
     )  # fmt: skip
-    per_cell: bool = option(
-        False, help="Also write every cell's effects, to a folder OUTPUT.cells.", group="Input and output"
-    )
     precision: Precision = option("float32", help="bfloat16 is faster on some machines.", group="Running")
 
     def check(self) -> None:

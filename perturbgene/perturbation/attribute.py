@@ -34,7 +34,7 @@ from perturbgene.inference.streaming import (
     has_genes,
     reading_options,
 )
-from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects, write_table
+from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.readouts import LabelReadout, readout_of, sequences, token_budget
 from perturbgene.perturbation.screening import screen_removals
 from perturbgene.plots import deletion_figure, save_figure
@@ -235,7 +235,7 @@ def run_attribute(config: AttributeConfig) -> str | None:
         question = {name: value for name, value in settings.items() if name not in ("run", "output", "overwrite")}
         facts = provenance(run, question, coverage=cells.dataset.coverage)
         with whole_files(target, png, record) as folder:
-            write_table(table, folder / target.name)
+            table.to_csv(folder / target.name, index=False)
             save_figure(deletion_figure(pd.DataFrame(table.attrs["deletion"]), title=title), folder / png.name)
             write_json(folder / record.name, {**facts, **table.attrs})
         store.remove()

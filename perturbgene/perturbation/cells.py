@@ -14,13 +14,12 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from tqdm.auto import tqdm
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
@@ -29,7 +28,7 @@ from perturbgene.errors import InputError
 from perturbgene.files import whole_file
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import ALONE, Ranks, constant_labels, read_groups
+from perturbgene.inference.streaming import ALONE, Ranks, constant_labels, read_groups, unwritable
 from perturbgene.perturbation.readouts import Readout
 from perturbgene.urls import is_url, shown_path
 
@@ -104,11 +103,6 @@ class GroupedCells:
         """Tokenize some cells, ascending."""
         return self.dataset.tokenizer.tokenize_block(self.dataset.shards[0].read(rows_m))
 
-    def cells_per_donor(self, group: int) -> np.ndarray:
-        """Count the cells of each donor in a group, shape (d,)."""
-        is_here_n = (self.group_n == group) & (self.donor_n >= 0)
-        return np.bincount(self.donor_n[is_here_n], minlength=len(self.donors))
-
 
 # -- sums -------------------------------------------------------------------------------------------------------------
 
@@ -172,7 +166,6 @@ def sum_effects(
     num_effects: int,
     *,
     store: "PartStore | None" = None,
-    names_q: Sequence[str] | None = None,
     ranks: Ranks = ALONE,
 ) -> EffectSums:
     """Add up the effects of all cells, part by part; each process computes its share, and all get the whole sum.
@@ -183,7 +176,6 @@ def sum_effects(
         cells: The cells.
         num_effects: How many sums, q.
         store: Where finished parts are kept; None keeps them in memory (single process).
-        names_q: Name of each sum, if the store is to keep the effects of every cell, too.
         ranks: Which of the processes this is.
     """
     starts = range(0, len(cells), PART_CELLS)
@@ -197,35 +189,29 @@ def sum_effects(
                 if store is not None and store.load(name, part) is not None:
                     num_kept += 1
                 else:
-                    sums, effects = _sum_part(effects_of, cells, start, stop, num_effects=num_effects)
-                    if store is None:
-                        in_memory[part] = sums.arrays()
-                    else:
-                        if names_q is not None:
-                            store.save_effects(name, part, effects, names_q=names_q)
-                        store.save(name, part, sums)
+                    arrays = _sum_part(effects_of, cells, start, stop, num_effects=num_effects).arrays()
+                    in_memory[part] = arrays if store is None else store.save(name, part, arrays)
             bar.update(stop - start)
     if num_kept:
         logger.info("%s: %d of %d parts were finished before", name, num_kept, len(starts))
     ranks.barrier()
     total = EffectSums(num_effects)
     for part in range(len(starts)):
-        total.add_arrays(**(in_memory[part] if store is None else store.finished(name, part)))
+        found = in_memory[part] if store is None else store.load(name, part)
+        if found is None:
+            raise InputError(f"a finished part of {name} was deleted or damaged. Run the same command again.")
+        total.add_arrays(**found)
     ranks.barrier()  # rank 0 deletes the parts at the end; all ranks have read them now
     return total
 
 
-def _sum_part(
-    effects_of: EffectsOf, cells: GroupedCells, start: int, stop: int, *, num_effects: int
-) -> tuple[EffectSums, list[pd.DataFrame]]:
-    """Return the sums of a range of cells, and the effects of which they are sums."""
-    sums, effects = EffectSums(num_effects), []
+def _sum_part(effects_of: EffectsOf, cells: GroupedCells, start: int, stop: int, *, num_effects: int) -> EffectSums:
+    sums = EffectSums(num_effects)
     for block in cells.blocks(start, stop):
         cell_m, perturbation_m, effects_m = effects_of(block)
         row_m = block.cells_n[cell_m]
         sums.add(effects_m, donor_m=cells.donor_n[row_m], group_m=cells.group_n[row_m], perturbation_m=perturbation_m)
-        effects.append(pd.DataFrame({"cell": row_m, "perturbation": perturbation_m, "effect": effects_m}))
-    return sums, effects
+    return sums
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -236,12 +222,10 @@ class PartStore:
     """Finished parts on disk, until the table is written.
 
     Args:
-        folder: Hidden, next to the output; its name holds a hash of all that the parts depend on.
-        suffix: Of the output; tables of single cells, in the subfolder `cells`, are written in the same form.
+        folder: Hidden, next to the output; its name has a hash of all that the parts depend on.
     """
 
     folder: Path
-    suffix: str = ".csv"
 
     @classmethod
     def open(cls, output: Path, *, source: str, run: Run, readout: Readout, settings: Mapping[str, Any]) -> "PartStore":
@@ -260,53 +244,27 @@ class PartStore:
         text = json.dumps(facts, sort_keys=True, default=str)
         folder = output.with_name(f".{output.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.parts")
         try:
-            (folder / "cells").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{output} cannot be written ({error}). Choose another --output.") from error
-        return cls(folder, output.suffix)
+            raise unwritable(output, error) from error
+        return cls(folder)
 
-    def path(self, name: str, part: int) -> Path:
-        """Return the file of a part's sums."""
-        return self.folder / f"{name}.{part:06d}.npz"
-
-    def save(self, name: str, part: int, sums: EffectSums) -> None:
-        """Write the sums of a part."""
-        with whole_file(self.path(name, part)) as temporary, open(temporary, "wb") as stream:
-            arrays = sums.arrays()
+    def save(self, name: str, part: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Write the sums of a part, and return an empty dictionary: they need no memory any more."""
+        with whole_file(self.folder / f"{name}.{part:06d}.npz") as temporary, open(temporary, "wb") as stream:
             np.savez(stream, keys_k3=arrays["keys_k3"], sums_k2=arrays["sums_k2"])
-
-    def save_effects(self, name: str, part: int, effects: Sequence[pd.DataFrame], *, names_q: Sequence[str]) -> None:
-        """Write the effects of a part's cells as a table."""
-        table = pd.concat(effects or [pd.DataFrame(columns=["cell", "perturbation", "effect"])])
-        table["perturbation"] = np.asarray(names_q, dtype=object)[table["perturbation"].to_numpy(dtype=np.int64)]
-        with whole_file(self.folder / "cells" / f"{name}.{part:06d}{self.suffix}") as temporary:
-            write_table(table.assign(method=name), temporary, suffix=self.suffix)
+        return {}
 
     def load(self, name: str, part: int) -> dict[str, np.ndarray] | None:
         """Read the sums of a part; None if they are missing or damaged, so that they are computed again."""
         try:
-            with open(self.path(name, part), "rb") as stream, np.load(stream) as arrays:
+            with open(self.folder / f"{name}.{part:06d}.npz", "rb") as stream, np.load(stream) as arrays:
                 return {key: arrays[key] for key in ("keys_k3", "sums_k2")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-
-    def finished(self, name: str, part: int) -> dict[str, np.ndarray]:
-        """Read the sums of a part that was finished."""
-        arrays = self.load(name, part)
-        if arrays is None:
-            raise InputError(f"{self.path(name, part)} is missing or damaged. Run the same command again.")
-        return arrays
 
     def remove(self) -> None:
         """Delete the parts of this output, those of other settings too."""
         stem = glob.escape(self.folder.name.rsplit(".", 2)[0])
         for folder in self.folder.parent.glob(f"{stem}.{'[0-9a-f]' * 12}.parts"):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_table(table: pd.DataFrame, path: Path, *, suffix: str | None = None) -> None:
-    """Write a table as Parquet if its suffix is .parquet, else as CSV."""
-    if (suffix or path.suffix) == ".parquet":
-        table.to_parquet(path, index=False)
-    else:
-        table.to_csv(path, index=False)

@@ -7,7 +7,6 @@ perturbations, m effects, u groups.
 
 import copy
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,7 +31,7 @@ from perturbgene.inference.streaming import (
     given_labels,
     reading_options,
 )
-from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects, write_table
+from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.edits import ALL_GENES, REMOVED, Perturbations, changed_pairs, perturbations_of
 from perturbgene.perturbation.readouts import Readout, exact_effects, readout_of, sequences
 from perturbgene.perturbation.screening import screen_removals
@@ -127,16 +126,13 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
         experiment: What to compute.
         store, ranks: See `cells.sum_effects`.
     """
-    asked, cells = experiment.asked, experiment.cells
+    asked, cells, config = experiment.asked, experiment.cells, experiment.config
     every_gene = perturbations_of([ALL_GENES], experiment.run.tokenizer)
-    is_tested = len(cells.donors) > 1  # named genes need a null then: the screen of all genes, or random genes
-    options: dict[str, Any] = {"store": store, "ranks": ranks}
-    per_cell = store is not None and experiment.config.per_cell
+    is_tested = len(cells.donors) > 1  # then named genes need a null: the screen of all genes, or random genes
     screened, computed, controls = None, asked, np.empty(0, dtype=np.int64)
-    if asked.new_id == REMOVED and not experiment.config.exact and (experiment.is_all or is_tested):
-        names = every_gene.names if per_cell else None
+    if asked.new_id == REMOVED and not config.exact and (experiment.is_all or is_tested):
         screened = sum_effects(
-            "screened", experiment.screened_effects, cells, len(every_gene), names_q=names, **options
+            "screened", experiment.screened_effects, cells, len(every_gene), store=store, ranks=ranks
         )
     if screened is not None and experiment.is_all:
         strongest, drawn = _chosen(experiment, screened)
@@ -144,13 +140,11 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
         computed, controls = asked.take(rows), np.flatnonzero(np.isin(rows, drawn))
     elif not experiment.is_all and is_tested:
         singles = asked.types_j[asked.offsets_q1[:-1]][np.diff(asked.offsets_q1) == 1]
-        others = np.flatnonzero(~np.isin(every_gene.types_j, singles))
-        drawn = np.sort(_draw(others, experiment.config.num_controls))
+        drawn = np.sort(_draw(np.flatnonzero(~np.isin(every_gene.types_j, singles)), config.num_controls))
         if screened is None:
             computed, controls = asked.joined(every_gene.take(drawn)), len(asked) + np.arange(len(drawn))
-    names = computed.names if per_cell else None
-    effects_of = partial(experiment.exact_effects, perturbations=computed)
-    exact = sum_effects("exact", effects_of, cells, len(computed), names_q=names, **options)
+    exact_of = partial(experiment.exact_effects, perturbations=computed)
+    exact = sum_effects("exact", exact_of, cells, len(computed), store=store, ranks=ranks)
     if screened is None:
         return Effects(computed, exact, controls)
     if experiment.is_all:
@@ -258,7 +252,8 @@ def _means(experiment: Experiment, sums: EffectSums, group: int) -> pd.DataFrame
     """Return mean effects over donors; a single donor with few cells counts if all of them are changed."""
     donors, min_cells = experiment.cells.donors, experiment.config.min_cells
     if len(donors) == 1:
-        min_cells = min(min_cells, max(1, int(experiment.cells.cells_per_donor(group)[0])))
+        is_here_n = (experiment.cells.group_n == group) & (experiment.cells.donor_n == 0)
+        min_cells = min(min_cells, max(1, int(is_here_n.sum())))
     return mean_over_donors(*sums.of_group(group, num_donors=len(donors)), min_cells=min_cells)
 
 
@@ -335,9 +330,8 @@ def run_perturb(config: PerturbConfig) -> str | None:
     """Run the `perturb` verb: a table, a picture and a record; an interrupted run continues where it stopped."""
     ranks = Ranks.join(config.device)
     with claimed_output(config, ranks) as (path, target):
-        png, record, per_cell = (target.with_suffix(suffix) for suffix in (".png", ".json", ".cells"))
-        others = [png, record, per_cell] if config.per_cell else [png, record]
-        check_new(target, *others, overwrite=config.overwrite)
+        png, record = target.with_suffix(".png"), target.with_suffix(".json")
+        check_new(target, png, record, overwrite=config.overwrite)
         run = load_run(config.run, device=ranks.device(config.device))
         experiment = Experiment.open(path, run, config, config.given_labels)
         readout, settings = experiment.readout, config.to_dict()
@@ -351,12 +345,13 @@ def run_perturb(config: PerturbConfig) -> str | None:
         label = f"{config.towards} against {config.from_ or 'all other labels'}" if config.towards else "state"
         cells = f"{len(experiment.cells):,} cells, {_donors(experiment.cells)}"
         title = f"{config.kind.replace('_', ' ')}, {cells}\n{label}"
-        with whole_files(target, *others) as folder:
-            write_table(table, folder / target.name)
+        with whole_files(target, png, record) as folder:
+            if target.suffix == ".parquet":
+                table.to_parquet(folder / target.name, index=False)
+            else:
+                table.to_csv(folder / target.name, index=False)
             save_figure(effects_figure(table, title=title, effect=readout.effect_name), folder / png.name)
             write_json(folder / record.name, {**facts, "screen": table.attrs["screen"], "effect": readout.effect_name})
-            if config.per_cell:
-                os.rename(store.folder / "cells", folder / per_cell.name)
         store.remove()
         return _report(table, effects.agreement, experiment, target)
 

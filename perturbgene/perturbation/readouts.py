@@ -7,7 +7,6 @@ perturbations, m edited cells, k labels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,25 +24,6 @@ from perturbgene.perturbation.edits import Perturbations, edit
 
 #: Tokens that run at once on each kind of device: enough to fill it, few enough for its memory, on a CPU for its cache.
 TOKEN_BUDGET = {"cpu": 4_096, "cuda": 262_144}
-
-
-class Readout(Protocol):
-    """What is compared before and after: `LabelReadout` or `StateReadout`."""
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """Phenotypes whose tokens are in the sequence."""
-
-    @property
-    def asked(self) -> tuple[str, ...]:
-        """Phenotypes whose slot is in the sequence, masked."""
-
-    @property
-    def effect_name(self) -> str:
-        """What an effect is, with its unit."""
-
-    def read(self, model: torch.nn.Module, batch: Batch, *, is_counted_l: Tensor) -> Tensor:
-        """Run the model and return what is compared, differentiable: (n,) or (n, h)."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +110,10 @@ class StateReadout:
         cell_m = torch.searchsorted(batch["cu_seqlens"][1:].long(), reads_m, right=True)
         sums_nh = hidden_mh.new_zeros(len(starts_n), hidden_mh.shape[1]).index_add(0, cell_m, hidden_mh)
         return sums_nh / torch.bincount(cell_m, minlength=len(starts_n))[:, None]
+
+
+#: What is compared before and after.
+Readout = LabelReadout | StateReadout
 
 
 def readout_of(
