@@ -15,6 +15,7 @@ import torch
 
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import ask, pack
+from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
@@ -216,7 +217,7 @@ def run_embed(config: EmbedConfig) -> str | None:
         if config.is_of_genes:
             return run_gene_means(config, run, source=source, target=target, ranks=ranks)
         embedder = CellEmbedder(run, config.pooling, config.phenotype, config.genes, config.given_labels)
-        dataset = open_cells(source, run, embedder.given, ranks=ranks, **reading_options(config))
+        dataset = open_cells(FileList([source]), run, embedder.given, ranks=ranks, **reading_options(config))
         with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as results:
             batches = stream_batches(dataset, text="embed", ranks=ranks, most_tokens=config.batch_tokens)
             found = collect_results(results, batches, embedder.embed)

@@ -104,7 +104,7 @@ def _own_eval_paths(run: Run) -> list[str]:
     """Return the files of the run's own evaluation cells; none if it does not say or they are gone."""
     corpus, paths = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
     try:
-        return list(Corpus.open(corpus).paths("eval")) if corpus else expand_paths(paths) if paths else []
+        return Corpus.open(corpus).paths("eval") if corpus else expand_paths(paths) if paths else []
     except InputError:
         return []
 

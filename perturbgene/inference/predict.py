@@ -19,6 +19,7 @@ from perturbgene.configs import check_question
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
+from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
@@ -428,7 +429,7 @@ def run_predict(config: PredictConfig) -> str | None:
     with claimed_output(config, ranks) as (source, target):
         run = load_run(config.run, device=ranks.device(config.device))
         predictor = Predictor(run, config.ask, config.given_labels, config)
-        dataset = predictor.open(source, ranks=ranks, **reading_options(config))
+        dataset = predictor.open(FileList([source]), ranks=ranks, **reading_options(config))
         with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as results:
             columns = predictor.answer_all(dataset, results, most_tokens=config.batch_tokens)
             if not ranks.is_main:
