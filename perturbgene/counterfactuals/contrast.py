@@ -1,11 +1,11 @@
-"""A contrast of two labels on hidden genes: what the model expects of each under either, summed over cells.
+"""A contrast of two labels: the values that the model expects of hidden genes under each of them, summed over cells.
 
-Owns one phenotype's change, its null and the running sums; leaves masking to the collator, and which cells and what it
-means to `counterfactuals`. Letters: n cells, l tokens, m hidden genes, g genes, k groups, r null draws, s strata, e
+Owns one phenotype's change, its null and the running sums; leaves masking to the collator, and the choice of cells to
+`counterfactual`. Letters: n cells, l tokens, m hidden genes, g genes, k groups, r null draws, s strata, e
 edges, b bins.
 
 A gene is predicted where it is hidden, once with the cell's own label and once with the label that is set, all else
-equal. The null moves the label's vector just as far in directions that mean nothing.
+equal. The null moves the label's embedding just as far in random directions.
 """
 
 from dataclasses import dataclass, replace
@@ -26,13 +26,13 @@ EXPRESSED, UNEXPRESSED = 0, 1
 
 @dataclass(frozen=True)
 class Contrast:
-    """One phenotype, the label that it is set to, and how often a cell's genes are hidden.
+    """One phenotype, the label that it is set to, and how its effect is measured.
 
     Args:
         category: The phenotype.
         label_id: Input id of the label that is set.
         num_passes: Masks per cell.
-        num_null: Meaningless changes of the same size that the null is made of.
+        num_null: Meaningless changes of the same size that make the null.
         seed: Of masks and of the null.
     """
 
@@ -86,7 +86,7 @@ class GenePredictor:
         return {**batch, "input_ids": ids_l}
 
     def with_null(self, batch: Batch, draw: int) -> Batch:
-        """Move every cell's label by a vector that means nothing: the change's own coordinates, permuted and signed."""
+        """Move every cell's label by a meaningless vector: the change's coordinates, permuted and with random signs."""
         embeddings, device = self.run.model.genebert.embeddings, self.run.model.device
         order_h = torch.from_numpy(self.orders_rh[draw]).to(device)
         sign_h = torch.from_numpy(self.signs_rh[draw]).float().to(device)
@@ -176,14 +176,14 @@ def add_block(
     sums: Sums, predictor: GenePredictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, *,
     group_n: np.ndarray, is_null_n: np.ndarray,
 ) -> None:  # fmt: skip
-    """Predict the hidden genes of changed cells under both labels, and under the null where it is wanted.
+    """Predict the hidden genes of changed cells under both labels, and for some cells under the null.
 
     Args:
-        sums: Are added to.
-        predictor, collator: Who predicts, and who hides.
-        block: Cells that have a label, another than the one that is set.
+        sums: The results are added to these.
+        predictor, collator: They predict and hide genes.
+        block: Cells with another label than the one that is set.
         group_n: Group of each, (n,).
-        is_null_n: True where the null is computed too, (n,).
+        is_null_n: True for cells on which the null is computed, (n,).
     """
     rows = np.flatnonzero(is_null_n)
     for number in range(predictor.contrast.num_passes):

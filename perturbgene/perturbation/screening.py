@@ -1,4 +1,4 @@
-"""What removing every gene of a cell would do, to first order: one forward and few backward passes for all genes.
+"""The effect of removing each gene of a cell, to first order: one forward and few backward passes for all genes.
 
 Owns the gradient screen; leaves what is compared to `readouts`. docs/perturbation.md derives it. Letters: n cells, l
 tokens, a queries, h hidden size, d size of a head, r directions.
@@ -33,16 +33,15 @@ from perturbgene.perturbation.readouts import LabelReadout, Readout, token_budge
 
 #: Directions along which the length of a shift of the state is measured.
 NUM_DIRECTIONS = 12
-#: Spread of what is added to the attention logits of tokens to see where the state goes.
+#: Standard deviation of what is added to the attention logits of genes to see how the state shifts.
 FADE = 0.5
-#: Below this share of attention left, a query looked at nothing but the removed token and its output is undefined.
+#: Minimum share of attention on other tokens; below it, a query attends to the removed token only.
 LEAST_REST = 1e-3
-#: Bytes of attention weights that are worked on at once: on a CPU so few that they stay in its cache (1.7 times as fast
-#: at 1,000 genes as all at once).
+#: Bytes of attention weights computed at once; on a CPU few enough to stay in its cache.
 BYTES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 29}
 #: Attention weights of a batch that are kept from the forward to the backward pass.
 MOST_KEPT = {"cpu": 1 << 25, "cuda": 1 << 29}
-#: A single cell may have so many more than that; beyond, they are made again.
+#: A single cell may have this many times more; with still more, they are computed again in the backward pass.
 KEPT_OF_LONG_CELL = 8
 
 
@@ -62,20 +61,23 @@ def screen_removals(
         run: The model and its tokenizer.
         block: From `readouts.sequences`.
         readout: What is compared.
-        num_directions: For states: forward and backward passes, each pair for one of the directions in which the state
-            shifts most; as many as the hidden size are exact to first order.
-        towards_n: For labels: another label of interest for each cell, shape (n,).
-        budget: Tokens that run at once; None takes what suits the device.
-        is_half: Whether products run in bfloat16; None where that is faster.
+        num_directions: For states: number of directions in which the state shifts most, with a forward and a backward
+            pass each; with as many as the hidden size the result is exact to first order.
+        towards_n: For labels: the label of each cell, in place of the readout's, shape (n,).
+        budget: Maximum number of tokens that run at once; None takes what suits the device.
+        is_half: True for products in bfloat16; None uses it where it is faster.
 
     Returns:
-        float32 of shape (l,); missing (NaN) at tokens that are no genes.
+        float32 of shape (l,); NaN at tokens that are not genes.
     """
-    device = model_device(run.model)
+    device, budget = model_device(run.model), token_budget(run.model) if budget is None else budget
     if is_half is None:  # one layer has too little to multiply for the conversions
         is_half = has_fast_bfloat16(device.type) and run.model.config.num_hidden_layers > 1
+    lengths_n, most = np.diff(block.offsets_n1).astype(np.int64), max(1, _limit(MOST_KEPT, device) // _maps(run))
     scores = []
-    for rows in _batches(run, np.diff(block.offsets_n1), budget=token_budget(run.model) if budget is None else budget):
+    # A cell counts as its tokens, or as its share of the attention weights that may be kept, whichever is more.
+    for piece in in_budget(np.maximum(lengths_n, -(-(lengths_n**2) * budget // most)), budget=budget):
+        rows = np.arange(piece.start, piece.stop)
         batch = to_device(pack(block.take(rows)), device)
         wanted = None if towards_n is None else torch.from_numpy(towards_n[rows]).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
@@ -84,16 +86,8 @@ def screen_removals(
     return np.where(block.token_type_ids_l >= run.tokenizer.first_gene_type, estimate_l, np.nan)
 
 
-def _batches(run: Run, lengths_n: np.ndarray, *, budget: int) -> Iterator[np.ndarray]:
-    """Yield rows that run at once: within the budget of tokens, and of attention weights that are kept."""
-    most = _limit(MOST_KEPT, model_device(run.model)) // _maps(run)
-    weights_n = lengths_n.astype(np.int64) ** 2
-    for piece in in_budget(np.maximum(lengths_n, -(-weights_n * budget // max(1, most))), budget=budget):
-        yield np.arange(piece.start, piece.stop)
-
-
 def _maps(run: Run) -> int:
-    """Return how many attention weights a model has for each query and key."""
+    """Return the number of attention weights for each query and key."""
     return run.model.config.num_hidden_layers * run.model.config.num_attention_heads
 
 
@@ -160,12 +154,12 @@ def _across(shift_nhr: Tensor, unit_nh: Tensor) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Where the backward pass adds up what the removal of each token does.
+    """The backward pass adds the effect of each token's removal to these sums.
 
     Args:
         change_l: The sum so far, shape (l,).
         keeps: Whether attention weights are kept for the backward pass.
-        trigger: A scalar of no value that every layer's attention depends on, so that its gradient runs through all.
+        trigger: A scalar without effect on which all attention depends, so that its gradient passes through all layers.
     """
 
     change_l: Tensor
