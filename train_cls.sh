@@ -26,6 +26,6 @@ cls=(
   --seed 42                           # same seed, same result
 )
 # --binary_label "CD19+ B"              one class against all others
-# --no_balanced_dataset                    classes count as they come; otherwise rare ones weigh more
+# --no_balanced_dataset                 count classes as they come; by default rare ones weigh more
 "$perturbgene" cls "${cls[@]}"
 exec "$perturbgene" evaluate "$work/cls"

@@ -204,11 +204,6 @@ MODEL_SETTINGS = (
     "model_arch", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "norm_position",
     "bin_gain_range", "direct_path",
 )  # fmt: skip
-#: Settings that may change without a message: where and how often something is written, and what reads.
-_FREE = re.compile(
-    r"output_dir|resume_from_checkpoint|allow_changed|dataloader_.*|save_.*|logging_.*|eval_.*|report_to|run_name"
-    r"|per_device_eval_batch_size|disable_tqdm|allow_overlap|pretrained_model_path|project|hub_.*|push_to_hub|ddp_.*"
-)
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -216,35 +211,25 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in then if name in now and then[name] != now[name]]
 
 
-def changed_settings(
-    then: Mapping[str, Any], now: Mapping[str, Any], *, ranks: tuple[int, int]
-) -> tuple[list[str], list[str]]:
-    """List what differs between the settings of a checkpoint and those with which it will be continued.
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any], *, ranks: tuple[int, int]) -> list[str]:
+    """List the settings of a checkpoint that differ from those of now and would make it another run, as lines.
 
     Args:
         then, now: Settings by name.
         ranks: Number of processes then and now. The same number of cells per step, divided otherwise, is no difference.
 
-    Returns:
-        Differences that make it another run, and those that are only worth knowing, as lines.
-
     Example:
         >>> changed_settings({"seed": 1, "max_steps": 5}, {"seed": 2, "max_steps": 9}, ranks=(1, 1))
-        (['seed was 1, is 2'], ['max_steps was 5, is 9'])
+        ['seed was 1, is 2']
     """
     factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
     cells_per_step = [
         settings.get(factors[0], 1) * settings.get(factors[1], 1) * num_ranks
         for settings, num_ranks in zip((then, now), ranks, strict=True)
     ]
-    names = [name for name in differing(then, now) if not _FREE.fullmatch(name)]
-    if cells_per_step[0] == cells_per_step[1]:
-        names = [name for name in names if name not in factors]
-    lines = {name: f"{name} was {then[name]}, is {now[name]}" for name in names}
-    noted = [line for name, line in lines.items() if name not in _FIXED]
-    if ranks[0] != ranks[1]:
-        noted.append(f"processes were {ranks[0]}, are {ranks[1]}")
-    return [line for name, line in lines.items() if name in _FIXED], noted
+    free = factors if cells_per_step[0] == cells_per_step[1] else ()
+    names = [name for name in differing(then, now) if name in _FIXED and name not in free]
+    return [f"{name} was {then[name]}, is {now[name]}" for name in names]
 
 
 # -- the trainer --------------------------------------------------------------------------------------------------

@@ -254,11 +254,8 @@ def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: An
         logger.info("%d labels outnumber hidden_size %d: no --direct_path", num_labels, sizes["hidden_size"])
     sizes["direct_path"] = {"auto": is_small, "always": True, "never": False}[config.direct_path]
     sizes |= {"initializer_range": round(1 / math.sqrt(sizes["hidden_size"]), 4), "embedding_range": EMBEDDING_RANGE}
-    return GeneBertConfig(**{**sizes, **_kernel(config), **tokenizer_facts(tokenizer), **extra})
-
-
-def _kernel(config: "TrainingConfig") -> dict[str, str]:
-    return {"attention_kernel": config.attn_implementation}
+    sizes["attention_kernel"] = config.attn_implementation
+    return GeneBertConfig(**{**sizes, **tokenizer_facts(tokenizer), **extra})
 
 
 def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
@@ -301,7 +298,7 @@ def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer
             f"{path} was trained with another tokenizer (genes, labels, bins or scale differ), so its weights would "
             "mean other things. Use the corpus that it was trained on, or start without --pretrained_model_path."
         )
-    for name, value in {**_kernel(config), **extra}.items():
+    for name, value in {"attention_kernel": config.attn_implementation, **extra}.items():
         setattr(loaded, name, value)
     table = logging.getLogger("transformers.modeling_utils")
     level = table.level
@@ -397,14 +394,14 @@ def _check_settings(config: "TrainingConfig", arguments: TrainingArguments, chec
             "another --output_dir."
         )
     ranks = (int(checkpoints.manifest_of(checkpoint).get("world_size", 1)), arguments.world_size)
-    grave, noted = checkpoints.changed_settings(then, now, ranks=ranks)
-    if noted or grave:
-        logger.warning("settings differ from those of %s: %s", path, "; ".join([*grave, *noted]))
-    if grave and not config.allow_changed:
+    changes = "; ".join(checkpoints.changed_settings(then, now, ranks=ranks))
+    if changes and not config.allow_changed:
         raise InputError(
-            f"{checkpoint} was trained with other settings: {'; '.join(grave)}. The result would belong to neither "
-            "run. Give the earlier settings, or --allow_changed."
+            f"{checkpoint} was trained with other settings: {changes}. The result would belong to neither run. Give "
+            "the earlier settings, or --allow_changed."
         )
+    if changes:
+        logger.warning("settings differ from those of %s: %s", path, changes)
 
 
 def _write_run(
