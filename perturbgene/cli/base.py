@@ -1,4 +1,4 @@
-"""What the settings of all verbs have in common, and the options of h5ad files that most of them share.
+"""Settings that all verbs have in common, and the options of h5ad files that most of them share.
 
 Owns checking at construction and writing to YAML; reading is in `parsing`, the verbs' own options are in `verbs`.
 """
@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from perturbgene.cli.options import check_edges, check_exists, check_flag, check_not_both, option, own_flags
+from perturbgene.cli.options import DATA, GENES, check_edges, check_exists, check_flag, option, own_flags
+from perturbgene.errors import InputError
 from perturbgene.files import write_text
 from perturbgene.urls import shown_text
 
@@ -32,20 +33,23 @@ class BaseConfig:
         self.check()
 
     def check(self) -> None:
-        """Refuse impossible settings; subclasses add checks across fields.
-
-        Raises:
-            InputError: Says what was given, why it is impossible, and which flag to change.
-        """
-        for flag in own_flags(type(self)).values():
-            check_flag(getattr(self, flag.name), flag)
+        """Refuse impossible settings with an `InputError`; subclasses add checks across fields."""
+        for name, flag in own_flags(type(self)).items():
+            value = getattr(self, name)
+            check_flag(value, flag)
+            for other in flag.excludes:
+                if value and getattr(self, other):
+                    raise InputError(
+                        f"{name} and {other} are both given, but they answer the same question. "
+                        f"Remove --{name} or --{other}."
+                    )
 
     def check_paths(self) -> None:
         """Refuse files and folders that do not exist, before anything slow is imported."""
         for flag in own_flags(type(self)).values():
             value = getattr(self, flag.name)
             for path in (value if isinstance(value, list) else [value]) if flag.is_path else []:
-                check_exists(path, flag=flag.name)
+                check_exists(path, flag)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, with overrides of TrainingArguments; URLs without their secrets."""
@@ -75,40 +79,35 @@ def _without_secrets(value: Any) -> Any:
 class MatrixOptions(BaseConfig):
     """Where the values and gene ids are in an h5ad file (prepare, mlm, cls and verbs that read new cells)."""
 
-    group: ClassVar[str] = "Genes and bins"
+    group = GENES
 
-    layer: str | None = option(None, help="Layer to read instead of X; `raw` means .raw.")
+    layer: str | None = option(None, "Layer to read instead of X; `raw` means .raw.")
     missing_labels: list[str] = option(
-        [],
-        help="Labels that mean `not known`, in addition to NaN, an empty label and `unknown` (in any case).",
-        group="Data",
+        [], "Labels that also mean `not known`; NaN, an empty label and `unknown` (in any case) always do.", group=DATA
     )
-    gene_id_column: str | None = option(None, help="Column of var with the gene ids, instead of var_names.")
+    gene_id_column: str | None = option(None, "Column of var with the gene ids. Default: the index of var.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BinOptions(MatrixOptions):
     """Which genes are used and how their values become bins (prepare, mlm, cls)."""
 
-    group: ClassVar[str] = "Genes and bins"
+    group = GENES
 
     panel: str | None = option(
-        None, help="Genes to use: a text file with one id per line, or a run's tokenizer.", is_path=True
+        None, "Genes to use: a text file with one id per line, or the tokenizer of a run.", is_path=True
     )
     num_top_genes: int | None = option(
-        None, help="Keep only this many of the most variable genes. Default: all.", within="[1, inf)"
+        None, "Keep only this many of the most variable genes. Default: all.", within="[1, inf)"
     )
     normalization: Normalization = option(
-        "auto", help="auto recognizes raw counts and takes log1p of counts per 10,000."
+        "auto", "How values are scaled. auto takes log1p of counts per 10,000 if it finds raw counts."
     )
     bin_edges: list[float] = option(
-        [], help="Increasing edges of the bins; a value on an edge belongs to the upper bin."
+        [], "Increasing edges of the bins; a value on an edge belongs to the upper bin.", excludes=("bin_edges_path",)
     )
-    bin_edges_path: str | None = option(
-        None, help="JSON file with a list of edges, or with gene -> edges.", is_path=True
-    )
+    bin_edges_path: str | None = option(None, "JSON file with a list of edges, or with gene -> edges.", is_path=True)
 
     def check(self) -> None:
         super().check()
         check_edges(self.bin_edges)
-        check_not_both(self, "bin_edges", "bin_edges_path")

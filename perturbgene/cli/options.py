@@ -1,11 +1,10 @@
-"""What an option is: one dataclass field is a flag, a YAML key, a default, a help text and an entry of the manual page.
+"""Options: one dataclass field is a flag, a YAML key, a default, a help text and an entry of the manual page.
 
 Owns `Flag`, how it is declared, and the checks that need no data; reading text into options is in `parsing`.
 Letters: e edges.
 """
 
 import dataclasses
-import importlib.util
 import re
 import types
 import typing
@@ -16,16 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from perturbgene.errors import InputError, listed
 
-GROUPS = (
-    "Input and output",
-    "Task",
-    "Data",
-    "Genes and bins",
-    "Model",
-    "Training",
-    "Running",
-    "transformers.TrainingArguments",
-)
+IN_OUT, TASK, DATA, GENES = "Input and output", "Task", "Data", "Genes and bins"
+MODEL, TRAINING, RUNNING, ARGUMENTS = "Model", "Training", "Running", "transformers.TrainingArguments"
+#: Headings of a manual page, in their order.
+GROUPS = (IN_OUT, TASK, DATA, GENES, MODEL, TRAINING, RUNNING, ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -41,9 +34,13 @@ class Flag:
         item: Type of the items of a list.
         choices: The only values that are allowed; empty for any.
         within: Interval of allowed numbers such as ``"[0, 1)"``; empty for any.
+        excludes: Names of options that answer the same question.
         is_required: An empty value is refused.
-        is_positional: May also be given without its flag, in the order of declaration.
+        is_positional: Required, and may be given without its flag, in the order of declaration.
         is_path: Names files or folders that must exist before the command starts.
+        may_be_on_hub: A path that may also be the name of a model on the Hugging Face Hub.
+        is_unique: The values of a list must differ.
+        is_named: Each value must read NAME or NAME=VALUE, and the names must differ.
         keeps_commas: The values of a list are not split at commas, since labels and donors may contain them.
         none_is_text: The word ``none`` is a value like any other, since a label may have this name.
         bare: Value if the flag is given without one; None if it needs a value.
@@ -53,13 +50,17 @@ class Flag:
     kinds: tuple[type, ...]
     default: Any = None
     help: str = ""
-    group: str = "Task"
+    group: str = TASK
     item: type = str
     choices: tuple[str, ...] = ()
     within: str = ""
+    excludes: tuple[str, ...] = ()
     is_required: bool = False
     is_positional: bool = False
     is_path: bool = False
+    may_be_on_hub: bool = False
+    is_unique: bool = False
+    is_named: bool = False
     keeps_commas: bool = False
     none_is_text: bool = False
     bare: Any = None
@@ -75,9 +76,9 @@ class Flag:
         return list in self.kinds
 
 
-def option(default: Any, *, help: str, **traits: Any) -> Any:
+def option(default: Any, help: str, **traits: Any) -> Any:
     """Declare a dataclass field that is a flag; ``traits`` are further attributes of `Flag`."""
-    metadata = {"help": help, **traits}
+    metadata = {"help": help, "is_required": traits.get("is_positional", False), **traits}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -98,7 +99,7 @@ def own_flags(config_class: type[Any]) -> dict[str, Flag]:
         owner = next(base for base in config_class.__mro__ if declared.name in vars(base).get("__annotations__", {}))
         factory = declared.default_factory
         default = declared.default if factory is dataclasses.MISSING else factory()
-        traits = {"bare": True if bool in kinds else None, "group": vars(owner).get("group", "Task")}
+        traits = {"bare": True if bool in kinds else None, "group": vars(owner).get("group", TASK)}
         traits |= {"item": str if choices else item, "choices": choices, **declared.metadata}
         flags[declared.name] = Flag(declared.name, kinds, default, **traits)
     return flags
@@ -117,13 +118,18 @@ def is_within(value: float, interval: str) -> bool:
 
 
 def check_flag(value: Any, flag: Flag) -> None:
-    """Refuse an empty value of a required option, and numbers outside their interval."""
+    """Refuse a value that the option's traits do not allow."""
+    values = value if isinstance(value, list) else [value]
     if flag.is_required and value in (None, "", []):
         way = f"{flag.name.upper()} after the verb, or --{flag.name}" if flag.is_positional else f"--{flag.name}"
         raise InputError(f"{flag.name} is missing. Give {way} ({flag.help})")
-    for number in (value if isinstance(value, list) else [value]) if flag.within else []:
+    for number in values if flag.within else []:
         if number is not None and not is_within(number, flag.within):
             raise InputError(f"{flag.name} is {number}, but it must be in {flag.within}. Change --{flag.name}.")
+    if flag.is_unique:
+        check_no_repeats(values, flag=flag.name)
+    if flag.is_named:
+        named_values(values, flag=flag.name)
 
 
 def check_edges(edges_e: Sequence[float]) -> None:
@@ -141,39 +147,20 @@ def check_edges(edges_e: Sequence[float]) -> None:
             )
 
 
-def check_exists(path: str | None, *, flag: str) -> None:
+def check_exists(path: str | None, flag: Flag) -> None:
     """Refuse a local path that does not exist; URLs and patterns are checked when they are opened."""
     if not path or "://" in path or re.search(r"[*?\[{]", path) or Path(path).exists():
         return
-    raise InputError(f"{flag} is {path!r}, but there is no such file or folder. Correct the path given to --{flag}.")
-
-
-def check_suffix(output: str, *suffixes: str, verb: str) -> None:
-    """Refuse an output in a form that the verb does not write, or a .parquet file without pyarrow."""
-    suffix = Path(output).suffix
-    if suffix not in suffixes:
-        raise InputError(f"output is {output!r}, but {verb} writes {' or '.join(suffixes)} files. Change --output.")
-    if suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise InputError("a .parquet file needs pyarrow. Name a .csv file, or pip install 'perturbgene[parquet]'.")
-
-
-def check_not_both(config: object, first: str, second: str) -> None:
-    """Refuse two options that answer the same question."""
-    if getattr(config, first) and getattr(config, second):
-        raise InputError(
-            f"{first} and {second} are both given, but they answer the same question. Remove --{first} or --{second}."
-        )
+    if flag.may_be_on_hub and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
+        return
+    name = flag.name
+    raise InputError(f"{name} is {path!r}, but there is no such file or folder. Correct the path given to --{name}.")
 
 
 def check_no_repeats(names: Sequence[str], *, flag: str) -> None:
     """Refuse a list that names something twice."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{flag} names {listed(repeated)} more than once. Keep one of each in --{flag}.")
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Return whether a name reads ``owner/model`` and its first part is not a folder here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).parent.is_dir()
 
 
 def named_values(entries: Sequence[str], *, flag: str) -> dict[str, str | None]:

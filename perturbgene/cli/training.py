@@ -9,14 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from perturbgene.cli.base import BaseConfig, BinOptions
-from perturbgene.cli.options import (
-    check_exists,
-    check_no_repeats,
-    check_not_both,
-    looks_like_hub_id,
-    option,
-    own_flags,
-)
+from perturbgene.cli.options import DATA, GENES, IN_OUT, MODEL, TRAINING, option, own_flags
 from perturbgene.devices import check_bfloat16, has_fast_bfloat16
 from perturbgene.errors import InputError
 
@@ -31,50 +24,39 @@ RATE_TIMES_WIDTH = 0.128
 RATE_OF_FINE_TUNING = 0.5
 
 Schedule = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-    "reduce_lr_on_plateau",
-]
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
+    "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau",
+]  # fmt: skip
+Logger = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio", "none", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(BinOptions):
     """Which cells are read and how they become tokens (mlm, cls)."""
 
-    group: ClassVar[str] = "Data"
+    group = DATA
 
     corpus: str | None = option(
-        None, help="Folder made by `prepare`, with its shards, vocabulary, panel and bins.", is_path=True
-    )
+        None, "Folder made by `prepare`: shards, vocabulary, panel and bins.", is_path=True,
+        excludes=("train_data_paths",),
+    )  # fmt: skip
     train_data_paths: list[str] = option(
-        [], help="Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.", is_path=True
+        [], "Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.", is_path=True
     )
     eval_data_paths: list[str] = option(
-        [], help="Evaluation files, written like the training files; they replace those of a corpus.", is_path=True
+        [], "Evaluation files, written like the training files; they replace those of a corpus.", is_path=True
     )
-    vocab_path: str | None = option(None, help="JSON file {category: [labels]} of the phenotypes.", is_path=True)
+    vocab_path: str | None = option(None, "JSON file {category: [labels]} with the phenotypes.", is_path=True)
     included_phenotypes: list[str] = option(
-        [], help="Phenotypes in a cell's sequence, in this order. Default: all of the vocabulary."
+        [], "Phenotypes in a cell's sequence, in this order. Default: all of the vocabulary.", is_unique=True
     )
-    max_length: int = option(
-        2048, help="Maximum length of a sequence in tokens, including [CLS] and [EOS].", within="[3, inf)"
-    )
+    max_length: int = option(2048, "Maximum number of tokens of a cell, with [CLS] and [EOS].", within="[3, inf)")
     pad_to_multiple_of: int | None = option(
-        None, help="Pad sequences to a multiple of this length; tensor cores prefer 8.", within="[1, inf)"
+        None, "Pad sequences to a multiple of this length; tensor cores prefer 8.", within="[1, inf)"
     )
-    allow_overlap: bool = option(
-        False, help="Go on although a file or cell is in both training and evaluation.", group="Data"
-    )
+    allow_overlap: bool = option(False, "Continue even if a file or cell is in both training and evaluation.")
     min_gene_coverage: float = option(
-        0.5, help="Stop if a file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+        0.5, "Stop if a file has less than this share of the panel.", group=GENES, within="[0, 1]"
     )
 
     @property
@@ -84,13 +66,11 @@ class DataOptions(BinOptions):
 
     def check(self) -> None:
         super().check()
-        check_not_both(self, "corpus", "train_data_paths")
         if not self.corpus and not self.train_data_paths:
             raise InputError(
                 "Neither corpus nor train_data_paths is given, so there are no cells to train on. "
                 "Give --corpus DIR (made by `perturbgene prepare`) or --train_data_paths."
             )
-        check_no_repeats(self.included_phenotypes, flag="included_phenotypes")
         least = 2 + 1 + len(self.included_phenotypes)
         if self.max_length < least:
             raise InputError(
@@ -103,56 +83,47 @@ class DataOptions(BinOptions):
 class ModelOptions(BaseConfig):
     """Size of the model and where its first weights come from (mlm, cls)."""
 
-    group: ClassVar[str] = "Model"
+    group = MODEL
 
     model_arch: Literal["tiny", "small", "base", "large"] = option(
-        "small", help="Preset of sizes; the flags below change single sizes."
+        "small", "Preset of sizes; the flags below change single sizes."
     )
     pretrained_model_path: str | None = option(
-        None, help="Run folder or Hugging Face model whose weights and sizes to start from."
-    )
-    num_hidden_layers: int | None = option(None, help="Number of layers.", within="[1, inf)")
-    num_attention_heads: int | None = option(None, help="Number of attention heads per layer.", within="[1, inf)")
-    hidden_size: int | None = option(None, help="Size of a token's vector.", within="[1, inf)")
-    intermediate_size: int | None = option(None, help="Size inside the feed-forward network.", within="[1, inf)")
+        None, "Run folder or Hugging Face model whose weights and sizes to start from.", is_path=True,
+        may_be_on_hub=True,
+    )  # fmt: skip
+    num_hidden_layers: int | None = option(None, "Number of layers.", within="[1, inf)")
+    num_attention_heads: int | None = option(None, "Number of attention heads per layer.", within="[1, inf)")
+    hidden_size: int | None = option(None, "Size of a token's vector.", within="[1, inf)")
+    intermediate_size: int | None = option(None, "Size inside the feed-forward network.", within="[1, inf)")
     dropout: float | None = option(
-        None, help="Dropout after embeddings and sublayers; attention weights have none.", within="[0, 1)"
+        None, "Dropout after embeddings and sublayers; attention weights have none.", within="[0, 1)"
     )
     norm_position: Literal["post", "branch"] | None = option(
-        None,
-        help="LayerNorm after each sum (post, as in DistilBERT) or on what a sublayer adds (branch, the presets).",
-        group="Model",
+        None, "LayerNorm after each sum (post, as in DistilBERT) or on what a sublayer adds (branch, the presets)."
     )
     bin_gain_range: float | None = option(
-        None, help="How much a gene's expression bin scales its vector at the start: 1 + this * (mean expression of "
+        None, "How much a gene's expression bin scales its vector before training: 1 + this * (mean expression of "
         "the bin - 1). 0 only adds the two vectors (BERT).", within="[0, 1]",
     )  # fmt: skip
     direct_path: Literal["auto", "always", "never"] = option(
-        "auto", help="Add a linear term in the expressed genes to the logits of labels. auto: unless labels outnumber "
-        "hidden_size.",
+        "auto", "Add a term to the logits of labels that is linear in the expressed genes. auto: unless labels "
+        "outnumber hidden_size.",
     )  # fmt: skip
     attn_implementation: Literal["auto", "matmul", "sdpa", "varlen", "flash"] = option(
-        "auto", help="How attention is computed; auto chooses the fastest that the device supports."
+        "auto", "How attention is computed; auto chooses the fastest that the device supports."
     )
-
-    def check_paths(self) -> None:
-        super().check_paths()
-        if self.pretrained_model_path and not looks_like_hub_id(self.pretrained_model_path):
-            check_exists(self.pretrained_model_path, flag="pretrained_model_path")
 
     def check(self) -> None:
         super().check()
-        name, heads, hidden = self.pretrained_model_path, self.num_attention_heads, self.hidden_size
-        sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
-        for size in (*sizes, "norm_position", "bin_gain_range") if name else ():
-            if getattr(self, size) is not None:
+        fixed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "norm_position",
+                 "bin_gain_range", "direct_path")  # fmt: skip
+        for name in fixed if self.pretrained_model_path else ():
+            if getattr(self, name) not in (None, "auto"):
                 raise InputError(
-                    f"{size} is given, but the model of --pretrained_model_path has its own. Remove --{size}."
+                    f"{name} is given, but the model of --pretrained_model_path has its own. Remove --{name}."
                 )
-        if name and self.direct_path != "auto":
-            raise InputError(
-                "direct_path is given, but the model of --pretrained_model_path has its own. Remove --direct_path."
-            )
+        heads, hidden = self.num_attention_heads, self.hidden_size
         if heads and hidden and hidden % heads:
             raise InputError(
                 f"hidden_size is {hidden}, which {heads} heads cannot share equally. Choose a --hidden_size that is "
@@ -164,68 +135,62 @@ class ModelOptions(BaseConfig):
 class TrainOptions(BaseConfig):
     """How long and how fast to train (mlm, cls); any other TrainingArguments field is an override."""
 
-    group: ClassVar[str] = "Training"
+    group = TRAINING
 
     output_dir: str = option(
-        "", help="Run folder: weights, tokenizer, settings and metrics.", group="Input and output", is_required=True
+        "", "Run folder to write: weights, tokenizer, settings and metrics.", group=IN_OUT, is_required=True
     )
     resume_from_checkpoint: str | None = option(
-        None, help="Checkpoint folder to continue from. Without a value (`latest`): the newest valid one in "
-        "--output_dir.", group="Input and output", bare="latest",
+        None, "Checkpoint folder to continue from. If the flag has no value: the newest valid one in --output_dir.",
+        group=IN_OUT, bare="latest",
     )  # fmt: skip
     allow_changed: bool = option(
-        False, help="Resume even if settings changed that affect the order of cells or the size of a step.",
-        group="Input and output",
-    )  # fmt: skip
+        False, "Resume even if settings changed that affect the order of cells or the size of a step.", group=IN_OUT
+    )
     learning_rate: float | None = option(
-        None, help="Peak learning rate of AdamW. Default: 0.128 / hidden size (tiny 2e-3, small 5e-4, base 1.7e-4, "
-        "large 1.25e-4), or half of it when training starts from other weights.", within="(0, inf)",
+        None, "Peak learning rate of AdamW. Default: 0.128 / hidden size (tiny 2e-3, small 5e-4, base 1.7e-4, "
+        "large 1.25e-4), or half of it if training starts from a pretrained model.", within="(0, inf)",
     )  # fmt: skip
-    per_device_train_batch_size: int = option(32, help="Cells per step and device.", within="[1, inf)")
+    per_device_train_batch_size: int = option(32, "Number of cells per batch and device.", within="[1, inf)")
     tokens_per_batch: int | None = option(
-        None, help="Maximum number of tokens in a device's batch, instead of a number of cells; at least --max_length. "
+        None, "Maximum number of tokens in a device's batch, instead of a number of cells; at least --max_length. "
         "Tokens are counted before genes are masked or dropped.", within="[3, inf)",
     )  # fmt: skip
-    per_device_eval_batch_size: int = option(64, help="Cells per evaluation batch and device.", within="[1, inf)")
-    gradient_accumulation_steps: int = option(1, help="Number of batches per optimizer step.", within="[1, inf)")
-    num_train_epochs: float = option(10.0, help="Number of passes over the training cells.", within="(0, inf)")
+    per_device_eval_batch_size: int = option(64, "Number of cells per evaluation batch and device.", within="[1, inf)")
+    gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.", within="[1, inf)")
+    num_train_epochs: float = option(10.0, "Number of passes over the training cells.", within="(0, inf)")
     max_steps: int = option(
-        -1, help="Stop after this many steps, whatever the number of epochs; -1 for no limit.", within="[-1, inf)"
+        -1, "Stop after this many steps, whatever the number of epochs; -1 for no limit.", within="[-1, inf)"
     )
-    lr_scheduler_type: Schedule = option("cosine", help="Schedule of the learning rate.")
+    lr_scheduler_type: Schedule = option("cosine", "Schedule of the learning rate.")
     warmup_steps: float = option(
-        0.1, help="Number of steps in which the learning rate rises; below 1, a share of all steps.",
-        within="[0, inf)",
-    )  # fmt: skip
-    weight_decay: float = option(0.01, help="Decoupled weight decay.", within="[0, inf)")
-    max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.", within="[0, inf)")
-    bf16: bool | None = option(None, help="Compute in bfloat16. Default: if the device is fast at it.")
-    use_cpu: bool = option(False, help="Use the CPU even if there is a GPU.")
-    seed: int = option(42, help="Determines weights, the order of cells and masks.", within="[0, 4294967295]")
+        0.1, "Steps in which the learning rate rises; below 1, a share of all steps.", within="[0, inf)"
+    )
+    weight_decay: float = option(0.01, "Decoupled weight decay.", within="[0, inf)")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", within="[0, inf)")
+    bf16: bool | None = option(None, "Compute in bfloat16. Default: only if the device is fast at it.")
+    use_cpu: bool = option(False, "Use the CPU even if there is a GPU.")
+    seed: int = option(42, "Seed of the weights, the order of cells and the masks.", within="[0, 4294967295]")
     eval_strategy: Literal["auto", "no", "steps", "epoch"] = option(
-        "auto", help="When to evaluate. auto: by steps if --eval_steps is given, otherwise after each epoch."
+        "auto", "When to evaluate. auto: every --eval_steps if they are given, otherwise after each epoch."
     )
     eval_steps: float | None = option(
-        None, help="Steps between evaluations; below 1, a share of all steps.", within="(0, inf)"
+        None, "Steps between evaluations; below 1, a share of all steps.", within="(0, inf)"
     )
     save_strategy: Literal["auto", "no", "steps", "epoch", "best"] = option(
-        "auto", help="When to write a checkpoint. auto: by --save_steps if given, otherwise when evaluating."
+        "auto", "When to write a checkpoint. auto: every --save_steps if they are given, otherwise when evaluating."
     )
     save_steps: float | None = option(
-        None, help="Steps between checkpoints; below 1, a share of all steps.", within="(0, inf)"
+        None, "Steps between checkpoints; below 1, a share of all steps.", within="(0, inf)"
     )
     save_total_limit: int | None = option(
-        2, help="Number of checkpoints to keep, including the best one.", within="[1, inf)"
+        2, "Number of checkpoints to keep, including the best one.", within="[1, inf)"
     )
-    logging_steps: float = option(
-        10, help="Steps between logged values; below 1, a share of all steps.", within="(0, inf)"
-    )
-    report_to: list[
-        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio", "none", "all"]
-    ] = option(["tensorboard"], help="Where logs go, in addition to the terminal.")
+    logging_steps: float = option(10, "Steps between log lines; below 1, a share of all steps.", within="(0, inf)")
+    report_to: list[Logger] = option(["tensorboard"], "Where logs go, in addition to the terminal.")
     dataloader_num_workers: int = option(
-        0, help="Number of processes that read cells. Two threads already read, so more rarely helps. Does not "
-        "affect the cells or masks.", within="[0, inf)",
+        0, "Number of processes that read cells. Two threads read already, so more processes rarely help. This does "
+        "not affect the cells or masks.", within="[0, inf)",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -251,38 +216,33 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
     training_overrides: dict[str, Any] = field(default_factory=dict)
     gene_drop_prob: float = option(
-        0.0, help="Drop a random share of each training cell's genes, between 0 and this, drawn again every epoch. A "
-        "high value (0.9) helps against overfitting on a few hundred cells.", group="Training", within="[0, 1]",
+        0.0, "Drop a random share of each training cell's genes, between 0 and this, drawn again in every epoch. A "
+        "high value (0.9) helps against overfitting on a few hundred cells.", group=TRAINING, within="[0, 1]",
     )  # fmt: skip
 
     def check(self) -> None:
         super().check()
-        self._check_batches()
+        if self.tokens_per_batch is not None:
+            self._check_token_budget(self.tokens_per_batch)
+        if (order := self.training_overrides.get("train_sampling_strategy", "random")) != "random":
+            raise InputError(
+                f"train_sampling_strategy is {order}, but cells are read in random order. "
+                "Remove --train_sampling_strategy."
+            )
         if self.eval_strategy not in ("auto", "no") and not self.has_eval_data:
             raise InputError(
                 f"eval_strategy is {self.eval_strategy}, but there is nothing to evaluate on. "
                 "Give --eval_data_paths or --corpus, or remove --eval_strategy."
             )
-        if self.corpus or self.pretrained_model_path:
-            return
-        if not self.bin_edges and not self.bin_edges_path:
+        if not (self.corpus or self.pretrained_model_path or self.bin_edges or self.bin_edges_path):
             raise InputError(
                 "Bin edges are missing, and there is no corpus or pretrained model to take them from. "
                 "Give --bin_edges 0.5 1 2 4, or --bin_edges_path."
             )
 
-    def with_learning_rate(self, hidden_size: int) -> Self:
-        """Return the settings with a learning rate: the one given, or one that suits the width of the model."""
-        if self.learning_rate is not None:
-            return self
-        rate = RATE_TIMES_WIDTH / hidden_size * (RATE_OF_FINE_TUNING if self.pretrained_model_path else 1)
-        return replace(self, learning_rate=float(f"{rate:.3g}"))
-
-    def _check_batches(self) -> None:
-        """Refuse a budget of tokens too small for a cell, or together with other options that decide the batches."""
-        budget, cells = self.tokens_per_batch, self.per_device_train_batch_size
-        if budget is None:
-            return
+    def _check_token_budget(self, budget: int) -> None:
+        """Refuse a budget too small for a cell, or given together with other options that decide the batches."""
+        cells = self.per_device_train_batch_size
         if budget < self.max_length:
             raise InputError(
                 f"tokens_per_batch is {budget}, but a single cell may have max_length {self.max_length} tokens. "
@@ -299,6 +259,13 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
                 "without padding. Remove --pad_to_multiple_of or --tokens_per_batch."
             )
 
+    def with_learning_rate(self, hidden_size: int) -> Self:
+        """Return the settings with a learning rate: the one given, or one that suits the width of the model."""
+        if self.learning_rate is not None:
+            return self
+        rate = RATE_TIMES_WIDTH / hidden_size * (RATE_OF_FINE_TUNING if self.pretrained_model_path else 1)
+        return replace(self, learning_rate=float(f"{rate:.3g}"))
+
     def training_arguments(self) -> "TrainingArguments":
         """Build the `transformers.TrainingArguments`, overrides last (imports transformers).
 
@@ -307,7 +274,22 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         """
         from transformers import TrainingArguments
 
-        settings = {**self._training_settings(), **self.training_overrides}
+        known = {declared.name for declared in fields(TrainingArguments)}
+        own = {name: getattr(self, name) for name in own_flags(type(self)) if name in known}
+        use_cpu, bf16 = self._device_settings()
+        settings = {
+            **own,
+            **self._schedule_settings(),
+            "use_cpu": use_cpu,
+            "bf16": bf16,
+            "logging_nan_inf_filter": False,  # True logs 0.0 while the weights are NaN
+            "remove_unused_columns": False,
+            "disable_tqdm": not sys.stderr.isatty(),
+            "label_names": ["labels"],
+            "hub_strategy": "end",  # half-trained weights stay here
+            "include_num_input_tokens_seen": "no",
+            **self.training_overrides,
+        }
         if metric := settings["metric_for_best_model"]:
             settings.setdefault("greater_is_better", not metric.endswith("loss"))
         if isinstance(mesh := settings.get("parallelism_config"), dict):
@@ -318,25 +300,6 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             return TrainingArguments(**settings)
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise InputError(f"The training flags were refused by transformers: {error}") from error
-
-    def _training_settings(self) -> dict[str, Any]:
-        from transformers import TrainingArguments
-
-        known = {declared.name for declared in fields(TrainingArguments)}
-        settings = {name: getattr(self, name) for name in own_flags(type(self)) if name in known}
-        use_cpu, bf16 = self._device_settings()
-        return {
-            **settings,
-            **self._schedule_settings(),
-            "use_cpu": use_cpu,
-            "bf16": bf16,
-            "logging_nan_inf_filter": False,  # True logs 0.0 while the weights are NaN
-            "remove_unused_columns": False,
-            "disable_tqdm": not sys.stderr.isatty(),
-            "label_names": ["labels"],
-            "hub_strategy": "end",  # half-trained weights stay here
-            "include_num_input_tokens_seen": "no",
-        }
 
     def _schedule_settings(self) -> dict[str, Any]:
         """When to evaluate and save; the best checkpoint is loaded at the end if both happen together."""

@@ -1,27 +1,24 @@
 """The verbs: one dataclass each, with its manual page's words, its own settings and the checks across them.
 
-Owns the table `CONFIGS` of all verbs; leaves what `mlm` and `cls` share to `training`, and doing the work to the module
-that is named like the verb.
+Owns the table `CONFIGS` of all verbs; leaves what `mlm` and `cls` share to `training`, and the work to the modules that
+`main` names.
 """
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
-from perturbgene.cli.options import (
-    check_no_repeats,
-    check_not_both,
-    check_question,
-    check_suffix,
-    named_values,
-    option,
-)
+from perturbgene.cli.options import GENES, IN_OUT, RUNNING, TASK, check_question, named_values, option
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.errors import InputError
 
 HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
+PerturbationKind = Literal["knock_out", "over_express", "set_bin"]
+Precision = Literal["float32", "bfloat16"]
+Pooling = Literal["cls", "mean"]
 
 #: Settings of `DataCollatorForPhenotypicMLM` that say how much of a cell is hidden.
 MASK_RATES = ("gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpressed_ratio")
@@ -31,55 +28,41 @@ MASK_RATES = ("gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpress
 class PrepareConfig(BinOptions):
     """Settings of `prepare`."""
 
-    verb: ClassVar[str] = "prepare"
-    summary: ClassVar[str] = "Turn h5ad files into a corpus to train on."
-    about: ClassVar[str] = (
-        "Brings all files to the same ranked genes and the same scale, fits bins, collects the labels of phenotypes, "
-        "holds out donors, and writes shuffled shards with a manifest and an audit."
+    verb = "prepare"
+    summary = "Turn h5ad files into a corpus to train on."
+    about = (
+        "Chooses the genes, brings all files to one scale, fits bins, collects the labels of phenotypes and holds out "
+        "donors. Writes shuffled shards with a manifest and an audit."
     )
-    example: ClassVar[str] = (
-        "perturbgene prepare cells.h5ad --output corpus --phenotypes cell_type tissue --split_by donor_id"
-    )
+    example = "perturbgene prepare cells.h5ad --output corpus --phenotypes cell_type tissue --split_by donor_id"
 
     inputs: list[str] = option(
-        [],
-        help="h5ad files: paths, globs or brace patterns.",
-        group="Input and output",
-        is_required=True,
-        is_positional=True,
-        is_path=True,
+        [], "h5ad files: paths, globs or brace patterns.", group=IN_OUT, is_positional=True, is_path=True
     )
-    output: str = option("", help="Corpus folder to write.", group="Input and output", is_required=True)
-    overwrite: bool = option(
-        False, help="Replace a corpus that is already there; other folders are left alone.", group="Input and output"
-    )
+    output: str = option("", "Corpus folder to write.", group=IN_OUT, is_required=True)
+    overwrite: bool = option(False, "Replace an existing corpus; any other folder is refused.", group=IN_OUT)
     phenotypes: list[str] = option(
-        [], help="Columns of obs that become phenotypes; NAME=COLUMN renames one (cell_type=bulk_labels)."
+        [], "Columns of obs that become phenotypes; NAME=COLUMN renames one (cell_type=bulk_labels).", is_named=True
     )
     split_by: str | None = option(
-        None,
-        help="Column of obs whose cells stay on one side of the split, such as the donor, or `cell`. By default the "
-        "first donor column (donor_id, donor, individual, patient, sample), else single cells with a warning.",
+        None, "Column of obs whose cells stay on one side of the split, such as the donor, or `cell`. Default: the "
+        "first of donor_id, donor, individual, patient and sample, or else single cells, with a warning.",
+    )  # fmt: skip
+    eval_fraction: float = option(0.2, "Share of donors (or cells) held out for evaluation.", within="(0, 1)")
+    eval_donors: list[str] = option(
+        [], "Names of the donors to hold out, instead of a share.", keeps_commas=True, is_unique=True
     )
-    eval_fraction: float = option(0.2, help="Share of donors (or cells) held out for evaluation.", within="(0, 1)")
-    eval_donors: list[str] = option([], help="Donors to hold out, by name, instead of a share.", keeps_commas=True)
-    seed: int = option(0, help="Seed of the split and the shuffle.", within="[0, 4294967295]")
-    num_bins: int = option(
-        8, help="Number of quantile bins to fit on the expressed values.", group="Genes and bins", within="[1, inf)"
-    )
-    min_genes: int = option(
-        1, help="Drop cells that express fewer genes of the panel.", group="Genes and bins", within="[0, inf)"
-    )
-    shard_size: int = option(10000, help="Number of cells per shard.", group="Input and output", within="[1, inf)")
+    seed: int = option(0, "Seed of the split and the shuffle.", within="[0, 4294967295]")
+    num_bins: int = option(8, "Number of quantile bins of the expressed values.", group=GENES, within="[1, inf)")
+    min_genes: int = option(1, "Drop cells that express fewer genes of the panel.", group=GENES, within="[0, inf)")
+    shard_size: int = option(10000, "Number of cells per shard.", group=IN_OUT, within="[1, inf)")
     hvg_flavor: HvgFlavor = option(
-        "auto",
-        help="How genes are ranked, as in scanpy: by the dispersion of log values (seurat) or by the variance of "
-        "counts (seurat_v3). auto uses seurat_v3 for counts.",
-        group="Genes and bins",
-    )
-    num_processes: int = option(0, help="Number of processes; 0 uses every core.", group="Running", within="[0, inf)")
+        "auto", "How genes are ranked, as in scanpy: by the dispersion of log values (seurat) or by the variance of "
+        "counts (seurat_v3). auto uses seurat_v3 for counts.", group=GENES,
+    )  # fmt: skip
+    num_processes: int = option(0, "Number of processes; 0 uses every core.", group=RUNNING, within="[0, inf)")
     scheduler: str | None = option(
-        None, help="Address of a Dask scheduler (tcp://...) whose workers do the work.", group="Running"
+        None, "Address of a Dask scheduler (tcp://...) whose workers do the work.", group=RUNNING
     )
 
     @property
@@ -89,8 +72,6 @@ class PrepareConfig(BinOptions):
 
     def check(self) -> None:
         super().check()
-        check_no_repeats(self.eval_donors, flag="eval_donors")
-        named_values(self.phenotypes, flag="phenotypes")
         if self.eval_donors and self.split_by == "cell":
             raise InputError(
                 "eval_donors needs a split by donor, but split_by is cell. Give the donor column to --split_by."
@@ -101,29 +82,23 @@ class PrepareConfig(BinOptions):
 class MlmConfig(TrainingConfig):
     """Settings of `mlm`."""
 
-    verb: ClassVar[str] = "mlm"
-    summary: ClassVar[str] = "Train by masking genes and phenotypes."
-    about: ClassVar[str] = (
-        "Hides some genes' bins and some phenotypes of every cell and learns to tell them from the rest, so that one "
-        "model answers any question: which phenotype, given which others. Every field of "
-        "transformers.TrainingArguments is a flag too (--help-all)."
+    verb = "mlm"
+    summary = "Train by masking genes and phenotypes."
+    about = (
+        "Hides some genes' bins and some phenotypes of every cell and learns to predict them from the rest. The model "
+        "can then predict any phenotype, given any others."
     )
-    example: ClassVar[str] = (
-        "perturbgene mlm --corpus corpus --output_dir runs/mlm --model_arch small --num_train_epochs 20"
-    )
+    example = "perturbgene mlm --corpus corpus --output_dir runs/mlm --model_arch small --num_train_epochs 20"
 
-    gene_mask_prob: float = option(0.15, help="Share of a cell's expressed genes that are hidden.", within="[0, 1]")
-    phenotype_mask_prob: float = option(
-        0.5, help="Share of the phenotypes in a sequence that are asked (hidden).", within="[0, 1]"
-    )
-    absent_prob: float = option(0.1, help="Share of phenotypes that leave the sequence.", within="[0, 1]")
+    gene_mask_prob: float = option(0.15, "Share of a cell's expressed genes to hide.", within="[0, 1]")
+    phenotype_mask_prob: float = option(0.5, "Share of the phenotypes in a sequence to hide.", within="[0, 1]")
+    absent_prob: float = option(0.1, "Share of phenotypes to leave out of the sequence.", within="[0, 1]")
     unexpressed_ratio: float = option(
-        0.5,
-        help="Genes not expressed that are asked too, as a share of the hidden expressed ones; the answer is bin_0.",
+        0.5, "Number of unexpressed genes to ask for, per hidden expressed gene; the answer is bin_0.",
         within="[0, inf)",
-    )
-    phenotype_loss_weight: float = option(1.0, help="Weight of the phenotypes' mean loss.", within="[0, inf)")
-    gene_loss_weight: float = option(0.3, help="Weight of the genes' mean loss.", within="[0, inf)")
+    )  # fmt: skip
+    phenotype_loss_weight: float = option(1.0, "Weight of the phenotypes' mean loss.", within="[0, inf)")
+    gene_loss_weight: float = option(0.3, "Weight of the genes' mean loss.", within="[0, inf)")
 
     @property
     def mask_rates(self) -> dict[str, float]:
@@ -140,8 +115,8 @@ class MlmConfig(TrainingConfig):
             )
         if not (self.corpus or self.pretrained_model_path or self.vocab_path):
             raise InputError(
-                "The phenotype vocabulary is missing: a corpus or a pretrained model would bring it, but none is "
-                "given. Give --vocab_path."
+                "The phenotype vocabulary is missing, and there is no corpus or pretrained model to take it from. "
+                "Give --vocab_path."
             )
 
 
@@ -149,31 +124,31 @@ class MlmConfig(TrainingConfig):
 class ClsConfig(TrainingConfig):
     """Settings of `cls`."""
 
-    verb: ClassVar[str] = "cls"
-    summary: ClassVar[str] = "Train a classifier of one phenotype."
-    about: ClassVar[str] = (
-        "Learns one phenotype from a cell's genes and, if wanted, its other phenotypes; best started from an mlm run. "
-        "Every field of transformers.TrainingArguments is a flag too (--help-all)."
+    verb = "cls"
+    summary = "Train a classifier of one phenotype."
+    about = (
+        "Learns to predict one phenotype from a cell's genes and, optionally, its other phenotypes. It works best if "
+        "it starts from an mlm run (--pretrained_model_path)."
     )
-    example: ClassVar[str] = (
+    example = (
         "perturbgene cls --corpus corpus --output_dir runs/cls --phenotype_category cell_type "
         "--pretrained_model_path runs/mlm"
     )
-    best_metric: ClassVar[str] = "eval_macro_f1"
+    best_metric = "eval_macro_f1"
 
-    phenotype_category: str = option("", help="Phenotype to classify.", is_required=True)
+    phenotype_category: str = option("", "Phenotype to classify.", is_required=True)
     binary_label: str | None = option(
-        None, help="Tell this label from all others, in place of all classes.", none_is_text=True
+        None, "Classify cells as this label or any other, instead of by all labels.", none_is_text=True
     )
     balanced_dataset: bool = option(
-        True, help="Weight each class inversely to its number of training cells, so that rare classes count as much."
+        True, "Weight each class inversely to its number of training cells, so that rare classes count as much."
     )
 
     def check(self) -> None:
         super().check()
         if self.phenotype_category in self.included_phenotypes:
             raise InputError(
-                f"included_phenotypes holds {self.phenotype_category!r}, which is the phenotype to classify: the model "
+                f"included_phenotypes has {self.phenotype_category!r}, which is the phenotype to classify: the model "
                 "would be given the answer. Remove it from --included_phenotypes."
             )
 
@@ -182,18 +157,15 @@ class ClsConfig(TrainingConfig):
 class QuestionOptions(BaseConfig):
     """How a trained model is run on cells (evaluate, predict and all that ask a model)."""
 
-    group: ClassVar[str] = "Running"
+    group = RUNNING
 
-    run: str = option(
-        "", help="Run folder of mlm or cls.",
-        group="Input and output", is_required=True, is_positional=True, is_path=True,
-    )  # fmt: skip
-    batch_size: int = option(256, help="Maximum number of cells per batch.", within="[1, inf)")
+    run: str = option("", "Run folder of mlm or cls.", group=IN_OUT, is_positional=True, is_path=True)
+    batch_size: int = option(256, "Maximum number of cells per batch.", within="[1, inf)")
     batch_tokens: int = option(
-        32768, help="Maximum number of tokens per batch; a longer cell has its own. Lower it if memory runs out.",
+        32768, "Maximum number of tokens per batch; a longer cell is a batch of its own. Lower it if memory runs out.",
         within="[1, inf)",
     )  # fmt: skip
-    device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.")
+    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N.")
 
     def check(self) -> None:
         super().check()
@@ -207,20 +179,19 @@ class QuestionOptions(BaseConfig):
 class FileOptions(QuestionOptions, MatrixOptions):
     """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
 
-    group: ClassVar[str] = "Input and output"
+    group = IN_OUT
+    #: Endings of the files that the verb writes; empty for any.
+    suffixes: ClassVar[tuple[str, ...]] = ()
 
-    input: str = option(
-        "", help="h5ad file with the cells, or its URL.", is_required=True, is_positional=True, is_path=True
-    )
-    output: str = option("", help="File to write.", is_required=True)
-    overwrite: bool = option(False, help="Replace an output that already exists.")
+    input: str = option("", "h5ad file with the cells, or its URL.", is_positional=True, is_path=True)
+    output: str = option("", "File to write.", is_required=True)
+    overwrite: bool = option(False, "Replace an output that already exists.")
     min_gene_coverage: float = option(
-        0.5, help="Stop if the file has less than this share of the panel.", group="Genes and bins", within="[0, 1]"
+        0.5, "Stop if the file has less than this share of the panel.", group=GENES, within="[0, 1]"
     )
-
     given: list[str] = option(
-        [], help="Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
-        group="Task", keeps_commas=True,
+        [], "Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
+        group=TASK, keeps_commas=True, is_named=True,
     )  # fmt: skip
 
     @property
@@ -232,64 +203,60 @@ class FileOptions(QuestionOptions, MatrixOptions):
         super().check()
         if Path(self.output).absolute() == Path(self.input).absolute():
             raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
+        suffix, known = Path(self.output).suffix, " or ".join(self.suffixes)
+        if self.suffixes and suffix not in self.suffixes:
+            raise InputError(f"output is {self.output!r}, but {self.verb} writes {known} files. Change --output.")
+        if self.suffixes and suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+            raise InputError("a .parquet file needs pyarrow. Name a .csv file, or pip install 'perturbgene[parquet]'.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(QuestionOptions, MatrixOptions):
     """Settings of `evaluate`."""
 
-    verb: ClassVar[str] = "evaluate"
-    summary: ClassVar[str] = "Score a run on held-out cells, next to its baselines."
-    about: ClassVar[str] = (
+    verb = "evaluate"
+    summary = "Score a run on held-out cells, next to its baselines."
+    about = (
         "Asks for each phenotype alone, with the others given, and for all at once. Writes accuracy, macro F1, "
         "confusion matrices and scores of masked genes, next to two baselines on the same cells: the majority class "
         "and a logistic regression."
     )
-    example: ClassVar[str] = "perturbgene evaluate runs/mlm"
+    example = "perturbgene evaluate runs/mlm"
 
     corpus: str | None = option(
-        None,
-        help="Corpus whose evaluation cells are scored; by default the run's own.",
-        group="Input and output",
-        is_path=True,
-    )
+        None, "Corpus whose evaluation cells are scored. Default: the corpus of the run.", group=IN_OUT, is_path=True,
+        excludes=("eval_data_paths", "train_data_paths"),
+    )  # fmt: skip
     eval_data_paths: list[str] = option(
-        [],
-        help="Files to score instead of a corpus: paths, globs, brace patterns.",
-        group="Input and output",
-        is_path=True,
+        [], "Files to score instead of a corpus: paths, globs or brace patterns.", group=IN_OUT, is_path=True
     )
     train_data_paths: list[str] = option(
-        [],
-        help="Files to fit the baselines on; by default the run's training cells.",
-        group="Input and output",
-        is_path=True,
+        [], "Files to fit the baselines on. Default: the training cells of the run.", group=IN_OUT, is_path=True
     )
-    output: str | None = option(None, help="Folder to write; by default RUN/evaluation.", group="Input and output")
-    ask: list[str] = option([], help="Phenotypes to ask for; by default each of the run.")
+    output: str | None = option(None, "Folder to write. Default: RUN/evaluation.", group=IN_OUT)
+    ask: list[str] = option([], "Phenotypes to ask for. Default: all phenotypes of the run.")
     given: list[str] = option(
-        [], help="Phenotypes whose labels are given; by default nothing, and then all phenotypes but the one asked."
-    )
-    baselines: bool = option(True, help="Also score the majority class and a logistic regression.")
+        [], "Phenotypes whose labels are given. Default: each phenotype is asked for without any other and with all "
+        "others.", is_unique=True,
+    )  # fmt: skip
+    baselines: bool = option(True, "Also score the majority class and a logistic regression.")
     calibrate: bool | None = option(
-        None,
-        help="Fit temperatures on half of the donors and store them in the run, where predict finds them. By default "
+        None, "Fit temperatures on half of the donors and store them in the run, where predict finds them. Default: "
         "only if the run's own evaluation cells are scored.",
-    )
+    )  # fmt: skip
     gene_mask_prob: float | None = option(
-        None, help="Share of expressed genes masked to score genes; by default the run's own.", within="[0, 1]"
+        None, "Share of expressed genes to hide when genes are scored. Default: as in training.", within="[0, 1]"
     )
     phenotype_mask_prob: float | None = option(
-        None, help="Share of phenotypes masked together with those genes; by default the run's own.", within="[0, 1]"
+        None, "Share of phenotypes to hide when genes are scored. Default: as in training.", within="[0, 1]"
     )
     absent_prob: float | None = option(
-        None, help="Share of phenotypes left out of those sequences; by default the run's own.", within="[0, 1]"
+        None, "Share of phenotypes to leave out when genes are scored. Default: as in training.", within="[0, 1]"
     )
     unexpressed_ratio: float | None = option(
-        None,
-        help="Unexpressed genes masked with them, per masked expressed gene; by default the run's own.",
+        None, "Number of unexpressed genes to score per hidden expressed gene. Default: as in training.",
         within="[0, inf)",
-    )
+    )  # fmt: skip
 
     @property
     def mask_rates(self) -> dict[str, float]:
@@ -298,9 +265,6 @@ class EvaluateConfig(QuestionOptions, MatrixOptions):
 
     def check(self) -> None:
         super().check()
-        check_not_both(self, "corpus", "eval_data_paths")
-        check_not_both(self, "corpus", "train_data_paths")
-        check_no_repeats(self.given, flag="given")
         check_question(self.ask, self.given)
 
 
@@ -309,20 +273,18 @@ class AnswerOptions(BaseConfig):
     """Which columns to write for each prediction (predict)."""
 
     joint: bool = option(
-        False,
-        help="Ask for all phenotypes in one sequence: one forward pass instead of several. By default each has a "
-        "sequence of its own, so an answer does not depend on what else is asked.",
-    )
-    top_k: int = option(3, help="Number of most probable labels to write.", within="[1, inf)")
-    abstain: float = option(0.0, help="Write `unknown` if the calibrated probability is below this.", within="[0, 1]")
-    calibrate: bool = option(True, help="Divide logits by the temperatures that evaluate fitted.")
+        False, "Ask for all phenotypes in one sequence, which is faster. Default: one sequence for each, so that an "
+        "answer does not depend on what else is asked.",
+    )  # fmt: skip
+    top_k: int = option(3, "Number of most probable labels to write.", within="[1, inf)")
+    abstain: float = option(0.0, "Write `unknown` if the calibrated probability is below this.", within="[0, 1]")
+    calibrate: bool = option(True, "Divide logits by the temperatures that evaluate fitted.")
     ood: bool = option(
-        False,
-        help="Write how unusual each cell is: energy, log-likelihood of masked genes (a second forward pass), and "
+        False, "Write how unusual each cell is: energy, log-likelihood of masked genes (a second forward pass), and "
         "their percentiles among the run's evaluation cells.",
-    )
+    )  # fmt: skip
     audit: bool = option(
-        False, help="Write the probability of each cell's own label, given its genes and its other phenotypes."
+        False, "Write the probability of each cell's own label, given its genes and its other phenotypes."
     )
 
 
@@ -330,17 +292,15 @@ class AnswerOptions(BaseConfig):
 class PredictConfig(AnswerOptions, FileOptions):
     """Settings of `predict`."""
 
-    verb: ClassVar[str] = "predict"
-    summary: ClassVar[str] = "Predict phenotypes of new cells."
-    about: ClassVar[str] = (
+    verb = "predict"
+    summary = "Predict phenotypes of new cells."
+    about = (
         "Reads any h5ad file whose genes overlap the run's panel, asks for phenotypes and writes the answers with "
         "their probabilities to obs. No label column is needed, and cells keep their order."
     )
-    example: ClassVar[str] = (
-        "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
-    )
+    example = "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
 
-    ask: list[str] = option([], help="Phenotypes to predict; by default all that are not given.")
+    ask: list[str] = option([], "Phenotypes to predict. Default: all that are not given.")
 
     def check(self) -> None:
         super().check()
@@ -351,22 +311,17 @@ class PredictConfig(AnswerOptions, FileOptions):
 class DownloadConfig(BaseConfig):
     """Settings of `download`."""
 
-    verb: ClassVar[str] = "download"
-    summary: ClassVar[str] = "Download files and resume where a download stopped."
-    about: ClassVar[str] = "Downloads files from URLs; resumes, retries and compares checksums."
-    example: ClassVar[str] = "perturbgene download https://host/shard_{0..3}.h5ad --output_dir data"
+    verb = "download"
+    summary = "Download files, and resume interrupted downloads."
+    about = "Downloads files from URLs, tries again if a server fails, and compares checksums."
+    example = "perturbgene download https://host/shard_{0..3}.h5ad --output_dir data"
+    group = IN_OUT
 
-    sources: list[str] = option(
-        [],
-        help="URLs, also with brace patterns.",
-        group="Input and output",
-        is_required=True,
-        is_positional=True,
-    )
-    output_dir: str = option(".", help="Folder to write.", group="Input and output")
-    checksums: str | None = option(None, help="File with lines `SHA256  NAME`.", group="Input and output", is_path=True)
-    retries: int = option(5, help="Number of failed tries in a row before a download stops.", within="[0, inf)")
-    overwrite: bool = option(False, help="Download files again that are already there.", group="Input and output")
+    sources: list[str] = option([], "URLs or brace patterns of URLs.", is_positional=True)
+    output_dir: str = option(".", "Folder to write.")
+    checksums: str | None = option(None, "File with lines `SHA256  NAME`.", is_path=True)
+    retries: int = option(5, "Number of failed tries in a row before a download stops.", group=TASK, within="[0, inf)")
+    overwrite: bool = option(False, "Download files again that already exist.")
 
     def check(self) -> None:
         super().check()
@@ -379,28 +334,28 @@ class DownloadConfig(BaseConfig):
 class EmbedConfig(FileOptions):
     """Settings of `embed`."""
 
-    verb: ClassVar[str] = "embed"
-    summary: ClassVar[str] = "Write embeddings of cells, phenotypes or genes."
-    about: ClassVar[str] = (
-        "Copies the file and adds each cell's embedding as obsm['X_perturbgene'], ready for scanpy. Phenotypes are "
-        "absent unless given, so no label leaks in. With --groupby or --network it writes mean embeddings of all genes "
-        "in each group of cells instead, their networks and how they differ between groups."
+    verb = "embed"
+    summary = "Write embeddings of cells, phenotypes or genes."
+    about = (
+        "Copies the file and adds each cell's embedding as obsm['X_perturbgene'], ready for scanpy. The model sees no "
+        "phenotypes unless they are given, so no label leaks in. With --groupby or --network it writes mean embeddings "
+        "of all genes in each group of cells instead, their networks and how they differ between groups."
     )
-    example: ClassVar[str] = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
+    example = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
 
     pooling: Literal["cls", "genes"] = option(
-        "cls", help="Final state of [CLS], or the mean of the final states of the cell's genes."
+        "cls", "A cell's embedding: the final state of [CLS], or the mean of the final states of its genes."
     )
     phenotype: list[str] = option(
-        [], help="Phenotypes to ask for, one at a time; the final state of each [MASK] goes to obsm."
+        [], "Phenotypes to ask for, one at a time; the final state of each [MASK] goes to obsm.", is_unique=True
     )
-    genes: list[str] = option([], help="Genes, by id or symbol, whose embedding in each cell goes to obsm.")
-    groupby: str | None = option(None, help="Column of obs; write mean embeddings of all genes in each of its groups.")
-    network: bool = option(False, help="Link genes with similar means within a group; also written as GraphML.")
-    top_k: int = option(10, help="Maximum number of links per gene.", within="[1, inf)")
-    min_similarity: float = option(0.5, help="Minimum cosine similarity of linked genes.", within="[-1, 1]")
+    genes: list[str] = option([], "Genes, by id or symbol, whose embedding in each cell goes to obsm.", is_unique=True)
+    groupby: str | None = option(None, "Column of obs; mean embeddings of genes are written for each of its groups.")
+    network: bool = option(False, "Link genes with similar means within a group; also written as GraphML.")
+    top_k: int = option(10, "Maximum number of links per gene.", within="[1, inf)")
+    min_similarity: float = option(0.5, "Minimum cosine similarity of linked genes.", within="[-1, 1]")
     min_cells: int = option(
-        10, help="Minimum number of cells of a group that express a gene, for its links and roles.", within="[1, inf)"
+        10, "A gene has links and a role in a group if at least this many of its cells express it.", within="[1, inf)"
     )
 
     @property
@@ -410,8 +365,6 @@ class EmbedConfig(FileOptions):
 
     def check(self) -> None:
         super().check()
-        check_no_repeats(self.genes, flag="genes")
-        check_no_repeats(self.phenotype, flag="phenotype")
         if self.is_of_genes and (self.genes or self.phenotype):
             raise InputError(
                 "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
@@ -425,31 +378,30 @@ class EmbedConfig(FileOptions):
 class CounterfactualConfig(FileOptions):
     """Settings of `counterfactual`."""
 
-    verb: ClassVar[str] = "counterfactual"
-    summary: ClassVar[str] = "Change one phenotype of cells and see which genes should change."
-    about: ClassVar[str] = (
+    verb = "counterfactual"
+    summary = "Change one phenotype of cells and see which genes should change."
+    about = (
         "Predicts hidden genes of each cell with its own label and with the one that is set, all else equal. Writes "
         "the mean change of every gene, with a null of meaningless changes and the observed difference, as .h5ad, .csv "
         "and .png. It shows what the model has learned to go with a label, not what causes what."
     )
-    example: ClassVar[str] = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
+    example = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
+    suffixes = (".h5ad",)
 
-    set: str = option("", help="Phenotype and label to set, as NAME=LABEL.", is_required=True, keeps_commas=True)
+    set: str = option("", "Phenotype and label to set, as NAME=LABEL.", is_required=True, is_named=True)
     given: list[str] = option(
-        [], help="Other known phenotypes: NAME reads obs, NAME=LABEL sets it for all cells, `nothing` gives none. "
-        "Default: all phenotypes of the run that obs has.", keeps_commas=True,
+        [], "Other known phenotypes: NAME reads obs, NAME=LABEL sets it for all cells, `nothing` gives none. "
+        "Default: all phenotypes of the run that obs has.", keeps_commas=True, is_named=True,
     )  # fmt: skip
-    groupby: str | None = option(None, help="Column of obs; changes are computed for each of its groups.")
-    num_passes: int = option(4, help="Number of masks per cell.", within="[1, inf)")
+    groupby: str | None = option(None, "Column of obs; changes are computed for each of its groups.")
+    num_passes: int = option(4, "Number of masks per cell.", within="[1, inf)")
     gene_mask_prob: float | None = option(
-        None, help="Share of genes to hide; the more is hidden, the more the label counts. Default: as in training.",
+        None, "Share of genes to hide; the more is hidden, the more the label counts. Default: as in training.",
         within="(0, 1]",
     )  # fmt: skip
-    num_null: int = option(
-        20, help="Number of meaningless changes that make the null; 0 means no test.", within="[0, inf)"
-    )
-    force: bool = option(False, help="Allow combinations of phenotypes that the run has never seen.")
-    seed: int = option(0, help="Seed of the masks and the null.", within="[0, 4294967295]", group="Running")
+    num_null: int = option(20, "Number of meaningless changes that make the null; 0 means no test.", within="[0, inf)")
+    force: bool = option(False, "Allow combinations of phenotypes that the run has never seen.")
+    seed: int = option(0, "Seed of the masks and the null.", within="[0, 4294967295]", group=RUNNING)
 
     @property
     def set_label(self) -> dict[str, str]:
@@ -463,18 +415,12 @@ class CounterfactualConfig(FileOptions):
 
     def check(self) -> None:
         super().check()
-        check_suffix(self.output, ".h5ad", verb=self.verb)
         if "=" not in self.set:
             raise InputError(f"set is {self.set!r}, but it must read NAME=LABEL, e.g. disease=normal. Correct --set.")
         if 0 < self.num_null < 5:
             raise InputError(f"num_null is {self.num_null}, too few to know their spread. Give 0, or 5 or more.")
         if self.set_label.keys() & (self.given_labels or {}).keys():
-            raise InputError(f"set and given both hold {next(iter(self.set_label))!r}. Remove it from --given.")
-
-
-PerturbationKind = Literal["knock_out", "over_express", "set_bin"]
-Precision = Literal["float32", "bfloat16"]
-Pooling = Literal["cls", "mean"]
+            raise InputError(f"set and given both have {next(iter(self.set_label))!r}. Remove it from --given.")
 
 
 def check_bin(kind: str, bin: int | None) -> None:
@@ -491,63 +437,60 @@ class ScoringOptions(FileOptions):
     """What `perturb` and `attribute` share, which score genes."""
 
     batch_tokens: int | None = option(  # type: ignore[assignment]
-        None, help="Maximum number of tokens that run at once. Default: what suits the device.", group="Running",
-        within="[1, inf)",
-    )  # fmt: skip
+        None, "Maximum number of tokens per batch. Default: what suits the device.", group=RUNNING, within="[1, inf)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbConfig(ScoringOptions):
     """Settings of `perturb`."""
 
-    verb: ClassVar[str] = "perturb"
-    summary: ClassVar[str] = "Knock out or raise genes in silico."
-    about: ClassVar[str] = (
+    verb = "perturb"
+    summary = "Knock out or raise genes in silico."
+    about = (
         "Removes or changes genes in every cell and measures how far that moves the cell's state, or the log-odds of a "
-        "label. Writes a table with statistics over donors (.csv or .parquet), a picture (.png) and a record (.json). "
-        "All genes are screened by gradients; the strongest and a random control set are computed exactly. An "
-        "interrupted run continues where it stopped."
+        "label. Screens all genes by gradients and computes the strongest ones and random controls exactly. Writes a "
+        "table with statistics over donors (.csv or .parquet), a picture (.png) and a record (.json). An interrupted "
+        "run continues where it stopped."
     )
-    example: ClassVar[str] = (
+    example = (
         "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal --donor donor_id"
     )
+    suffixes = (".csv", ".parquet")
 
     genes: list[str] = option(
-        [], help="Genes by id or symbol, A+B for both at once; or `all` genes that a cell expresses.", is_required=True
-    )
-    kind: PerturbationKind = option(
-        "knock_out", help="Remove the gene's token, set it to the highest bin, or to --bin; the last two insert genes "
-        "that a cell does not express."
+        [], "Genes by id or symbol; A+B for both at once, `all` for every gene that a cell expresses.",
+        is_required=True, is_unique=True,
     )  # fmt: skip
-    bin: int | None = option(None, help="Bin for set_bin.", within="[1, inf)")
+    kind: PerturbationKind = option(
+        "knock_out", "Remove the gene's token, set it to the highest bin, or set it to --bin. The last two insert "
+        "genes that a cell does not express."
+    )  # fmt: skip
+    bin: int | None = option(None, "Bin for set_bin.", within="[1, inf)")
     towards: str | None = option(
-        None, help="PHENOTYPE=LABEL whose log-odds are measured. Default: the cell's state (cosine distance)."
+        None, "PHENOTYPE=LABEL whose log-odds are measured. Default: the cell's state (cosine distance)."
     )
     from_: str | None = option(
-        None, help="PHENOTYPE=LABEL to compare --towards with. Default: all other labels of the phenotype."
+        None, "PHENOTYPE=LABEL to compare --towards with. Default: all other labels of the phenotype."
     )
-    embedding: Pooling = option("cls", help="State: that of [CLS], or the mean over genes other than the perturbed.")
-    exact: bool = option(False, help="Compute every effect exactly instead of screening.")
-    top_k: int = option(64, help="Number of strongest genes of the screen to compute exactly.", within="[0, inf)")
+    embedding: Pooling = option("cls", "The cell's state: that of [CLS], or the mean of its unperturbed genes.")
+    exact: bool = option(False, "Compute every effect exactly instead of screening.")
+    top_k: int = option(64, "Number of strongest genes of the screen to compute exactly.", within="[0, inf)")
     num_controls: int = option(
-        64, help="Number of random genes to compute exactly: they show how good the screen is, and what an ordinary "
-        "gene does.", within="[0, inf)",
+        64, "Number of random genes to compute exactly. They show how good the screen is, and what an ordinary gene "
+        "does.", within="[0, inf)",
     )  # fmt: skip
     donor: str | None = option(
-        None, help="Column of obs with donors, the unit of the statistics. Default: donor_id if there is one."
+        None, "Column of obs with donors, the unit of the statistics. Default: donor_id if there is one."
     )
-    groupby: str | None = option(None, help="Column of obs; effects are computed for each of its groups.")
+    groupby: str | None = option(None, "Column of obs; effects are computed for each of its groups.")
     min_cells: int = option(
-        5, help="Minimum number of changed cells per donor; donors with fewer are ignored for that gene.",
-        within="[1, inf)",
-    )  # fmt: skip
-    precision: Precision = option("float32", help="bfloat16 is faster on some machines.", group="Running")
+        5, "Minimum number of changed cells per donor; donors with fewer are ignored for that gene.", within="[1, inf)"
+    )
+    precision: Precision = option("float32", "bfloat16 is faster on some machines.", group=RUNNING)
 
     def check(self) -> None:
         super().check()
-        check_suffix(self.output, ".csv", ".parquet", verb=self.verb)
-        named_values(self.given, flag="given")
-        check_no_repeats(self.genes, flag="genes")
         check_bin(self.kind, self.bin)
         if self.from_ and not self.towards:
             raise InputError("--from needs a label to compare with. Give --towards as well.")
@@ -557,36 +500,27 @@ class PerturbConfig(ScoringOptions):
 class AttributeConfig(ScoringOptions):
     """Settings of `attribute`."""
 
-    verb: ClassVar[str] = "attribute"
-    summary: ClassVar[str] = "Find the genes from which the model reads a label."
-    about: ClassVar[str] = (
-        "Scores each gene of every cell by what it adds to the log-odds of the label that the model predicts, averages "
-        "by label (the model's marker genes), and checks the scores by removing genes in their order. Writes a table "
-        "(.csv), the check as a picture (.png) and a record (.json). An interrupted run continues where it stopped."
+    verb = "attribute"
+    summary = "Find the genes from which the model reads a label."
+    about = (
+        "Scores each gene of every cell by how much it adds to the log-odds of the label that the model predicts, "
+        "averages by label (the model's marker genes), and checks the scores by removing genes in that order. Writes a "
+        "table (.csv), a picture of the check (.png) and a record (.json). An interrupted run continues where it "
+        "stopped."
     )
-    example: ClassVar[str] = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
+    example = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
+    suffixes = (".csv",)
 
-    ask: str = option("", help="Phenotype whose labels are explained.", is_required=True)
-    num_check_cells: int = option(50, help="Number of cells whose genes are removed as a check.", within="[1, inf)")
+    ask: str = option("", "Phenotype whose labels are explained.", is_required=True)
+    num_check_cells: int = option(50, "Number of cells whose genes are removed as a check.", within="[1, inf)")
 
     def check(self) -> None:
         super().check()
-        check_suffix(self.output, ".csv", verb=self.verb)
         check_question([self.ask], list(self.given_labels))
 
 
-CONFIGS: dict[str, type[BaseConfig]] = {
-    config_class.verb: config_class
-    for config_class in (
-        PrepareConfig,
-        MlmConfig,
-        ClsConfig,
-        EvaluateConfig,
-        PredictConfig,
-        EmbedConfig,
-        CounterfactualConfig,
-        PerturbConfig,
-        AttributeConfig,
-        DownloadConfig,
-    )
-}
+_CLASSES: tuple[type[BaseConfig], ...] = (
+    PrepareConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, EmbedConfig, CounterfactualConfig,
+    PerturbConfig, AttributeConfig, DownloadConfig,
+)  # fmt: skip
+CONFIGS = {config_class.verb: config_class for config_class in _CLASSES}

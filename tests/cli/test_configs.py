@@ -312,11 +312,8 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
             "tokens_per_batch 4096 and per_device_train_batch_size 16 are both given",
         ),
         ([*MLM, "--tokens_per_batch", "4096", "--pad_to_multiple_of", "8"], "packed without padding"),
-        (
-            [*CLS, "--tokens_per_batch", "4096", "--train_sampling_strategy", "group_by_length"],
-            "train_sampling_strategy is group_by_length, but",
-        ),
-        ([*MLM, "--train_sampling_strategy", "sequential"], "train_sampling_strategy"),
+        ([*CLS, "--train_sampling_strategy", "group_by_length"], "train_sampling_strategy is group_by_length, but"),
+        ([*MLM, "--train_sampling_strategy", "sequential"], "Remove --train_sampling_strategy"),
         ([*MLM, "--bin_edges", "1", "0.1"], r"edge 1 \(0.1\) does not exceed edge 0 \(1\). Sort"),
         ([*MLM, "--bin_edges", "1", "1"], "does not exceed"),
         ([*MLM, "--bin_edges", "0", "1"], "above 0, but edge 0 is 0"),
