@@ -51,7 +51,7 @@ def dies(setting: Setting, rows: list[Row]) -> Iterator[tuple[Any, ...]]:
     [(fails, "failed", "ValueError: on purpose"), (hangs, "stopped", "took longer"), (dies, "died", "see a_part.log")],
 )
 def test_a_part_that_fails_is_reported_and_keeps_what_it_found(run: Any, what: str, value: str, tmp_path: Path) -> None:
-    before, last = run_part(Part("a part", 2.0, run), Setting(tmp_path, "cpu", True), [])
+    before, last = run_part(Part("a part", 0.4, run), Setting(tmp_path, "cpu", True), [])
     assert (before.what, before.value, before.is_met) == ("before", 1.0, None)
     assert (last.what, last.is_met) == (what, False) and value in str(last.value)
     assert "| a part | before | 1 |  |  |" in table([before, last]) and "**no**" in table([last])

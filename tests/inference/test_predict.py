@@ -931,7 +931,7 @@ def test_a_classifier_says_in_one_line_what_it_takes_from_an_mlm_run(
     finally:
         table.removeHandler(caplog.handler)
     assert "LOAD REPORT" not in caplog.text
-    assert f"weights from {trained.mlm}; starting afresh: 'classifier'" in caplog.text
+    assert f"weights from {trained.mlm}; parts that start fresh: 'classifier'" in caplog.text
 
 
 def test_genes_are_masked_as_in_the_run_s_own_evaluation(trained: Trained, mlm: Run) -> None:
