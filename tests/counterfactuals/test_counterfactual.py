@@ -377,7 +377,7 @@ def test_a_run_killed_among_its_files_leaves_no_main_file_and_is_finished_by_the
 
 NONSENSE = {
     "--set tissue": "it must read NAME=LABEL",
-    "--set tissue=spleen --given tissue": "set and given both hold 'tissue'",
+    "--set tissue=spleen --given tissue": "set and given both have 'tissue'",
     "--set tissue=spleen --num_null 3": "num_null is 3, too few",
     "--set tissue=nowhere": "tissue=nowhere",
     "--set tissue=spleen": "does not say which cells it was trained on",
