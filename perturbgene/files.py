@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,9 @@ def whole_files(main: Path, *others: Path, flag: str = "output") -> Iterator[Pat
     to it. Of `others`, those that the block does not write stay as they were.
 
     Raises:
-        InputError: A file cannot be written.
+        InputError: A file cannot be written, or is a folder, which may hold what we did not write.
     """
+    _check_no_folder(main, *others, flag=flag)
     staged = partial_path(main)
     try:
         shutil.rmtree(staged, ignore_errors=True)  # of a killed process
@@ -74,8 +75,6 @@ def whole_files(main: Path, *others: Path, flag: str = "output") -> Iterator[Pat
             yield folder
         main.unlink(missing_ok=True)
         for path in [path for path in (*others, main) if (staged / path.name).exists()]:
-            if path.is_dir():
-                shutil.rmtree(path)
             os.replace(staged / path.name, path)
     except OSError as error:
         raise InputError(f"{main} cannot be written ({error.strerror or error}). Choose another --{flag}.") from error
@@ -87,12 +86,18 @@ def check_new(main: Path, *others: Path, overwrite: bool, flag: str = "output") 
     """Refuse to replace the files of an output, unless `overwrite` says so or a killed `whole_files` left them.
 
     Raises:
-        InputError: Names the first file that exists.
+        InputError: Names the first file that exists, or a folder in the place of a file, which nothing replaces.
     """
+    _check_no_folder(main, *others, flag=flag)
     was_killed = partial_path(main).is_dir()  # all files were written, and some may have been moved
     for path in (main, *others):
         if path.exists() and not overwrite and not (was_killed and path != main):
             raise InputError(f"{path} exists. Choose another --{flag}, or pass --overwrite.")
+
+
+def _check_no_folder(*paths: Path, flag: str) -> None:
+    if folders := [path for path in paths if path.is_dir()]:
+        raise InputError(f"{folders[0]} cannot be written (it is a folder). Choose another --{flag}.")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -116,6 +121,8 @@ def sha256_of(path: str | Path) -> str:
 def claimed(path: str | Path, *, flag: str, is_inside: bool = False) -> Iterator[None]:
     """Hold an output for this process; the system releases it when the process ends, however it ends.
 
+    Folders that are made for the lock and are still empty at the end, because the command was refused, are removed.
+
     Args:
         path: File or folder that will be written.
         flag: Flag that named it, for the message.
@@ -126,6 +133,7 @@ def claimed(path: str | Path, *, flag: str, is_inside: bool = False) -> Iterator
     """
     path = Path(path)
     lock_path = path / ".lock" if is_inside else path.with_name(f".{path.name}.lock")
+    made = [folder for folder in lock_path.parents if not folder.exists()]
     try:
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_path, timeout=0)
@@ -143,6 +151,9 @@ def claimed(path: str | Path, *, flag: str, is_inside: bool = False) -> Iterator
     finally:
         lock_path.unlink(missing_ok=True)  # while it is held: filelock tries again when its file is gone
         lock.release()
+        with suppress(OSError):  # the first one that is not empty ends it
+            for folder in made:
+                folder.rmdir()
 
 
 def _owner(lock_path: Path) -> str:

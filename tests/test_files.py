@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perturbgene.errors import InputError
-from perturbgene.files import claimed, whole_file, whole_folder, write_json
+from perturbgene.files import check_new, claimed, whole_file, whole_files, whole_folder, write_json
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -72,3 +72,25 @@ def test_a_folder_that_cannot_be_made_is_told_by_its_flag(tmp_path: Path) -> Non
         claimed(tmp_path / "file/run", flag="output_dir", is_inside=True),
     ):
         pass
+
+
+def test_a_folder_in_the_place_of_a_file_is_never_replaced(tmp_path: Path) -> None:
+    table, record = tmp_path / "ko.csv", tmp_path / "ko.json"
+    table.write_text("old")
+    record.mkdir()
+    (record / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"ko\.json cannot be written \(it is a folder\)"):
+        check_new(table, record, overwrite=True)
+    with pytest.raises(InputError, match=r"ko\.json cannot be written"), whole_files(table, record) as folder:
+        (folder / "ko.csv").write_text("new")
+    assert (table.read_text(), (record / "thesis.txt").read_text()) == ("old", "mine")
+
+
+def test_a_refused_command_leaves_none_of_the_folders_that_its_lock_needed(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match="wrong"), claimed(tmp_path / "runs/a/b", flag="output_dir", is_inside=True):
+        raise InputError("wrong")
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
+    with claimed(tmp_path / "runs/a/out.h5ad", flag="output"):
+        (tmp_path / "runs/a/out.h5ad").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "out.h5ad", "runs"]

@@ -21,7 +21,7 @@ from scipy import sparse
 from perturbgene.corpus.panel import CorpusGenes
 from perturbgene.corpus.statistics import by_gene, per_10_000
 from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of
-from perturbgene.data_utils.kernels import mix
+from perturbgene.data_utils.kernels import mix_many
 from perturbgene.data_utils.scale import TARGET_SUM
 from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, write_shard
 
@@ -31,9 +31,6 @@ SPOOL_FOLDER = "spool"
 RANK_COLUMN = "highly_variable_rank"
 
 _ROUNDS = 6
-
-#: The shared hash as plain NumPy, for whole arrays.
-_mix: Any = mix.py_func
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,7 @@ def shuffled_positions(numbers_n: np.ndarray, *, size: int, key: int) -> np.ndar
     while is_outside_n.any():
         left, right = positions_n[is_outside_n] >> shift, positions_n[is_outside_n] & mask
         for number in range(_ROUNDS):
-            round_key = np.uint64((key * _ROUNDS + number) & 0xFFFFFFFFFFFFFFFF)
-            left, right = right, left ^ (_mix(round_key, right) & mask)
+            left, right = right, left ^ (mix_many(key * _ROUNDS + number, right) & mask)
         positions_n[is_outside_n] = (left << shift) | right
         is_outside_n = positions_n >= np.uint64(max(size, 1))
     return positions_n.astype(np.int64)
@@ -122,7 +118,7 @@ def _rows_of(layout: Layout, part: Part) -> tuple[sparse.csr_matrix, np.ndarray,
     for block in blocks_of(layout.plan, part, np.arange(part.start, part.stop)):
         whole = by_gene(block)
         # Cells with the same genes and values have the same sum of hashes; a cell without any has 0.
-        hash_l = _mix(whole.indices.astype(np.uint64) << np.uint64(40), (whole.data * 1024).astype(np.uint64))
+        hash_l = mix_many(whole.indices.astype(np.uint64) << np.uint64(40), (whole.data * 1024).astype(np.uint64))
         sums_n = np.add.reduceat(np.append(hash_l, np.uint64(0)), whole.indptr[:-1].astype(np.int64))
         hashes.append(np.where(np.diff(whole.indptr) > 0, sums_n, np.uint64(0)))
         if block.is_counts and not layout.plan.as_counts:

@@ -16,7 +16,7 @@ from perturbgene.cli.verbs import DownloadConfig
 from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.remote import Version, receive
 from perturbgene.errors import InputError, listed
-from perturbgene.files import claimed
+from perturbgene.files import claimed, sha256_of
 from perturbgene.urls import is_url, shown_url, url_identity
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _download(
 
     _, part = receive(url, part_of, retries=retries, sleep=sleep)
     assert part is not None
-    if digest is not None and (found := _sha256(part)) != digest:
+    if digest is not None and (found := sha256_of(part)) != digest:
         part.unlink()
         raise InputError(
             f"{shown_url(url)} has sha256 {found}, but {digest} was expected; what was fetched is deleted. Run the "
@@ -104,18 +104,13 @@ def _check_complete(
     if not target.is_file():
         raise InputError(f"{target} is not a file. Give another --output_dir.")
     if digest is not None:
-        if _sha256(target) != digest:
+        if sha256_of(target) != digest:
             raise InputError(f"{target} exists and its sha256 is not {digest}. {advice}")
         return
     version, _ = receive(url, lambda version: None, retries=retries, sleep=sleep)
     if version.size is not None and version.size != target.stat().st_size:
         found = target.stat().st_size
         raise InputError(f"{target} exists with {found:,} bytes, but the remote file has {version.size:,}. {advice}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def read_checksums(path: Path) -> dict[str, str]:

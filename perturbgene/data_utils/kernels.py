@@ -36,10 +36,11 @@ def mix(key: np.uint64, value: np.uint64) -> np.uint64:  # pragma: no cover - co
     return z ^ (z >> _S31)
 
 
-def mix_many(key: int, values_m: np.ndarray) -> np.ndarray:
-    """Return `mix` of many values under one key, uint64 of shape (m,)."""
+def mix_many(key: int | np.ndarray, values_m: np.ndarray) -> np.ndarray:
+    """Return `mix` of many values under one key, or each under its own, uint64 of shape (m,)."""
     hash_of: Any = mix.py_func
-    return np.asarray(hash_of(np.uint64(key & 0xFFFFFFFFFFFFFFFF), values_m.astype(np.uint64)))
+    keys = np.uint64(key & 0xFFFFFFFFFFFFFFFF) if isinstance(key, int) else key.astype(np.uint64)
+    return np.asarray(hash_of(keys, values_m.astype(np.uint64)))
 
 
 @numba.njit(inline="always")

@@ -24,7 +24,7 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.kernels import cell_key
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.files import whole_files
+from perturbgene.files import check_new, whole_files
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALL,
@@ -433,7 +433,9 @@ def run_gene_means(config: EmbedConfig, run: Run, *, source: str, target: Path, 
         group: target.with_suffix(f".{names[group]}.graphml" if len(groups) > 1 else ".graphml") for group in groups
     }
     lines = [f"{table.n_obs:,} mean embeddings of genes in {len(groups)} groups, written to {target}"]
-    with whole_files(target, roles_path, *graph_paths.values()) as folder:
+    others = [*([roles_path] if len(groups) > 1 else []), *(graph_paths.values() if config.network else [])]
+    check_new(target, *others, overwrite=config.overwrite)
+    with whole_files(target, *others) as folder:
         if config.network:
             lines += _write_networks(table, {group: folder / path.name for group, path in graph_paths.items()}, config)
         if len(groups) > 1:

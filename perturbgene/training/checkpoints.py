@@ -10,7 +10,6 @@ below are touched, and unfinished ones only if they hold our mark.
     run/checkpoint-40.incomplete/                          cannot be used, set aside
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from perturbgene.errors import InputError, RunFailedError, listed
-from perturbgene.files import partial_path, write_json
+from perturbgene.files import partial_path, sha256_of, write_json
 from perturbgene.training.callbacks import Progress, Speed, StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -54,8 +53,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def _sums(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _sync(path: Path) -> None:
