@@ -112,7 +112,7 @@ def test_committing_replaces_a_checkpoint_of_the_same_name(tmp_path: Path) -> No
         (None, None, [2, 4, 8, 16]), (2, None, [8, 16]), (2, 2, [2, 16]),
         (1, 4, [4, 16]), (1, 16, [16]), (9, 2, [2, 4, 8, 16]),
     ],
-    ids=["no limit", "the newest", "the best is one of them", "the best beside", "the best is the newest", "few"],
+    ids=["no limit", "the newest", "the best is one of them", "the best apart", "the best is the newest", "few"],
 )  # fmt: skip
 def test_rotation_keeps_the_newest_and_the_best(
     keep: int | None, best: int | None, left: list[int], tmp_path: Path
@@ -164,7 +164,7 @@ def test_the_same_cells_per_step_cut_otherwise_are_no_difference() -> None:
     assert changed_settings(then, now, ranks=(1, 2)) == []
 
 
-def test_other_settings_are_told_apart_by_what_depends_on_them() -> None:
+def test_other_settings_are_distinguished_by_what_depends_on_them() -> None:
     then = {"seed": 1, "learning_rate": 0.1, "max_steps": 3, "output_dir": "a", "dataloader_num_workers": 0}
     now = {"seed": 2, "learning_rate": 0.2, "max_steps": 4, "output_dir": "b", "dataloader_num_workers": 2}
     changes = changed_settings(then, now, ranks=(1, 1))

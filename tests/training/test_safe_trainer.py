@@ -172,7 +172,7 @@ def test_a_signal_ends_the_run_after_its_step_with_everything_saved(
     assert (out / "model.safetensors").read_bytes() == undisturbed
 
 
-def test_a_full_disk_is_told_in_one_line_and_leaves_older_checkpoints_whole(
+def test_a_full_disk_gets_one_line_and_leaves_older_checkpoints_whole(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
