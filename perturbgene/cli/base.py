@@ -76,20 +76,25 @@ def _without_secrets(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixOptions(BaseConfig):
-    """Where the values and gene ids are in an h5ad file (prepare, mlm, cls and verbs that read new cells)."""
+class ReadingConfig(BaseConfig):
+    """How cells are read from a file: which matrix, genes, scale and labels (every verb that reads cells)."""
 
     group = GENES
 
     layer: str | None = option(None, "Layer to read instead of X; `raw` means .raw.")
+    gene_id_column: str | None = option(None, "Column of var with the gene ids. Default: the index of var.")
+    normalization: Normalization = option(
+        "auto", "How values are scaled. auto recognizes the scale and brings it to log1p of counts per 10,000, "
+        "log1p_cp10k takes values for counts, and none takes them as they are.",
+    )  # fmt: skip
     missing_labels: list[str] = option(
         [], "Labels that also mean `not known`; NaN, an empty label and `unknown` (in any case) always do.", group=DATA
     )
-    gene_id_column: str | None = option(None, "Column of var with the gene ids. Default: the index of var.")
+    min_gene_coverage: float = option(0.5, "Stop if a file has less than this share of the panel.", within="[0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BinOptions(MatrixOptions):
+class BinOptions(ReadingConfig):
     """Which genes are used and how their values become bins (prepare, mlm, cls)."""
 
     group = GENES
@@ -99,9 +104,6 @@ class BinOptions(MatrixOptions):
     )
     num_top_genes: int | None = option(
         None, "Keep only this many of the most variable genes. Default: all.", within="[1, inf)"
-    )
-    normalization: Normalization = option(
-        "auto", "How values are scaled. auto takes log1p of counts per 10,000 if it finds raw counts."
     )
     bin_edges: list[float] = option(
         [], "Increasing edges of the bins; a value on an edge belongs to the upper bin.", excludes=("bin_edges_path",)

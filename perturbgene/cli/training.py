@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from perturbgene.cli.base import BaseConfig, BinOptions
-from perturbgene.cli.options import DATA, GENES, IN_OUT, MODEL, TRAINING, option, own_flags
+from perturbgene.cli.options import DATA, IN_OUT, MODEL, TRAINING, option, own_flags
 from perturbgene.devices import check_bfloat16, has_fast_bfloat16
 from perturbgene.errors import InputError
 
@@ -55,9 +55,6 @@ class DataOptions(BinOptions):
         None, "Pad sequences to a multiple of this length; tensor cores prefer 8.", within="[1, inf)"
     )
     allow_overlap: bool = option(False, "Continue even if a file or cell is in both training and evaluation.")
-    min_gene_coverage: float = option(
-        0.5, "Stop if a file has less than this share of the panel.", group=GENES, within="[0, 1]"
-    )
 
     @property
     def has_eval_data(self) -> bool:

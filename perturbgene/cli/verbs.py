@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from perturbgene.cli.base import BaseConfig, BinOptions, MatrixOptions
+from perturbgene.cli.base import BaseConfig, BinOptions, ReadingConfig
 from perturbgene.cli.options import GENES, IN_OUT, RUNNING, TASK, check_question, named_values, option
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.errors import InputError
@@ -176,7 +176,7 @@ class QuestionOptions(BaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileOptions(QuestionOptions, MatrixOptions):
+class FileOptions(QuestionOptions, ReadingConfig):
     """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
 
     group = IN_OUT
@@ -186,9 +186,6 @@ class FileOptions(QuestionOptions, MatrixOptions):
     input: str = option("", "h5ad file with the cells, or its URL.", is_positional=True, is_path=True)
     output: str = option("", "File to write.", is_required=True)
     overwrite: bool = option(False, "Replace an output that already exists.")
-    min_gene_coverage: float = option(
-        0.5, "Stop if the file has less than this share of the panel.", group=GENES, within="[0, 1]"
-    )
     given: list[str] = option(
         [], "Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
         group=TASK, keeps_commas=True, is_named=True,
@@ -211,7 +208,7 @@ class FileOptions(QuestionOptions, MatrixOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(QuestionOptions, MatrixOptions):
+class EvaluateConfig(QuestionOptions, ReadingConfig):
     """Settings of `evaluate`."""
 
     verb = "evaluate"

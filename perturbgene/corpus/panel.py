@@ -91,7 +91,7 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
     """Choose the panel (a given one, or expressed genes by variability) and find its genes in every table."""
     config, moments, union = plan.config, statistics.moments, plan.union
     if config.panel:
-        genes, symbols, union_g = _given_genes(union, config.panel)
+        genes, symbols, union_g = _given_genes(union, config.panel, least_coverage=config.min_gene_coverage)
     else:
         score_g = statistics.counts.normalized_variance(moments.num_cells) if statistics.counts else None
         ranked = moments.rank(score_g)
@@ -125,7 +125,7 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
     return CorpusGenes(panel, panel_of_union, measured_tg, reports, num_missing)
 
 
-def _given_genes(union: GenePanel, given: str) -> tuple[list[str], list[str], np.ndarray]:
+def _given_genes(union: GenePanel, given: str, *, least_coverage: float) -> tuple[list[str], list[str], np.ndarray]:
     """Return a given panel's genes and symbols, whole and in its order, and the place of each among all genes or -1."""
     path, symbols = Path(given), list[str]()
     try:
@@ -142,9 +142,10 @@ def _given_genes(union: GenePanel, given: str) -> tuple[list[str], list[str], np
     for i in np.flatnonzero(union_g < 0) if symbols else ():
         union_g[i] = union.find(symbols[i])
     num_missing = int((union_g < 0).sum())
-    if 2 * num_missing > len(genes) or not genes:
+    if num_missing > (1 - least_coverage) * len(genes) or num_missing == len(genes):
         raise InputError(
-            f"panel {given}: {num_missing:,} of {len(genes):,} genes are in no file. Give another --panel."
+            f"panel {given}: {num_missing:,} of {len(genes):,} genes are in no file, and --min_gene_coverage is "
+            f"{least_coverage:g}. Give another --panel, or lower --min_gene_coverage."
         )
     if not symbols:
         symbols = [union.symbols[g] if g >= 0 else gene for gene, g in zip(genes, union_g, strict=True)]

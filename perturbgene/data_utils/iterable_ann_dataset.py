@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from perturbgene.cli.base import Normalization, ReadingConfig
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import H5adFile, expand_paths
 from perturbgene.data_utils.order import (
@@ -102,6 +103,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         binary_label: With `phenotype_category`: 1 for this label, 0 for all others.
         layer, gene_id_column, min_gene_coverage: Which matrix, which var column names the genes, least share of the
             panel that a file must have.
+        normalization: How values are scaled; "auto" leaves that to the tokenizer.
         missing_labels: Labels that mean "not known", in addition to an empty one, NaN and `unknown`.
         rank, world_size: Which part of the cells this process yields.
         keep_all: True yields each cell exactly once over all ranks (evaluation); False gives every rank the same
@@ -133,8 +135,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
         binary_label: str | None = None,
         layer: str | None = None,
         gene_id_column: str | None = None,
+        normalization: Normalization = ReadingConfig.normalization,
         missing_labels: Sequence[str] = (),
-        min_gene_coverage: float = 0.5,
+        min_gene_coverage: float = ReadingConfig.min_gene_coverage,
         rank: int = 0,
         world_size: int = 1,
         keep_all: bool | None = None,
@@ -167,6 +170,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
         options |= {"missing_labels": tuple(missing_labels)}
+        if normalization != "auto":
+            options["normalization"] = normalization
         sources = _as_sources(paths)
         self.shards = ShardCache(sources, layer=layer, **options)
         self.sizes = self._checked_sizes(getattr(sources, "sizes", None), min_gene_coverage)

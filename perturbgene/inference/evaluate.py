@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from perturbgene.cli.base import MatrixOptions
+from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import EvaluateConfig, MlmConfig
 from perturbgene.configs import check_question
 from perturbgene.corpus.manifest import Corpus
@@ -282,7 +282,7 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     if config.baselines and (patterns or corpus):
         train_paths = expand_paths(patterns) if patterns or not corpus else corpus.paths("train")
     reading = {}
-    for declared in dataclasses.fields(MatrixOptions):  # those of training, unless given or the corpus has its own
+    for declared in dataclasses.fields(ReadingConfig):  # those of training, unless given or the corpus has its own
         value = getattr(config, declared.name)
         is_default = value in (declared.default, [])
         reading[declared.name] = getattr(trained, declared.name, value) if is_default and not corpus else value

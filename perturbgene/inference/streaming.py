@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from perturbgene.cli.base import MatrixOptions
+from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import FileOptions
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, label_text
@@ -164,8 +164,8 @@ def read_cells(path: str | Path) -> "AnnData":
 
 def reading_options(config: FileOptions) -> dict[str, Any]:
     """Return the arguments of `IterableAnnDataset` that a verb's settings hold."""
-    names = [declared.name for declared in dataclasses.fields(MatrixOptions)]
-    return {name: getattr(config, name) for name in ("batch_size", "min_gene_coverage", *names)}
+    names = [declared.name for declared in dataclasses.fields(ReadingConfig)]
+    return {name: getattr(config, name) for name in ("batch_size", *names)}
 
 
 def given_labels(given: Given | None) -> dict[str, str | None]:
