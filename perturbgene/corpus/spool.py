@@ -21,9 +21,10 @@ from scipy import sparse
 from perturbgene.corpus.panel import CorpusGenes
 from perturbgene.corpus.statistics import by_gene, per_10_000
 from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of
+from perturbgene.data_utils.h5ad_writing import write_shard
 from perturbgene.data_utils.kernels import mix_many
 from perturbgene.data_utils.scale import TARGET_SUM
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN, write_shard
+from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN
 
 SPOOL_FOLDER = "spool"
 

@@ -6,26 +6,19 @@ tokenizer and the order of rows to the plan. Letters: n cells, m rows asked for,
 
 import hashlib
 import logging
-import os
-import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import pandas as pd
-from scipy import sparse
 
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
 from perturbgene.data_utils.opening import H5adFile, MemoryFile, sampled_spans
-from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.scale import (
     ExpressionBlock,
     Normalization,
@@ -35,7 +28,6 @@ from perturbgene.data_utils.scale import (
     recognize_counts,
 )
 from perturbgene.errors import InputError, listed
-from perturbgene.urls import shown_path
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +46,6 @@ MOST_OPEN_FILES = 64
 
 #: Files compressed by columns that are kept in memory at a time.
 MOST_WHOLE_FILES = 2
-
-#: Rows of a matrix that are in memory while it is written.
-COPIED_ROWS = 4096
 
 _SEARCH_ROWS = 1024
 
@@ -356,40 +345,6 @@ class ShardCache:
                 shard.source.close()
 
 
-def write_shard(
-    path: Path, matrix: sparse.csr_matrix, *, obs: pd.DataFrame, var: pd.DataFrame, measured_tg: np.ndarray
-) -> None:
-    """Write cells as an h5ad file laid out for streaming: bare arrays of the narrowest types, one after the other.
-
-    Uncompressed and unchunked, rows come at the speed of memory. Read in random blocks of 64 rows from the page cache
-    (10,000 cells x 1,390 values, one core, 2026-11): 1,420,000 cells/s with uint16 columns (42 MB) and 870,000 with
-    int32 (70 MB); in chunks of 32,768: 770,000 bare, 320,000 with Fletcher-32, 62,000 lzf (35 MB), 57,000 gzip with
-    shuffle (21 MB). Damage is found by the SHA-256 in the manifest instead of by Fletcher-32.
-
-    Args:
-        path: Where the file goes, written under a temporary name first.
-        matrix: Values over the panel, rows sorted by gene, shape (n, g).
-        obs, var: Tables of the cells and of the genes.
-        measured_tg: True where a table of genes has the gene, bool of shape (t, g).
-    """
-    import anndata
-
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    by_column = {MEASURED_KEY: np.ascontiguousarray(measured_tg.T, dtype=np.uint8)}  # varm follows its columns anywhere
-    anndata.AnnData(obs=obs, var=var, varm=by_column).write_h5ad(temporary)
-    columns = np.uint16 if matrix.shape[1] <= 1 << 16 else np.int32
-    with h5py.File(temporary, "r+") as file:
-        if "X" in file:
-            del file["X"]
-        group = file.create_group("X")
-        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-        group.attrs["shape"] = np.array(matrix.shape, dtype=np.int64)
-        group.create_dataset("data", data=matrix.data)
-        group.create_dataset("indices", data=matrix.indices.astype(columns))
-        group.create_dataset("indptr", data=matrix.indptr.astype(np.int64))
-    temporary.replace(path)
-
-
 def _measured_columns(source: H5adFile | MemoryFile) -> np.ndarray | None:
     """Return which columns each table of a corpus measured, bool of shape (t, c), or None where nothing says so."""
     measured_ct, num_columns = source.varm_array(MEASURED_KEY), source.shape[1]
@@ -401,108 +356,3 @@ def _measured_columns(source: H5adFile | MemoryFile) -> np.ndarray | None:
             f"say which of {num_columns:,} columns were measured. Make the file again with `perturbgene prepare`."
         )
     return measured_ct.T.astype(bool)
-
-
-def write_h5ad_copy(
-    source: str,
-    target: str | Path,
-    *,
-    uns: Mapping[str, Any],
-    obs: Mapping[str, Any] | pd.DataFrame | None = None,
-    obsm: Mapping[str, Any] | None = None,
-) -> None:
-    """Copy an h5ad file and add columns to its `obs`, matrices to its `obsm` and entries to `uns["perturbgene"]`.
-
-    The matrix is never read: the file is copied to a temporary name next to the target, changed there and renamed.
-    Memory holds one column of `obs`, or a block of rows of a matrix, at a time.
-
-    Args:
-        source: The file to copy, or its URL.
-        target: Where the result goes.
-        uns: Entries, e.g. which run answered which question.
-        obs: Name -> new column (a same-named one is replaced), one value per cell in the file's order: an array, a
-            categorical, or a function that returns one when its turn has come.
-        obsm: Name -> matrix with `shape`, `dtype` and slices of rows (an array, a memmap, a `RowArray`).
-
-    Raises:
-        InputError: The target cannot be written.
-    """
-    from anndata.io import write_elem
-
-    temporary = Path(target).with_name(f"{Path(target).name}.{os.getpid()}.part")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(local_path(source), temporary)
-        with h5py.File(temporary, "r+") as file:
-            if obs is not None and len(obs.keys()):
-                _add_columns(file, obs, source=source)
-            for name, matrix in (obsm or {}).items():
-                _add_matrix(file, str(name), matrix, source=source)
-            if "uns" not in file:
-                write_elem(file, "uns", {})
-            write_elem(file["uns"], "perturbgene", dict(uns))
-        temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
-    finally:
-        with suppress(NotADirectoryError):  # the target is below a file, as the error says
-            temporary.unlink(missing_ok=True)
-
-
-def _check_rows(count: int, known: H5adFile) -> None:
-    if count != known.shape[0]:
-        raise InputError(
-            f"{count:,} answers do not fit the {known.shape[0]:,} cells of {shown_path(known.path)}. Ask again."
-        )
-
-
-def _as_column(column: Any, known: H5adFile) -> Any:
-    """Return a new column as anndata writes it."""
-    values = column() if callable(column) else column
-    if isinstance(values, pd.Series):
-        values = values.array if values.dtype == "category" else values.to_numpy()
-    _check_rows(len(values), known)
-    return values
-
-
-def _add_matrix(file: h5py.File, name: str, matrix: Any, *, source: str) -> None:
-    """Write a matrix into `obsm`, a block of rows at a time."""
-    from anndata.io import write_elem
-
-    known = H5adFile(source)
-    _check_rows(matrix.shape[0], known)
-    known.close()
-    if "obsm" not in file:
-        write_elem(file, "obsm", {})
-    node = file["obsm"]
-    if name in node:
-        del node[name]
-    stored = node.create_dataset(name, shape=matrix.shape, dtype=matrix.dtype)
-    stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for start in range(0, matrix.shape[0], COPIED_ROWS):
-        stored[start : start + COPIED_ROWS] = matrix[start : start + COPIED_ROWS]
-
-
-def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, source: str) -> None:
-    """Write columns into `obs`; what it holds already is not rewritten, so odd columns stay as they are."""
-    import anndata
-    from anndata.io import read_elem, write_elem
-
-    known = H5adFile(source)
-    node = file["obs"]
-    if isinstance(node, h5py.Group) and node.attrs.get("encoding-version") == "0.2.0":
-        order = [name for name in known.columns_of("obs") if name not in columns]
-        for name, column in columns.items():
-            write_elem(node, str(name), _as_column(column, known))
-        node.attrs.create("column-order", [*order, *columns], dtype=h5py.string_dtype())
-    else:
-        # Older anndata kept obs as one table, or categories apart from their columns: such an obs is written again.
-        if isinstance(node, h5py.Group):
-            table = read_elem(node)
-        else:
-            old = {name: known.obs_column(name).array for name in known.columns_of("obs")}
-            table = pd.DataFrame(old, index=known.obs_names)
-        del file["obs"]
-        with anndata.settings.override(allow_write_nullable_strings=True):
-            write_elem(file, "obs", table.assign(**{name: _as_column(c, known) for name, c in columns.items()}))
-    known.close()

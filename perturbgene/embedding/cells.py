@@ -15,8 +15,8 @@ import torch
 
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import ask, pack
+from perturbgene.data_utils.h5ad_writing import write_h5ad_copy
 from perturbgene.data_utils.opening import FileList
-from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
 from perturbgene.errors import InputError, listed

@@ -17,10 +17,10 @@ from scipy.special import softmax
 from perturbgene.cli.verbs import AnswerOptions, PredictConfig
 from perturbgene.configs import check_question
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
+from perturbgene.data_utils.h5ad_writing import write_h5ad_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import FileList
-from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import Question, class_logits, gene_log_likelihood, question_logits

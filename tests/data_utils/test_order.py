@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from perturbgene.data_utils.kernels import cell_key, mix, mix_many, unit
+from perturbgene.data_utils.kernels import cell_key, mix, unit
 from perturbgene.data_utils.opening import H5adFile
 from perturbgene.data_utils.order import (
     BudgetSampler,
@@ -167,7 +167,6 @@ def test_no_rows_belong_to_no_file() -> None:
 
 def test_the_hash_never_changes_between_versions() -> None:
     assert (int(cell_key(7, 1, 42)), int(mix(np.uint64(1), np.uint64(2)))) == GOLDEN_HASHES
-    assert mix_many(1, np.array([2, 2])).tolist() == [GOLDEN_HASHES[1]] * 2
 
 
 def test_hashes_of_neighbouring_cells_are_spread_evenly() -> None:

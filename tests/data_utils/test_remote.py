@@ -21,10 +21,10 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from perturbgene.data_utils import remote
+from perturbgene.data_utils.h5ad_writing import write_h5ad_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import H5adFile, expand_paths
 from perturbgene.data_utils.remote import HDF5_SIGNATURE, default_cache_dir, fetch, has_room
-from perturbgene.data_utils.shards import write_h5ad_copy
 from perturbgene.errors import InputError
 from perturbgene.urls import shown_url
 from tests.web_server import Handler, Web, serving

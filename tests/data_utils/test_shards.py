@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -15,7 +14,6 @@ import pytest
 from scipy import sparse
 from torch.utils.data import DataLoader, IterableDataset
 
-from perturbgene.data_utils import shards
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.data_utils.labels import Vocabulary
 from perturbgene.data_utils.opening import H5adFile, MemoryFile
@@ -264,31 +262,3 @@ def test_a_cache_opened_in_the_parent_reads_on_in_a_loader_worker(write_h5ad: Wr
     assert [*rows] == [3.0, 0.0, 7.0]
     assert [*DataLoader(rows, batch_size=None, num_workers=1)] == [3.0, 0.0, 7.0]
     assert [*rows] == [3.0, 0.0, 7.0]
-
-
-def test_a_copy_gets_a_matrix_block_by_block_and_columns_when_their_turn_comes(write_h5ad, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "COPIED_ROWS", 2)
-    path, matrix = write_h5ad(np.eye(4)[:3]), np.arange(6, dtype=np.float32).reshape(3, 2)
-    taken = []
-
-    class Rows:
-        shape, dtype = matrix.shape, matrix.dtype
-
-        def __getitem__(self, rows):
-            taken.append(rows)
-            return matrix[rows]
-
-    label = lambda: pd.Categorical(["a", "b", "a"])  # noqa: E731
-    target = tmp_path / "out.h5ad"
-    shards.write_h5ad_copy(path, target, obs={"label": label}, obsm={"X_new": Rows()}, uns={"run": "here"})
-    copy = ad.read_h5ad(target)
-    assert copy.obs["label"].tolist() == ["a", "b", "a"]
-    np.testing.assert_array_equal(copy.obsm["X_new"], matrix)
-    assert taken == [slice(0, 2), slice(2, 4)]
-
-
-def test_a_matrix_must_fit_the_rows_of_the_file(write_h5ad, tmp_path):
-    with pytest.raises(InputError, match="2 answers do not fit the 3 cells"):
-        shards.write_h5ad_copy(
-            write_h5ad(np.eye(4)[:3]), tmp_path / "out.h5ad", obsm={"X_new": np.zeros((2, 2))}, uns={}
-        )

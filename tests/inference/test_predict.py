@@ -21,7 +21,6 @@ from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from perturbgene.cli.verbs import AnswerOptions
-from perturbgene.data_utils import shards
 from perturbgene.data_utils.data_collators import block_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
@@ -627,11 +626,6 @@ def test_obs_of_a_legacy_file_is_kept_beside_the_answer(trained, small, tmp_path
     assert obs.index.tolist() == [f"c{row}" for row in range(12)]
     assert obs["batch"].tolist() == list(range(12))
     assert obs[COLUMN].notna().all()
-
-
-def test_answers_must_fit_the_rows_of_the_file(small, tmp_path):
-    with pytest.raises(InputError, match="11 answers do not fit the 12 cells"):
-        shards.write_h5ad_copy(small, tmp_path / "out.h5ad", obs=pd.DataFrame({"a": np.zeros(11)}), uns={})
 
 
 # -- a run folder -------------------------------------------------------------------------------------------------
