@@ -1,4 +1,4 @@
-"""The command line: words and YAML files in, a verb's checked settings out; and the manual pages.
+"""The command line: words and YAML files in, a verb's checked settings or its manual page out.
 
 Owns reading; every option is declared in `base`, `training` and `verbs`. Imports neither torch nor transformers: the
 fields of `transformers.TrainingArguments` are read from its source file.
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from perturbgene.cli.base import BaseConfig
-from perturbgene.cli.options import GROUPS, Flag, check_no_repeats, own_flags
+from perturbgene.cli.options import ARGUMENTS, GROUPS, IN_OUT, Flag, check_no_repeats, own_flags
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.cli.verbs import CONFIGS
 from perturbgene.errors import InputError, did_you_mean, listed
@@ -35,13 +35,16 @@ BOOLEAN_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
 #: Types in the order in which a value is tried: the strictest first.
 KINDS = (dict, list, bool, int, float, str)
 
-CONFIG_FLAG = Flag("config", (str,), None, "YAML file with settings by flag name; flags override it.", GROUPS[0])
+CONFIG_FLAG = Flag("config", (str,), None, "YAML file with settings, named like the flags; flags override it.", IN_OUT)
 HELP_FLAGS = (
-    Flag("help", (bool,), None, "Show this page (also -h).", GROUPS[0]),
-    Flag("debug", (bool,), None, "Show the traceback of an error.", GROUPS[0]),
+    CONFIG_FLAG,
+    Flag("help", (bool,), None, "Show this page (also -h).", IN_OUT),
+    Flag("debug", (bool,), None, "Show the traceback of an error.", IN_OUT),
 )
-HELP_ALL_FLAG = Flag("help-all", (bool,), None, "Also show every field of TrainingArguments.", GROUPS[0])
-#: Names of older versions of transformers that people still type.
+HELP_ALL_FLAG = Flag(
+    "help-all", (bool,), None, "Also show the fields of transformers.TrainingArguments, which are all flags.", IN_OUT
+)
+#: Names from older versions of transformers that people still type.
 RENAMED = {
     "evaluation_strategy": "It is now called --eval_strategy.",
     "logging_dir": "TensorBoard logs are in the folder `runs` of --output_dir.",
@@ -53,9 +56,6 @@ RENAMED = {
 
 class HelpRequested(Exception):
     """The user asked for a help page; carries its text for the caller to print."""
-
-
-# Flags
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def training_flags() -> dict[str, Flag]:
         kinds = tuple(dict.fromkeys(known[member] for member in members if member in known))
         kinds = kinds if set(kinds) - {types.NoneType} else (dict, *kinds)  # a class of theirs is given as JSON
         flags[name] = Flag(
-            name, kinds, _literal(words.get("default")), " ".join(metadata.get("help", "").split()), GROUPS[-1],
+            name, kinds, _literal(words.get("default")), " ".join(metadata.get("help", "").split()), ARGUMENTS,
             choices=tuple(metadata.get("choices") or ()), bare=True if bool in kinds else metadata.get("const"),
         )  # fmt: skip
     return flags
@@ -107,11 +107,7 @@ def known_flags(config_class: type[BaseConfig]) -> dict[str, Flag]:
 
 
 def find_flag(name: str, config_class: type[BaseConfig], *, where: str) -> Flag:
-    """Look a flag up among those of a verb and, for training, those of TrainingArguments.
-
-    Raises:
-        InputError: It is unknown, gone, or belongs to another verb; says what comes nearest.
-    """
+    """Look up a flag of a verb; the `InputError` says whether it is gone or another verb's, or what comes nearest."""
     known, verb = known_flags(config_class), config_class.verb
     if name in known:
         return known[name]
@@ -124,9 +120,6 @@ def find_flag(name: str, config_class: type[BaseConfig], *, where: str) -> Flag:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {nearest[0]!r}?" if nearest else f"See `perturbgene {verb} -h` for all."
     raise InputError(f"{where} is unknown to {verb}. {hint}")
-
-
-# Values
 
 
 def split_commas(text: str) -> list[str]:
@@ -182,16 +175,7 @@ def to_number(value: str | float, kind: type[int] | type[float]) -> float:
 
 
 def convert(value: Any, flag: Flag, *, where: str) -> Any:
-    """Turn text or a YAML value into the type of the flag.
-
-    Args:
-        value: Text, list of texts, or what YAML has read.
-        flag: The flag that the value belongs to.
-        where: Who gave it, for the message: ``--name``, or ``name in run.yaml``.
-
-    Raises:
-        InputError: The value does not fit the type.
-    """
+    """Turn text, a list of texts or a YAML value into the type of the flag; `where` names the source in the message."""
     word = str(value).lower()
     if types.NoneType in flag.kinds and (value is None or (word in NONE_WORDS and not flag.none_is_text)):
         return None
@@ -213,9 +197,6 @@ def convert(value: Any, flag: Flag, *, where: str) -> Any:
     raise InputError(f"{where} was given {shown!r}, which {problem}. {advice(flag)}")
 
 
-# Command lines
-
-
 def is_flag(token: str) -> bool:
     """Return whether a word starts a flag; negative numbers and a lone dash are values.
 
@@ -227,11 +208,7 @@ def is_flag(token: str) -> bool:
 
 
 def take_values(flag: Flag, rest: deque[str], *, where: str) -> Any:
-    """Take the values of a flag from the words that follow it.
-
-    Raises:
-        InputError: The flag needs a value and none follows.
-    """
+    """Take the values of a flag from the words that follow it."""
     values: list[str] = []
     while rest and not is_flag(rest[0]) and (flag.is_list or not values):
         if bool in flag.kinds and rest[0].lower() not in (*BOOLEAN_WORDS, *NONE_WORDS):
@@ -271,11 +248,7 @@ def scan(tokens: Sequence[str], config_class: type[BaseConfig]) -> tuple[dict[st
 
 
 def find_verb(tokens: Sequence[str]) -> int:
-    """Return the index of the verb; it may follow flags (``--seed 1 mlm``), and is no flag's value if another fits.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Return the index of the verb; it may follow flags (``--seed 1 mlm``), and is no flag's value if another fits."""
     if tokens and not is_flag(tokens[0]):
         if tokens[0] in CONFIGS:
             return 0
@@ -332,9 +305,6 @@ def parse_args(argv: Sequence[str] | None = None) -> BaseConfig:
     return build_config(config_class, {**from_file, **given})
 
 
-# YAML files
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, of which YAML would silently keep the last."""
 
@@ -344,11 +314,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping of settings.
-
-    Raises:
-        InputError: The file is missing, is not YAML, or is not a mapping.
-    """
+    """Read a YAML mapping of settings."""
     try:
         settings = _UniqueKeyLoader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
@@ -357,18 +323,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config is {str(path)!r}, which is not plain YAML: {error}. Correct the file.") from error
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict | None):
         raise InputError(f"config is {str(path)!r}, which has no `name: value` lines. Correct the file.")
-    return settings
+    return settings or {}
 
 
 def yaml_values(path: str | Path, config_class: type[BaseConfig]) -> dict[str, Any]:
-    """Return the settings of a YAML file, of the right types.
-
-    Raises:
-        InputError: A key is unknown, a value does not fit, or the file is for another verb.
-    """
+    """Return the settings of a verb's YAML file, of the right types."""
     settings = read_yaml(path)
     verb = settings.pop("verb", config_class.verb)
     if verb != config_class.verb:
@@ -395,22 +356,15 @@ def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> Conf
 
 
 def load_config(path: str | Path) -> BaseConfig:
-    """Read what `BaseConfig.save` wrote.
-
-    Raises:
-        InputError: The file does not name its verb, or does not fit it.
-    """
+    """Read what `BaseConfig.save` wrote; the file must name its verb."""
     verb = read_yaml(path).get("verb")
     if verb not in CONFIGS:
         raise InputError(f"{str(path)!r} does not name its verb. Add a line such as `verb: mlm`.")
     return build_config(CONFIGS[verb], yaml_values(path, CONFIGS[verb]))
 
 
-# Manual pages
-
-
 def metavar(flag: Flag) -> str:
-    """Return what represents the value on the manual page: choices, NUMBER, TEXT, ...; empty for a boolean."""
+    """Return what a value looks like on the manual page: its choices, NUMBER, TEXT, ...; empty for a boolean."""
     names = {bool: "", int: "INTEGER", float: "NUMBER", str: "TEXT", dict: "JSON"}
     kind = next((kind for kind in flag.kinds if kind in KINDS), str)
     shown = "|".join(flag.choices) or names[flag.item if kind is list else kind]
@@ -418,13 +372,13 @@ def metavar(flag: Flag) -> str:
 
 
 def advice(flag: Flag) -> str:
-    """Return the last sentence of a refusal: what the flag takes."""
+    """Return the last sentence of an error message: what to give."""
     shown = metavar(flag).removesuffix(" ...")
     return f"Give --{flag.spelling} {f'one of {shown}' if flag.choices else shown or 'true or false'}."
 
 
 def usage_positionals(config_class: type[BaseConfig]) -> str:
-    """Return the words without a flag as the usage line shows them."""
+    """Return the arguments without a flag as the usage line shows them."""
     flags = (flag for flag in own_flags(config_class).values() if flag.is_positional)
     return " ".join(f"{flag.name.upper()}{' ...' if flag.is_list else ''}" for flag in flags)
 
@@ -442,21 +396,19 @@ def describe_flag(flag: Flag) -> str:
     if len(value) > HELP_WIDTH - 30:
         notes.append(f"one of {', '.join(flag.choices)}")
         value = "NAME"
-    text = flag.help + (f" ({'; '.join(notes)})" if notes else "")
-    return (
-        f"  --{flag.spelling} {value}".rstrip() + "\n" + textwrap.indent(textwrap.fill(text, HELP_WIDTH - 8), " " * 8)
-    )
+    text = textwrap.fill(flag.help + (f" ({'; '.join(notes)})" if notes else ""), HELP_WIDTH - 8)
+    return f"  --{flag.spelling} {value}".rstrip() + "\n" + textwrap.indent(text, " " * 8)
 
 
 def manual_page(config_class: type[BaseConfig], *, with_training_flags: bool = False) -> str:
     """Return the manual page of a verb: what it does, usage, an example, options by group with their defaults."""
-    flags = [*own_flags(config_class).values(), CONFIG_FLAG, *HELP_FLAGS]
+    flags = [*own_flags(config_class).values(), *HELP_FLAGS]
     if issubclass(config_class, TrainingConfig):
         flags.append(HELP_ALL_FLAG)
     if with_training_flags:
         names = {flag.name for flag in flags}
-        flags += [flag for flag in known_flags(config_class).values() if flag.group == GROUPS[-1]]
-        flags = [flag for flag in flags if flag.group != GROUPS[-1] or flag.name not in names]
+        more = (flag for flag in known_flags(config_class).values() if flag.group == ARGUMENTS)
+        flags += [flag for flag in more if flag.name not in names]
     usage = " ".join(["perturbgene", config_class.verb, usage_positionals(config_class), "[--flag value ...]"])
     parts = [
         f"perturbgene {config_class.verb}: {config_class.summary}",
@@ -468,8 +420,8 @@ def manual_page(config_class: type[BaseConfig], *, with_training_flags: bool = F
         if entries := [describe_flag(flag) for flag in flags if flag.group == group]:
             parts.append("\n".join([group, *entries]))
     parts.append(
-        "True or false: --flag, --flag false or --no_flag. Lists: --flag a b c or --flag a,b,c unless the entry says\n"
-        "otherwise. A lone -- ends the flags: everything after it is an argument without a flag."
+        "Write true or false as --flag, --flag false or --no_flag, and a list as --flag a b c or, unless its entry says\n"
+        "otherwise, --flag a,b,c. Everything after a lone -- is an argument without a flag."
     )
     return "\n\n".join(parts)
 
