@@ -1,8 +1,4 @@
-"""The settings of every verb, and the function that reads a command line into them.
-
-Owns nothing: this is the door to the room `cli`, where options are declared (`base`, `training`, `verbs`) and read
-(`parsing`).
-"""
+"""The settings of every verb, and the functions that read them; all are defined in `cli`."""
 
 from perturbgene.cli.base import BaseConfig
 from perturbgene.cli.options import check_question, own_flags

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from perturbgene.cli.options import DATA, GENES, check_edges, check_exists, check_flag, option, own_flags
+from perturbgene.cli.options import DATA, GENES, check_exists, check_flag, option, own_flags
 from perturbgene.errors import InputError
 from perturbgene.files import write_text
 from perturbgene.urls import shown_text
@@ -22,11 +22,12 @@ SECRETS = ("hub_token",)
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """Settings of a verb, which are checked when they are made and can be written to YAML."""
+    """Settings of a verb, which are checked when they are made and can be written to YAML.
+
+    The docstring of a verb's class is the beginning of its manual page: a summary and a paragraph.
+    """
 
     verb: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
-    about: ClassVar[str] = ""
     example: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -100,16 +101,11 @@ class BinOptions(ReadingConfig):
     group = GENES
 
     panel: str | None = option(
-        None, "Genes to use: a text file with one id per line, or the tokenizer of a run.", is_path=True
+        None, "Genes to use: text file with one id per line, or a run's tokenizer.", is_path=True
     )
-    num_top_genes: int | None = option(
-        None, "Keep only this many of the most variable genes. Default: all.", within="[1, inf)"
-    )
+    num_top_genes: int | None = option(None, "Number of most variable genes to keep. Default: all.", within="[1, inf)")
     bin_edges: list[float] = option(
-        [], "Increasing edges of the bins; a value on an edge belongs to the upper bin.", excludes=("bin_edges_path",)
-    )
+        [], "Increasing edges of the bins; a value on an edge belongs to the upper bin.", excludes=("bin_edges_path",),
+        is_increasing=True,
+    )  # fmt: skip
     bin_edges_path: str | None = option(None, "JSON file with a list of edges, or with gene -> edges.", is_path=True)
-
-    def check(self) -> None:
-        super().check()
-        check_edges(self.bin_edges)

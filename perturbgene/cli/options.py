@@ -23,47 +23,27 @@ GROUPS = (IN_OUT, TASK, DATA, GENES, MODEL, TRAINING, RUNNING, ARGUMENTS)
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of the command line and key of the YAML file.
+    """One flag of the command line and key of the YAML file."""
 
-    Attributes:
-        name: Field name; the flag is ``--name``.
-        kinds: Types that a value may have, `NoneType` among them if it may be none.
-        default: Value if neither flag nor YAML gives one.
-        help: One or two sentences for the manual page.
-        group: Heading of the manual page that lists it.
-        item: Type of the items of a list.
-        choices: The only values that are allowed; empty for any.
-        within: Interval of allowed numbers such as ``"[0, 1)"``; empty for any.
-        excludes: Names of options that answer the same question.
-        is_required: An empty value is refused.
-        is_positional: Required, and may be given without its flag, in the order of declaration.
-        is_path: Names files or folders that must exist before the command starts.
-        may_be_on_hub: A path that may also be the name of a model on the Hugging Face Hub.
-        is_unique: The values of a list must differ.
-        is_named: Each value must read NAME or NAME=VALUE, and the names must differ.
-        keeps_commas: The values of a list are not split at commas, since labels and donors may contain them.
-        none_is_text: The word ``none`` is a value like any other, since a label may have this name.
-        bare: Value if the flag is given without one; None if it needs a value.
-    """
-
-    name: str
-    kinds: tuple[type, ...]
-    default: Any = None
-    help: str = ""
-    group: str = TASK
-    item: type = str
-    choices: tuple[str, ...] = ()
-    within: str = ""
-    excludes: tuple[str, ...] = ()
-    is_required: bool = False
-    is_positional: bool = False
-    is_path: bool = False
-    may_be_on_hub: bool = False
-    is_unique: bool = False
-    is_named: bool = False
-    keeps_commas: bool = False
-    none_is_text: bool = False
-    bare: Any = None
+    name: str  # of the field; the flag is --name
+    kinds: tuple[type, ...]  # types that a value may have, NoneType among them if it may be none
+    default: Any = None  # value if neither flag nor YAML gives one
+    help: str = ""  # one or two sentences for the manual page
+    group: str = TASK  # heading of the manual page that lists it
+    item: type = str  # type of the items of a list
+    choices: tuple[str, ...] = ()  # the only values that are allowed; empty for any
+    within: str = ""  # interval of allowed numbers such as "[0, 1)"; empty for any
+    excludes: tuple[str, ...] = ()  # options that answer the same question
+    is_required: bool = False  # an empty value is refused
+    is_positional: bool = False  # required, and may be given without its flag, in the order of declaration
+    is_path: bool = False  # files or folders that must exist before the command starts
+    may_be_on_hub: bool = False  # a path that may also be the name of a model on the Hugging Face Hub
+    is_unique: bool = False  # the values of a list must differ
+    is_increasing: bool = False  # numbers must be positive and each above the one before
+    is_named: bool = False  # each value must read NAME or NAME=VALUE, and the names must differ
+    keeps_commas: bool = False  # a list is not split at commas, since labels and donors may contain them
+    none_is_text: bool = False  # the word `none` is a value like any other, since a label may have this name
+    bare: Any = None  # value if the flag is given without one; None if it needs a value
 
     @property
     def spelling(self) -> str:
@@ -105,37 +85,30 @@ def own_flags(config_class: type[Any]) -> dict[str, Flag]:
     return flags
 
 
-def is_within(value: float, interval: str) -> bool:
-    """Return whether a number is in an interval.
-
-    Example:
-        >>> is_within(1.0, "[0, 1)"), is_within(0.0, "[0, 1)")
-        (False, True)
-    """
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    is_above = value >= low if interval[0] == "[" else value > low
-    return is_above and (value <= high if interval[-1] == "]" else value < high)
-
-
 def check_flag(value: Any, flag: Flag) -> None:
     """Refuse a value that the option's traits do not allow."""
     values = value if isinstance(value, list) else [value]
     if flag.is_required and value in (None, "", []):
         way = f"{flag.name.upper()} after the verb, or --{flag.name}" if flag.is_positional else f"--{flag.name}"
         raise InputError(f"{flag.name} is missing. Give {way} ({flag.help})")
-    for number in values if flag.within else []:
-        if number is not None and not is_within(number, flag.within):
+    low, _, high = flag.within.partition(", ")
+    for number in values if flag.within and value is not None else []:
+        is_above = number >= float(low[1:]) if low[0] == "[" else number > float(low[1:])
+        is_below = number <= float(high[:-1]) if high[-1] == "]" else number < float(high[:-1])
+        if not (is_above and is_below):
             raise InputError(f"{flag.name} is {number}, but it must be in {flag.within}. Change --{flag.name}.")
     if flag.is_unique:
         check_no_repeats(values, flag=flag.name)
     if flag.is_named:
         named_values(values, flag=flag.name)
+    if flag.is_increasing:
+        check_edges(values)
 
 
 def check_edges(edges_e: Sequence[float]) -> None:
     """Refuse bin edges that are not finite, positive and increasing."""
     for i, edge in enumerate(edges_e):
-        if not is_within(edge, "(0, inf)"):
+        if not 0 < edge < float("inf"):
             raise InputError(
                 f"bin_edges must be finite and above 0, but edge {i} is {edge:g}; bin 0 means not expressed. "
                 "Remove it from --bin_edges."

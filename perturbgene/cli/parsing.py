@@ -8,6 +8,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -158,15 +159,10 @@ def to_kind(value: Any, kind: Any, flag: Flag) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("is not text (put it in quotes)" if kind is str else "is not a number")
-    return str(value) if kind is str else to_number(value, kind)
-
-
-def to_number(value: str | float, kind: type[int] | type[float]) -> float:
-    """Read a number; text too, since YAML does not recognize ``1e-4``, and whole numbers may be written ``1e4``."""
-    if isinstance(value, int):
+    if kind is str or isinstance(value, int):
         return kind(value)
     try:
-        number = float(value)
+        number = float(value)  # text too, since YAML does not recognize 1e-4
     except ValueError as error:
         raise ValueError("is not a number") from error
     if kind is int and not number.is_integer():
@@ -263,15 +259,9 @@ def find_verb(tokens: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str] | None = None) -> BaseConfig:
     """Read a command line into the settings of its verb: flags override YAML, and YAML overrides defaults.
 
-    Args:
-        argv: Words after the program's name; those of this process by default.
-
-    Returns:
-        The configuration of the verb, checked.
-
     Raises:
         InputError: Something given is impossible; the message names the flag.
-        HelpRequested: A help page was asked for, or nothing was given.
+        HelpRequested: A help page was asked for.
 
     Example:
         >>> parse_args(["predict", "runs/mlm", "in.h5ad", "--output", "out.h5ad", "--given", "sex"]).given_labels
@@ -410,9 +400,10 @@ def manual_page(config_class: type[BaseConfig], *, with_training_flags: bool = F
         more = (flag for flag in known_flags(config_class).values() if flag.group == ARGUMENTS)
         flags += [flag for flag in more if flag.name not in names]
     usage = " ".join(["perturbgene", config_class.verb, usage_positionals(config_class), "[--flag value ...]"])
+    summary, _, about = (inspect.getdoc(config_class) or "").partition("\n\n")
     parts = [
-        f"perturbgene {config_class.verb}: {config_class.summary}",
-        textwrap.indent(textwrap.fill(config_class.about, HELP_WIDTH - 2), "  "),
+        f"perturbgene {config_class.verb}: {summary}",
+        textwrap.indent(textwrap.fill(about, HELP_WIDTH - 2), "  "),
         f"Usage\n  {' '.join(usage.split())}",
         f"Example\n  {config_class.example}",
     ]
@@ -420,8 +411,8 @@ def manual_page(config_class: type[BaseConfig], *, with_training_flags: bool = F
         if entries := [describe_flag(flag) for flag in flags if flag.group == group]:
             parts.append("\n".join([group, *entries]))
     parts.append(
-        "Write true or false as --flag, --flag false or --no_flag, and a list as --flag a b c or, unless its entry says\n"
-        "otherwise, --flag a,b,c. Everything after a lone -- is an argument without a flag."
+        "Write true or false as --flag, --flag false or --no_flag, and a list as --flag a b c or --flag a,b,c (unless\n"
+        "its entry says otherwise). Everything after a lone -- is an argument without a flag."
     )
     return "\n\n".join(parts)
 
@@ -429,14 +420,15 @@ def manual_page(config_class: type[BaseConfig], *, with_training_flags: bool = F
 def overview() -> str:
     """Return the page of the program: its verbs and where to read more."""
     width = max(map(len, CONFIGS)) + 2
-    verbs = [f"  {verb:<{width}}{config_class.summary}" for verb, config_class in CONFIGS.items()]
-    examples = [f"  {config_class.example}" for config_class in CONFIGS.values() if config_class.verb != "download"]
+    pages = {verb: inspect.getdoc(config_class) or "" for verb, config_class in CONFIGS.items()}
+    verbs = [f"  {verb:<{width}}{page.splitlines()[0]}" for verb, page in pages.items()]
+    examples = [f"  {config_class.example}" for verb, config_class in CONFIGS.items() if verb != "download"]
     parts = [
         "perturbgene: language models of single cells, from h5ad files to predictions.",
         "Usage\n  perturbgene VERB [ARGUMENT ...] [--flag value ...]\n  perturbgene VERB -h",
         "\n".join(["Verbs", *verbs]),
         "\n".join(["Examples, from files to predictions", *examples]),
         "Every verb reads settings from --config FILE.yaml; flags override the file, and the file overrides defaults.\n"
-        "--version shows the version, --debug the traceback of an error.",
+        "--version shows the version, and --debug shows the traceback of an error.",
     ]
     return "\n\n".join(parts)

@@ -37,23 +37,16 @@ class DataOptions(BinOptions):
     group = DATA
 
     corpus: str | None = option(
-        None, "Folder made by `prepare`: shards, vocabulary, panel and bins.", is_path=True,
-        excludes=("train_data_paths",),
-    )  # fmt: skip
-    train_data_paths: list[str] = option(
-        [], "Training files: paths, globs, brace patterns (shard_{0..43}.h5ad) or URLs.", is_path=True
+        None, "Folder made by `prepare`: shards, vocabulary, panel, bins.", is_path=True, excludes=("train_data_paths",)
     )
-    eval_data_paths: list[str] = option(
-        [], "Evaluation files, written like the training files; they replace those of a corpus.", is_path=True
-    )
+    train_data_paths: list[str] = option([], "Training files: paths, globs, a_{0..9}.h5ad or URLs.", is_path=True)
+    eval_data_paths: list[str] = option([], "Evaluation files; they replace those of a corpus.", is_path=True)
     vocab_path: str | None = option(None, "JSON file {category: [labels]} with the phenotypes.", is_path=True)
     included_phenotypes: list[str] = option(
-        [], "Phenotypes in a cell's sequence, in this order. Default: all of the vocabulary.", is_unique=True
+        [], "Phenotypes in a sequence, in this order. Default: all.", is_unique=True
     )
     max_length: int = option(2048, "Maximum number of tokens of a cell, with [CLS] and [EOS].", within="[3, inf)")
-    pad_to_multiple_of: int | None = option(
-        None, "Pad sequences to a multiple of this length; tensor cores prefer 8.", within="[1, inf)"
-    )
+    pad_to_multiple_of: int | None = option(None, "Pad to a multiple of this (tensor cores: 8).", within="[1, inf)")
     allow_overlap: bool = option(False, "Continue even if a file or cell is in both training and evaluation.")
 
     @property
@@ -82,20 +75,15 @@ class ModelOptions(BaseConfig):
 
     group = MODEL
 
-    model_arch: Literal["tiny", "small", "base", "large"] = option(
-        "small", "Preset of sizes; the flags below change single sizes."
-    )
+    model_arch: Literal["tiny", "small", "base", "large"] = option("small", "Preset sizes; flags below change them.")
     pretrained_model_path: str | None = option(
-        None, "Run folder or Hugging Face model whose weights and sizes to start from.", is_path=True,
-        may_be_on_hub=True,
-    )  # fmt: skip
+        None, "Run folder or Hugging Face model with weights and sizes to start from.", is_path=True, may_be_on_hub=True
+    )
     num_hidden_layers: int | None = option(None, "Number of layers.", within="[1, inf)")
     num_attention_heads: int | None = option(None, "Number of attention heads per layer.", within="[1, inf)")
     hidden_size: int | None = option(None, "Size of a token's vector.", within="[1, inf)")
     intermediate_size: int | None = option(None, "Size inside the feed-forward network.", within="[1, inf)")
-    dropout: float | None = option(
-        None, "Dropout after embeddings and sublayers; attention weights have none.", within="[0, 1)"
-    )
+    dropout: float | None = option(None, "Dropout after embeddings and sublayers, not in attention.", within="[0, 1)")
     norm_position: Literal["post", "branch"] | None = option(
         None, "LayerNorm after each sum (post, as in DistilBERT) or on what a sublayer adds (branch, the presets)."
     )
@@ -134,13 +122,10 @@ class TrainOptions(BaseConfig):
 
     group = TRAINING
 
-    output_dir: str = option(
-        "", "Run folder to write: weights, tokenizer, settings and metrics.", group=IN_OUT, is_required=True
-    )
+    output_dir: str = option("", "Run folder to write: weights, settings and metrics.", group=IN_OUT, is_required=True)
     resume_from_checkpoint: str | None = option(
-        None, "Checkpoint folder to continue from. If the flag has no value: the newest valid one in --output_dir.",
-        group=IN_OUT, bare="latest",
-    )  # fmt: skip
+        None, "Checkpoint folder to continue from. Without a value: the newest valid one.", group=IN_OUT, bare="latest"
+    )
     allow_changed: bool = option(
         False, "Resume even if settings changed that affect the order of cells or the size of a step.", group=IN_OUT
     )
@@ -156,13 +141,9 @@ class TrainOptions(BaseConfig):
     per_device_eval_batch_size: int = option(64, "Number of cells per evaluation batch and device.", within="[1, inf)")
     gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.", within="[1, inf)")
     num_train_epochs: float = option(10.0, "Number of passes over the training cells.", within="(0, inf)")
-    max_steps: int = option(
-        -1, "Stop after this many steps, whatever the number of epochs; -1 for no limit.", within="[-1, inf)"
-    )
+    max_steps: int = option(-1, "Stop after this many steps, even within an epoch; -1: no limit.", within="[-1, inf)")
     lr_scheduler_type: Schedule = option("cosine", "Schedule of the learning rate.")
-    warmup_steps: float = option(
-        0.1, "Steps in which the learning rate rises; below 1, a share of all steps.", within="[0, inf)"
-    )
+    warmup_steps: float = option(0.1, "Steps to the peak learning rate; below 1, a share of all.", within="[0, inf)")
     weight_decay: float = option(0.01, "Decoupled weight decay.", within="[0, inf)")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", within="[0, inf)")
     bf16: bool | None = option(None, "Compute in bfloat16. Default: only if the device is fast at it.")
@@ -171,19 +152,13 @@ class TrainOptions(BaseConfig):
     eval_strategy: Literal["auto", "no", "steps", "epoch"] = option(
         "auto", "When to evaluate. auto: every --eval_steps if they are given, otherwise after each epoch."
     )
-    eval_steps: float | None = option(
-        None, "Steps between evaluations; below 1, a share of all steps.", within="(0, inf)"
-    )
+    eval_steps: float | None = option(None, "Steps between evaluations; below 1, a share of all.", within="(0, inf)")
     save_strategy: Literal["auto", "no", "steps", "epoch", "best"] = option(
         "auto", "When to write a checkpoint. auto: every --save_steps if they are given, otherwise when evaluating."
     )
-    save_steps: float | None = option(
-        None, "Steps between checkpoints; below 1, a share of all steps.", within="(0, inf)"
-    )
-    save_total_limit: int | None = option(
-        2, "Number of checkpoints to keep, including the best one.", within="[1, inf)"
-    )
-    logging_steps: float = option(10, "Steps between log lines; below 1, a share of all steps.", within="(0, inf)")
+    save_steps: float | None = option(None, "Steps between checkpoints; below 1, a share of all.", within="(0, inf)")
+    save_total_limit: int | None = option(2, "Checkpoints to keep, including the best one.", within="[1, inf)")
+    logging_steps: float = option(10, "Steps between log lines; below 1, a share of all.", within="(0, inf)")
     report_to: list[Logger] = option(["tensorboard"], "Where logs go, in addition to the terminal.")
     dataloader_num_workers: int = option(
         0, "Number of processes that read cells. Two threads read already, so more processes rarely help. This does "
@@ -219,8 +194,18 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
     def check(self) -> None:
         super().check()
-        if self.tokens_per_batch is not None:
-            self._check_token_budget(self.tokens_per_batch)
+        budget, packed = self.tokens_per_batch, ("per_device_train_batch_size", "pad_to_multiple_of")
+        if budget is not None and budget < self.max_length:
+            raise InputError(
+                f"tokens_per_batch is {budget}, but a single cell may have max_length {self.max_length} tokens. "
+                "Raise --tokens_per_batch, or lower --max_length."
+            )
+        for name in packed if budget is not None else ():
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise InputError(
+                    f"tokens_per_batch {budget} and {name} {value} are both given, but batches of --tokens_per_batch "
+                    f"have as many cells as fit and are packed without padding. Remove --tokens_per_batch or --{name}."
+                )
         if (order := self.training_overrides.get("train_sampling_strategy", "random")) != "random":
             raise InputError(
                 f"train_sampling_strategy is {order}, but cells are read in random order. "
@@ -235,25 +220,6 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             raise InputError(
                 "Bin edges are missing, and there is no corpus or pretrained model to take them from. "
                 "Give --bin_edges 0.5 1 2 4, or --bin_edges_path."
-            )
-
-    def _check_token_budget(self, budget: int) -> None:
-        """Refuse a budget too small for a cell, or given together with other options that decide the batches."""
-        cells = self.per_device_train_batch_size
-        if budget < self.max_length:
-            raise InputError(
-                f"tokens_per_batch is {budget}, but a single cell may have max_length {self.max_length} tokens. "
-                "Raise --tokens_per_batch, or lower --max_length."
-            )
-        if cells != type(self).per_device_train_batch_size:
-            raise InputError(
-                f"tokens_per_batch {budget} and per_device_train_batch_size {cells} are both given, but they answer "
-                "the same question. Remove --tokens_per_batch or --per_device_train_batch_size."
-            )
-        if self.pad_to_multiple_of is not None:
-            raise InputError(
-                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but batches of --tokens_per_batch are packed "
-                "without padding. Remove --pad_to_multiple_of or --tokens_per_batch."
             )
 
     def with_learning_rate(self, hidden_size: int) -> Self:

@@ -1,4 +1,4 @@
-"""The verbs: one dataclass each, with its manual page's words, its own settings and the checks across them.
+"""The verbs: one dataclass each, whose docstring opens its manual page, with its own settings and checks.
 
 Owns the table `CONFIGS` of all verbs; leaves what `mlm` and `cls` share to `training`, and the work to the modules that
 `main` names.
@@ -8,7 +8,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, ReadingConfig
 from perturbgene.cli.options import GENES, IN_OUT, RUNNING, TASK, check_question, named_values, option
@@ -26,14 +26,13 @@ MASK_RATES = ("gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpress
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(BinOptions):
-    """Settings of `prepare`."""
+    """Turn h5ad files into a corpus to train on.
+
+    Chooses the genes, brings all files to one scale, fits bins, collects the labels of phenotypes and holds out
+    donors. Writes shuffled shards with a manifest and an audit.
+    """
 
     verb = "prepare"
-    summary = "Turn h5ad files into a corpus to train on."
-    about = (
-        "Chooses the genes, brings all files to one scale, fits bins, collects the labels of phenotypes and holds out "
-        "donors. Writes shuffled shards with a manifest and an audit."
-    )
     example = "perturbgene prepare cells.h5ad --output corpus --phenotypes cell_type tissue --split_by donor_id"
 
     inputs: list[str] = option(
@@ -49,9 +48,7 @@ class PrepareConfig(BinOptions):
         "first of donor_id, donor, individual, patient and sample, or else single cells, with a warning.",
     )  # fmt: skip
     eval_fraction: float = option(0.2, "Share of donors (or cells) held out for evaluation.", within="(0, 1)")
-    eval_donors: list[str] = option(
-        [], "Names of the donors to hold out, instead of a share.", keeps_commas=True, is_unique=True
-    )
+    eval_donors: list[str] = option([], "Donors to hold out, instead of a share.", keeps_commas=True, is_unique=True)
     seed: int = option(0, "Seed of the split and the shuffle.", within="[0, 4294967295]")
     num_bins: int = option(8, "Number of quantile bins of the expressed values.", group=GENES, within="[1, inf)")
     min_genes: int = option(1, "Drop cells that express fewer genes of the panel.", group=GENES, within="[0, inf)")
@@ -61,9 +58,7 @@ class PrepareConfig(BinOptions):
         "counts (seurat_v3). auto uses seurat_v3 for counts.", group=GENES,
     )  # fmt: skip
     num_processes: int = option(0, "Number of processes; 0 uses every core.", group=RUNNING, within="[0, inf)")
-    scheduler: str | None = option(
-        None, "Address of a Dask scheduler (tcp://...) whose workers do the work.", group=RUNNING
-    )
+    scheduler: str | None = option(None, "Address of a Dask scheduler whose workers to use (tcp://...).", group=RUNNING)
 
     @property
     def column_of_phenotype(self) -> dict[str, str]:
@@ -80,23 +75,21 @@ class PrepareConfig(BinOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MlmConfig(TrainingConfig):
-    """Settings of `mlm`."""
+    """Train by masking genes and phenotypes.
+
+    Hides some genes' bins and some phenotypes of every cell and learns to predict them from the rest. The model can
+    then predict any phenotype, given any others.
+    """
 
     verb = "mlm"
-    summary = "Train by masking genes and phenotypes."
-    about = (
-        "Hides some genes' bins and some phenotypes of every cell and learns to predict them from the rest. The model "
-        "can then predict any phenotype, given any others."
-    )
     example = "perturbgene mlm --corpus corpus --output_dir runs/mlm --model_arch small --num_train_epochs 20"
 
     gene_mask_prob: float = option(0.15, "Share of a cell's expressed genes to hide.", within="[0, 1]")
     phenotype_mask_prob: float = option(0.5, "Share of the phenotypes in a sequence to hide.", within="[0, 1]")
     absent_prob: float = option(0.1, "Share of phenotypes to leave out of the sequence.", within="[0, 1]")
     unexpressed_ratio: float = option(
-        0.5, "Number of unexpressed genes to ask for, per hidden expressed gene; the answer is bin_0.",
-        within="[0, inf)",
-    )  # fmt: skip
+        0.5, "Number of unexpressed genes to ask for per hidden expressed gene; the answer is bin_0.", within="[0, inf)"
+    )
     phenotype_loss_weight: float = option(1.0, "Weight of the phenotypes' mean loss.", within="[0, inf)")
     gene_loss_weight: float = option(0.3, "Weight of the genes' mean loss.", within="[0, inf)")
 
@@ -122,14 +115,13 @@ class MlmConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClsConfig(TrainingConfig):
-    """Settings of `cls`."""
+    """Train a classifier of one phenotype.
+
+    Learns to predict one phenotype from a cell's genes and, optionally, its other phenotypes. It works best if it
+    starts from an mlm run (--pretrained_model_path).
+    """
 
     verb = "cls"
-    summary = "Train a classifier of one phenotype."
-    about = (
-        "Learns to predict one phenotype from a cell's genes and, optionally, its other phenotypes. It works best if "
-        "it starts from an mlm run (--pretrained_model_path)."
-    )
     example = (
         "perturbgene cls --corpus corpus --output_dir runs/cls --phenotype_category cell_type "
         "--pretrained_model_path runs/mlm"
@@ -137,12 +129,8 @@ class ClsConfig(TrainingConfig):
     best_metric = "eval_macro_f1"
 
     phenotype_category: str = option("", "Phenotype to classify.", is_required=True)
-    binary_label: str | None = option(
-        None, "Classify cells as this label or any other, instead of by all labels.", none_is_text=True
-    )
-    balanced_dataset: bool = option(
-        True, "Weight each class inversely to its number of training cells, so that rare classes count as much."
-    )
+    binary_label: str | None = option(None, "Classify cells as this label or any other one.", none_is_text=True)
+    balanced_dataset: bool = option(True, "Weight each class inversely to its number of training cells.")
 
     def check(self) -> None:
         super().check()
@@ -162,9 +150,8 @@ class QuestionOptions(BaseConfig):
     run: str = option("", "Run folder of mlm or cls.", group=IN_OUT, is_positional=True, is_path=True)
     batch_size: int = option(256, "Maximum number of cells per batch.", within="[1, inf)")
     batch_tokens: int = option(
-        32768, "Maximum number of tokens per batch; a longer cell is a batch of its own. Lower it if memory runs out.",
-        within="[1, inf)",
-    )  # fmt: skip
+        32768, "Maximum tokens per batch (or one longer cell). Lower it if memory runs out.", within="[1, inf)"
+    )
     device: str = option("auto", "auto, cpu, mps, cuda or cuda:N.")
 
     def check(self) -> None:
@@ -207,29 +194,28 @@ class FileOptions(QuestionOptions, ReadingConfig):
             raise InputError("a .parquet file needs pyarrow. Name a .csv file, or pip install 'perturbgene[parquet]'.")
 
 
+def _mask_rate(what: str, within: str = "[0, 1]") -> Any:
+    return option(None, f"{what} when genes are scored. Default: as in training.", within=within)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(QuestionOptions, ReadingConfig):
-    """Settings of `evaluate`."""
+    """Score a run on held-out cells, next to its baselines.
+
+    Asks for each phenotype alone, with the others given, and for all at once. Writes accuracy, macro F1, confusion
+    matrices and scores of masked genes, next to two baselines on the same cells: the majority class and a logistic
+    regression.
+    """
 
     verb = "evaluate"
-    summary = "Score a run on held-out cells, next to its baselines."
-    about = (
-        "Asks for each phenotype alone, with the others given, and for all at once. Writes accuracy, macro F1, "
-        "confusion matrices and scores of masked genes, next to two baselines on the same cells: the majority class "
-        "and a logistic regression."
-    )
     example = "perturbgene evaluate runs/mlm"
 
     corpus: str | None = option(
         None, "Corpus whose evaluation cells are scored. Default: the corpus of the run.", group=IN_OUT, is_path=True,
         excludes=("eval_data_paths", "train_data_paths"),
     )  # fmt: skip
-    eval_data_paths: list[str] = option(
-        [], "Files to score instead of a corpus: paths, globs or brace patterns.", group=IN_OUT, is_path=True
-    )
-    train_data_paths: list[str] = option(
-        [], "Files to fit the baselines on. Default: the training cells of the run.", group=IN_OUT, is_path=True
-    )
+    eval_data_paths: list[str] = option([], "Files to score: paths, globs, brace patterns.", group=IN_OUT, is_path=True)
+    train_data_paths: list[str] = option([], "Files for the baselines. Default: the run's.", group=IN_OUT, is_path=True)
     output: str | None = option(None, "Folder to write. Default: RUN/evaluation.", group=IN_OUT)
     ask: list[str] = option([], "Phenotypes to ask for. Default: all phenotypes of the run.")
     given: list[str] = option(
@@ -241,19 +227,10 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
         None, "Fit temperatures on half of the donors and store them in the run, where predict finds them. Default: "
         "only if the run's own evaluation cells are scored.",
     )  # fmt: skip
-    gene_mask_prob: float | None = option(
-        None, "Share of expressed genes to hide when genes are scored. Default: as in training.", within="[0, 1]"
-    )
-    phenotype_mask_prob: float | None = option(
-        None, "Share of phenotypes to hide when genes are scored. Default: as in training.", within="[0, 1]"
-    )
-    absent_prob: float | None = option(
-        None, "Share of phenotypes to leave out when genes are scored. Default: as in training.", within="[0, 1]"
-    )
-    unexpressed_ratio: float | None = option(
-        None, "Number of unexpressed genes to score per hidden expressed gene. Default: as in training.",
-        within="[0, inf)",
-    )  # fmt: skip
+    gene_mask_prob: float | None = _mask_rate("Share of expressed genes to hide")
+    phenotype_mask_prob: float | None = _mask_rate("Share of phenotypes to hide")
+    absent_prob: float | None = _mask_rate("Share of phenotypes to leave out")
+    unexpressed_ratio: float | None = _mask_rate("Number of unexpressed genes per hidden expressed gene", "[0, inf)")
 
     @property
     def mask_rates(self) -> dict[str, float]:
@@ -280,21 +257,18 @@ class AnswerOptions(BaseConfig):
         False, "Write how unusual each cell is: energy, log-likelihood of masked genes (a second forward pass), and "
         "their percentiles among the run's evaluation cells.",
     )  # fmt: skip
-    audit: bool = option(
-        False, "Write the probability of each cell's own label, given its genes and its other phenotypes."
-    )
+    audit: bool = option(False, "Write the probability of each cell's own label, given its genes and other phenotypes.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(AnswerOptions, FileOptions):
-    """Settings of `predict`."""
+    """Predict phenotypes of new cells.
+
+    Reads any h5ad file whose genes overlap the run's panel, asks for phenotypes and writes the answers with their
+    probabilities to obs. No label column is needed, and cells keep their order.
+    """
 
     verb = "predict"
-    summary = "Predict phenotypes of new cells."
-    about = (
-        "Reads any h5ad file whose genes overlap the run's panel, asks for phenotypes and writes the answers with "
-        "their probabilities to obs. No label column is needed, and cells keep their order."
-    )
     example = "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
 
     ask: list[str] = option([], "Phenotypes to predict. Default: all that are not given.")
@@ -306,11 +280,12 @@ class PredictConfig(AnswerOptions, FileOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig(BaseConfig):
-    """Settings of `download`."""
+    """Download files, and resume interrupted downloads.
+
+    Downloads files from URLs, tries again if a server fails, and compares checksums.
+    """
 
     verb = "download"
-    summary = "Download files, and resume interrupted downloads."
-    about = "Downloads files from URLs, tries again if a server fails, and compares checksums."
     example = "perturbgene download https://host/shard_{0..3}.h5ad --output_dir data"
     group = IN_OUT
 
@@ -329,40 +304,32 @@ class DownloadConfig(BaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(FileOptions):
-    """Settings of `embed`."""
+    """Write embeddings of cells, phenotypes or genes.
+
+    Copies the file and adds each cell's embedding as obsm['X_perturbgene'], ready for scanpy. The model sees no
+    phenotypes unless they are given, so no label leaks in. With --groupby or --network it writes mean embeddings of
+    all genes in each group of cells instead, their networks and how they differ between groups.
+    """
 
     verb = "embed"
-    summary = "Write embeddings of cells, phenotypes or genes."
-    about = (
-        "Copies the file and adds each cell's embedding as obsm['X_perturbgene'], ready for scanpy. The model sees no "
-        "phenotypes unless they are given, so no label leaks in. With --groupby or --network it writes mean embeddings "
-        "of all genes in each group of cells instead, their networks and how they differ between groups."
-    )
     example = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
 
     pooling: Literal["cls", "genes"] = option(
         "cls", "A cell's embedding: the final state of [CLS], or the mean of the final states of its genes."
     )
     phenotype: list[str] = option(
-        [], "Phenotypes to ask for, one at a time; the final state of each [MASK] goes to obsm.", is_unique=True
+        [], "Phenotypes to ask for; the final state of each [MASK] goes to obsm.", is_unique=True
     )
     genes: list[str] = option([], "Genes, by id or symbol, whose embedding in each cell goes to obsm.", is_unique=True)
     groupby: str | None = option(None, "Column of obs; mean embeddings of genes are written for each of its groups.")
     network: bool = option(False, "Link genes with similar means within a group; also written as GraphML.")
     top_k: int = option(10, "Maximum number of links per gene.", within="[1, inf)")
     min_similarity: float = option(0.5, "Minimum cosine similarity of linked genes.", within="[-1, 1]")
-    min_cells: int = option(
-        10, "A gene has links and a role in a group if at least this many of its cells express it.", within="[1, inf)"
-    )
-
-    @property
-    def is_of_genes(self) -> bool:
-        """True if means of genes are written instead of embeddings of cells."""
-        return bool(self.groupby or self.network)
+    min_cells: int = option(10, "Minimum number of a group's cells that express a linked gene.", within="[1, inf)")
 
     def check(self) -> None:
         super().check()
-        if self.is_of_genes and (self.genes or self.phenotype):
+        if (self.groupby or self.network) and (self.genes or self.phenotype):
             raise InputError(
                 "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
                 "--genes and --phenotype, or run a second command for them."
@@ -373,15 +340,14 @@ class EmbedConfig(FileOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CounterfactualConfig(FileOptions):
-    """Settings of `counterfactual`."""
+    """Change one phenotype of cells and see which genes should change.
+
+    Predicts hidden genes of each cell with its own label and with the one that is set, all else equal. Writes the
+    mean change of every gene, with a null of meaningless changes and the observed difference, as .h5ad, .csv and
+    .png. It shows what the model has learned to go with a label, not what causes what.
+    """
 
     verb = "counterfactual"
-    summary = "Change one phenotype of cells and see which genes should change."
-    about = (
-        "Predicts hidden genes of each cell with its own label and with the one that is set, all else equal. Writes "
-        "the mean change of every gene, with a null of meaningless changes and the observed difference, as .h5ad, .csv "
-        "and .png. It shows what the model has learned to go with a label, not what causes what."
-    )
     example = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
     suffixes = (".h5ad",)
 
@@ -393,7 +359,7 @@ class CounterfactualConfig(FileOptions):
     groupby: str | None = option(None, "Column of obs; changes are computed for each of its groups.")
     num_passes: int = option(4, "Number of masks per cell.", within="[1, inf)")
     gene_mask_prob: float | None = option(
-        None, "Share of genes to hide; the more is hidden, the more the label counts. Default: as in training.",
+        None, "Share of genes to hide; a larger one makes the label count more. Default: as in training.",
         within="(0, 1]",
     )  # fmt: skip
     num_null: int = option(20, "Number of meaningless changes that make the null; 0 means no test.", within="[0, inf)")
@@ -440,36 +406,28 @@ class ScoringOptions(FileOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbConfig(ScoringOptions):
-    """Settings of `perturb`."""
+    """Knock out or raise genes in silico.
+
+    Removes or changes genes in every cell and measures how far that moves the cell's state, or the log-odds of a
+    label. Screens all genes by gradients and computes the strongest ones and random controls exactly. Writes a
+    table with statistics over donors (.csv or .parquet), a picture (.png) and a record (.json). An interrupted run
+    continues where it stopped.
+    """
 
     verb = "perturb"
-    summary = "Knock out or raise genes in silico."
-    about = (
-        "Removes or changes genes in every cell and measures how far that moves the cell's state, or the log-odds of a "
-        "label. Screens all genes by gradients and computes the strongest ones and random controls exactly. Writes a "
-        "table with statistics over donors (.csv or .parquet), a picture (.png) and a record (.json). An interrupted "
-        "run continues where it stopped."
-    )
-    example = (
-        "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal --donor donor_id"
-    )
+    example = "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal"
     suffixes = (".csv", ".parquet")
 
     genes: list[str] = option(
-        [], "Genes by id or symbol; A+B for both at once, `all` for every gene that a cell expresses.",
-        is_required=True, is_unique=True,
-    )  # fmt: skip
+        [], "Genes by id or symbol; A+B for both at once, `all` for all.", is_required=True, is_unique=True
+    )
     kind: PerturbationKind = option(
         "knock_out", "Remove the gene's token, set it to the highest bin, or set it to --bin. The last two insert "
         "genes that a cell does not express."
     )  # fmt: skip
     bin: int | None = option(None, "Bin for set_bin.", within="[1, inf)")
-    towards: str | None = option(
-        None, "PHENOTYPE=LABEL whose log-odds are measured. Default: the cell's state (cosine distance)."
-    )
-    from_: str | None = option(
-        None, "PHENOTYPE=LABEL to compare --towards with. Default: all other labels of the phenotype."
-    )
+    towards: str | None = option(None, "PHENOTYPE=LABEL whose log-odds to measure. Default: cosine distance of states.")
+    from_: str | None = option(None, "PHENOTYPE=LABEL to compare --towards with. Default: all other labels.")
     embedding: Pooling = option("cls", "The cell's state: that of [CLS], or the mean of its unperturbed genes.")
     exact: bool = option(False, "Compute every effect exactly instead of screening.")
     top_k: int = option(64, "Number of strongest genes of the screen to compute exactly.", within="[0, inf)")
@@ -477,13 +435,9 @@ class PerturbConfig(ScoringOptions):
         64, "Number of random genes to compute exactly. They show how good the screen is, and what an ordinary gene "
         "does.", within="[0, inf)",
     )  # fmt: skip
-    donor: str | None = option(
-        None, "Column of obs with donors, the unit of the statistics. Default: donor_id if there is one."
-    )
+    donor: str | None = option(None, "Column of obs with donors, the unit of statistics. Default: donor_id, if any.")
     groupby: str | None = option(None, "Column of obs; effects are computed for each of its groups.")
-    min_cells: int = option(
-        5, "Minimum number of changed cells per donor; donors with fewer are ignored for that gene.", within="[1, inf)"
-    )
+    min_cells: int = option(5, "Ignore a donor for a gene if fewer of its cells change.", within="[1, inf)")
     precision: Precision = option("float32", "bfloat16 is faster on some machines.", group=RUNNING)
 
     def check(self) -> None:
@@ -495,16 +449,14 @@ class PerturbConfig(ScoringOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeConfig(ScoringOptions):
-    """Settings of `attribute`."""
+    """Find the genes from which the model reads a label.
+
+    Scores each gene of every cell by how much it adds to the log-odds of the label that the model predicts,
+    averages by label (the model's marker genes), and checks the scores by removing genes in that order. Writes a
+    table (.csv), a picture of the check (.png) and a record (.json). An interrupted run continues where it stopped.
+    """
 
     verb = "attribute"
-    summary = "Find the genes from which the model reads a label."
-    about = (
-        "Scores each gene of every cell by how much it adds to the log-odds of the label that the model predicts, "
-        "averages by label (the model's marker genes), and checks the scores by removing genes in that order. Writes a "
-        "table (.csv), a picture of the check (.png) and a record (.json). An interrupted run continues where it "
-        "stopped."
-    )
     example = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
     suffixes = (".csv",)
 

@@ -214,7 +214,7 @@ def run_embed(config: EmbedConfig) -> str | None:
     ranks = Ranks.join(config.device)
     with claimed_output(config, ranks) as (source, target):
         run = load_run(config.run, device=ranks.device(config.device))
-        if config.is_of_genes:
+        if config.groupby or config.network:
             return run_gene_means(config, run, source=source, target=target, ranks=ranks)
         embedder = CellEmbedder(run, config.pooling, config.phenotype, config.genes, config.given_labels)
         dataset = open_cells(FileList([source]), run, embedder.given, ranks=ranks, **reading_options(config))
