@@ -33,12 +33,8 @@ def write_cells(path: Path) -> None:
 
 def commands(folder: Path) -> list[str]:
     """The demo as commands, in order."""
-    corpus, mlm, cls, held_out = (
-        folder / "corpus",
-        folder / "mlm",
-        folder / "cls",
-        folder / "corpus/eval/shard_00000.h5ad",
-    )
+    corpus, mlm, cls = folder / "corpus", folder / "mlm", folder / "cls"
+    held_out = corpus / "eval/shard_00000.h5ad"
     return [
         f"prepare {folder}/pbmc.h5ad --output {corpus} --layer raw --phenotypes {CATEGORY}=bulk_labels phase",
         f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_hidden_layers 1 --num_train_epochs 64 "
@@ -63,19 +59,15 @@ def run(folder: Path) -> None:
             sys.exit(code)
 
 
-def _scores(folder: Path, name: str) -> dict[str, dict[str, float]]:
-    scores: dict[str, dict[str, float]] = json.loads((folder / name / "evaluation/metrics.json").read_text())[CATEGORY]
-    return scores
-
-
 def summary(folder: Path) -> str:
     """Return the table of held-out scores, and how often the two models agree."""
-    asked, classifier = _scores(folder, "mlm"), _scores(folder, "cls")["classifier"]
+    paths = (folder / name / "evaluation/metrics.json" for name in ("mlm", "cls"))
+    asked, classified = (json.loads(path.read_text())[CATEGORY] for path in paths)
     rows = {
         "majority class": asked["majority"],
         "logistic regression": asked["logistic_regression"],
         "mlm, nothing given": asked["alone"],
-        "classifier": classifier,
+        "classifier": classified["classifier"],
     }
     table = pd.DataFrame(rows).T[["n", "accuracy", "macro_f1", "log_loss"]]
     by_mlm, by_cls = (ad.read_h5ad(folder / f"predicted_by_{name}.h5ad") for name in ("mlm", "cls"))
@@ -88,18 +80,13 @@ def summary(folder: Path) -> str:
 def cli() -> None:
     """Run the demo in a folder and print what it found and where everything is."""
     parser = argparse.ArgumentParser(prog="python -m perturbgene.demo", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("demo"),
-        help="where to work (default: demo)",
-    )
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where to work (default: demo)")
     parser.add_argument("--only_cells", type=Path, metavar="FILE", help="write the cells to this h5ad file and stop")
     arguments = parser.parse_args()
+    folder = arguments.folder
     if arguments.only_cells:
         write_cells(arguments.only_cells)
         return
-    folder = arguments.folder
     if folder.exists() and not (folder.is_dir() and ((folder / MARKER).exists() or not any(folder.iterdir()))):
         sys.exit(f"error: {folder} exists and was not made by the demo. Choose another --folder.")
     shutil.rmtree(folder, ignore_errors=True)

@@ -33,8 +33,8 @@ def partial_path(path: str | Path) -> Path:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; rename it to `path` when the block ends without an error.
 
-    On an error the temporary file is deleted and a file that was there before stays as it was. Callers that may run in
-    several processes hold the output with `claimed`, so that what a killed process left here can be overwritten.
+    On an error the temporary file is deleted and an older file stays as it was. Callers that may run in several
+    processes hold the output with `claimed`, so what a killed process left here can be overwritten.
     """
     temporary = partial_path(path)
     try:
@@ -139,9 +139,12 @@ def claimed(path: str | Path, *, flag: str, is_inside: bool = False) -> Iterator
         lock = FileLock(lock_path, timeout=0)
         lock.acquire()
     except Timeout as error:
+        owner = ""
+        with suppress(OSError):
+            owner = lock_path.read_text(encoding="utf-8").strip()
+        shown = f" ({owner})" if owner else ""
         raise InputError(
-            f"{path} is being written by another process{_owner(lock_path)}. Wait for it, stop it, or choose another "
-            f"--{flag}."
+            f"{path} is being written by another process{shown}. Wait for it, stop it, or choose another --{flag}."
         ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}). Choose another --{flag}.") from error
@@ -154,12 +157,3 @@ def claimed(path: str | Path, *, flag: str, is_inside: bool = False) -> Iterator
         with suppress(OSError):  # the first one that is not empty ends it
             for folder in made:
                 folder.rmdir()
-
-
-def _owner(lock_path: Path) -> str:
-    """Return who holds a lock, for a message; empty when the file does not say."""
-    try:
-        text = lock_path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-    return f" ({text})" if text else ""

@@ -1,7 +1,7 @@
 """The command line: read the settings, call the verb, turn a user's mistake into one clean line.
 
-Owns exit codes, logging to the terminal, the C library's memory settings and all printing; every verb has its own
-module, imported when it is called. Of several processes that `torchrun` starts, only the first prints and logs.
+Owns exit codes, logging to the terminal, the C library's memory settings and all printing; the module of a verb is
+imported when it is called. Of several processes that `torchrun` starts, only the first prints and logs.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
@@ -48,18 +49,15 @@ MOST_LOGS_OF_A_KIND = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line.
-
-    Args:
-        argv: Words after the program's name; those of this process by default.
+    """Run one command line, that of this process by default.
 
     Returns:
-        Exit code: 0 done, 2 the user's mistake, 3 the run cannot go on, 128 + n stopped by signal n with everything
+        Exit code: 0 done, 2 the user's mistake, 3 the run cannot continue, 128 + n stopped by signal n with everything
         saved, 130 interrupted, 141 the reader of the output went away.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    after = [*words[1:], ""]
-    tokens = [word for word, next_word in zip(words, after, strict=False) if is_for_the_verb(word, next_word)]
+    pairs = zip(words, [*words[1:], ""], strict=False)
+    tokens = [word for word, next_word in pairs if word != "--debug" or next_word in TRAINER_DEBUG_WORDS]
     try:
         return run(tokens)
     except (InputError, RunFailedError) as error:
@@ -77,16 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return EXIT_BROKEN_PIPE
-
-
-def is_for_the_verb(word: str, next_word: str) -> bool:
-    """Return False for our own ``--debug``, which shows the traceback of an error.
-
-    Example:
-        >>> is_for_the_verb("--debug", "--seed"), is_for_the_verb("--debug", "underflow_overflow")
-        (False, True)
-    """
-    return word != "--debug" or next_word in TRAINER_DEBUG_WORDS
 
 
 def is_first_process() -> bool:
@@ -129,21 +117,6 @@ def run(tokens: Sequence[str]) -> int:
     return 0
 
 
-def part_together() -> None:
-    """Let processes that `torchrun` started on the CPU end at the same time, with their connections closed.
-
-    The first process still writes when the others are done; if they ended first, they would close connections that it
-    uses. A process whose partners never arrive leaves after the collective's timeout.
-    """
-    distributed = sys.modules.get("torch.distributed")  # a verb that needs no torch has not imported it
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    if distributed.get_backend() == "gloo":
-        with suppress(RuntimeError):
-            distributed.barrier()
-        distributed.destroy_process_group()
-
-
 def verb_function(verb: str) -> Callable[[BaseConfig], object]:
     """Import the function of a verb; only now, so that help pages need no torch."""
     module_name, function_name = VERB_FUNCTIONS[verb].split(":")
@@ -151,14 +124,14 @@ def verb_function(verb: str) -> Callable[[BaseConfig], object]:
 
 
 class FewOfAKind(logging.Filter):
-    """Lets the first messages of one wording about files pass, since a corpus may have ten thousand files."""
+    """Shows only the first messages of one wording about files, since a corpus may have ten thousand files."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counter[str]()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Decide on one message; the last one that passes says that more follow."""
+        """Decide on one message; the last one that is shown says that more follow."""
         if record.name.startswith("perturbgene.data_utils"):
             self.counts[str(record.msg)] += 1
         count = self.counts[str(record.msg)]
@@ -215,10 +188,19 @@ def return_large_pieces() -> bool:
 
 
 def cli() -> None:
-    """Console script: `main` with its exit code."""
+    """Run `main` as the console script and exit with its code.
+
+    Processes that `torchrun` started on the CPU end at the same time, with their connections closed: the first still
+    writes when the others are done, and uses connections that would close if they ended first. After an error they may
+    be waiting elsewhere for this process, and its end ends them.
+    """
     code = main()
-    if code == 0:  # after an error the others may be waiting for this process elsewhere, and its end ends them
-        part_together()
+    distributed: Any = sys.modules.get("torch.distributed")  # a verb that needs no torch has not imported it
+    is_one_of_many = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if code == 0 and is_one_of_many and distributed.get_backend() == "gloo":
+        with suppress(RuntimeError):  # the partners did not arrive before the timeout
+            distributed.barrier()
+        distributed.destroy_process_group()
     sys.exit(code)
 
 

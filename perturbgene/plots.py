@@ -1,17 +1,16 @@
 """Figures: tables in, matplotlib figures out.
 
-Owns every picture and is the only module that knows the plotting library; knows nothing of cells, models or metrics.
+Owns every picture and is the only module that imports matplotlib; knows nothing of cells, models or metrics.
 Letters: k classes, or names in a figure.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -24,6 +23,8 @@ MOST_CLASSES_WITH_COUNTS = 25
 MOST_CLASSES_WITH_NAMES = 300
 LARGEST_SIDE_INCHES = 42.0
 MOST_LETTERS_IN_A_LABEL = 40
+MOST_GROUPS = 6  # that get a panel; the title counts the others
+MOST_NAMES = 12  # of the strongest perturbations in a panel
 # Okabe & Ito (2008), "Color Universal Design": eight hues that color-blind people can tell apart.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
@@ -32,11 +33,8 @@ def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
     """Draw a confusion matrix: rows are true classes, color is the share of the row, text is the count.
 
     Args:
-        table: Counts, true classes as rows and predicted classes as columns, shape (k, k).
+        table: Counts, true classes as rows and predicted classes as columns, shape (k, k); up to 25 are written.
         title: First line of the title; the number of cells is added.
-
-    Returns:
-        The figure; up to 25 classes, the squares show the counts.
     """
     counts_kk = table.to_numpy(dtype=np.float64)
     share_kk = counts_kk / np.maximum(counts_kk.sum(axis=1, keepdims=True), 1.0)
@@ -44,7 +42,7 @@ def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
     is_small = num_classes <= MOST_CLASSES_WITH_COUNTS
     side = float(np.clip(0.42 * num_classes, 2.6, 10.0)) if is_small else 0.13 * num_classes + 3
     side = min(side, LARGEST_SIDE_INCHES)
-    figure = _empty_figure(width=side + 4.0, height=side + 2.6)
+    figure = Figure(figsize=(side + 4.0, side + 2.6), layout="constrained")
     axes = figure.add_subplot(xlabel="predicted", ylabel="true")
     if counts_kk.size:
         axes.imshow(share_kk, cmap="cividis", vmin=0.0, vmax=1.0, aspect="equal", interpolation="nearest")
@@ -68,17 +66,14 @@ def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
-    """Draw losses over optimizer steps: training as lines, evaluation dashed with dots.
+    """Draw losses over optimizer steps: training as lines, evaluation in the same color, dashed with dots.
 
     Args:
         history: A `step` column, and one column per part whose name contains "loss" (`loss`, `gene_loss`, `eval_loss`,
             ...); missing entries are steps at which that part was not logged. Other columns are ignored.
         title: First line of the title; the number of steps is added.
-
-    Returns:
-        The figure; a part and its evaluation (`eval_` before its name) have the same color.
     """
-    figure = _empty_figure(width=7.0, height=4.2)
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
     columns = [str(name) for name in history.select_dtypes("number").columns if "loss" in str(name)]
     part_of = {name: name.removeprefix("eval_").removeprefix("train_") for name in columns}
@@ -99,32 +94,26 @@ def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
-def effects_figure(
-    table: pd.DataFrame, *, title: str, effect: str, most_names: int = 12, most_groups: int = 6
-) -> Figure:
+def effects_figure(table: pd.DataFrame, *, title: str, effect: str) -> Figure:
     """Draw effects of perturbations: a volcano plot if there are p-values, otherwise effects by rank.
 
     Args:
         table: Columns `perturbation`, `group`, `effect`, `method` ("exact" or "screened"), `p_value` and `q_value`.
         title: Title; the number of perturbations is added.
         effect: What the effect is, with its unit.
-        most_names: Number of strongest perturbations that are named in each panel.
-        most_groups: Number of groups that get a panel; the title counts the others.
     """
     num_groups = table["group"].nunique()
-    columns, rows = _grid(min(num_groups, most_groups))
-    figure = _empty_figure(width=2.0 + 5.0 * columns, height=1.4 + 3.8 * rows)
-    for axes, name, part in _panels(figure, table, most_groups=most_groups):
-        (_volcano if part["p_value"].notna().any() else _by_rank)(axes, part, effect=effect, most_names=most_names)
+
+    def draw(axes: Axes, name: str, part: pd.DataFrame) -> None:
+        (_volcano if part["p_value"].notna().any() else _by_rank)(axes, part, effect=effect)
         axes.set_title(f"{_shortened(name)}, n = {len(part):,}" if num_groups > 1 else "", fontsize=10)
+
     num_perturbations = table.loc[table["effect"].notna(), "perturbation"].nunique()
-    hidden = f" ({num_groups - most_groups} more groups in the table)" if num_groups > most_groups else ""
-    figure.suptitle(f"{_plain(title)}\nn = {num_perturbations:,} perturbations{hidden}", fontsize=11)
-    _shared_legend(figure, columns=4)
-    return figure
+    title = f"{title}\nn = {num_perturbations:,} perturbations"
+    return _panel_figure(table, draw, title=title, base=(2.0, 1.4), panel=(5.0, 3.8), legend_columns=4)
 
 
-def _volcano(axes: Axes, table: pd.DataFrame, *, effect: str, most_names: int) -> None:
+def _volcano(axes: Axes, table: pd.DataFrame, *, effect: str) -> None:
     """Draw -log10 p over the effect; color shows significance, and shape shows which effects are exact."""
     table = table[table["p_value"].notna()]
     height = -np.log10(np.maximum(table["p_value"].to_numpy(), 1e-30))
@@ -135,11 +124,11 @@ def _volcano(axes: Axes, table: pd.DataFrame, *, effect: str, most_names: int) -
             if chosen.any():
                 label = f"{name}, {method}"
                 axes.scatter(table["effect"][chosen], height[chosen], s=14, marker=marker, color=color, label=label)
-    _name_strongest(axes, table, table["effect"].to_numpy(), height, most_names=most_names)
+    _name_strongest(axes, table, table["effect"].to_numpy(), height)
     axes.set(xlabel=effect, ylabel="-log10 p")
 
 
-def _by_rank(axes: Axes, table: pd.DataFrame, *, effect: str, most_names: int) -> None:
+def _by_rank(axes: Axes, table: pd.DataFrame, *, effect: str) -> None:
     """Draw sorted effects; color and shape show which are exact."""
     table = table[table["effect"].notna()].sort_values("effect", ascending=False)
     rank = np.arange(1, len(table) + 1)
@@ -147,14 +136,14 @@ def _by_rank(axes: Axes, table: pd.DataFrame, *, effect: str, most_names: int) -
         chosen = (table["method"] == method).to_numpy()
         if chosen.any():
             axes.scatter(rank[chosen], table["effect"][chosen], s=14, marker=marker, color=color, label=method)
-    _name_strongest(axes, table, rank, table["effect"].to_numpy(), most_names=most_names)
+    _name_strongest(axes, table, rank, table["effect"].to_numpy())
     axes.axhline(0.0, color="#999999", linewidth=0.6)
     axes.set(xlabel="rank", ylabel=effect)
 
 
-def _name_strongest(axes: Axes, table: pd.DataFrame, x: np.ndarray, y: np.ndarray, *, most_names: int) -> None:
+def _name_strongest(axes: Axes, table: pd.DataFrame, x: np.ndarray, y: np.ndarray) -> None:
     """Write the names of the strongest effects next to their dots, on the free side and without overlap."""
-    order = np.argsort(-table["effect"].abs().to_numpy(), kind="stable")[:most_names]
+    order = np.argsort(-table["effect"].abs().to_numpy(), kind="stable")[:MOST_NAMES]
     if not len(order):
         return
     names, middle, low = table["perturbation"].to_numpy(), (x.min() + x.max()) / 2, float(y.min())
@@ -181,7 +170,7 @@ def deletion_figure(curves: pd.DataFrame, *, title: str) -> Figure:
         curves: Columns `share_removed` (0..1), `attributed` and `random`: mean log-odds in nats.
         title: Title, with the number of cells.
     """
-    figure = _empty_figure(width=6.0, height=4.2)
+    figure = Figure(figsize=(6.0, 4.2), layout="constrained")
     axes = figure.add_subplot(
         xlabel="share of the cell's genes removed", ylabel="mean log-odds of the predicted label (nats)"
     )
@@ -196,9 +185,7 @@ def deletion_figure(curves: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
-def changes_figure(
-    table: pd.DataFrame, *, title: str, value: str, most_genes: int = 15, most_groups: int = 6
-) -> Figure:
+def changes_figure(table: pd.DataFrame, *, title: str, value: str, most_genes: int = 15) -> Figure:
     """Draw the genes that rise and fall most as bars, with what chance would do and what was observed.
 
     Args:
@@ -207,21 +194,17 @@ def changes_figure(
         title: First line of the title.
         value: What a change is, with its unit.
         most_genes: Number of largest rises, and of largest falls, in each panel.
-        most_groups: Number of groups that get a panel; the title counts the others.
     """
-    num_groups = table["group"].nunique()
-    columns, rows = _grid(min(num_groups, most_groups))
-    figure = _empty_figure(width=1.0 + 4.6 * columns, height=1.6 + 0.19 * 2 * most_genes * rows)
-    for axes, name, part in _panels(figure, table, most_groups=most_groups):
+
+    def draw(axes: Axes, name: str, part: pd.DataFrame) -> None:
         part = part.sort_values("change")
         is_many = len(part) > 2 * most_genes
         _draw_changes(axes, pd.concat([part.head(most_genes), part.tail(most_genes)]) if is_many else part)
         axes.set_title(f"{_shortened(name)}, n = {len(part):,} genes", fontsize=9)
         axes.set_xlabel(value, fontsize=9)
-    hidden = f" ({num_groups - most_groups} more groups in the table)" if num_groups > most_groups else ""
-    figure.suptitle(f"{_plain(title)}{hidden}", fontsize=11)
-    _shared_legend(figure, columns=1)
-    return figure
+
+    panel = (4.6, 0.19 * 2 * most_genes)
+    return _panel_figure(table, draw, title=title, base=(1.0, 1.6), panel=panel, legend_columns=1)
 
 
 def _draw_changes(axes: Axes, table: pd.DataFrame) -> None:
@@ -258,35 +241,29 @@ def save_figure(figure: Figure, path: Path | str, *, dots_per_inch: int = 150) -
     return target
 
 
-def _empty_figure(*, width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _grid(num_panels: int) -> tuple[int, int]:
-    """Return columns and rows for a number of panels, at most three in a row."""
-    columns = max(1, min(3, num_panels))
-    return columns, max(1, -(-num_panels // columns))
-
-
-def _panels(figure: Figure, table: pd.DataFrame, *, most_groups: int) -> Iterator[tuple[Axes, str, pd.DataFrame]]:
-    """Yield axes, name and rows of the first groups of a table, in their order."""
-    groups = table["group"].unique()[:most_groups]
-    columns, rows = _grid(len(groups))
-    for index, group in enumerate(groups):
+def _panel_figure(
+    table: pd.DataFrame, draw: Callable[[Axes, str, pd.DataFrame], None], *, title: str,
+    base: tuple[float, float], panel: tuple[float, float], legend_columns: int,
+) -> Figure:  # fmt: skip
+    """Draw the first groups of a table in panels of a size, at most three in a row, with one legend below all."""
+    groups = table["group"].unique()
+    num_panels = max(1, min(len(groups), MOST_GROUPS))
+    columns = min(3, num_panels)
+    rows = -(-num_panels // columns)
+    figure = Figure(figsize=(base[0] + panel[0] * columns, base[1] + panel[1] * rows), layout="constrained")
+    for index, group in enumerate(groups[:MOST_GROUPS]):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.spines[["top", "right"]].set_visible(False)
-        yield axes, group, table[table["group"] == group]
-
-
-def _shared_legend(figure: Figure, *, columns: int) -> None:
-    """Add one legend below all panels."""
-    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in pairs}
+        draw(axes, group, table[table["group"] == group])
+    hidden = f" ({len(groups) - MOST_GROUPS} more groups in the table)" if len(groups) > MOST_GROUPS else ""
+    figure.suptitle(f"{_plain(title)}{hidden}", fontsize=11)
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        style: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 8}
-        figure.legend(list(handles.values()), list(handles), **style)
+        style: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
+        figure.legend([*handles.values()], [*handles], ncols=legend_columns, **style)
+    return figure
 
 
 def _shortened(name: object) -> str:

@@ -25,23 +25,13 @@ def is_url(path: object) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
 
 
-def is_masked(path: object) -> bool:
-    """True for a URL from which `shown_url` has removed something that is needed to read it.
-
-    Example:
-        >>> is_masked("https://host/cells.h5ad?***"), is_masked("https://host/cells.h5ad?token=abc")
-        (True, False)
-    """
-    return is_url(path) and re.search(r"://\*{3}(@|$)|\?\*{3}$", str(path)) is not None
-
-
 def parts_of(url: str) -> SplitResult:
     """Split a URL that can be read.
 
     Raises:
         InputError: It is malformed or masked, names no host, or has a scheme that is not in `SCHEMES`.
     """
-    if is_masked(url):
+    if is_url(url) and re.search(r"://\*{3}(@|$)|\?\*{3}$", url):  # as `shown_url` returns it
         raise InputError(
             f"{url} is a URL as it is shown and stored, without its user, password and query. Give the whole URL "
             "again with its flag; flags take precedence over --config and over the settings of a run."
