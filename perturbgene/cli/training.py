@@ -46,7 +46,7 @@ class DataOptions(BinOptions):
         [], "Phenotypes in a sequence, in this order. Default: all.", is_unique=True
     )
     max_length: int = option(2048, "Maximum number of tokens of a cell, with [CLS] and [EOS].", within="[3, inf)")
-    pad_to_multiple_of: int | None = option(None, "Pad to a multiple of this (tensor cores: 8).", within="[1, inf)")
+    pad_to_multiple_of: int | None = option(None, "Pad to a multiple of this; tensor cores like 8.", within="[1, inf)")
     allow_overlap: bool = option(False, "Continue even if a file or cell is in both training and evaluation.")
 
     @property

@@ -152,7 +152,7 @@ class QuestionOptions(BaseConfig):
     batch_tokens: int = option(
         32768, "Maximum tokens per batch (or one longer cell). Lower it if memory runs out.", within="[1, inf)"
     )
-    device: str = option("auto", "auto, cpu, mps, cuda or cuda:N.")
+    device: str = option("auto", "Device to run on: auto, cpu, mps, cuda or cuda:N.")
 
     def check(self) -> None:
         super().check()
@@ -215,7 +215,9 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
         excludes=("eval_data_paths", "train_data_paths"),
     )  # fmt: skip
     eval_data_paths: list[str] = option([], "Files to score: paths, globs, brace patterns.", group=IN_OUT, is_path=True)
-    train_data_paths: list[str] = option([], "Files for the baselines. Default: the run's.", group=IN_OUT, is_path=True)
+    train_data_paths: list[str] = option(
+        [], "Files to fit the baselines on. Default: the training cells of the run.", group=IN_OUT, is_path=True
+    )
     output: str | None = option(None, "Folder to write. Default: RUN/evaluation.", group=IN_OUT)
     ask: list[str] = option([], "Phenotypes to ask for. Default: all phenotypes of the run.")
     given: list[str] = option(
@@ -343,7 +345,7 @@ class CounterfactualConfig(FileOptions):
     """Change one phenotype of cells and see which genes should change.
 
     Predicts hidden genes of each cell with its own label and with the one that is set, all else equal. Writes the
-    mean change of every gene, with a null of meaningless changes and the observed difference, as .h5ad, .csv and
+    mean change of every gene, with a null from random changes and the observed difference, as .h5ad, .csv and
     .png. It shows what the model has learned to go with a label, not what causes what.
     """
 
@@ -362,7 +364,7 @@ class CounterfactualConfig(FileOptions):
         None, "Share of genes to hide; a larger one makes the label count more. Default: as in training.",
         within="(0, 1]",
     )  # fmt: skip
-    num_null: int = option(20, "Number of meaningless changes that make the null; 0 means no test.", within="[0, inf)")
+    num_null: int = option(20, "Number of random changes that form the null; 0 means no test.", within="[0, inf)")
     force: bool = option(False, "Allow combinations of phenotypes that the run has never seen.")
     seed: int = option(0, "Seed of the masks and the null.", within="[0, 4294967295]", group=RUNNING)
 
@@ -409,7 +411,7 @@ class PerturbConfig(ScoringOptions):
     """Knock out or raise genes in silico.
 
     Removes or changes genes in every cell and measures how far that moves the cell's state, or the log-odds of a
-    label. Screens all genes by gradients and computes the strongest ones and random controls exactly. Writes a
+    label. Screens all genes with gradients and computes the strongest ones and random controls exactly. Writes a
     table with statistics over donors (.csv or .parquet), a picture (.png) and a record (.json). An interrupted run
     continues where it stopped.
     """
@@ -419,14 +421,16 @@ class PerturbConfig(ScoringOptions):
     suffixes = (".csv", ".parquet")
 
     genes: list[str] = option(
-        [], "Genes by id or symbol; A+B for both at once, `all` for all.", is_required=True, is_unique=True
+        [], "Genes by id or symbol; A+B for both at once, `all` for all genes.", is_required=True, is_unique=True
     )
     kind: PerturbationKind = option(
         "knock_out", "Remove the gene's token, set it to the highest bin, or set it to --bin. The last two insert "
         "genes that a cell does not express."
     )  # fmt: skip
     bin: int | None = option(None, "Bin for set_bin.", within="[1, inf)")
-    towards: str | None = option(None, "PHENOTYPE=LABEL whose log-odds to measure. Default: cosine distance of states.")
+    towards: str | None = option(
+        None, "PHENOTYPE=LABEL whose log-odds to measure. Default: how far the cell's state moves (cosine distance)."
+    )
     from_: str | None = option(None, "PHENOTYPE=LABEL to compare --towards with. Default: all other labels.")
     embedding: Pooling = option("cls", "The cell's state: that of [CLS], or the mean of its unperturbed genes.")
     exact: bool = option(False, "Compute every effect exactly instead of screening.")

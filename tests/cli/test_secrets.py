@@ -1,4 +1,4 @@
-"""What a URL holds beside its path (tokens, signatures, passwords) is in no file that is kept, and in no log."""
+"""What a URL holds besides its path (tokens, signatures, passwords) is in no file that is kept, and in no log."""
 
 import logging
 from collections.abc import Iterator
