@@ -1,7 +1,6 @@
 """The verbs: one dataclass each, whose docstring opens its manual page, with its own settings and checks.
 
-Owns the table `CONFIGS` of all verbs; leaves what `mlm` and `cls` share to `training`, and the work to the modules that
-`main` names.
+Owns the table `CONFIGS` of all verbs; what `mlm` and `cls` share is in `training`, and the work in other rooms.
 """
 
 import importlib.util
