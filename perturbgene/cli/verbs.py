@@ -384,7 +384,7 @@ class CounterfactualConfig(FileOptions):
         if 0 < self.num_null < 5:
             raise InputError(f"num_null is {self.num_null}, too few to know their spread. Give 0, or 5 or more.")
         if self.set_label.keys() & (self.given_labels or {}).keys():
-            raise InputError(f"set and given both hold {next(iter(self.set_label))!r}. Remove it from --given.")
+            raise InputError(f"set and given both have {next(iter(self.set_label))!r}. Remove it from --given.")
 
 
 def check_bin(kind: str, bin: int | None) -> None:
