@@ -164,6 +164,15 @@ class CellSource:
             raise InputError(f"{self.path} has no {name} column {column!r}. {did_you_mean(column, known)}")
         return self._column(frame, column).reset_index(drop=True)
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of all matrices other than `X`, as --layer takes them."""
+        raise NotImplementedError
+
+    def with_layer(self, layer: str | None) -> "CellSource":
+        """Return the same cells with another matrix."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Close what is open; the next access opens it again."""
 
@@ -251,8 +260,7 @@ class H5adFile(CellSource):
             return self._checked[1:]
         name = self.matrix_name
         if name not in self.file:
-            found = [*(["X"] if "X" in self.file else []), *(["raw"] if "raw/X" in self.file else [])]
-            found += list(self.file.get("layers", {}))
+            found = [*(["X"] if "X" in self.file else []), *self.layers]
             found_text = f"but has: {listed(found)}. Choose with --layer" if found else "nor any other. Add one"
             raise InputError(f"{self.path} has no matrix {name!r}, {found_text}.")
         node = self.file[name]
@@ -266,6 +274,15 @@ class H5adFile(CellSource):
                 )
         self._checked = (self.file, node, format_)
         return node, format_
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all matrices other than `X`, as --layer takes them."""
+        return [*(["raw"] if "raw/X" in self.file else []), *self.file.get("layers", {})]
+
+    def with_layer(self, layer: str | None) -> "H5adFile":
+        """Return the same file with another matrix."""
+        return H5adFile(self._place, layer=layer)
 
     @property
     def matrix_name(self) -> str:
@@ -449,6 +466,15 @@ class MemoryFile(CellSource):
                 chosen = self.adata.X if self.layer is None else self.adata.layers[self.layer]
             self._csr = csr_of(chosen, source=f"{self.path} ({self.layer or 'X'})")
         return self._csr
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all matrices other than `X`, as --layer takes them."""
+        return [*(["raw"] if self.adata.raw is not None else []), *self.adata.layers]
+
+    def with_layer(self, layer: str | None) -> "MemoryFile":
+        """Return the same cells with another matrix."""
+        return MemoryFile(self.adata, layer=layer)
 
     @property
     def shape(self) -> tuple[int, int]:
