@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,13 @@ def standard_questions(categories: Sequence[str]) -> list[Question]:
         [('alone', ('age',), ()), ('given_others', ('age',), ('sex',)), ('alone', ('sex',), ()),
          ('given_others', ('sex',), ('age',)), ('together', ('age', 'sex'), ())]
     """
+    if len(categories) < 2:
+        return [Question("alone", (category,)) for category in categories]
     questions = []
     for category in categories:
         others = tuple(other for other in categories if other != category)
-        questions.append(Question("alone", (category,)))
-        if others:
-            questions.append(Question("given_others", (category,), others))
-    return [*questions, Question("together", tuple(categories))] if len(categories) > 1 else questions
+        questions += [Question("alone", (category,)), Question("given_others", (category,), others)]
+    return [*questions, Question("together", tuple(categories))]
 
 
 def question_logits(
@@ -199,17 +200,12 @@ class Confusion:
             true_n: True class of each cell, shape (n,), in -inf..k-1.
             predicted_n: Predicted class of each cell, shape (n,), in 0..k-1 wherever the truth is known.
         """
-        true = np.asarray(true_n, dtype=np.int64).ravel()
-        predicted = np.asarray(predicted_n, dtype=np.int64).ravel()
-        assert true.shape == predicted.shape, f"{true.size} true labels but {predicted.size} predictions"
-        is_known_n = true >= 0
-        true, predicted = true[is_known_n], predicted[is_known_n]
-        num_classes = len(self.labels)
-        # Checked here because row * k + column would otherwise count, silently, in a neighboring row.
-        assert true.size == 0 or max(true.max(), predicted.max()) < num_classes, "a class number is not below k"
-        assert true.size == 0 or predicted.min() >= 0, "a predicted class is negative"
-        pairs = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
-        self.counts_kk += pairs.reshape(num_classes, num_classes)
+        assert np.shape(true_n) == np.shape(predicted_n), "as many predictions as true labels"
+        pairs_2n = np.array([true_n, predicted_n], dtype=np.int64).reshape(2, -1)
+        pairs_2n = pairs_2n[:, pairs_2n[0] >= 0]
+        # Checked because a negative class would be counted, silently, from the end.
+        assert (pairs_2n >= 0).all() and (pairs_2n < len(self.labels)).all(), "a class number is not in 0..k-1"
+        np.add.at(self.counts_kk, tuple(pairs_2n), 1)
 
     def scores(self) -> Scores:
         """Return the scores of `classification_scores` for the cells counted so far."""
@@ -280,7 +276,7 @@ class PhenotypeTally:
     """Running counts of one phenotype under one question."""
 
     confusion: Confusion
-    log_loss_sum: float = 0.0
+    log_loss_sum: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
     def add(self, probability_nk: np.ndarray, true_n: np.ndarray) -> None:
         """Count the cells whose label is known."""
@@ -291,7 +287,7 @@ class PhenotypeTally:
     def scores(self) -> Scores:
         """Return `classification_scores`, and `log_loss`: mean negative log-probability of the true label (nats)."""
         scores = self.confusion.scores()
-        return {**scores, "log_loss": self.log_loss_sum / max(1, scores["n"])}
+        return {**scores, "log_loss": float(self.log_loss_sum[0]) / max(1, scores["n"])}
 
 
 @dataclass
@@ -359,12 +355,17 @@ class Evaluator:
             for question in self.questions
             for category in question.asked
         }
-        self.num_cells = 0
+        self._num_cells = np.zeros(1, dtype=np.int64)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells scored so far."""
+        return int(self._num_cells[0])
 
     def add(self, model: torch.nn.Module, cells: Sequence[Example] | TokenBlock) -> None:
         """Score one batch of unmasked cells."""
         block = cells if isinstance(cells, TokenBlock) else block_of(cells)
-        self.num_cells += len(block)
+        self._num_cells += len(block)
         self._score(model, block)
 
     def _score(self, model: torch.nn.Module, block: TokenBlock) -> None:
@@ -377,19 +378,15 @@ class Evaluator:
         if self.collector is not None:
             self.collector.add(category, question, block, logits_nk, true_n)
 
-    def numbers(self) -> list[np.ndarray]:
-        """Return all running sums, as arrays that add up over ranks."""
-        tallies = [np.append(tally.confusion.counts_kk.ravel(), tally.log_loss_sum) for tally in self.tallies.values()]
-        return [*tallies, np.array([self.num_cells])]
+    def sums(self) -> list[np.ndarray]:
+        """Return the arrays that count; they add up over ranks."""
+        tallies = [(tally.confusion.counts_kk, tally.log_loss_sum) for tally in self.tallies.values()]
+        return [*chain.from_iterable(tallies), self._num_cells]
 
-    def set_numbers(self, numbers: Sequence[np.ndarray]) -> None:
+    def set_sums(self, sums: Sequence[np.ndarray]) -> None:
         """Replace this rank's sums by sums over all ranks."""
-        *tallies, num_cells = numbers
-        for tally, values in zip(self.tallies.values(), tallies, strict=True):
-            counts = values[:-1].reshape(tally.confusion.counts_kk.shape)
-            tally.confusion.counts_kk = counts.round().astype(np.int64)
-            tally.log_loss_sum = float(values[-1])
-        self.num_cells = int(num_cells[0])
+        for own, total in zip(self.sums(), sums, strict=True):
+            own[...] = total.round() if own.dtype == np.int64 else total
 
     def results(self) -> dict[str, Any]:
         """Return phenotype -> question -> scores."""
@@ -438,16 +435,9 @@ class MlmEvaluator(Evaluator):
             with inference_mode(model):
                 self.masked.add(model(**batch).logits, labels_m, first_bin_id=self.tokenizer.first_bin_id)
 
-    def numbers(self) -> list[np.ndarray]:
-        """Return all running sums, as arrays that add up over ranks."""
-        return [self.masked.bins.counts_kk.ravel(), self.masked.sums, self.masked.counts, *super().numbers()]
-
-    def set_numbers(self, numbers: Sequence[np.ndarray]) -> None:
-        """Replace this rank's sums by sums over all ranks."""
-        bins, sums, counts, *others = numbers
-        self.masked.bins.counts_kk = bins.reshape(self.masked.bins.counts_kk.shape).round().astype(np.int64)
-        self.masked.sums, self.masked.counts = sums, counts.round().astype(np.int64)
-        super().set_numbers(others)
+    def sums(self) -> list[np.ndarray]:
+        """Return the arrays that count, those of masked tokens first."""
+        return [self.masked.bins.counts_kk, self.masked.sums, self.masked.counts, *super().sums()]
 
     def results(self) -> dict[str, Any]:
         """Return phenotype -> question -> scores, and `genes` -> scores of masked genes' bins."""

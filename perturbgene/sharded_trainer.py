@@ -64,16 +64,13 @@ class _Resumed:
         state: Of the data set; see `IterableAnnDataset.state_dict`.
         step: Optimizer steps done.
         batches_left: Batches of this process that are left in the epoch, more than none.
+        epoch: The one that continues.
     """
 
     state: Mapping[str, Any]
     step: int
     batches_left: int
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that continues."""
-        return int(self.state["epoch"])
+    epoch: int
 
 
 class ShardedTrainer(SafeTrainer):
@@ -124,7 +121,7 @@ class ShardedTrainer(SafeTrainer):
         if left == 0:
             self.cells.set_epoch(state["epoch"] + 1)
             state, left = self.cells.state_dict(), self.cells.num_batches()
-        return _Resumed(state, trained.global_step, left)
+        return _Resumed(state, trained.global_step, left, int(state["epoch"]))
 
     def is_finished(self, checkpoint: str) -> bool:
         """True when a checkpoint has as many steps as this run wants.
@@ -150,12 +147,9 @@ class ShardedTrainer(SafeTrainer):
             run_evaluator(self.evaluator, self.accelerator.unwrap_model(self.model), first_batch)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _updates(self, num_batches: int) -> int:
+    def _num_steps(self, num_batches: int) -> int:
+        """Count the optimizer steps that some batches make."""
         return max(1, -(-num_batches // self.args.gradient_accumulation_steps))
-
-    def _updates_of(self, epoch: int) -> int:
-        """Count the steps of a whole epoch."""
-        return self._updates(self.cells.num_batches(epoch=epoch))
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         """Count epochs and steps one by one: planned epochs differ in length, and a resumed run may cut other batches.
@@ -165,13 +159,15 @@ class ShardedTrainer(SafeTrainer):
         _, per_epoch, *others, _ = super().set_initial_training_values(args, dataloader)
         epochs, steps = 0, 0  # whole epochs, and the steps when they are done
         if self._resumed is not None:
-            epochs, steps = self._resumed.epoch + 1, self._resumed.step + self._updates(self._resumed.batches_left)
+            epochs, steps = self._resumed.epoch + 1, self._resumed.step + self._num_steps(self._resumed.batches_left)
         is_enough = (lambda: steps >= args.max_steps) if args.max_steps > 0 else lambda: epochs >= args.num_train_epochs
         while not is_enough():
-            epochs, steps = epochs + 1, steps + self._updates_of(epochs)
+            steps += self._num_steps(self.cells.num_batches(epoch=epochs))
+            epochs += 1
         if args.max_steps > 0:
             return epochs, per_epoch, *others, args.max_steps
-        surplus = math.floor((epochs - args.num_train_epochs) * self._updates_of(epochs - 1))
+        last = self._num_steps(self.cells.num_batches(epoch=epochs - 1))
+        surplus = math.floor((epochs - args.num_train_epochs) * last)
         return epochs, per_epoch, *others, steps - surplus
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -189,7 +185,7 @@ class ShardedTrainer(SafeTrainer):
         if self._resumed is not None and parts["epoch"] == self._resumed.epoch:
             self.cells.load_state_dict(self._resumed.state)
             num_batches = self._resumed.batches_left
-        parts |= {"steps_in_epoch": num_batches, "num_update_steps_per_epoch": self._updates(num_batches)}
+        parts |= {"steps_in_epoch": num_batches, "num_update_steps_per_epoch": self._num_steps(num_batches)}
         super()._run_epoch(**parts)
 
     # -- data -----------------------------------------------------------------------------------------------------
@@ -211,14 +207,8 @@ class ShardedTrainer(SafeTrainer):
             generator=self._own_generator(),
             worker_init_fn=outlive_signals,
         )
-        return prepare_data_loader(
-            loader,
-            device=self.args.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            dispatch_batches=False,
-        )
+        place = {"device": self.args.device, "num_processes": 1, "process_index": 0}
+        return prepare_data_loader(loader, put_on_device=True, dispatch_batches=False, **place)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return this process's evaluation cells in lists, of which the evaluator makes batches for each question."""
@@ -290,7 +280,7 @@ class ShardedTrainer(SafeTrainer):
         )  # fmt: skip
         with self.speed.paused(), self.compute_loss_context_manager():
             run_evaluator(evaluator, model, batches)
-        evaluator.set_numbers(self._sum_over_ranks(evaluator.numbers()))
+        evaluator.set_sums(self._sum_over_ranks(evaluator.sums()))
         self._scored_step = self.state.global_step if is_last else None
         weights = (model.config.phenotype_loss_weight, model.config.gene_loss_weight)
         scores = evaluator.flat_metrics(loss_weights=weights)

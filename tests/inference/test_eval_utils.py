@@ -222,29 +222,29 @@ def test_cells_without_label_are_not_scored(model, cells, evaluator):
     assert (counts, evaluator.num_cells) == ({"cell_type": 4, "sex": 5}, 6)
 
 
-def _numbers_close(left, right):
+def _sums_close(left, right):
     return all(np.allclose(a, b, atol=1e-5) for a, b in zip(left, right, strict=True))
 
 
 def test_sums_over_two_halves_are_the_sums_over_all(model, cells, evaluator):
     halves = []
     for half in (cells[:2], cells[2:]):
-        halves.append(run_evaluator(evaluator, model, [half]).numbers())
+        halves.append(run_evaluator(evaluator, model, [half]).sums())
     added = [left + right for left, right in zip(*halves, strict=True)]
-    assert _numbers_close(added, run_evaluator(evaluator, model, [cells]).numbers())
+    assert _sums_close(added, run_evaluator(evaluator, model, [cells]).sums())
 
 
 def test_sums_that_are_set_give_the_results_of_all(model, cells, evaluator, four_gene_tokenizer):
     expected = run_evaluator(evaluator, model, [cells]).results()
-    numbers = evaluator.numbers()
+    sums = evaluator.sums()
     other = MlmEvaluator(four_gene_tokenizer, collator=evaluator.collator, questions=evaluator.questions)
-    other.set_numbers([array.astype(np.float64) for array in numbers])
+    other.set_sums([array.astype(np.float64) for array in sums])
     assert other.results() == expected
 
 
 def test_results_do_not_depend_on_the_batches(model, cells, evaluator):
-    whole = run_evaluator(evaluator, model, [cells]).numbers()
-    assert _numbers_close(run_evaluator(evaluator, model, [[cell] for cell in cells]).numbers(), whole)
+    whole = run_evaluator(evaluator, model, [cells]).sums()
+    assert _sums_close(run_evaluator(evaluator, model, [[cell] for cell in cells]).sums(), whole)
 
 
 def test_a_second_evaluation_starts_from_zero(model, cells, evaluator):
@@ -307,9 +307,9 @@ def test_the_loss_of_a_classifier_is_its_cross_entropy(classified):
 
 def test_sums_of_a_classifier_over_two_halves_are_the_sums_over_all(classified):
     model, evaluator, cells = classified
-    halves = [run_evaluator(evaluator, model, [half]).numbers() for half in (cells[:1], cells[1:])]
+    halves = [run_evaluator(evaluator, model, [half]).sums() for half in (cells[:1], cells[1:])]
     whole = run_evaluator(evaluator, model, [cells]).results()["cell_type"]["classifier"]
-    evaluator.set_numbers([left + right for left, right in zip(*halves, strict=True)])
+    evaluator.set_sums([left + right for left, right in zip(*halves, strict=True)])
     assert evaluator.results()["cell_type"]["classifier"] == pytest.approx(whole, abs=1e-6)
 
 
