@@ -67,15 +67,14 @@ def write_h5ad_copy(
 ) -> None:
     """Copy an h5ad file and add columns to its `obs`, matrices to its `obsm` and entries to `uns["perturbgene"]`.
 
-    The expression matrix is copied unread. Memory holds one column of `obs`, or a block of rows of a matrix, at a time.
+    The expression matrix is copied unread. Memory holds a block of rows of a matrix at a time.
 
     Args:
         source: The file to copy, or its URL.
         target: Where the result goes, whole or not at all.
         uns: Entries, e.g. which run answered which question.
-        obs: Name -> new column (it replaces one of the same name), one value per cell in the file's order: an array, a
-            categorical, or a function that returns one when it is written.
-        obsm: Name -> matrix with `shape`, `dtype` and slices of rows (an array, a memmap, a `RowArray`).
+        obs: Name -> new column (it replaces one of the same name), one value per cell in the file's order.
+        obsm: Name -> matrix with `shape`, `dtype` and slices of rows (an array or a memmap).
 
     Raises:
         InputError: The target cannot be written.
@@ -126,8 +125,7 @@ def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, 
     import anndata
     from anndata.io import read_elem, write_elem
 
-    def values_of(column: Any) -> Any:
-        values = column() if callable(column) else column
+    def values_of(values: Any) -> Any:
         if isinstance(values, pd.Series):
             values = values.array if values.dtype == "category" else values.to_numpy()
         _check_rows(len(values), known)

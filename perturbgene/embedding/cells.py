@@ -26,7 +26,6 @@ from perturbgene.inference.streaming import (
     GeneTokens,
     Given,
     Ranks,
-    RowArray,
     cell_results,
     claimed_output,
     collect_results,
@@ -126,10 +125,13 @@ class CellEmbedder:
             found.append(states_nh)
         return dict(zip(self.keys, found, strict=True))
 
-    def presence(self, found: Mapping[str, RowArray]) -> dict[str, np.ndarray]:
+    def presence(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return for each named gene which cells express it, as columns of `obs`."""
-        keys = self.keys[len(self.keys) - len(self.genes) :]
-        return {f"perturbgene_has_{name}": _is_known(found[key]) for name, key in zip(self.genes, keys, strict=True)}
+        states = list(found.values())[len(found) - len(self.genes) :]
+        return {
+            f"perturbgene_has_{name}": np.isfinite(state_nh[:, 0])
+            for name, state_nh in zip(self.genes, states, strict=True)
+        }
 
     def facts(self, *, coverage: float) -> dict[str, Any]:
         """Return where the embeddings came from, with the static embedding of every label of asked phenotypes."""
@@ -151,10 +153,6 @@ def _mean_by(values_mh: np.ndarray, group_m: np.ndarray, num_groups: int) -> np.
     sums.index_add_(0, torch.from_numpy(group_m), torch.from_numpy(values_mh).double())
     count_n1 = np.bincount(group_m, minlength=num_groups)[:, None]
     return np.where(count_n1 > 0, sums.numpy() / np.maximum(count_n1, 1), np.nan).astype(np.float32)
-
-
-def _is_known(rows: RowArray) -> np.ndarray:
-    return np.concatenate([np.isfinite(block_mh[:, 0]) for _, block_mh in rows.blocks()])
 
 
 def embed(
@@ -201,8 +199,7 @@ def embed(
     batches = stream_batches(dataset, text="embed", most_tokens=batch_tokens)
     found = collect_results(CellResults(dataset.num_cells), batches, embedder.embed)
     result = cells.to_memory() if cells.isbacked else cells.copy()
-    for key, rows in found.items():
-        result.obsm[key] = rows[:]
+    result.obsm.update(found)
     for name, column in embedder.presence(found).items():
         result.obs[name] = column
     result.uns["perturbgene"] = embedder.facts(coverage=dataset.coverage)
@@ -225,7 +222,7 @@ def run_embed(config: EmbedConfig) -> str | None:
                 return None
             facts = embedder.facts(coverage=dataset.coverage)
             write_h5ad_copy(source, target, uns=facts, obs=embedder.presence(found), obsm=found)
-            num_empty = int((~_is_known(found[KEY])).sum())
+            num_empty = int(np.isnan(found[KEY][:, 0]).sum())
     empty = f"; {num_empty:,} cells express no gene of the run and are NaN" if num_empty else ""
     keys = ", ".join(embedder.keys)
     return f"{dataset.num_cells:,} cells embedded by {config.run} (obsm: {keys}), written to {target}{empty}"

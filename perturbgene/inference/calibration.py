@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,6 @@ class Temperature:
     scores: dict[str, float] = field(default_factory=dict)
     energy_quantiles: tuple[float, ...] = ()
     is_at_limit: bool = False
-
-    @property
-    def key(self) -> tuple[str, frozenset[str], frozenset[str]]:
-        """Identity: a newer temperature with the same key replaces this one."""
-        return self.phenotype, frozenset(self.asked), frozenset(self.given)
 
     def distance(self, asked: Sequence[str], given: Sequence[str]) -> int:
         """Count the phenotypes that differ between this question and another."""
@@ -230,10 +225,12 @@ class Calibration:
         """Return the newer one, plus the temperatures that only this one has if both are of the same weights."""
         if self.weights != newer.weights:
             return newer
-        known = {entry.key for entry in newer.temperatures}
-        kept = [entry for entry in self.temperatures if entry.key not in known]
-        genes = newer.gene_quantiles or self.gene_quantiles
-        return Calibration((*kept, *newer.temperatures), genes, newer.split, newer.weights)
+        entries = {
+            (t.phenotype, frozenset(t.asked), frozenset(t.given)): t for t in (*self.temperatures, *newer.temperatures)
+        }
+        return replace(
+            newer, temperatures=tuple(entries.values()), gene_quantiles=newer.gene_quantiles or self.gene_quantiles
+        )
 
     def save(self, run: str | Path) -> Path:
         """Write `calibration.json` into a run folder, whole or not at all."""

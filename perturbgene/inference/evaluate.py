@@ -7,7 +7,7 @@ Owns which cells and questions are scored and what is reported; leaves counting 
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import expand_paths
-from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
     ClassEvaluator,
@@ -31,7 +30,6 @@ from perturbgene.eval_utils import (
     MlmEvaluator,
     Question,
     gene_log_likelihood,
-    run_evaluator,
     standard_questions,
     write_results,
 )
@@ -100,42 +98,20 @@ def _evaluator(run: Run, questions: Sequence[Question], mask_rates: Mapping[str,
     return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
 
 
-def _own_eval_paths(run: Run) -> list[str]:
-    """Return the files of the run's own evaluation cells; none if it does not say or they are gone."""
-    corpus, paths = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
-    try:
-        return Corpus.open(corpus).paths("eval") if corpus else expand_paths(paths) if paths else []
-    except InputError:
-        return []
-
-
 def _is_own(run: Run, eval_paths: Any) -> bool:
     """Whether files are those of the run's own evaluation cells."""
     if not isinstance(eval_paths, str | Path | list | tuple):
         return False
+    corpus, paths = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
+    try:
+        own = Corpus.open(corpus).paths("eval") if corpus else expand_paths(paths) if paths else []
+    except InputError:  # they are gone
+        return False
     names = [eval_paths] if isinstance(eval_paths, str | Path) else eval_paths
-    own = {os.path.realpath(path) for path in _own_eval_paths(run)}
-    return bool(own) and {os.path.realpath(path) for path in names} == own
+    return bool(own) and {os.path.realpath(path) for path in names} == {os.path.realpath(path) for path in own}
 
 
 # -- calibration --------------------------------------------------------------------------------------------------
-
-
-def _donors(dataset: IterableAnnDataset, column: str | None) -> np.ndarray | None:
-    """Return the donor of every cell, shape (n,); None if a file does not have the column."""
-    files = [dataset.shards[index].source for index in range(len(dataset.shards))]
-    if column is None or any(column not in file.columns_of("obs") for file in files):
-        return None
-    return np.concatenate([file.obs_column(column).astype(str).to_numpy(dtype=object) for file in files])
-
-
-def _with_gene_scores(blocks: Iterator[TokenBlock], run: Run, scores: list[np.ndarray]) -> Iterator[TokenBlock]:
-    """Pass blocks on and collect how well a masked model predicts their masked genes."""
-    mask_rates = run.mask_rates
-    for block in blocks:
-        if not run.is_classifier:
-            scores.append(gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=mask_rates))
-        yield block
 
 
 def _calibrate(
@@ -148,7 +124,11 @@ def _calibrate(
     gene_scores: Sequence[np.ndarray],
 ) -> None:
     """Fit a temperature for each question on half of the donors, add it to the results and store it in the run."""
-    donors_n, fitted, split = _donors(dataset, donor_column), [], "cells"
+    files, donors_n = [dataset.shards[index].source for index in range(len(dataset.shards))], None
+    if donor_column and all(donor_column in file.columns_of("obs") for file in files):
+        names = [file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files]
+        donors_n = np.concatenate(names)
+    fitted, split = [], "cells"
     for category, question, cells_n, logits_nk, true_n in collector.joined():
         is_fitted_n, split = split_halves(None if donors_n is None else donors_n[cells_n], num_cells=len(cells_n))
         entry = fit(logits_nk, true_n, is_fitted_n, phenotype=category, asked=question.asked, given=question.given)
@@ -227,11 +207,14 @@ def evaluate(
         asked = "; ".join(question.describe() for question in evaluator.questions)
         logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", asked)
         gene_scores: list[np.ndarray] = []
-        blocks = stream_batches(dataset, text="evaluate", most_tokens=batch_tokens)
         if calibrates:
             evaluator.collector = LogitCollector(-(-dataset.num_cells // MOST_CELLS))
-            blocks = _with_gene_scores(blocks, run, gene_scores)
-        results = run_evaluator(evaluator, run.model, blocks).results()
+        for block in stream_batches(dataset, text="evaluate", most_tokens=batch_tokens):
+            evaluator.add(run.model, block)
+            if calibrates and not run.is_classifier:
+                scores_n = gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=run.mask_rates)
+                gene_scores.append(scores_n)
+        results = evaluator.results()
         if evaluator.collector is not None:
             _calibrate(run, evaluator.collector, dataset, results, donor_column=donor_column, gene_scores=gene_scores)
         else:

@@ -5,8 +5,8 @@ temperatures to `calibration`, and batches and files to `streaming`. Letters: n 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from perturbgene.inference.streaming import (
     CellResults,
     Given,
     Ranks,
-    RowArray,
     cell_results,
     claimed_output,
     collect_results,
@@ -48,8 +47,8 @@ if TYPE_CHECKING:
 #: Written in place of a label that is not probable enough.
 UNKNOWN = "unknown"
 
-#: Name of a column of `obs` -> function that makes it.
-Columns = dict[str, Callable[[], Any]]
+#: Columns of `obs` by name: arrays (n,) or categoricals.
+Columns = dict[str, Any]
 
 
 # -- questions ----------------------------------------------------------------------------------------------------
@@ -196,8 +195,8 @@ class Predictor:
 
     # -- columns --------------------------------------------------------------------------------------------------
 
-    def columns(self, merged: Mapping[str, RowArray]) -> Columns:
-        """Return the columns of `obs` that the answers become; each is made when it is written."""
+    def columns(self, merged: Mapping[str, np.ndarray]) -> Columns:
+        """Return the columns of `obs` that the answers become."""
         columns: Columns = {}
         for question in self.questions:
             for name in question.asked:
@@ -210,39 +209,30 @@ class Predictor:
             quantiles_q = self.calibration.gene_quantiles
             columns |= _ood_columns("ood_gene_log_likelihood", merged["genes"], quantiles_q, sign=-1)
         for question in self.audits:
-            own = merged[f"audit:{question.asked[0]}"]
-            columns[f"audit_{question.asked[0]}_probability"] = partial(own.__getitem__, slice(None))
-            columns[f"audit_{question.asked[0]}_rank"] = partial(_ranks, own)
+            own_n = merged[f"audit:{question.asked[0]}"]
+            columns[f"audit_{question.asked[0]}_probability"] = own_n
+            ranks_n = pd.Series(own_n).rank(method="first").fillna(0)  # 1: the least probable; 0: no label
+            columns[f"audit_{question.asked[0]}_rank"] = ranks_n.to_numpy(dtype=np.int32)
         return columns
 
-    def _label_columns(self, name: str, merged: Mapping[str, RowArray]) -> Columns:
-        codes, probability, abstain = merged[f"code:{name}"], merged[f"probability:{name}"], self.options.abstain
+    def _label_columns(self, name: str, merged: Mapping[str, np.ndarray]) -> Columns:
+        codes_nt, probability_nt, abstain = merged[f"code:{name}"], merged[f"probability:{name}"], self.options.abstain
         labels = self.run.class_labels if self.run.is_classifier else list(self.run.tokenizer.phenotypes[name])
-
-        def best_label() -> pd.Categorical:
-            codes_n, categories = codes[:][:, 0], labels
-            if abstain:
-                categories = labels if UNKNOWN in labels else [*labels, UNKNOWN]
-                is_unsure_n = (probability[:][:, 0] < abstain) & (codes_n >= 0)
-                codes_n = np.where(is_unsure_n, categories.index(UNKNOWN), codes_n)
-            return pd.Categorical.from_codes(codes_n, categories=categories)
-
-        def label(rank: int) -> pd.Categorical:
-            return pd.Categorical.from_codes(codes[:][:, rank], categories=labels)
-
-        def probability_of(rank: int) -> np.ndarray:
-            return probability[:][:, rank]
-
+        best_n, categories = codes_nt[:, 0], labels
+        if abstain:
+            categories = labels if UNKNOWN in labels else [*labels, UNKNOWN]
+            is_unsure_n = (probability_nt[:, 0] < abstain) & (best_n >= 0)
+            best_n = np.where(is_unsure_n, categories.index(UNKNOWN), best_n)
         columns: Columns = {
-            f"predicted_{name}": best_label,
-            f"predicted_{name}_probability": partial(probability_of, 0),
-            f"predicted_{name}_entropy": lambda: merged[f"entropy:{name}"][:],
+            f"predicted_{name}": pd.Categorical.from_codes(best_n, categories=categories),
+            f"predicted_{name}_probability": probability_nt[:, 0],
+            f"predicted_{name}_entropy": merged[f"entropy:{name}"],
         }
         # The best label is in `predicted_X` already, unless that may be `unknown`.
-        for rank in range(0 if abstain else 1, codes.shape[1]):
-            columns[f"predicted_{name}_{rank + 1}"] = partial(label, rank)
+        for rank in range(0 if abstain else 1, codes_nt.shape[1]):
+            columns[f"predicted_{name}_{rank + 1}"] = pd.Categorical.from_codes(codes_nt[:, rank], categories=labels)
             if rank:
-                columns[f"predicted_{name}_{rank + 1}_probability"] = partial(probability_of, rank)
+                columns[f"predicted_{name}_{rank + 1}_probability"] = probability_nt[:, rank]
         return columns
 
     # -- reports --------------------------------------------------------------------------------------------------
@@ -286,8 +276,11 @@ class Predictor:
 
     def summary(self, phenotype: str, columns: Columns) -> str:
         """Say in one line what was predicted for a phenotype."""
-        answers = pd.Series(columns[f"predicted_{phenotype}"]())
-        probability_n, num_empty = columns[f"predicted_{phenotype}_probability"](), int(answers.isna().sum())
+        answers, probability_n = (
+            pd.Series(columns[f"predicted_{phenotype}"]),
+            columns[f"predicted_{phenotype}_probability"],
+        )
+        num_empty = int(answers.isna().sum())
         counts = answers.value_counts()
         shown = [f"{label} {count:,}" for label, count in counts.head(5).items() if count]
         more = [f"{len(counts[counts > 0]) - 5} other labels"] if (counts > 0).sum() > 5 else []
@@ -317,22 +310,12 @@ def _where(values_n: np.ndarray, is_valid_n: np.ndarray) -> np.ndarray:
     return np.where(is_valid_n, values_n, np.nan).astype(np.float32)
 
 
-def _ood_columns(name: str, values: RowArray, quantiles_q: Sequence[float], *, sign: int = 1) -> Columns:
+def _ood_columns(name: str, values_n: np.ndarray, quantiles_q: Sequence[float], *, sign: int = 1) -> Columns:
     """Return a score and its percentile among held-out cells; the percentile is high for an unusual cell."""
-    columns: Columns = {name: lambda: values[:]}
-    if quantiles_q:
-        ascending_q = quantiles_q if sign > 0 else [-value for value in reversed(quantiles_q)]
-        columns[f"{name}_percentile"] = lambda: percentile(sign * values[:], ascending_q).astype(np.float32)
-    return columns
-
-
-def _ranks(probability: RowArray) -> np.ndarray:
-    """Rank cells by the probability of their own label: 1 for the least probable, 0 for cells without a label."""
-    probability_n = probability[:]
-    ranks_n, is_known_n = np.zeros(len(probability_n), dtype=np.int32), ~np.isnan(probability_n)
-    order = np.argsort(probability_n[is_known_n], kind="stable")
-    ranks_n[np.flatnonzero(is_known_n)[order]] = np.arange(1, len(order) + 1)
-    return ranks_n
+    if not quantiles_q:
+        return {name: values_n}
+    ascending_q = quantiles_q if sign > 0 else [-value for value in reversed(quantiles_q)]
+    return {name: values_n, f"{name}_percentile": percentile(sign * values_n, ascending_q).astype(np.float32)}
 
 
 # -- the verb and its functions -----------------------------------------------------------------------------------
@@ -374,7 +357,7 @@ def predict_table(
     predictor = Predictor(load_run(run), ask, given, options or AnswerOptions())
     dataset = predictor.open(data, **reading)
     columns = predictor.answer_all(dataset, CellResults(dataset.num_cells), most_tokens=batch_tokens)
-    table = pd.DataFrame({name: values() for name, values in columns.items()})
+    table = pd.DataFrame(columns)
     table.attrs = predictor.facts(dataset)
     return table
 

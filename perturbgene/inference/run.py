@@ -144,14 +144,7 @@ def provenance(run: Run, question: Mapping[str, Any], *, coverage: float) -> dic
             cannot hold a nested None.
         coverage: Share of the run's genes that the cells' file has, in 0..1.
     """
-    facts: dict[str, Any] = {
-        "version": __version__,
-        "run": run.path,
-        "tokenizer_fingerprint": run.tokenizer.fingerprint,
-    }
-    for name, value in question.items():
-        if isinstance(value, list | tuple):
-            facts[name] = list(value)
-        else:
-            facts[name] = value if isinstance(value, str | int | float) else json.dumps(value)
-    return {**facts, "gene_coverage": coverage}
+    facts = {"version": __version__, "run": run.path, "tokenizer_fingerprint": run.tokenizer.fingerprint}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in question.items()}
+    stored = {name: v if isinstance(v, str | int | float | list) else json.dumps(v) for name, v in plain.items()}
+    return {**facts, **stored, "gene_coverage": coverage}

@@ -8,7 +8,7 @@ How a command uses it:
 1. `Ranks.join(device)`: this process's share of the cells. `claimed_output(config, ranks)`: one file in, one file out.
 2. `open_cells(...)` -> `IterableAnnDataset`; `stream_batches(dataset, ...)` -> `TokenBlock`s of this rank's cells.
 3. `CellResults.write(block.cells_n, {"name": values_mx})`: an array per name and rank, on disk next to the output.
-4. `CellResults.merge()` waits for all ranks; rank 0 gets a `RowArray` per name, reads it by slices and writes.
+4. `CellResults.merge()` waits for all ranks; rank 0 gets the arrays of all cells and writes.
 """
 
 import dataclasses
@@ -184,13 +184,16 @@ def constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -
     """Return the input id of each label that is given for all cells.
 
     Raises:
-        InputError: A label is not in the vocabulary.
+        InputError: A phenotype or label is not in the vocabulary.
     """
-    constants = {name: tokenizer.vocabulary.label_id(name, label) for name, label in given.items() if label is not None}
-    for name, id_ in constants.items():
-        if id_ == ABSENT:
+    constants = {}
+    for name, label in given.items():
+        tokenizer.vocabulary.check_category(name)
+        if label is not None:
+            constants[name] = tokenizer.vocabulary.label_id(name, label)
+        if constants.get(name) == ABSENT:
             known = listed(tokenizer.phenotypes[name], most=12)
-            raise InputError(f"{name}={given[name]} is not in the run's vocabulary. Choose one of: {known}.")
+            raise InputError(f"{name}={label} is not in the run's vocabulary. Choose one of: {known}.")
     return constants
 
 
@@ -216,8 +219,6 @@ def open_cells(
     Raises:
         InputError: A phenotype or label is unknown, or `obs` lacks the column of one that is read from it.
     """
-    for category in given:
-        run.tokenizer.vocabulary.check_category(category)
     options = {"batch_size": FileOptions.batch_size, **reading, "rank": ranks.rank, "world_size": ranks.size}
     options["constant_labels"] = constant_labels(run.tokenizer, given)
     dataset = IterableAnnDataset(data, tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options)
@@ -295,46 +296,6 @@ class GeneTokens:
 # -- results per cell ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RowArray:
-    """One value (or row of values) per cell over all ranks, read in row order by slices.
-
-    Args:
-        parts: One array for each rank, which holds rows `rank`, `rank + size`, ...
-        shape: Of the whole, (n, ...).
-
-    Example:
-        >>> RowArray([np.array([0, 2]), np.array([1])], (3,))[:]
-        array([0, 1, 2])
-    """
-
-    parts: Sequence[np.ndarray]
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the values."""
-        return self.parts[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        """Read consecutive rows."""
-        start, stop, step = rows.indices(len(self))
-        assert step == 1, "rows are read in order"
-        out, size = np.empty((max(0, stop - start), *self.shape[1:]), dtype=self.dtype), len(self.parts)
-        for rank, part in enumerate(self.parts):
-            first = start + (rank - start) % size
-            out[first - start :: size] = part[first // size : first // size + len(range(first, stop, size))]
-        return out
-
-    def blocks(self, num_rows: int = 4096) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, rows) from the first to the last."""
-        for start in range(0, len(self), num_rows):
-            yield start, self[start : start + num_rows]
-
-
 @dataclass
 class CellResults:
     """Per-cell results of one rank, until all ranks' are merged.
@@ -353,22 +314,16 @@ class CellResults:
     def __post_init__(self) -> None:
         assert self.folder is not None or self.ranks.size == 1, "several processes meet on disk"
 
-    def _path(self, name: str, rank: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{list(self._arrays).index(name):03d}.{rank:05d}.npy"
-
-    def _create(self, name: str, values_mx: np.ndarray) -> np.ndarray:
-        num_rows = len(range(self.ranks.rank, self.num_cells, self.ranks.size))
-        shape, dtype = (num_rows, *values_mx.shape[1:]), values_mx.dtype
-        self._arrays[name] = np.empty(0)  # takes its number, which names its file
-        if self.folder is None or not num_rows:
+    def _new_array(self, file: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return an array of zeros, in memory or in a file of its own."""
+        if self.folder is None or not shape[0]:
             return np.zeros(shape, dtype=dtype)
-        path = self._path(name, self.ranks.rank)
+        path = self.folder / file
         try:
             array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
             if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later it would be SIGBUS
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                with path.open("r+b") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, path.stat().st_size)
         except OSError as error:
             raise unwritable(path, error) from error
         return array
@@ -381,13 +336,15 @@ class CellResults:
             values: Name -> array of shape (m, ...), always of the same names in the same order.
         """
         assert (cells_m % self.ranks.size == self.ranks.rank).all(), "cells of another rank"
-        for name, values_mx in values.items():
+        for number, (name, values_mx) in enumerate(values.items()):
             if name not in self._arrays:
-                self._arrays[name] = self._create(name, values_mx)
+                shape = (len(range(self.ranks.rank, self.num_cells, self.ranks.size)), *values_mx.shape[1:])
+                file = f"{number:03d}.{self.ranks.rank:05d}.npy"  # by number: a phenotype's name may hold a slash
+                self._arrays[name] = self._new_array(file, shape, values_mx.dtype)
             self._arrays[name][cells_m // self.ranks.size] = values_mx
 
-    def merge(self) -> dict[str, RowArray]:
-        """Wait for all ranks and return each result over all cells, in row order; other ranks get nothing.
+    def merge(self) -> dict[str, np.ndarray]:
+        """Wait for all ranks and return each result over all cells, (n, ...); other ranks get nothing.
 
         A rank without cells has no arrays, so there must be at least one cell.
         """
@@ -395,12 +352,15 @@ class CellResults:
             if isinstance(array, np.memmap):
                 array.flush()
         self.ranks.barrier()
+        if self.ranks.size == 1 or not self.ranks.is_main:
+            return {name: np.asarray(own) for name, own in self._arrays.items()} if self.ranks.is_main else {}
         merged = {}
-        for name, own in self._arrays.items() if self.ranks.is_main else ():
-            num_others = min(self.ranks.size, self.num_cells) - 1
-            others = [np.load(self._path(name, rank), mmap_mode="r") for rank in range(1, num_others + 1)]
-            empty = [np.zeros((0, *own.shape[1:]), dtype=own.dtype)] * (self.ranks.size - num_others - 1)
-            merged[name] = RowArray([own, *others, *empty], (self.num_cells, *own.shape[1:]))
+        for number, (name, own) in enumerate(self._arrays.items()):
+            whole = self._new_array(f"{number:03d}.npy", (self.num_cells, *own.shape[1:]), own.dtype)
+            for rank in range(min(self.ranks.size, self.num_cells)):
+                part = np.load(Path(self.folder or "") / f"{number:03d}.{rank:05d}.npy", mmap_mode="r") if rank else own
+                whole[rank :: self.ranks.size] = part
+            merged[name] = np.asarray(whole)
         return merged
 
     def sum_over_ranks(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -447,7 +407,7 @@ def cell_results(target: str | Path, *, num_cells: int, ranks: Ranks = ALONE) ->
 
 def collect_results(
     results: CellResults, batches: Iterator[TokenBlock], compute: Callable[[TokenBlock], Mapping[str, np.ndarray]]
-) -> dict[str, RowArray]:
+) -> dict[str, np.ndarray]:
     """Compute results of every batch, keep them and merge them over ranks."""
     for block in batches:
         results.write(block.cells_n, compute(block))

@@ -9,7 +9,7 @@ from perturbgene.data_utils import h5ad_writing
 from perturbgene.errors import InputError
 
 
-def test_a_copy_gets_a_matrix_block_by_block_and_columns_when_their_turn_comes(write_h5ad, tmp_path, monkeypatch):
+def test_a_copy_gets_a_matrix_block_by_block_and_columns(write_h5ad, tmp_path, monkeypatch):
     monkeypatch.setattr(h5ad_writing, "COPIED_ROWS", 2)
     path, matrix = write_h5ad(np.eye(4)[:3]), np.arange(6, dtype=np.float32).reshape(3, 2)
     taken = []
@@ -21,7 +21,7 @@ def test_a_copy_gets_a_matrix_block_by_block_and_columns_when_their_turn_comes(w
             taken.append(rows)
             return matrix[rows]
 
-    label = lambda: pd.Categorical(["a", "b", "a"])  # noqa: E731
+    label = pd.Categorical(["a", "b", "a"])
     target = tmp_path / "out.h5ad"
     h5ad_writing.write_h5ad_copy(path, target, obs={"label": label}, obsm={"X_new": Rows()}, uns={"run": "here"})
     copy = ad.read_h5ad(target)

@@ -12,7 +12,7 @@ from perturbgene.errors import InputError
 from perturbgene.inference.calibration import Calibration, Temperature
 from perturbgene.inference.predict import Predictor, questions_of
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import CellResults, RowArray
+from perturbgene.inference.streaming import CellResults
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.training.train import tokenizer_facts
 
@@ -33,14 +33,13 @@ def asked(run: Run, data, *, ask=(), given=None, **options) -> pd.DataFrame:
     parts = CellResults(dataset.num_cells)
     for block in dataset.blocks():
         parts.write(block.cells_n, predictor.answer(block))
-    return pd.DataFrame({name: values() for name, values in predictor.columns(parts.merge()).items()})
+    return pd.DataFrame(predictor.columns(parts.merge()))
 
 
-def row_arrays(answers: dict[str, list]) -> dict[str, RowArray]:
-    arrays = {
+def row_arrays(answers: dict[str, list]) -> dict[str, np.ndarray]:
+    return {
         name: np.array(values, dtype=np.int32 if "code" in name else np.float32) for name, values in answers.items()
     }
-    return {name: RowArray([array], array.shape) for name, array in arrays.items()}
 
 
 # -- questions ----------------------------------------------------------------------------------------------------
@@ -95,29 +94,29 @@ def test_columns_say_label_probability_entropy_and_the_next_labels(run, make_ada
 
 def test_unsure_answers_become_unknown_and_cells_without_genes_stay_missing(run):
     predictor = Predictor(run, ["sex"], {}, AnswerOptions(abstain=0.7))
-    told = row_arrays({"code:sex": [[1, 0], [0, 1], [-1, -1]], "entropy:sex": [0.5, 0.6, np.nan],
+    answers = row_arrays({"code:sex": [[1, 0], [0, 1], [-1, -1]], "entropy:sex": [0.5, 0.6, np.nan],
                   "probability:sex": [[0.7, 0.3], [0.69, 0.31], [np.nan, np.nan]]})  # fmt: skip
-    columns = {name: list(values()) for name, values in predictor.columns(told).items()}
+    columns = {name: list(values) for name, values in predictor.columns(answers).items()}
     assert columns["predicted_sex"][:2] == ["male", "unknown"] and pd.isna(columns["predicted_sex"][2])
     assert columns["predicted_sex_1"][:2] == ["male", "female"]
-    assert list(predictor.columns(told)["predicted_sex"]().categories) == ["female", "male", "unknown"]
+    assert list(predictor.columns(answers)["predicted_sex"].categories) == ["female", "male", "unknown"]
 
 
 def test_ranks_of_an_audit_begin_with_the_least_probable_label(run):
     predictor = Predictor(run, ["sex"], {}, AnswerOptions(audit=True, top_k=1))
-    told = row_arrays({"code:sex": [[0]] * 4, "probability:sex": [[1.0]] * 4, "entropy:sex": [0.0] * 4,
+    answers = row_arrays({"code:sex": [[0]] * 4, "probability:sex": [[1.0]] * 4, "entropy:sex": [0.0] * 4,
                   "audit:sex": [0.9, 0.2, np.nan, 0.5]})  # fmt: skip
-    assert predictor.columns(told)["audit_sex_rank"]().tolist() == [3, 1, 0, 2]
+    assert predictor.columns(answers)["audit_sex_rank"].tolist() == [3, 1, 0, 2]
 
 
 def test_a_low_log_likelihood_is_as_strange_as_a_high_energy(run):
     predictor = Predictor(run, ["sex"], {}, AnswerOptions(ood=True, top_k=1))
     entry = Temperature("sex", ("sex",), (), 2.0, 50, energy_quantiles=(-4.0, -2.0, 0.0))
     predictor.calibration = Calibration((entry,), gene_quantiles=(-3.0, -2.0, -1.0))
-    told = row_arrays({"code:sex": [[0]] * 2, "probability:sex": [[1.0]] * 2, "entropy:sex": [0.0] * 2,
+    answers = row_arrays({"code:sex": [[0]] * 2, "probability:sex": [[1.0]] * 2, "entropy:sex": [0.0] * 2,
                   "energy:sex": [-4.0, -1.0], "genes": [-1.0, -2.5]})  # fmt: skip
     columns = {
-        name: values().tolist() for name, values in predictor.columns(told).items() if name.endswith("percentile")
+        name: values.tolist() for name, values in predictor.columns(answers).items() if name.endswith("percentile")
     }
     assert columns == {"ood_sex_energy_percentile": [0, 75], "ood_gene_log_likelihood_percentile": [0, 75]}
 

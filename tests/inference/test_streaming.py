@@ -13,7 +13,6 @@ from perturbgene.errors import InputError
 from perturbgene.inference.streaming import (
     CellResults,
     Ranks,
-    RowArray,
     cell_results,
     check_target,
     collect_results,
@@ -43,21 +42,6 @@ def a_block(lengths: list[int]) -> TokenBlock:
 def test_a_process_that_nobody_launched_is_alone() -> None:
     ranks = Ranks.join()
     assert (ranks, ranks.is_main, ranks.device("auto")) == (Ranks(0, 1, 0), True, "auto")
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_rows", [1, 5, 8])
-def test_slices_of_a_row_array_are_slices_of_the_whole(size: int, num_rows: int) -> None:
-    whole = np.random.default_rng(0).normal(size=(num_rows, 2))
-    array = RowArray([whole[rank::size] for rank in range(size)], whole.shape)
-    for start in range(num_rows + 1):
-        for stop in range(start, num_rows + 2):
-            np.testing.assert_array_equal(array[start:stop], whole[start:stop])
-
-
-def test_blocks_of_a_row_array_come_in_order() -> None:
-    array = RowArray([np.array([0, 2, 4]), np.array([1, 3])], (5,))
-    assert [(start, rows.tolist()) for start, rows in array.blocks(2)] == [(0, [0, 1]), (2, [2, 3]), (4, [4])]
 
 
 @pytest.mark.parametrize(
