@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -98,7 +98,10 @@ def read_padded(run: Run, block: TokenBlock, readout: Readout, *, batch_size: in
 
 def reading_rows(run: Run, block: TokenBlock, towards: str) -> Iterator[dict[str, object]]:
     """Time `predict` and `embed` on whole cells."""
-    readouts: dict[str, Readout] = {"predict": label_readout(run, towards=towards), "embed": StateReadout("cls")}
+    readouts: dict[str, Readout] = {
+        "predict": replace(label_readout(run, towards=towards), temperature=1.0),
+        "embed": StateReadout("cls"),
+    }
     for verb, readout in readouts.items():
         asked = sequences(block, run.tokenizer, readout)
         is_gene_l = asked.token_type_ids_l >= run.tokenizer.first_gene_type
@@ -128,7 +131,7 @@ def knock_out_rows(
     run: Run, block: TokenBlock, towards: str, *, num_genes: int, sample: int
 ) -> Iterator[dict[str, object]]:
     """Time all knock-outs of cells with so many genes: plainly, exactly, screened; and say how good the screen is."""
-    readout = label_readout(run, towards=towards)
+    readout = replace(label_readout(run, towards=towards), temperature=1.0)
     asked = sequences(block, run.tokenizer, readout)
     every_gene = perturbations_of(["all"], run.tokenizer)
     cell_m, gene_m = changed_pairs(asked, every_gene, run.tokenizer)

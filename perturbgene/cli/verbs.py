@@ -16,7 +16,6 @@ from perturbgene.errors import InputError
 
 HvgFlavor = Literal["auto", "seurat", "seurat_v3"]
 PerturbationKind = Literal["knock_out", "over_express", "set_bin"]
-Precision = Literal["float32", "bfloat16"]
 Pooling = Literal["cls", "mean"]
 
 #: Settings of `DataCollatorForPhenotypicMLM` that say how much of a cell is hidden.
@@ -441,7 +440,6 @@ class PerturbConfig(ScoringOptions):
     donor: str | None = option(None, "Column of obs with donors, the unit of statistics. Default: donor_id, if any.")
     groupby: str | None = option(None, "Column of obs; effects are computed for each of its groups.")
     min_cells: int = option(5, "Ignore a donor for a gene if fewer of its cells change.", within="[1, inf)")
-    precision: Precision = option("float32", "bfloat16 is faster on some machines.", group=RUNNING)
 
     def check(self) -> None:
         super().check()

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from perturbgene.cli.verbs import AttributeConfig
-from perturbgene.data_utils.data_collators import pack
-from perturbgene.data_utils.order import in_budget
+from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, listed
-from perturbgene.eval_utils import inference_mode, model_device, to_device
-from perturbgene.files import check_new, whole_files, write_json
+from perturbgene.eval_utils import inference_mode
+from perturbgene.files import check_new
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALONE,
@@ -35,9 +34,9 @@ from perturbgene.inference.streaming import (
     reading_options,
 )
 from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects
-from perturbgene.perturbation.readouts import LabelReadout, readout_of, sequences, token_budget
+from perturbgene.perturbation.readouts import LabelReadout, batches, label_readout, sequences
 from perturbgene.perturbation.screening import screen_removals
-from perturbgene.plots import deletion_figure, save_figure
+from perturbgene.plots import deletion_figure
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -53,11 +52,8 @@ SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 def label_logits(run: Run, cells: TokenBlock, readout: LabelReadout, *, budget: int | None = None) -> Tensor:
     """Return the logits of each cell's labels, on the CPU, (n, k)."""
-    budget, found = token_budget(run.model) if budget is None else budget, []
-    for piece in in_budget(np.diff(cells.offsets_n1), budget=budget):
-        batch = to_device(pack(cells.take(np.arange(piece.start, piece.stop))), model_device(run.model))
-        with inference_mode(run.model):
-            found.append(readout.logits(run.model, batch).cpu())
+    with inference_mode(run.model):
+        found = [readout.logits(run.model, batch).cpu() for _, batch in batches(run.model, cells, budget=budget)]
     return torch.cat(found)
 
 
@@ -222,11 +218,10 @@ def run_attribute(config: AttributeConfig) -> str | None:
     """Run the `attribute` verb: a table of marker genes, the deletion curves as a picture, and a record."""
     ranks = Ranks.join(config.device)
     with claimed_output(config, ranks) as (path, target):
-        png, record = target.with_suffix(".png"), target.with_suffix(".json")
-        check_new(target, png, record, overwrite=config.overwrite)
+        check_new(target, target.with_suffix(".png"), target.with_suffix(".json"), overwrite=config.overwrite)
         run, settings = load_run(config.run, device=ranks.device(config.device)), config.to_dict()
         readout, labels = label_question(run, config.ask, config.given_labels)
-        cells = GroupedCells.open(path, run, readout, given=config.given_labels, **reading_options(config))
+        cells = GroupedCells.open(FileList([path]), run, readout, given=config.given_labels, **reading_options(config))
         store = PartStore.open(target, source=path, run=run, readout=readout, settings=settings)
         table = _attribute(run, cells, readout, labels, config, store=store, ranks=ranks)
         if not ranks.is_main:
@@ -234,11 +229,8 @@ def run_attribute(config: AttributeConfig) -> str | None:
         title = f"genes removed from {table.attrs['num_check_cells']:,} cells, {config.ask} asked"
         question = {name: value for name, value in settings.items() if name not in ("run", "output", "overwrite")}
         facts = provenance(run, question, coverage=cells.dataset.coverage)
-        with whole_files(target, png, record) as folder:
-            table.to_csv(folder / target.name, index=False)
-            save_figure(deletion_figure(pd.DataFrame(table.attrs["deletion"]), title=title), folder / png.name)
-            write_json(folder / record.name, {**facts, **table.attrs})
-        store.remove()
+        figure = deletion_figure(pd.DataFrame(table.attrs["deletion"]), title=title)
+        store.finish(target, table, figure, {**facts, **table.attrs})
         return _report(table, target)
 
 
@@ -247,9 +239,7 @@ def label_question(run: Run, ask: str, given: Mapping[str, str | None]) -> tuple
     if not run.is_classifier:
         run.tokenizer.vocabulary.check_category(ask)
     labels = run.class_labels if run.is_classifier else list(run.tokenizer.phenotypes[ask])
-    readout = readout_of(run, towards=f"{ask}={labels[0]}", given=tuple(given))
-    assert isinstance(readout, LabelReadout)
-    return readout, labels
+    return label_readout(run, towards=f"{ask}={labels[0]}", given=tuple(given)), labels
 
 
 def _attribute(
@@ -258,9 +248,8 @@ def _attribute(
 ) -> pd.DataFrame:  # fmt: skip
     budget, num_entries = config.batch_tokens, len(labels) * (len(run.tokenizer.panel) + 1)
     effects_of = partial(support_by_label, run=run, readout=readout, budget=budget)
-    table = marker_table(
-        sum_effects("attributed", effects_of, cells, num_entries, store=store, ranks=ranks), run, labels
-    )  # fmt: skip
+    sums = sum_effects("attributed", effects_of, cells, num_entries, store=store, ranks=ranks)
+    table = marker_table(sums, run, labels)
     num_with_genes = int(table.groupby("label")["num_cells"].first().sum())
     if not num_with_genes:
         raise InputError(f"no cell of {listed(cells.dataset.paths)} expresses a gene of the panel. Give other cells.")

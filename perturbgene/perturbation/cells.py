@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
-from perturbgene.files import whole_file
+from perturbgene.files import whole_file, whole_files, write_json
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import ALONE, Ranks, constant_labels, read_groups, unwritable
 from perturbgene.perturbation.readouts import Readout
+from perturbgene.plots import save_figure
 from perturbgene.urls import is_url, shown_path
 
 logger = logging.getLogger(__name__)
@@ -127,12 +130,9 @@ class EffectSums:
         for donor, group in np.unique(np.stack([donor_m, group_m])[:, is_known_m], axis=1).T.tolist():
             is_here_m = is_known_m & (donor_m == donor) & (group_m == group)
             effects, rows = effects_m[is_here_m].astype(np.float64), perturbation_m[is_here_m]
-            sums_q2 = self._sums(donor, group)
+            sums_q2 = self.sums.setdefault((donor, group), np.zeros((self.num_effects, 2)))
             sums_q2[:, 0] += np.bincount(rows, minlength=self.num_effects)
             sums_q2[:, 1] += np.bincount(rows, weights=effects, minlength=self.num_effects)
-
-    def _sums(self, donor: int, group: int) -> np.ndarray:
-        return self.sums.setdefault((donor, group), np.zeros((self.num_effects, 2)))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what is not zero: `keys_k3` (donor, group, perturbation) and `sums_k2`."""
@@ -147,7 +147,8 @@ class EffectSums:
         """Add what `arrays` of other sums returned."""
         for donor, group in np.unique(keys_k3[:, :2], axis=0).tolist():
             is_here_k = (keys_k3[:, 0] == donor) & (keys_k3[:, 1] == group)
-            self._sums(donor, group)[keys_k3[is_here_k, 2]] += sums_k2[is_here_k]
+            sums_q2 = self.sums.setdefault((donor, group), np.zeros((self.num_effects, 2)))
+            sums_q2[keys_k3[is_here_k, 2]] += sums_k2[is_here_k]
 
     def of_group(self, group: int, *, num_donors: int) -> tuple[np.ndarray, np.ndarray]:
         """Return mean effect and number of cells of each donor, both (d, q); means are NaN where there is no cell."""
@@ -174,30 +175,26 @@ def sum_effects(
         name: Of the parts and of the progress bar.
         effects_of: Computes the effects of a block of cells.
         cells: The cells.
-        num_effects: How many sums, q.
+        num_effects: Number of sums, q.
         store: Where finished parts are kept; None keeps them in memory (single process).
         ranks: Which of the processes this is.
     """
-    starts = range(0, len(cells), PART_CELLS)
-    in_memory: dict[int, dict[str, np.ndarray]] = {}
-    num_kept = 0
+    starts, num_kept, store = range(0, len(cells), PART_CELLS), 0, store or PartStore()
     is_hidden = None if ranks.is_main else True  # None: hidden where there is no terminal
     with tqdm(total=len(cells), desc=name, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
         for part, start in enumerate(starts):
             stop = min(start + PART_CELLS, len(cells))
-            if part % ranks.size == ranks.rank:
-                if store is not None and store.load(name, part) is not None:
-                    num_kept += 1
-                else:
-                    arrays = _sum_part(effects_of, cells, start, stop, num_effects=num_effects).arrays()
-                    in_memory[part] = arrays if store is None else store.save(name, part, arrays)
+            if part % ranks.size == ranks.rank and store.load(name, part) is not None:
+                num_kept += 1
+            elif part % ranks.size == ranks.rank:
+                store.save(name, part, _sum_part(effects_of, cells, start, stop, num_effects=num_effects).arrays())
             bar.update(stop - start)
     if num_kept:
         logger.info("%s: %d of %d parts were finished before", name, num_kept, len(starts))
     ranks.barrier()
     total = EffectSums(num_effects)
     for part in range(len(starts)):
-        found = in_memory[part] if store is None else store.load(name, part)
+        found = store.load(name, part)
         if found is None:
             raise InputError(f"a finished part of {name} was deleted or damaged. Run the same command again.")
         total.add_arrays(**found)
@@ -219,13 +216,14 @@ def _sum_part(effects_of: EffectsOf, cells: GroupedCells, start: int, stop: int,
 
 @dataclass(frozen=True)
 class PartStore:
-    """Finished parts on disk, until the table is written.
+    """Finished parts, until the table is written.
 
     Args:
-        folder: Hidden, next to the output; its name has a hash of all that the parts depend on.
+        folder: Hidden, next to the output; its name has a hash of all that the parts depend on. None: in memory.
     """
 
-    folder: Path
+    folder: Path | None = None
+    _in_memory: dict[tuple[str, int], dict[str, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, output: Path, *, source: str, run: Run, readout: Readout, settings: Mapping[str, Any]) -> "PartStore":
@@ -249,22 +247,35 @@ class PartStore:
             raise unwritable(output, error) from error
         return cls(folder)
 
-    def save(self, name: str, part: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write the sums of a part, and return an empty dictionary: they need no memory any more."""
+    def save(self, name: str, part: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep the sums of a part."""
+        if self.folder is None:
+            self._in_memory[name, part] = arrays
+            return
         with whole_file(self.folder / f"{name}.{part:06d}.npz") as temporary, open(temporary, "wb") as stream:
             np.savez(stream, keys_k3=arrays["keys_k3"], sums_k2=arrays["sums_k2"])
-        return {}
 
     def load(self, name: str, part: int) -> dict[str, np.ndarray] | None:
-        """Read the sums of a part; None if they are missing or damaged, so that they are computed again."""
+        """Return the sums of a part; None if they are missing or damaged, so that they are computed again."""
+        if self.folder is None:
+            return self._in_memory.get((name, part))
         try:
             with open(self.folder / f"{name}.{part:06d}.npz", "rb") as stream, np.load(stream) as arrays:
                 return {key: arrays[key] for key in ("keys_k3", "sums_k2")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def remove(self) -> None:
-        """Delete the parts of this output, those of other settings too."""
+    def finish(self, target: Path, table: pd.DataFrame, figure: Figure, record: Mapping[str, Any]) -> None:
+        """Write table (.csv or .parquet), picture (.png) and record (.json), and delete the parts."""
+        png, about = target.with_suffix(".png"), target.with_suffix(".json")
+        with whole_files(target, png, about) as folder:
+            if target.suffix == ".parquet":
+                table.to_parquet(folder / target.name, index=False)
+            else:
+                table.to_csv(folder / target.name, index=False)
+            save_figure(figure, folder / png.name)
+            write_json(folder / about.name, record)
+        assert self.folder is not None
         stem = glob.escape(self.folder.name.rsplit(".", 2)[0])
-        for folder in self.folder.parent.glob(f"{stem}.{'[0-9a-f]' * 12}.parts"):
+        for folder in self.folder.parent.glob(f"{stem}.{'[0-9a-f]' * 12}.parts"):  # those of other settings too
             shutil.rmtree(folder, ignore_errors=True)

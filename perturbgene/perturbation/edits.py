@@ -55,15 +55,6 @@ class Perturbations:
             offsets_q1=np.cumsum([0, *map(len, types)]).astype(np.int64),
         )
 
-    def joined(self, other: "Perturbations") -> "Perturbations":
-        """Return these perturbations and then the others, which must be of the same kind."""
-        return replace(
-            self,
-            names=(*self.names, *other.names),
-            types_j=np.concatenate([self.types_j, other.types_j]),
-            offsets_q1=np.concatenate([self.offsets_q1, self.offsets_q1[-1] + other.offsets_q1[1:]]),
-        )
-
 
 def perturbations_of(
     genes: Sequence[str], tokenizer: GeneTokenizer, *, kind: PerturbationKind = "knock_out", level: int | None = None
@@ -86,7 +77,15 @@ def perturbations_of(
         >>> perturbations_of(["B", "B+A"], tokenizer).types_j.tolist()
         [2, 1, 2]
     """
-    new_id = _new_id(tokenizer, kind, level)
+    kinds, top = get_args(PerturbationKind), tokenizer.bin_edges.num_edges
+    if kind not in kinds:
+        raise InputError(f"kind {kind!r} is unknown. {did_you_mean(kind, kinds)}")
+    check_bin(kind, level)
+    if level is not None and not 1 <= level <= top:
+        raise InputError(
+            f"--bin is {level}, but the run's bins go from 1 to {top} (bin 0 is a knock-out). Change --bin."
+        )
+    new_id = REMOVED if kind == "knock_out" else tokenizer.first_bin_id + (top if level is None else level)
     if not genes:
         raise InputError("no gene is named. Give genes to --genes, or `--genes all`.")
     if list(genes) == [ALL_GENES]:
@@ -99,21 +98,9 @@ def perturbations_of(
     names = tuple("+".join(tokenizer.type_name(type_) for type_ in part) for part in parts)
     if len(set(map(tuple, parts))) < len(parts):
         raise InputError(f"genes name a perturbation twice: {list(names)}. Name each once in --genes.")
-    offsets = np.cumsum([0, *map(len, parts)]).astype(np.int64)
     types = np.array([type_ for part in parts for type_ in part], dtype=np.int64)
+    offsets = np.cumsum([0, *map(len, parts)]).astype(np.int64)
     return Perturbations(names, types, offsets, new_id, inserts=kind != "knock_out")
-
-
-def _new_id(tokenizer: GeneTokenizer, kind: str, level: int | None) -> int:
-    kinds, top = get_args(PerturbationKind), tokenizer.bin_edges.num_edges
-    if kind not in kinds:
-        raise InputError(f"kind {kind!r} is unknown. {did_you_mean(kind, kinds)}")
-    check_bin(kind, level)
-    if level is not None and not 1 <= level <= top:
-        raise InputError(
-            f"--bin is {level}, but the run's bins go from 1 to {top} (bin 0 is a knock-out). Change --bin."
-        )
-    return REMOVED if kind == "knock_out" else tokenizer.first_bin_id + (top if level is None else level)
 
 
 def _types_of(entry: str, tokenizer: GeneTokenizer) -> list[int]:
@@ -126,9 +113,6 @@ def _types_of(entry: str, tokenizer: GeneTokenizer) -> list[int]:
     return types
 
 
-# -- which cells change ---------------------------------------------------------------------------------------------
-
-
 def changed_pairs(
     block: TokenBlock, perturbations: Perturbations, tokenizer: GeneTokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -137,40 +121,18 @@ def changed_pairs(
     All others have an effect of exactly zero by definition and are never run: a knock-out of a gene that the cell does
     not express, or a bin that the gene already has.
     """
-    num_pairs = len(block) * len(perturbations)
-    cell_m, perturbation_m = np.empty(num_pairs, dtype=np.int64), np.empty(num_pairs, dtype=np.int64)
-    id_of_type = np.full(tokenizer.type_vocab_size, -1, dtype=np.int64)
-    count = _find_pairs(
-        block.input_ids_l, block.token_type_ids_l, block.offsets_n1, perturbations.types_j, perturbations.offsets_q1,
-        perturbations.new_id, perturbations.inserts, tokenizer.first_gene_type, id_of_type, cell_m, perturbation_m,
-    )  # fmt: skip
-    return cell_m[:count].copy(), perturbation_m[:count].copy()
-
-
-@numba.njit(nogil=True, cache=True)
-def _find_pairs(  # type: ignore[no-untyped-def]
-    ids_l, types_l, offsets_n1, types_j, offsets_q1, new_id, inserts, first_gene_type, id_of_type, cell_m,
-    perturbation_m,
-):  # fmt: skip  # pragma: no cover - compiled
-    """Write the pairs that change something; `id_of_type` is all -1 on entry and exit."""
-    count = 0
-    for cell in range(len(offsets_n1) - 1):
-        for k in range(offsets_n1[cell], offsets_n1[cell + 1]):
-            if types_l[k] >= first_gene_type:
-                id_of_type[types_l[k]] = ids_l[k]
-        for row in range(len(offsets_q1) - 1):
-            for j in range(offsets_q1[row], offsets_q1[row + 1]):
-                present = id_of_type[types_j[j]]
-                if (present >= 0 and present != new_id) or (present < 0 and inserts):
-                    cell_m[count], perturbation_m[count] = cell, row
-                    count += 1
-                    break
-        for k in range(offsets_n1[cell], offsets_n1[cell + 1]):
-            id_of_type[types_l[k]] = -1
-    return count
-
-
-# -- the edited sequences -------------------------------------------------------------------------------------------
+    if not len(perturbations):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    cells, rows = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for cell in range(len(block)):
+        ids, types = block.cell(cell)
+        id_of_type = np.full(tokenizer.type_vocab_size, -1, dtype=np.int64)
+        id_of_type[types] = ids
+        id_j = id_of_type[perturbations.types_j]
+        is_changed_j = np.where(id_j >= 0, id_j != perturbations.new_id, perturbations.inserts)
+        rows.append(np.flatnonzero(np.logical_or.reduceat(is_changed_j, perturbations.offsets_q1[:-1])))
+        cells.append(np.full(len(rows[-1]), cell))
+    return np.concatenate(cells), np.concatenate(rows)
 
 
 def edit(

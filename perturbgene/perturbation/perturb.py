@@ -5,7 +5,6 @@ a single knock-out is scored is in `readouts.exact_effects`; docs/perturbation.m
 perturbations, m effects, u groups.
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from perturbgene.cli.verbs import PerturbationKind, PerturbConfig, Pooling, Precision
+from perturbgene.cli.verbs import PerturbationKind, PerturbConfig, Pooling
+from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.devices import check_bfloat16
-from perturbgene.files import check_new, whole_files, write_json
+from perturbgene.files import check_new
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALL,
@@ -33,10 +32,10 @@ from perturbgene.inference.streaming import (
 )
 from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.edits import ALL_GENES, REMOVED, Perturbations, changed_pairs, perturbations_of
-from perturbgene.perturbation.readouts import Readout, exact_effects, readout_of, sequences
+from perturbgene.perturbation.readouts import Readout, StateReadout, exact_effects, label_readout, sequences
 from perturbgene.perturbation.screening import screen_removals
 from perturbgene.perturbation.statistics import Agreement, Null, against_null, agreement, mean_over_donors
-from perturbgene.plots import effects_figure, save_figure
+from perturbgene.plots import effects_figure
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,13 +67,10 @@ class Experiment:
     @classmethod
     def open(cls, source: Any, run: Run, config: PerturbConfig, given: Mapping[str, str | None]) -> "Experiment":
         """Check what is asked, and open the cells."""
-        if config.precision == "bfloat16":
-            check_bfloat16(run.model.device.type, flag="--precision bfloat16")
-            run = Run(copy.deepcopy(run.model).bfloat16(), run.tokenizer, run.path)
         asked = perturbations_of(config.genes, run.tokenizer, kind=config.kind, level=config.bin)
-        readout = readout_of(
-            run, towards=config.towards, away=config.from_, given=tuple(given), embedding=config.embedding
-        )
+        readout: Readout = StateReadout(config.embedding, tuple(given))
+        if config.towards:
+            readout = label_readout(run, towards=config.towards, away=config.from_, given=tuple(given))
         columns = {"donor": config.donor, "groupby": config.groupby}
         cells = GroupedCells.open(source, run, readout, given=given, **columns, **reading_options(config))
         return cls(config, run, cells, readout, asked)
@@ -83,6 +79,18 @@ class Experiment:
     def is_all(self) -> bool:
         """True if every gene is asked for, False if genes are named."""
         return self.config.genes == [ALL_GENES]
+
+    def means(self, sums: EffectSums, group: int) -> pd.DataFrame:
+        """Return mean effects over donors; a single donor with few cells counts if all of them are changed."""
+        donors, min_cells = self.cells.donors, self.config.min_cells
+        if len(donors) == 1:
+            is_here_n = (self.cells.group_n == group) & (self.cells.donor_n == 0)
+            min_cells = min(min_cells, max(1, int(is_here_n.sum())))
+        return mean_over_donors(*sums.of_group(group, num_donors=len(donors)), min_cells=min_cells)
+
+    def effects_uq(self, sums: EffectSums) -> np.ndarray:
+        """Return the mean effects of all groups, (u, q)."""
+        return np.stack([self.means(sums, group)["effect"].to_numpy() for group in range(len(self.cells.groups))])
 
     def screened_effects(self, block: TokenBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Estimate every knock-out: cell (row of the block), gene and effect, each of shape (m,)."""
@@ -135,47 +143,38 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
             "screened", experiment.screened_effects, cells, len(every_gene), store=store, ranks=ranks
         )
     if screened is not None and experiment.is_all:
-        strongest, drawn = _chosen(experiment, screened)
+        strength_q = np.nan_to_num(np.abs(experiment.effects_uq(screened)), nan=-1.0).max(axis=0)  # in any group
+        known = np.flatnonzero(strength_q >= 0)
+        strongest = known[np.argsort(-strength_q[known], kind="stable")[: config.top_k]]
+        drawn = _draw(known, config.num_controls)
         rows = np.union1d(strongest, drawn)
         computed, controls = asked.take(rows), np.flatnonzero(np.isin(rows, drawn))
     elif not experiment.is_all and is_tested:
         singles = asked.types_j[asked.offsets_q1[:-1]][np.diff(asked.offsets_q1) == 1]
-        drawn = np.sort(_draw(np.flatnonzero(~np.isin(every_gene.types_j, singles)), config.num_controls))
+        drawn = _draw(np.flatnonzero(~np.isin(every_gene.types_j, singles)), config.num_controls)
         if screened is None:
-            computed, controls = asked.joined(every_gene.take(drawn)), len(asked) + np.arange(len(drawn))
+            controls = len(asked) + np.arange(len(drawn))
+            computed = replace(
+                asked,
+                names=(*asked.names, *every_gene.take(drawn).names),
+                types_j=np.append(asked.types_j, every_gene.types_j[drawn]),
+                offsets_q1=np.append(asked.offsets_q1, asked.offsets_q1[-1] + 1 + np.arange(len(drawn))),
+            )
     exact_of = partial(experiment.exact_effects, perturbations=computed)
     exact = sum_effects("exact", exact_of, cells, len(computed), store=store, ranks=ranks)
     if screened is None:
         return Effects(computed, exact, controls)
     if experiment.is_all:
-        found = _agreement(experiment, exact, screened, rows=controls, genes=rows[controls])
+        exact_uq, screened_uq = experiment.effects_uq(exact)[:, controls], experiment.effects_uq(screened)[:, drawn]
+        found = agreement(exact_uq.ravel(), screened_uq.ravel())
     else:
         found = _agreement_in_sample(experiment, every_gene, genes=drawn)
     return Effects(computed, exact, controls, screened, found)
 
 
 def _draw(genes: np.ndarray, count: int) -> np.ndarray:
-    return np.random.default_rng(SEED).choice(genes, size=min(count, len(genes)), replace=False)
-
-
-def _chosen(experiment: Experiment, screened: EffectSums) -> tuple[np.ndarray, np.ndarray]:
-    """Return the genes with the strongest screened effect in any group, and random ones as controls."""
-    groups = range(len(experiment.cells.groups))
-    effects_uq = np.stack([_means(experiment, screened, group)["effect"].to_numpy() for group in groups])
-    strength_q = np.nan_to_num(np.abs(effects_uq), nan=-1.0).max(axis=0)
-    known = np.flatnonzero(strength_q >= 0)
-    strongest = known[np.argsort(-strength_q[known], kind="stable")[: experiment.config.top_k]]
-    return strongest, _draw(known, experiment.config.num_controls)
-
-
-def _agreement(
-    experiment: Experiment, exact: EffectSums, screened: EffectSums, *, rows: np.ndarray, genes: np.ndarray
-) -> Agreement:
-    """Compare rows of the exact effects with the screen of the same genes, over all groups."""
-    groups = range(len(experiment.cells.groups))
-    exact_uq = [_means(experiment, exact, group)["effect"].to_numpy()[rows] for group in groups]
-    screened_uq = [_means(experiment, screened, group)["effect"].to_numpy()[genes] for group in groups]
-    return agreement(np.concatenate(exact_uq), np.concatenate(screened_uq))
+    """Draw control genes, ascending."""
+    return np.sort(np.random.default_rng(SEED).choice(genes, size=min(count, len(genes)), replace=False))
 
 
 def _agreement_in_sample(experiment: Experiment, every_gene: Perturbations, *, genes: np.ndarray) -> Agreement:
@@ -188,7 +187,7 @@ def _agreement_in_sample(experiment: Experiment, every_gene: Perturbations, *, g
     exact_of = partial(sample.exact_effects, perturbations=controls)
     exact = sum_effects("exact controls", exact_of, cells, len(controls))
     screened = sum_effects("screened controls", sample.screened_effects, cells, len(every_gene))
-    return _agreement(sample, exact, screened, rows=np.arange(len(genes)), genes=genes)
+    return agreement(sample.effects_uq(exact).ravel(), sample.effects_uq(screened)[:, genes].ravel())
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -224,12 +223,12 @@ def _group_table(experiment: Experiment, effects: Effects, group: int, *, scale:
     computed, asked = effects.computed, experiment.asked
     gene_q = computed.types_j[computed.offsets_q1[:-1]] - experiment.run.tokenizer.first_gene_type
     gene_q = np.where(np.diff(computed.offsets_q1) == 1, gene_q, -1)  # -1 for combinations
-    table = _means(experiment, effects.exact, group).assign(method="exact", gene=gene_q)
+    table = experiment.means(effects.exact, group).assign(method="exact", gene=gene_q)
     table.insert(0, "perturbation", computed.names)
     if effects.screened is None:
         null = _null(table.iloc[effects.controls if len(effects.controls) else np.flatnonzero(gene_q >= 0)])
     else:
-        screened = _means(experiment, effects.screened, group)
+        screened = experiment.means(effects.screened, group)
         screened = screened.assign(method="screened", gene=np.arange(len(screened)))
         null = _null(screened)
         table["screened_effect"] = np.where(gene_q >= 0, screened["effect"].to_numpy()[gene_q], np.nan)
@@ -246,15 +245,6 @@ def _group_table(experiment: Experiment, effects: Effects, group: int, *, scale:
     is_tested = (table["gene"] >= 0) | (asked.new_id != REMOVED)  # single genes are no null for a pair
     scale_q = np.where(table["method"] == "screened", 1.0, scale)[is_tested]
     return table.join(against_null(table[is_tested], null, scale_q=scale_q)).drop(columns="gene")
-
-
-def _means(experiment: Experiment, sums: EffectSums, group: int) -> pd.DataFrame:
-    """Return mean effects over donors; a single donor with few cells counts if all of them are changed."""
-    donors, min_cells = experiment.cells.donors, experiment.config.min_cells
-    if len(donors) == 1:
-        is_here_n = (experiment.cells.group_n == group) & (experiment.cells.donor_n == 0)
-        min_cells = min(min_cells, max(1, int(is_here_n.sum())))
-    return mean_over_donors(*sums.of_group(group, num_donors=len(donors)), min_cells=min_cells)
 
 
 def _null(table: pd.DataFrame) -> Null:
@@ -284,7 +274,6 @@ def perturb(
     num_controls: int = PerturbConfig.num_controls,
     min_cells: int = PerturbConfig.min_cells,
     device: str = PerturbConfig.device,
-    precision: Precision = PerturbConfig.precision,
     batch_tokens: int | None = PerturbConfig.batch_tokens,
     **reading: Any,
 ) -> pd.DataFrame:
@@ -302,7 +291,7 @@ def perturb(
         donor: Column of `obs` with donors; None uses `donor_id` if there is one.
         groupby: Column of `obs`: effects of each of its groups.
         exact, top_k, num_controls, min_cells: As on the command line, see `PerturbConfig`.
-        device, precision, batch_tokens: How the model runs: "auto", "cpu", "cuda"; "float32" or "bfloat16".
+        device, batch_tokens: How the model runs: "auto", "cpu" or "cuda", and the maximum number of tokens at once.
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, as on the command line.
 
     Returns:
@@ -319,8 +308,7 @@ def perturb(
     config = PerturbConfig(
         run="loaded", input="in memory", output="returned.csv", genes=names, kind=kind, bin=bin, towards=towards,
         from_=away, embedding=embedding, donor=donor, groupby=groupby, exact=exact, top_k=top_k,
-        num_controls=num_controls, min_cells=min_cells, device=device, precision=precision,
-        batch_tokens=batch_tokens, **reading,
+        num_controls=num_controls, min_cells=min_cells, device=device, batch_tokens=batch_tokens, **reading,
     )  # fmt: skip
     experiment = Experiment.open(adata, load_run(model, device=device), config, given_labels(given))
     return effect_table(experiment, compute(experiment))
@@ -330,29 +318,23 @@ def run_perturb(config: PerturbConfig) -> str | None:
     """Run the `perturb` verb: a table, a picture and a record; an interrupted run continues where it stopped."""
     ranks = Ranks.join(config.device)
     with claimed_output(config, ranks) as (path, target):
-        png, record = target.with_suffix(".png"), target.with_suffix(".json")
-        check_new(target, png, record, overwrite=config.overwrite)
-        run = load_run(config.run, device=ranks.device(config.device))
-        experiment = Experiment.open(path, run, config, config.given_labels)
-        readout, settings = experiment.readout, config.to_dict()
-        store = PartStore.open(target, source=path, run=run, readout=readout, settings=settings)
+        check_new(target, target.with_suffix(".png"), target.with_suffix(".json"), overwrite=config.overwrite)
+        run, settings = load_run(config.run, device=ranks.device(config.device)), config.to_dict()
+        experiment = Experiment.open(FileList([path]), run, config, config.given_labels)
+        store = PartStore.open(target, source=path, run=run, readout=experiment.readout, settings=settings)
         effects = compute(experiment, store=store, ranks=ranks)
         if not ranks.is_main:
             return None
         table = effect_table(experiment, effects)
         question = {name: value for name, value in settings.items() if name not in ("run", "output", "overwrite")}
         facts = provenance(run, question, coverage=experiment.cells.dataset.coverage)
-        label = f"{config.towards} against {config.from_ or 'all other labels'}" if config.towards else "state"
+        effect, aim = f"cosine distance of the state ({config.embedding})", "state"
+        if config.towards:
+            effect = f"change of the log-odds of the label of {config.towards.partition('=')[0].strip()} (nats)"
+            aim = f"{config.towards} against {config.from_ or 'all other labels'}"
         cells = f"{len(experiment.cells):,} cells, {_donors(experiment.cells)}"
-        title = f"{config.kind.replace('_', ' ')}, {cells}\n{label}"
-        with whole_files(target, png, record) as folder:
-            if target.suffix == ".parquet":
-                table.to_parquet(folder / target.name, index=False)
-            else:
-                table.to_csv(folder / target.name, index=False)
-            save_figure(effects_figure(table, title=title, effect=readout.effect_name), folder / png.name)
-            write_json(folder / record.name, {**facts, "screen": table.attrs["screen"], "effect": readout.effect_name})
-        store.remove()
+        figure = effects_figure(table, title=f"{config.kind.replace('_', ' ')}, {cells}\n{aim}", effect=effect)
+        store.finish(target, table, figure, {**facts, "screen": table.attrs["screen"], "effect": effect})
         return _report(table, effects.agreement, experiment, target)
 
 

@@ -5,18 +5,18 @@ Owns how a cell is put to the model and read, and exact effects, for which every
 perturbations, m edited cells, k labels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perturbgene.cli.verbs import PerturbConfig, Pooling
+from perturbgene.cli.verbs import Pooling
 from perturbgene.data_utils.data_collators import Batch, ask, pack
 from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import InputError, did_you_mean
 from perturbgene.eval_utils import inference_mode, model_device, to_device
 from perturbgene.inference.calibration import read_calibration
 from perturbgene.inference.run import Run
@@ -52,11 +52,6 @@ class LabelReadout:
     def asked(self) -> tuple[str, ...]:
         """The phenotype; a classifier's sequences hold no slot for it."""
         return () if self.first_id is None else (self.category,)
-
-    @property
-    def effect_name(self) -> str:
-        """What an effect is, with its unit."""
-        return f"change of the log-odds of the label of {self.category} (nats)"
 
     def logits(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """Return the calibrated logits of the phenotype's labels, (n, k)."""
@@ -94,11 +89,6 @@ class StateReadout:
     given: tuple[str, ...] = ()
     asked: tuple[str, ...] = field(default=(), init=False)
 
-    @property
-    def effect_name(self) -> str:
-        """What an effect is."""
-        return f"cosine distance of the state ({self.pooling})"
-
     def read(self, model: torch.nn.Module, batch: Batch, *, is_counted_l: Tensor) -> Tensor:
         """Run the model and return the embeddings, (n, h); `is_counted_l` is True for the tokens of a mean."""
         base = getattr(model, "genebert")  # noqa: B009 - typed as a module otherwise
@@ -116,65 +106,37 @@ class StateReadout:
 Readout = LabelReadout | StateReadout
 
 
-def readout_of(
-    run: Run,
-    *,
-    towards: str | None,
-    away: str | None = None,
-    given: Sequence[str] = (),
-    embedding: Pooling = PerturbConfig.embedding,
-) -> Readout:
-    """Return what is compared: the state, or with `towards` the log-odds of a label, calibrated if `evaluate` ran.
-
-    Raises:
-        InputError: The label is unknown, or `away` is given without `towards`.
-    """
-    if towards is not None:
-        names = tuple(run.tokenizer.included_phenotypes) if run.is_classifier else tuple(given)
-        readout = label_readout(run, towards=towards, away=away, given=names)
-        calibration = read_calibration(run.path)
-        nearest = calibration.nearest(readout.category, asked=(readout.category,), given=names) if calibration else None
-        return replace(readout, temperature=nearest.temperature) if nearest else readout
-    if away is not None:
-        raise InputError("--from needs a label to compare with. Give --towards as well.")
-    return StateReadout(embedding, tuple(given))
-
-
-def label_readout(
-    run: Run, *, towards: str, away: str | None = None, given: tuple[str, ...] = (), temperature: float = 1.0
-) -> LabelReadout:
-    """Return the readout of `category=label`, or of one such label against another.
+def label_readout(run: Run, *, towards: str, away: str | None = None, given: Sequence[str] = ()) -> LabelReadout:
+    """Return the readout of `category=label`, or of one such label against another, calibrated if `evaluate` ran.
 
     Raises:
         InputError: The phenotype or a label is unknown, the two are not of one phenotype, or it is given as well.
     """
-    category, label = _category_and_label(towards, flag="towards")
+    named: list[tuple[str, str]] = []
+    for flag, text in (("towards", towards), ("from", away)):
+        category, _, label = (part.strip() for part in (text or "").partition("="))
+        if text is not None and not (category and label):
+            raise InputError(f"--{flag} is {text!r}, but it must read PHENOTYPE=LABEL, e.g. 'cell_type=B cell'.")
+        named += [(category, label)] if text is not None else []
+    category = named[0][0]
     if category in given:
         raise InputError(f"{category!r} is given and asked at once. Remove it from --given.")
     if run.is_classifier and category != run.category:
         raise InputError(f"{run.path} classifies {run.category!r} only, not {category!r}. Change --towards.")
-    run.tokenizer.vocabulary.check_category(category)
-    labels = run.class_labels if run.is_classifier else list(run.tokenizer.phenotypes[category])
-    other = None
-    if away is not None:
-        other_category, other = _category_and_label(away, flag="from")
-        if other_category != category or other == label:
-            raise InputError(
-                f"--towards {towards} and --from {away} are not two labels of one phenotype. Change --from."
-            )
-    for name in [label] if other is None else [label, other]:
-        if name not in labels:
-            raise InputError(f"{category}={name} is no label of the run. Choose one of: {listed(labels, most=12)}.")
+    if {name for name, _ in named} != {category} or len(set(named)) < len(named):
+        raise InputError(f"--towards {towards} and --from {away} are not two labels of one phenotype. Change --from.")
     first_id = None if run.is_classifier else run.tokenizer.vocabulary.id_range(category)[0]
-    away_index = None if other is None else labels.index(other)
-    return LabelReadout(category, labels.index(label), away_index, len(labels), first_id, given, temperature)
-
-
-def _category_and_label(text: str, *, flag: str) -> tuple[str, str]:
-    category, equals, label = (part.strip() for part in text.partition("="))
-    if not (category and equals and label):
-        raise InputError(f"--{flag} is {text!r}, but it must read PHENOTYPE=LABEL, e.g. 'cell_type=B cell'.")
-    return category, label
+    labels = run.class_labels if run.is_classifier else list(run.tokenizer.phenotypes[category])
+    for flag, (_, label) in zip(("towards", "from"), named, strict=False):
+        if label not in labels:
+            hint = did_you_mean(label, labels)
+            raise InputError(f"{category}={label} is no label of the run. {hint} Change --{flag}.")
+    asked, *others = (labels.index(label) for _, label in named)
+    given = tuple(run.tokenizer.included_phenotypes if run.is_classifier else given)
+    calibration = read_calibration(run.path)
+    nearest = calibration.nearest(category, asked=(category,), given=given) if calibration else None
+    temperature = nearest.temperature if nearest else 1.0
+    return LabelReadout(category, asked, next(iter(others), None), len(labels), first_id, given, temperature)
 
 
 # -- sequences ------------------------------------------------------------------------------------------------------
@@ -216,13 +178,16 @@ def exact_effects(
     cell_m, perturbation_m = pairs
     if not len(cell_m):
         return np.zeros(0, dtype=np.float32)
-    budget = token_budget(run.model) if budget is None else budget
+    budget = token_budget(run.model, budget)
     first_gene_type = run.tokenizer.first_gene_type
     room = run.tokenizer.most_genes(num_slots=len(readout.asked) + len(readout.given))
     is_gene_l = block.token_type_ids_l >= first_gene_type
     is_mean = isinstance(readout, StateReadout) and readout.pooling == "mean"
     if is_mean:
-        hidden_lh = _hidden_states(run.model, block, budget=budget)
+        base = getattr(run.model, "genebert")  # noqa: B009 - typed as a module otherwise
+        with inference_mode(run.model):
+            states = [base(**batch).last_hidden_state.double() for _, batch in batches(run.model, block, budget=budget)]
+        hidden_lh = torch.cat(states).cpu().numpy()
     else:
         before = read_block(run.model, block, readout, is_counted_l=is_gene_l, budget=budget)
     effects = []
@@ -240,39 +205,28 @@ def exact_effects(
     return np.concatenate(effects).astype(np.float32)
 
 
-def token_budget(model: torch.nn.Module) -> int:
-    """Return how many tokens run at once on the model's device."""
-    return TOKEN_BUDGET.get(model_device(model).type, TOKEN_BUDGET["cpu"])
+def token_budget(model: torch.nn.Module, budget: int | None = None) -> int:
+    """Return how many tokens run at once: the given number, or what suits the model's device."""
+    return TOKEN_BUDGET.get(model_device(model).type, TOKEN_BUDGET["cpu"]) if budget is None else budget
+
+
+def batches(model: torch.nn.Module, block: TokenBlock, *, budget: int | None) -> Iterator[tuple[slice, Batch]]:
+    """Yield the sequences of a block as packed batches on the model's device, each with its range of tokens."""
+    for piece in in_budget(np.diff(block.offsets_n1), budget=token_budget(model, budget)):
+        batch = to_device(pack(block.take(np.arange(piece.start, piece.stop))), model_device(model))
+        yield slice(block.offsets_n1[piece.start], block.offsets_n1[piece.stop]), batch
 
 
 def read_block(
-    model: torch.nn.Module,
-    block: TokenBlock,
-    readout: Readout,
-    *,
-    is_counted_l: np.ndarray,
-    budget: int,
+    model: torch.nn.Module, block: TokenBlock, readout: Readout, *, is_counted_l: np.ndarray, budget: int | None = None
 ) -> np.ndarray:
     """Read all sequences of a block: (n,) or (n, h), float32."""
     values = []
-    for piece in in_budget(np.diff(block.offsets_n1), budget=budget):
-        span = slice(block.offsets_n1[piece.start], block.offsets_n1[piece.stop])
-        batch = to_device(pack(block.take(np.arange(piece.start, piece.stop))), model_device(model))
+    for span, batch in batches(model, block, budget=budget):
         is_counted = torch.from_numpy(is_counted_l[span]).to(batch["input_ids"].device)
         with inference_mode(model):
             values.append(readout.read(model, batch, is_counted_l=is_counted).cpu().numpy())
     return np.concatenate(values)
-
-
-def _hidden_states(model: torch.nn.Module, block: TokenBlock, *, budget: int) -> np.ndarray:
-    """Return the final hidden states of all tokens, float64 of shape (l, h)."""
-    states = []
-    for piece in in_budget(np.diff(block.offsets_n1), budget=budget):
-        batch = to_device(pack(block.take(np.arange(piece.start, piece.stop))), model_device(model))
-        with inference_mode(model):
-            hidden_lh = getattr(model, "genebert")(**batch).last_hidden_state  # noqa: B009 - typed as a module otherwise
-        states.append(hidden_lh.double().cpu().numpy())
-    return np.concatenate(states)
 
 
 def _means_of_others(

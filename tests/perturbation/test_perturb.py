@@ -14,7 +14,6 @@ import torch
 from scipy import sparse
 
 from perturbgene.configs import parse_args
-from perturbgene.devices import has_bfloat16
 from perturbgene.errors import InputError
 from perturbgene.files import claimed
 from perturbgene.inference.run import Run
@@ -214,19 +213,6 @@ def test_the_state_moves_by_a_distance(run, cells):
     for embedding in ("cls", "mean"):
         table = perturb(cells, run, embedding=embedding, top_k=4, num_controls=12, min_cells=1)
         assert (table["effect"] > 0).all()
-
-
-@pytest.mark.bf16
-def test_bfloat16_is_near_float32_where_the_cpu_has_it_and_refused_elsewhere(run, cells):
-    if not has_bfloat16("cpu"):
-        with pytest.raises(InputError, match="--precision bfloat16 needs bfloat16, but this cpu has none"):
-            perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1, precision="bfloat16")
-        return
-    first, second = (
-        perturb(cells, run, towards=TOWARDS, exact=True, min_cells=1, precision=precision).set_index("perturbation")
-        for precision in ("float32", "bfloat16")
-    )
-    assert np.corrcoef(first["effect"], second["effect"][first.index])[0, 1] > 0.9
 
 
 def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Exact effects are what re-running an edited cell gives, and the gradient screen estimates them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -110,7 +112,7 @@ def test_between_two_labels_their_log_odds_are_compared():
 
 def test_a_temperature_divides_the_effect_between_two_labels():
     run = a_run()
-    warm = label_readout(run, towards="cell_type=B cell", away="cell_type=T cell", temperature=2.0)
+    warm = replace(READOUTS["two_labels"](run), temperature=2.0)
     found = [effects(run, CELLS, readout, ["G2"])[1] for readout in (READOUTS["two_labels"](run), warm)]
     np.testing.assert_allclose(found[1], found[0] / 2, atol=1e-6)
 
@@ -251,7 +253,10 @@ def test_a_classifier_is_screened_and_rerun_too():
     ("options", "message"),
     [
         ({"towards": "cell_type"}, "--towards is 'cell_type', but it must read PHENOTYPE=LABEL"),
-        ({"towards": "cell_type=Bcell"}, "cell_type=Bcell is no label of the run. Choose one of: 'B cell'"),
+        (
+            {"towards": "cell_type=Bcell"},
+            "cell_type=Bcell is no label of the run. Did you mean 'B cell'\\? Change --towards",
+        ),
         ({"towards": "organ=lung"}, "organ"),
         ({"towards": "cell_type=B cell", "away": "tissue=blood"}, "are not two labels of one phenotype"),
         ({"towards": "cell_type=B cell", "given": ("cell_type",)}, "given and asked at once"),
