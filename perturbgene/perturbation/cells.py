@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
@@ -265,7 +264,7 @@ class PartStore:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def finish(self, target: Path, table: pd.DataFrame, figure: Figure, record: Mapping[str, Any]) -> None:
+    def finish(self, target: Path, table: pd.DataFrame, figure: Any, record: Mapping[str, Any]) -> None:
         """Write table (.csv or .parquet), picture (.png) and record (.json), and delete the parts."""
         png, about = target.with_suffix(".png"), target.with_suffix(".json")
         with whole_files(target, png, about) as folder:
