@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 #: Page -> how many commands it shows; a block that is not found would leave nothing to run.
 PAGES = {"asking.md": 8, "embedding.md": 4, "perturbation.md": 5}
 
-#: What the small run was not trained on -> what stands for it.
+#: What the small run was not trained on -> what takes its place.
 KNOWN = {"disease=normal": "tissue=lung", "disease=asthma": "tissue=blood", "GATA1": "CD79B", "SPI1": "CD74"}
 
 
@@ -27,7 +27,7 @@ def commands_of(page: str) -> list[list[str]]:
 
 
 def arguments_of(command: list[str]) -> list[str]:
-    """Return what `perturbgene` gets; torchrun's own parser reads its part, which one process here stands for."""
+    """Return what `perturbgene` gets; torchrun's own parser reads its part, whose part one process plays here."""
     if command[0] == "perturbgene":
         return command[1:]
     assert command[0] == "torchrun"

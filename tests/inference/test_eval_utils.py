@@ -142,7 +142,7 @@ def test_a_model_in_training_returns_to_training(model):
     assert model.training
 
 
-# -- how well hidden genes are told -------------------------------------------------------------------------------
+# -- how well hidden genes are predicted -------------------------------------------------------------------------------
 
 
 def test_hidden_genes_are_scored_by_the_log_probability_of_their_bins(model, make_adata, four_gene_tokenizer):
@@ -156,8 +156,8 @@ def test_hidden_genes_are_scored_by_the_log_probability_of_their_bins(model, mak
         with torch.no_grad():
             logits_lv = model(input_ids=ids, token_type_ids=types, attention_mask=torch.ones_like(ids)).logits[0]
         log_probability_lv = torch.log_softmax(logits_lv, dim=1)
-        told = [log_probability_lv[1, 11], *([log_probability_lv[2, 8]] if extra else [])]  # bin_3, bin_0
-        possible.append(float(torch.stack(told).mean()))
+        hidden = [log_probability_lv[1, 11], *([log_probability_lv[2, 8]] if extra else [])]  # bin_3, bin_0
+        possible.append(float(torch.stack(hidden).mean()))
     found = gene_log_likelihood(model, block, four_gene_tokenizer, mask_rates={})[0]
     assert min(abs(found - value) for value in possible) < 1e-5
 
