@@ -98,7 +98,7 @@ def run(tokens: Sequence[str]) -> int:
         return 0
     try:
         config = parse_args(tokens)
-        config.check_paths()
+        config.check_machine()
     except HelpRequested as page:
         print(page, flush=True)
         return 0

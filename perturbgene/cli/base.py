@@ -3,6 +3,7 @@
 Owns checking at construction and writing to YAML; reading is in `parsing`, the verbs' own options are in `verbs`.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -45,12 +46,14 @@ class BaseConfig:
                         f"Remove --{name} or --{other}."
                     )
 
-    def check_paths(self) -> None:
-        """Refuse files and folders that do not exist, before anything slow is imported."""
+    def check_machine(self) -> None:
+        """Refuse files and packages that this machine does not have, before anything slow is imported."""
         for flag in own_flags(type(self)).values():
             value = getattr(self, flag.name)
             for path in (value if isinstance(value, list) else [value]) if flag.is_path else []:
                 check_exists(path, flag)
+            if flag.suffixes and str(value).endswith(".parquet") and not importlib.util.find_spec("pyarrow"):
+                raise InputError("a .parquet file needs pyarrow. Write .csv, or pip install 'perturbgene[parquet]'.")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, with overrides of TrainingArguments; URLs without their secrets."""

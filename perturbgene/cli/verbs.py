@@ -3,11 +3,10 @@
 Owns the table `CONFIGS` of all verbs; what `mlm` and `cls` share is in `training`, and the work in other rooms.
 """
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, ReadingConfig
 from perturbgene.cli.options import GENES, IN_OUT, RUNNING, TASK, check_question, named_values, option
@@ -165,11 +164,9 @@ class FileOptions(QuestionOptions, ReadingConfig):
     """One h5ad file in, one file out (predict and all verbs that ask a model about new cells)."""
 
     group = IN_OUT
-    #: Endings of the files that the verb writes; empty for any.
-    suffixes: ClassVar[tuple[str, ...]] = ()
 
     input: str = option("", "h5ad file with the cells, or its URL.", is_positional=True, is_path=True)
-    output: str = option("", "File to write.", is_required=True)
+    output: str = option("", "h5ad file to write.", is_required=True, suffixes=(".h5ad",))
     overwrite: bool = option(False, "Replace an output that already exists.")
     given: list[str] = option(
         [], "Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
@@ -185,11 +182,6 @@ class FileOptions(QuestionOptions, ReadingConfig):
         super().check()
         if Path(self.output).absolute() == Path(self.input).absolute():
             raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
-        suffix, known = Path(self.output).suffix, " or ".join(self.suffixes)
-        if self.suffixes and suffix not in self.suffixes:
-            raise InputError(f"output is {self.output!r}, but {self.verb} writes {known} files. Change --output.")
-        if self.suffixes and suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-            raise InputError("a .parquet file needs pyarrow. Name a .csv file, or pip install 'perturbgene[parquet]'.")
 
 
 def _mask_rate(what: str, within: str = "[0, 1]") -> Any:
@@ -349,8 +341,6 @@ class CounterfactualConfig(FileOptions):
 
     verb = "counterfactual"
     example = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
-    suffixes = (".h5ad",)
-
     set: str = option("", "Phenotype and label to set, as NAME=LABEL.", is_required=True, is_named=True)
     given: list[str] = option(
         [], "Other known phenotypes: NAME reads obs, NAME=LABEL sets it for all cells, `nothing` gives none. "
@@ -416,8 +406,7 @@ class PerturbConfig(ScoringOptions):
 
     verb = "perturb"
     example = "perturbgene perturb runs/mlm cells.h5ad --output ko.csv --genes all --towards disease=normal"
-    suffixes = (".csv", ".parquet")
-
+    output: str = option("", "Table to write.", group=IN_OUT, is_required=True, suffixes=(".csv", ".parquet"))
     genes: list[str] = option(
         [], "Genes by id or symbol; A+B for both at once, `all` for all genes.", is_required=True, is_unique=True
     )
@@ -459,8 +448,7 @@ class AttributeConfig(ScoringOptions):
 
     verb = "attribute"
     example = "perturbgene attribute runs/mlm cells.h5ad --output markers.csv --ask cell_type"
-    suffixes = (".csv",)
-
+    output: str = option("", "Table to write.", group=IN_OUT, is_required=True, suffixes=(".csv",))
     ask: str = option("", "Phenotype whose labels are explained.", is_required=True)
     num_check_cells: int = option(50, "Number of cells whose genes are removed as a check.", within="[1, inf)")
 

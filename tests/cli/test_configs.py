@@ -111,7 +111,7 @@ def test_the_page_says_which_lists_are_not_split_at_commas():
 
 
 def test_a_list_before_the_verb_ends_at_the_verb():
-    config = parse_args(["--given", "sex", "predict", "run", "in.h5ad", "--output", "o"])
+    config = parse_args(["--given", "sex", "predict", "run", "in.h5ad", "--output", "o.h5ad"])
     assert (config.given, config.run) == (["sex"], "run")
 
 
@@ -342,6 +342,7 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
         (["evaluate", "r", "--corpus", "c", "--eval_data_paths", "a"], "both given"),
         (["predict", "r", "--output", "o"], "INPUT after the verb"),
         (["predict", "r", "a.h5ad", "--output", "a.h5ad"], "the input itself"),
+        (["predict", "r", "a.h5ad", "--output", "a.csv"], "must end in .h5ad. Change --output"),
         ([*PREDICT, "--ask", "sex", "--given", "sex=male"], "both asked and given"),
         (["download", "a.h5ad"], "'a.h5ad' is not a URL"),
         (["download", "https://host/a.h5ad", "--retries", "-1"], "must be in"),
@@ -365,7 +366,7 @@ def test_arguments_gone_from_transformers_5_get_a_hint(name):
 def test_a_missing_file_is_refused_by_its_flag(name):
     config = MlmConfig(**{"corpus": ".", "output_dir": "run", name: "./nowhere"})
     with pytest.raises(InputError, match=f"{name} is './nowhere', but there is no such file or folder.*--{name}"):
-        config.check_paths()
+        config.check_machine()
 
 
 def test_a_hub_id_need_not_exist_here():

@@ -382,7 +382,7 @@ NONSENSE = {
     "--set tissue=nowhere": "tissue=nowhere",
     "--set tissue=spleen": "does not say which cells it was trained on",
     "--num_passes 2": "set is missing",
-    "--set tissue=spleen --output changes.csv": "but counterfactual writes .h5ad files",
+    "--set tissue=spleen --output changes.csv": "but it must end in .h5ad",
 }
 
 

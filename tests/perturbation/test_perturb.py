@@ -310,7 +310,7 @@ def test_the_number_of_tokens_at_once_suits_the_device_unless_it_is_given(verb):
         (["--donor", "donor"], "no obs column 'donor'. Did you mean 'donor_id'"),
         (["--given", "cell_type=B cell"], "'cell_type' is given and asked at once"),
         (["--given", "tissue=brain"], "tissue=brain is not in the run's vocabulary"),
-        (["--output", "out.txt"], "but perturb writes .csv or .parquet"),
+        (["--output", "out.txt"], "but it must end in .csv or .parquet"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(folder, tmp_path, capsys, more, message):
