@@ -53,6 +53,12 @@ def in_folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("evaluate runs/mlm --eval_data_paths cells.h5ad --no_baselines --output scores", {"cells.h5ad": 1}),
         ("predict runs/mlm cells.h5ad --output out.h5ad --ask cell_type", {"cells.h5ad": 1}),
         ("embed runs/mlm cells.h5ad --output out.h5ad", {"cells.h5ad": 1}),
+        ("perturb runs/mlm cells.h5ad --output ko.csv --genes CD79A --num_controls 3", {"cells.h5ad": 1}),
+        ("attribute runs/mlm cells.h5ad --output at.csv --ask cell_type", {"cells.h5ad": 1}),
+        (
+            "counterfactual runs/mlm cells.h5ad --output cf.h5ad --set tissue=lung --num_passes 1 --num_null 0 --force",
+            {"cells.h5ad": 1},
+        ),
         ("prepare cells.h5ad --output made --phenotypes cell_type --num_top_genes 50", {"cells.h5ad": 1}),
     ],
     ids=[
@@ -62,6 +68,9 @@ def in_folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "evaluate on a file",
         "predict",
         "embed",
+        "perturb",
+        "attribute",
+        "counterfactual",
         "prepare",
     ],
 )

@@ -58,14 +58,11 @@ class GenePredictor:
         self.slot_type = tokenizer.vocabulary.token_type(contrast.category)
         self.first_gene_type, self.first_bin_id = tokenizer.first_gene_type, tokenizer.first_bin_id
         self.values_gb = torch.from_numpy(tokenizer.bin_edges.values()).float().to(run.model.device)
-        self.orders_rh, self.signs_rh = self._draws(run.model.config.hidden_size)
-
-    def _draws(self, hidden_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a permutation of the coordinates and their signs for each null, each (r, h)."""
-        rng = np.random.default_rng((self.contrast.seed, 1))
-        orders = [rng.permutation(hidden_size) for _ in range(self.contrast.num_null)]
-        signs = rng.choice([-1.0, 1.0], size=(self.contrast.num_null, hidden_size))
-        return np.array(orders, dtype=np.int64).reshape(-1, hidden_size), signs
+        rng, hidden_size = np.random.default_rng((contrast.seed, 1)), run.model.config.hidden_size
+        # For each null: a permutation of the coordinates and their signs, (r, h).
+        orders = [rng.permutation(hidden_size) for _ in range(contrast.num_null)]
+        self.orders_rh = np.array(orders, dtype=np.int64).reshape(-1, hidden_size)
+        self.signs_rh = rng.choice([-1.0, 1.0], size=(contrast.num_null, hidden_size))
 
     def expected(self, batch: Batch) -> np.ndarray:
         """Return the expected value and bin of every hidden gene, float64 of shape (m, 2)."""
@@ -134,10 +131,6 @@ class Sums:
             np.zeros((2, 2, *kg)), np.zeros((2, *kg)), np.zeros((2, *kg)), np.zeros((num_null, 2, 2, *kg)),
             np.zeros((2, *kg)), np.zeros(num_groups), np.zeros((2, *kg)), np.zeros((2, *kg)), np.zeros((2, *kg)),
         )  # fmt: skip
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return all sums by name."""
-        return dict(vars(self))
 
     def add_changes(self, change_m2: np.ndarray, place_m: np.ndarray, *, draw: int | None = None) -> None:
         """Add changes of hidden genes at their flat place in (s, k, g): real ones, or those of a null draw."""

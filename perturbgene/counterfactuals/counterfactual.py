@@ -16,14 +16,14 @@ import pandas as pd
 from scipy import stats
 
 from perturbgene.cli.verbs import CounterfactualConfig
-from perturbgene.configs import MlmConfig, load_config
+from perturbgene.configs import load_config
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
 from perturbgene.counterfactuals.statistics import change_table
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.labels import ABSENT, Vocabulary
-from perturbgene.data_utils.opening import H5adFile, expand_paths
+from perturbgene.data_utils.labels import ABSENT
+from perturbgene.data_utils.opening import FileList, H5adFile, expand_paths
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_new, whole_files
 from perturbgene.inference.run import Run, load_run, provenance
@@ -55,39 +55,33 @@ NULL_CELLS = 256
 # -- what may be asked --------------------------------------------------------------------------------------------
 
 
-def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray | None:
+def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray:
     """Return the distinct combinations of labels among the run's training cells.
 
-    Args:
-        run: Its `run.yaml` names the corpus or the files that it was trained on.
-        categories: Phenotypes, in the order of the columns.
-
     Returns:
-        Input ids, int32 of shape (t, c), -1 where a label is missing; None if the run does not say what it was trained
-        on, or that is no longer there.
+        Input ids, int32 of shape (t, c), -1 where a label is missing.
+
+    Raises:
+        InputError: The run does not say which cells it was trained on, or they are no longer there.
     """
+    vocabulary, found = run.tokenizer.vocabulary, []
     try:
         settings: Any = load_config(Path(run.path) / "run.yaml")
         paths = (
             Corpus.open(settings.corpus).paths("train") if settings.corpus else expand_paths(settings.train_data_paths)
         )
-        found = [_combinations_of(path, run.tokenizer.vocabulary, categories) for path in paths]
+        for path in paths:
+            file = H5adFile(path)
+            known, absent_n = file.columns_of("obs"), np.full(file.shape[0], ABSENT, dtype=np.int32)
+            ids_cn = [vocabulary.encode(c, file.obs_column(c))[0] if c in known else absent_n for c in categories]
+            found.append(np.unique(np.stack(ids_cn, axis=1), axis=0))
+            file.close()
     except (InputError, OSError, AttributeError) as error:
-        logger.warning("%s: its training cells cannot be read (%s)", run.path, error)
-        return None
-    return np.unique(np.concatenate(found), axis=0) if found else None
-
-
-def _combinations_of(path: str, vocabulary: Vocabulary, categories: Sequence[str]) -> np.ndarray:
-    file = H5adFile(path)
-    known = file.columns_of("obs")
-    absent_n = np.full(file.shape[0], ABSENT, dtype=np.int32)
-    columns = [
-        vocabulary.encode(category, file.obs_column(category))[0] if category in known else absent_n
-        for category in categories
-    ]
-    file.close()
-    return np.unique(np.stack(columns, axis=1), axis=0)
+        raise InputError(
+            f"{run.path} does not say which cells it was trained on, or they cannot be read ({error}), so these "
+            "combinations of phenotypes cannot be checked. Put its corpus back in its place, or pass --force."
+        ) from error
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def unseen_combinations(asked_nc: np.ndarray, trained_tc: np.ndarray) -> np.ndarray:
@@ -95,29 +89,6 @@ def unseen_combinations(asked_nc: np.ndarray, trained_tc: np.ndarray) -> np.ndar
     distinct = np.unique(asked_nc, axis=0)
     is_seen = [((trained_tc == row) | (row == ABSENT)).all(axis=1).any() for row in distinct]
     return distinct[~np.array(is_seen, dtype=bool)]
-
-
-def check_combinations(run: Run, asked_nc: np.ndarray, categories: Sequence[str]) -> None:
-    """Refuse combinations of phenotypes that the run has never seen, about which it has learned nothing.
-
-    Raises:
-        InputError: There is one, or the training cells cannot be read.
-    """
-    trained_tc = training_combinations(run, categories)
-    if trained_tc is None:
-        raise InputError(
-            f"{run.path} does not say which cells it was trained on, so these combinations of phenotypes cannot be "
-            "checked. Put its corpus back in its place, or pass --force."
-        )
-    unseen = unseen_combinations(asked_nc, trained_tc)
-    if len(unseen):
-        names = [
-            " + ".join(run.tokenizer.vocabulary.label_of(int(id_))[1] for id_ in row if id_ != ABSENT) for row in unseen
-        ]
-        raise InputError(
-            f"no training cell is {listed(names)}, so the model has never seen what is asked. Give fewer phenotypes "
-            "with --given, leave these cells out, or pass --force."
-        )
 
 
 @dataclass(frozen=True)
@@ -189,12 +160,6 @@ class CounterfactualTask:
     ) -> "CounterfactualTask":  # fmt: skip
         """Check what is asked, and open the cells.
 
-        Args:
-            source: A file or AnnData.
-            run, config: The model and the question.
-            given: The other phenotypes in the sequence; None gives all of the run that `obs` has.
-            ranks: Which of the processes this is.
-
         Raises:
             InputError: The run is a classifier, a phenotype or label is unknown, no cell can be changed, or the model
                 has never seen such cells.
@@ -222,14 +187,20 @@ class CounterfactualTask:
         if not config.force:
             labels = [dataset.shards[0].label_ids(name)[selection.is_changed_n] for name in others]
             set_n = np.full(int(selection.is_changed_n.sum()), label_id, dtype=np.int32)
-            check_combinations(run, np.stack([set_n, *labels], axis=1), list(slots))
+            unseen = unseen_combinations(np.stack([set_n, *labels], axis=1), training_combinations(run, list(slots)))
+            label_of = run.tokenizer.vocabulary.label_of
+            if names := [" + ".join(label_of(int(id_))[1] for id_ in row if id_ != ABSENT) for row in unseen]:
+                raise InputError(
+                    f"no training cell is {listed(names)}, so the model has never seen what is asked. Give fewer "
+                    "phenotypes with --given, leave these cells out, or pass --force."
+                )
         return cls(config, run, contrast, others, dataset, selection)
 
 
-def _columns_of(source: "AnnData | str | Path") -> set[str]:
-    if not isinstance(source, str | Path):
+def _columns_of(source: Any) -> set[str]:
+    if not isinstance(source, str | Path | FileList):
         return set(source.obs)
-    file = H5adFile(str(source))
+    file = H5adFile(expand_paths(source)[0])
     columns = set(file.columns_of("obs"))
     file.close()
     return columns
@@ -260,7 +231,7 @@ def expected_changes(task: CounterfactualTask, results: CellResults) -> pd.DataF
         if len(rows):
             is_null_n = selection.is_null_n[block.cells_n[rows]]
             add_block(sums, predictor, collator, block.take(rows), group_n=group_n[rows], is_null_n=is_null_n)
-    *arrays, empty = results.sum_over_ranks([*sums.arrays().values(), np.array(num_empty)])
+    *arrays, empty = results.sum_over_ranks([*vars(sums).values(), np.array(num_empty)])
     if empty and results.ranks.is_main:
         logger.warning("%d cells express no gene of the panel and are left out", empty)
     return change_table(Sums(*arrays), tokenizer.panel, groups=selection.groups)
@@ -268,13 +239,10 @@ def expected_changes(task: CounterfactualTask, results: CellResults) -> pd.DataF
 
 def _collator_of(task: CounterfactualTask) -> DataCollatorForPhenotypicMLM:
     """Return a collator that hides genes as the run's training did, or at another rate, and no phenotype."""
-    path = Path(task.run.path) / "run.yaml"
-    trained = load_config(path) if path.exists() else None
-    rates: dict[str, Any] = trained.mask_rates if isinstance(trained, MlmConfig) else {}
-    rates |= {"phenotype_mask_prob": 0.0, "absent_prob": 0.0}
+    rates: dict[str, Any] = {**task.run.mask_rates, "phenotype_mask_prob": 0.0, "absent_prob": 0.0}
     if task.config.gene_mask_prob is not None:
         rates["gene_mask_prob"] = task.config.gene_mask_prob
-    if rates.get("gene_mask_prob") == 0:
+    if not rates["gene_mask_prob"]:
         raise InputError(
             f"{task.run.path} was trained without hiding genes, so it cannot predict them. Give another run."
         )
@@ -357,7 +325,7 @@ def run_counterfactual(config: CounterfactualConfig) -> str | None:
         csv, png = target.with_suffix(".csv"), target.with_suffix(".png")
         check_new(target, csv, png, overwrite=config.overwrite)
         run = load_run(config.run, device=ranks.device(config.device))
-        task = CounterfactualTask.open(source, run, config, config.given_labels, ranks=ranks)
+        task = CounterfactualTask.open(FileList([source]), run, config, config.given_labels, ranks=ranks)
         with cell_results(target, num_cells=task.dataset.num_cells, ranks=ranks) as results:
             table = expected_changes(task, results)
         if not ranks.is_main:
