@@ -4,35 +4,63 @@ Every verb is a function here: `import perturbgene as pg; pg.predict(adata, mode
 is imported when the name is used, which keeps `import perturbgene` and the help pages free of torch.
 """
 
+import difflib
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
 
-_PLACES = {
-    "InputError": "perturbgene.errors:InputError",
-    "load_run": "perturbgene.inference.run:load_run",
-    "prepare": "perturbgene.corpus.prepare:prepare",
-    "predict": "perturbgene.inference.predict:predict",
-    "predict_table": "perturbgene.inference.predict:predict_table",
-    "evaluate": "perturbgene.inference.evaluate:evaluate",
-    "embed": "perturbgene.embedding.cells:embed",
-    "gene_embeddings": "perturbgene.embedding.genes:gene_embeddings",
-    "gene_network": "perturbgene.embedding.genes:gene_network",
-    "gene_roles": "perturbgene.embedding.genes:gene_roles",
-    "counterfactual": "perturbgene.counterfactuals.counterfactual:counterfactual",
-    "perturb": "perturbgene.perturbation.perturb:perturb",
-    "attribute": "perturbgene.perturbation.attribute:attribute",
+#: Function -> the module that has it, and the verb whose options it takes.
+_VERBS = {
+    "prepare": ("perturbgene.corpus.prepare", "prepare"),
+    "mlm": ("perturbgene.training.train", "mlm"),
+    "cls": ("perturbgene.training.train", "cls"),
+    "evaluate": ("perturbgene.inference.evaluate", "evaluate"),
+    "predict": ("perturbgene.inference.predict", "predict"),
+    "predict_table": ("perturbgene.inference.predict", "predict"),
+    "embed": ("perturbgene.embedding.cells", "embed"),
+    "gene_embeddings": ("perturbgene.embedding.genes", "embed"),
+    "gene_network": ("perturbgene.embedding.genes", "embed"),
+    "gene_roles": ("perturbgene.embedding.genes", "embed"),
+    "counterfactual": ("perturbgene.counterfactuals.counterfactual", "counterfactual"),
+    "perturb": ("perturbgene.perturbation.perturb", "perturb"),
+    "attribute": ("perturbgene.perturbation.attribute", "attribute"),
+    "download": ("perturbgene.data_utils.download", "download"),
 }
-__all__ = [*_PLACES]
+#: Anything else -> the module that has it.
+_OTHERS = {
+    "InputError": "perturbgene.errors",
+    "Run": "perturbgene.inference.run",
+    "load_run": "perturbgene.inference.run",
+    "GeneTokenizer": "perturbgene.data_utils.tokenization",
+    "IterableAnnDataset": "perturbgene.data_utils.iterable_ann_dataset",
+    "DataCollatorForPhenotypicMLM": "perturbgene.data_utils.data_collators",
+    "collate_fn_wrapper": "perturbgene.data_utils.data_collators",
+    "GeneBertConfig": "perturbgene.model",
+    "GeneBertModel": "perturbgene.model",
+    "GeneBertForPhenotypicMLM": "perturbgene.model",
+    "GeneBertForClassification": "perturbgene.model",
+    "PositionlessEmbeddings": "perturbgene.model",
+}
+__all__ = [*_VERBS, *_OTHERS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _PLACES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    place = {"prepare_corpus": "prepare"}.get(name, name)  # its older name
+    if place in _VERBS:
+        from perturbgene.functions import as_function
+
+        module, verb = _VERBS[place]
+        value = as_function(getattr(importlib.import_module(module), place), verb)
+    elif place in _OTHERS:
+        value = getattr(importlib.import_module(_OTHERS[place]), place)
+    else:
+        near = difflib.get_close_matches(name, __all__, n=1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return [*__all__, "__version__"]

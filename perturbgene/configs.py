@@ -2,7 +2,7 @@
 
 from perturbgene.cli.base import BaseConfig
 from perturbgene.cli.options import check_question, own_flags
-from perturbgene.cli.parsing import HelpRequested, load_config, overview, parse_args
+from perturbgene.cli.parsing import HelpRequested, config_of, load_config, overview, parse_args
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.cli.verbs import (
     CONFIGS,

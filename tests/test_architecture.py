@@ -27,6 +27,7 @@ ROOMS = [
     "embedding",
     "perturbation",
     "counterfactuals",
+    "functions",
     "main",
     "demo",
 ]

@@ -345,6 +345,18 @@ def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> Conf
     return config_class(**fields, **({"training_overrides": overrides} if overrides else {}))
 
 
+def config_of(config_class: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
+    """Make the settings of a verb from Python values, as from its YAML file, and check them against this machine."""
+    values = {}
+    for name, value in settings.items():
+        flag = find_flag(name, config_class, where=name)
+        value = [str(item) if isinstance(item, Path) else item for item in value] if isinstance(value, list) else value
+        values[flag.name] = convert(str(value) if isinstance(value, Path) else value, flag, where=name)
+    config = build_config(config_class, values)
+    config.check_machine()
+    return config
+
+
 def load_config(path: str | Path) -> BaseConfig:
     """Read what `BaseConfig.save` wrote; the file must name its verb."""
     verb = read_yaml(path).get("verb")

@@ -160,7 +160,7 @@ def embed(
     model: str | Path | Run,
     *,
     pooling: Literal["cls", "genes"] = EmbedConfig.pooling,
-    phenotypes: Sequence[str] = (),
+    phenotype: Sequence[str] = (),
     genes: Sequence[str] = (),
     given: Given | None = None,
     device: str = EmbedConfig.device,
@@ -173,7 +173,7 @@ def embed(
         adata: Cells, or the path of an h5ad file that fits into memory; no label column is needed.
         model: Run folder, or a loaded run.
         pooling: "cls" takes the final state of `[CLS]`, "genes" the mean of the final states of the cell's genes.
-        phenotypes: Asked one at a time; `obsm["X_perturbgene_PHENOTYPE"]` holds the state of the question.
+        phenotype: Phenotypes, asked one at a time; `obsm["X_perturbgene_PHENOTYPE"]` holds the state of the question.
         genes: Ids or symbols; `obsm["X_perturbgene_gene_GENE"]` holds each one's contextual embedding, NaN in cells
             without it, and `obs["perturbgene_has_GENE"]` says which cells have it.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`; all others are absent, so
@@ -193,7 +193,7 @@ def embed(
         >>> pg.embed("cells.h5ad", "runs/mlm").obsm["X_perturbgene"].shape
         (255, 32)
     """
-    embedder = CellEmbedder(load_run(model, device=device), pooling, phenotypes, genes, given_labels(given))
+    embedder = CellEmbedder(load_run(model, device=device), pooling, phenotype, genes, given_labels(given))
     cells = read_cells(adata) if isinstance(adata, str | Path) else adata
     dataset = open_cells(cells, embedder.run, embedder.given, **reading)
     batches = stream_batches(dataset, text="embed", most_tokens=batch_tokens)

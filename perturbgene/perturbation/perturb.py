@@ -264,7 +264,7 @@ def perturb(
     kind: PerturbationKind = PerturbConfig.kind,
     bin: int | None = PerturbConfig.bin,
     towards: str | None = PerturbConfig.towards,
-    away: str | None = PerturbConfig.from_,
+    from_: str | None = PerturbConfig.from_,
     given: Given | None = None,
     embedding: Pooling = PerturbConfig.embedding,
     donor: str | None = PerturbConfig.donor,
@@ -284,7 +284,7 @@ def perturb(
         model: Run folder, or a loaded run.
         genes: Ids or symbols, combinations joined by "+"; "all" for every gene that a cell expresses.
         kind, bin: "knock_out", "over_express", or "set_bin" with the bin.
-        towards, away: `category=label`: the effect is the change of the log-odds of the first label, against all others
+        towards, from_: `category=label`: the effect is the change of the log-odds of the first label, against all others
             or against the second. Without them it is the cosine distance between the cell's states.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`; all others are absent.
         embedding: State: "cls", or "mean" over gene tokens other than the perturbed gene's.
@@ -307,7 +307,7 @@ def perturb(
     names = [genes] if isinstance(genes, str) else list(genes)
     config = PerturbConfig(
         run="loaded", input="in memory", output="returned.csv", genes=names, kind=kind, bin=bin, towards=towards,
-        from_=away, embedding=embedding, donor=donor, groupby=groupby, exact=exact, top_k=top_k,
+        from_=from_, embedding=embedding, donor=donor, groupby=groupby, exact=exact, top_k=top_k,
         num_controls=num_controls, min_cells=min_cells, device=device, batch_tokens=batch_tokens, **reading,
     )  # fmt: skip
     experiment = Experiment.open(adata, load_run(model, device=device), config, given_labels(given))

@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from perturbgene import __version__
+from perturbgene.configs import ClsConfig, MlmConfig, config_of
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
@@ -39,7 +40,7 @@ from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
-    from perturbgene.configs import ClsConfig, MlmConfig, TrainingConfig
+    from perturbgene.configs import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,50 @@ RUN_FILE, METRICS_FILE, CARD_FILE = "run.yaml", "metrics.json", "README.md"
 
 
 # -- verbs --------------------------------------------------------------------------------------------------------
+
+
+def mlm(**settings: Any) -> Path:
+    """Train by masking genes and phenotypes together.
+
+    Args:
+        settings: Options of `perturbgene mlm`, and fields of `transformers.TrainingArguments`.
+
+    Returns:
+        The run folder, `output_dir`.
+
+    Raises:
+        InputError: Data, weights or settings do not fit together.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> corpus = pg.prepare("cells.h5ad", "for_mlm", phenotypes="cell_type", num_top_genes=50)
+        >>> folder = pg.mlm(corpus=corpus, output_dir="runs/new", model_arch="tiny", max_steps=2, report_to="none")
+        >>> (folder / "model.safetensors").exists()
+        True
+    """
+    return run_mlm(config_of(MlmConfig, settings))
+
+
+def cls(**settings: Any) -> Path:
+    """Train a classifier of one phenotype, from scratch or from another run.
+
+    Args:
+        settings: Options of `perturbgene cls`, and fields of `transformers.TrainingArguments`.
+
+    Returns:
+        The run folder, `output_dir`.
+
+    Raises:
+        InputError: Data, weights or settings do not fit together, or all training cells have the same class.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> corpus = pg.prepare("cells.h5ad", "for_cls", phenotypes="cell_type", num_top_genes=50)
+        >>> settings = {"model_arch": "tiny", "max_steps": 2, "report_to": "none"}
+        >>> pg.cls(corpus=corpus, output_dir="runs/cls", phenotype_category="cell_type", **settings).name
+        'cls'
+    """
+    return run_cls(config_of(ClsConfig, settings))
 
 
 def run_mlm(config: "MlmConfig") -> Path:

@@ -73,7 +73,7 @@ def test_a_label_said_of_all_cells_is_the_label_read_from_obs(run: Run, cells: a
 
 def test_a_cell_without_genes_is_nan_throughout(run: Run, cells: ad.AnnData) -> None:
     for pooling in ("cls", "genes"):
-        found = embed(cells, run, pooling=pooling, phenotypes=["cell_type"]).obsm
+        found = embed(cells, run, pooling=pooling, phenotype=["cell_type"]).obsm
         for key in (KEY, f"{KEY}_cell_type"):
             assert np.flatnonzero(np.isnan(found[key]).all(axis=1)).tolist() == [2]
             assert np.isfinite(np.delete(found[key], 2, axis=0)).all()
@@ -121,18 +121,18 @@ def test_a_phenotype_is_the_final_state_of_its_mask(run: Run, cells: ad.AnnData)
     types = torch.cat([torch.tensor([0, 1]), tokens["token_type_ids"][1:]])
     with torch.inference_mode():
         expected = run.model.genebert(ids[None], types[None]).last_hidden_state[0, 1].numpy()
-    found = embed(cells, run, phenotypes=["cell_type"]).obsm[f"{KEY}_cell_type"][5]
+    found = embed(cells, run, phenotype=["cell_type"]).obsm[f"{KEY}_cell_type"][5]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_phenotypes_asked_together_are_asked_one_by_one(run: Run, cells: ad.AnnData) -> None:
-    both = embed(cells, run, phenotypes=["cell_type", "tissue"]).obsm
-    alone = embed(cells, run, phenotypes=["tissue"]).obsm
+    both = embed(cells, run, phenotype=["cell_type", "tissue"]).obsm
+    alone = embed(cells, run, phenotype=["tissue"]).obsm
     np.testing.assert_allclose(both[f"{KEY}_tissue"], alone[f"{KEY}_tissue"], atol=1e-6)
 
 
 def test_static_embeddings_of_labels_stand_in_the_provenance(run: Run, cells: ad.AnnData) -> None:
-    table = embed(cells, run, phenotypes=["tissue"]).uns["perturbgene"]["label_embeddings"]["tissue"]
+    table = embed(cells, run, phenotype=["tissue"]).uns["perturbgene"]["label_embeddings"]["tissue"]
     assert table.index.tolist() == ["blood", "spleen"]
     weights = run.model.genebert.embeddings.word_embeddings.weight.detach().numpy()
     np.testing.assert_array_equal(table.to_numpy(), weights[7:9])
@@ -194,7 +194,7 @@ def test_a_given_phenotype_needs_its_column(run: Run, cells: ad.AnnData) -> None
 
 def test_a_classifier_cannot_be_asked_a_phenotype(cells: ad.AnnData) -> None:
     with pytest.raises(InputError, match="is a classifier, which cannot be asked for phenotypes. Give an mlm run"):
-        embed(cells, a_run("cls"), phenotypes=["cell_type"])
+        embed(cells, a_run("cls"), phenotype=["cell_type"])
 
 
 # -- the command line ---------------------------------------------------------------------------------------------

@@ -320,4 +320,4 @@ def test_what_cannot_be_asked_is_refused(folder, tmp_path, capsys, more, message
 
 def test_a_label_to_leave_needs_one_to_go_to(run, cells):
     with pytest.raises(InputError, match="Give --towards as well"):
-        perturb(cells, run, genes="G1", away="cell_type=B cell")
+        perturb(cells, run, genes="G1", from_="cell_type=B cell")
