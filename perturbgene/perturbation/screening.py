@@ -70,10 +70,11 @@ def screen_removals(
     Returns:
         float32 of shape (l,); NaN at tokens that are not genes.
     """
-    device, budget = model_device(run.model), token_budget(run.model) if budget is None else budget
+    device, budget = model_device(run.model), token_budget(run.model, budget)
     if is_half is None:  # one layer has too little to multiply for the conversions
         is_half = has_fast_bfloat16(device.type) and run.model.config.num_hidden_layers > 1
-    lengths_n, most = np.diff(block.offsets_n1).astype(np.int64), max(1, _limit(MOST_KEPT, device) // _maps(run))
+    num_maps = run.model.config.num_hidden_layers * run.model.config.num_attention_heads
+    lengths_n, most = np.diff(block.offsets_n1).astype(np.int64), max(1, _limit(MOST_KEPT, device) // num_maps)
     scores = []
     # A cell counts as its tokens, or as its share of the attention weights that may be kept, whichever is more.
     for piece in in_budget(np.maximum(lengths_n, -(-(lengths_n**2) * budget // most)), budget=budget):
@@ -86,11 +87,6 @@ def screen_removals(
     return np.where(block.token_type_ids_l >= run.tokenizer.first_gene_type, estimate_l, np.nan)
 
 
-def _maps(run: Run) -> int:
-    """Return the number of attention weights for each query and key."""
-    return run.model.config.num_hidden_layers * run.model.config.num_attention_heads
-
-
 def _limit(limits: dict[str, int], device: torch.device) -> int:
     return limits["cpu" if device.type == "cpu" else "cuda"]
 
@@ -99,13 +95,12 @@ def _screen_batch(
     run: Run, batch: Batch, readout: Readout, *, num_directions: int, towards_n: Tensor | None
 ) -> np.ndarray:
     is_gene_l = batch["token_type_ids"] >= run.tokenizer.first_gene_type
-    direction_nhr = (
-        None if isinstance(readout, LabelReadout) else _directions(run, batch, readout, count=num_directions)
-    )
+    direction_nhr = scale_n = None
+    if not isinstance(readout, LabelReadout):
+        direction_nhr = _directions(run, batch, readout, count=num_directions)
     with torch.enable_grad(), _screening(run, batch) as sums:
         if isinstance(readout, LabelReadout):
             targets = readout.log_odds(readout.logits(run.model, batch), towards_n=towards_n).sum()[None]
-            scale_n = None
         else:
             states_nh = readout.read(run.model, batch, is_counted_l=is_gene_l)
             targets = torch.einsum("nh,nhr->r", states_nh, direction_nhr)
@@ -114,7 +109,8 @@ def _screen_batch(
     changes = []
     for index, target in enumerate(targets):
         torch.autograd.grad(target, sums.trigger, retain_graph=index + 1 < len(targets), allow_unused=True)
-        changes.append(sums.take())
+        changes.append(sums.change_l)
+        sums.change_l = torch.zeros_like(sums.change_l)
     if scale_n is None:
         return changes[0].cpu().numpy()
     lengths = batch["cu_seqlens"].diff().long()
@@ -166,18 +162,14 @@ class _Sums:
     keeps: bool
     trigger: Tensor
 
-    def take(self) -> Tensor:
-        """Return the sum and start the next."""
-        change_l, self.change_l = self.change_l, torch.zeros_like(self.change_l)
-        return change_l
-
 
 @contextmanager
 def _screening(run: Run, batch: Batch) -> Iterator[_Sums]:
     """Let attention and the direct path add to sums in their backward pass, and no weight need a gradient."""
     model, device = run.model, batch["input_ids"].device
-    weights = batch["cu_seqlens"].diff().long().square().sum().item() * _maps(run)
-    keeps = weights <= _limit(MOST_KEPT, device) * KEPT_OF_LONG_CELL
+    num_maps = model.config.num_hidden_layers * model.config.num_attention_heads
+    num_weights = batch["cu_seqlens"].diff().long().square().sum().item() * num_maps
+    keeps = num_weights <= _limit(MOST_KEPT, device) * KEPT_OF_LONG_CELL
     change_l, trigger = torch.zeros(len(batch["input_ids"]), device=device), torch.zeros((), device=device)
     sums = _Sums(change_l, keeps, trigger.requires_grad_())
     was_training, learning = model.training, [weight for weight in model.parameters() if weight.requires_grad]
@@ -285,7 +277,7 @@ class _ScreenedAttention(torch.autograd.Function):
         q_had, k_hld, v_hld = (x.transpose(0, 1).contiguous() for x in (q_ahd * q_ahd.shape[-1] ** -0.5, k_lhd, v_lhd))
         out_had, kept = torch.empty_like(q_had), []
         for piece in pieces:
-            weight_hal = _weights(q_had[piece.queries], k_hld[piece.keys])
+            weight_hal = torch.bmm(q_had[piece.queries], k_hld[piece.keys].transpose(1, 2)).softmax(-1)
             out_had[piece.queries] = torch.bmm(weight_hal, v_hld[piece.keys])
             if sums.keeps:
                 kept.append(weight_hal)
@@ -303,7 +295,7 @@ class _ScreenedAttention(torch.autograd.Function):
         for index, piece in enumerate(ctx.pieces):
             q, grad = q_had[piece.queries], grad_had[piece.queries]
             k, v = k_hld[piece.keys], v_hld[piece.keys]
-            weight_hal = kept[index] if kept else _weights(q, k)
+            weight_hal = kept[index] if kept else torch.bmm(q, k.transpose(1, 2)).softmax(-1)
             grad_weight = torch.bmm(grad, v.transpose(1, 2))
             grad_logit = torch._softmax_backward_data(grad_weight, weight_hal, -1, weight_hal.dtype)
             ctx.sums.change_l[piece.of_cell] += _without_key(grad_logit, weight_hal, piece.own_a)
@@ -315,10 +307,6 @@ class _ScreenedAttention(torch.autograd.Function):
             return (None,) * 6
         grads = (dq_had.mul_(q_had.shape[-1] ** -0.5), dk_hld, dv_hld)
         return *(grad.transpose(0, 1) for grad in grads), None, None, None
-
-
-def _weights(q_had: Tensor, k_hld: Tensor) -> Tensor:
-    return torch.bmm(q_had, k_hld.transpose(1, 2)).softmax(-1)
 
 
 def _without_key(grad_logit_hal: Tensor, weight_hal: Tensor, own_a: Tensor) -> Tensor:

@@ -69,15 +69,11 @@ class Null:
         shuffled = np.random.default_rng(0).permutation(len(self.gene_z))
         return shuffled[np.argsort(self.num_cells_z[shuffled], kind="stable")]
 
-    @cached_property
-    def _place_of_gene(self) -> dict[int, int]:
-        return {int(gene): place for place, gene in enumerate(self.gene_z[self._order_z])}
-
     def matched(self, num_cells: float, *, gene: int) -> np.ndarray:
         """Return the effects of the `NUM_MATCHED` genes nearest in frequency, without the gene itself."""
-        place = self._place_of_gene.get(gene)
-        center = np.searchsorted(self.num_cells_z[self._order_z], num_cells) if place is None else place
-        most = NUM_MATCHED + (place is not None)
+        own = np.flatnonzero(self.gene_z[self._order_z] == gene)
+        center = own[0] if len(own) else np.searchsorted(self.num_cells_z[self._order_z], num_cells)
+        most = NUM_MATCHED + len(own)
         start = int(np.clip(center - most // 2, 0, max(0, len(self.gene_z) - most)))
         window = self._order_z[start : start + most]
         return np.asarray(self.effect_z[window[self.gene_z[window] != gene]])
