@@ -61,7 +61,7 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
 
 
 def _as_given(value: Any, flag: Flag, *, is_option: bool) -> Any:
-    """Bring a value to the type of its option; an option of the settings class is text, where functions have mappings."""
+    """Bring a value to the type of its option; `is_option` is False where a function has a mapping instead of text."""
     if isinstance(value, Mapping) and is_option:
         value = [name if text is None else f"{name}={text}" for name, text in value.items()]
     if isinstance(value, Mapping) or value is None:

@@ -284,8 +284,8 @@ def perturb(
         model: Run folder, or a loaded run.
         genes: Ids or symbols, combinations joined by "+"; "all" for every gene that a cell expresses.
         kind, bin: "knock_out", "over_express", or "set_bin" with the bin.
-        towards, from_: `category=label`: the effect is the change of the log-odds of the first label, against all others
-            or against the second. Without them it is the cosine distance between the cell's states.
+        towards, from_: `category=label`: the effect is the change of the log-odds of the first label, against all
+            others or against the second. Without them it is the cosine distance between the cell's states.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`; all others are absent.
         embedding: State: "cls", or "mean" over gene tokens other than the perturbed gene's.
         donor: Column of `obs` with donors; None uses `donor_id` if there is one.

@@ -50,7 +50,7 @@ def test_pooled_genes_are_the_mean_of_their_final_states(run: Run, cells: ad.Ann
 @pytest.mark.parametrize("pooling", ["cls", "genes"])
 def test_batches_of_64_equal_one_cell_at_a_time(run: Run, pooling: str) -> None:
     cells = some_cells(100, seed=1)
-    options = {"pooling": pooling, "phenotypes": ["tissue"], "genes": ["G3"], "given": {"cell_type": None}}
+    options = {"pooling": pooling, "phenotype": ["tissue"], "genes": ["G3"], "given": {"cell_type": None}}
     together, single = (embed(cells, run, batch_size=size, **options).obsm for size in (64, 1))
     for key in together:
         np.testing.assert_allclose(together[key], single[key], atol=1e-5)
@@ -172,13 +172,13 @@ def test_genes_are_found_by_id_version_and_symbol() -> None:
     ("question", "message"),
     [
         ({"genes": ["g3"]}, "'g3' is not among the 9 genes of the run's panel. Known: 'G0'"),
-        ({"phenotypes": ["age"]}, "phenotype 'age' is not in the vocabulary"),
+        ({"phenotype": ["age"]}, "phenotype 'age' is not in the vocabulary"),
         ({"given": {"age": None}}, "phenotype 'age' is not in the vocabulary"),
         (
             {"given": {"tissue": "splen"}},
             "tissue=splen is not in the run's vocabulary. Choose one of: 'blood', 'spleen'",
         ),
-        ({"given": {"tissue": None}, "phenotypes": ["tissue"]}, "cannot be asked and given at once"),
+        ({"given": {"tissue": None}, "phenotype": ["tissue"]}, "cannot be asked and given at once"),
     ],
 )
 def test_what_the_run_does_not_know_is_refused(run: Run, cells: ad.AnnData, question: dict, message: str) -> None:
@@ -206,7 +206,7 @@ def test_the_file_holds_what_the_function_returns(run: Run, cells: ad.AnnData, t
     flags = "--pooling genes --phenotype cell_type --genes G3 G4 --given tissue=blood --batch_size 5 --batch_tokens 20"
     assert main([*line.split(), *flags.split()]) == 0
     written = ad.read_h5ad(tmp_path / "out.h5ad")
-    options = {"pooling": "genes", "phenotypes": ["cell_type"], "genes": ["G3", "G4"], "given": {"tissue": "blood"}}
+    options = {"pooling": "genes", "phenotype": ["cell_type"], "genes": ["G3", "G4"], "given": {"tissue": "blood"}}
     expected = embed(cells, run, **options)
     assert list(written.obsm) == sorted(expected.obsm)
     for key, rows in expected.obsm.items():
