@@ -45,14 +45,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `path`; rename it to `path`, which must not exist, at the end."""
-    temporary = partial_path(path)
+def whole_folder(path: str | Path, *, may_replace: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder next to `path`; rename it to `path` at the end.
+
+    Args:
+        path: The folder; it must not exist, unless `may_replace` says that what is there can go.
+    """
+    temporary, replaced = partial_path(path), Path(path).with_name(f".{Path(path).name}.replaced")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        if may_replace and os.path.isdir(path):
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(path, replaced)
         os.rename(temporary, path)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -33,8 +33,9 @@ class PrepareConfig(BinOptions):
     example = "perturbgene prepare cells.h5ad --output corpus --phenotypes cell_type tissue --split_by donor_id"
 
     inputs: list[str] = option(
-        [], "h5ad files: paths, globs or brace patterns.", group=IN_OUT, is_positional=True, is_path=True
-    )
+        [], "Files of cells (.h5ad, .zarr, 10x .h5 or matrix folders): paths, globs or brace patterns.", group=IN_OUT,
+        is_positional=True, is_path=True,
+    )  # fmt: skip
     output: str = option("", "Corpus folder to write.", group=IN_OUT, is_required=True)
     overwrite: bool = option(False, "Replace an existing corpus; any other folder is refused.", group=IN_OUT)
     phenotypes: list[str] = option(
@@ -165,8 +166,10 @@ class FileOptions(QuestionOptions, ReadingConfig):
 
     group = IN_OUT
 
-    input: str = option("", "h5ad file with the cells, or its URL.", is_positional=True, is_path=True)
-    output: str = option("", "h5ad file to write.", is_required=True, suffixes=(".h5ad",))
+    input: str = option(
+        "", "File of cells, or its URL: .h5ad, .zarr, 10x .h5 or a 10x matrix folder.", is_positional=True, is_path=True
+    )
+    output: str = option("", "File to write, .h5ad or .zarr.", is_required=True, suffixes=(".h5ad", ".zarr"))
     overwrite: bool = option(False, "Replace an output that already exists.")
     given: list[str] = option(
         [], "Known phenotypes: NAME reads each cell's label from obs, NAME=LABEL sets it for all cells.",
@@ -256,7 +259,7 @@ class AnswerOptions(BaseConfig):
 class PredictConfig(AnswerOptions, FileOptions):
     """Predict phenotypes of new cells.
 
-    Reads any h5ad file whose genes overlap the run's panel, asks for phenotypes and writes the answers with their
+    Reads any file of cells whose genes overlap the run's panel, asks for phenotypes and writes the answers with their
     probabilities to obs. No label column is needed, and cells keep their order.
     """
 
@@ -321,6 +324,8 @@ class EmbedConfig(FileOptions):
 
     def check(self) -> None:
         super().check()
+        if (self.groupby or self.network) and Path(self.output).suffix != ".h5ad":
+            raise InputError(f"output is {self.output!r}, but means of groups are an .h5ad file. Change --output.")
         if (self.groupby or self.network) and (self.genes or self.phenotype):
             raise InputError(
                 "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
@@ -341,6 +346,7 @@ class CounterfactualConfig(FileOptions):
 
     verb = "counterfactual"
     example = "perturbgene counterfactual runs/mlm cells.h5ad --output changes.h5ad --set disease=normal"
+    output: str = option("", "h5ad file to write.", group=IN_OUT, is_required=True, suffixes=(".h5ad",))
     set: str = option("", "Phenotype and label to set, as NAME=LABEL.", is_required=True, is_named=True)
     given: list[str] = option(
         [], "Other known phenotypes: NAME reads obs, NAME=LABEL sets it for all cells, `nothing` gives none. "

@@ -29,7 +29,7 @@ from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_p
 from perturbgene.corpus.survey import PART_ROWS, SPLITS, Plan, Survey, close_files, digest_of, hold_out, survey_files
 from perturbgene.corpus.workers import JOURNAL_FILE, Journal, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
-from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.opening import FileList, as_sources
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.files import claimed, sha256_of, write_json
@@ -76,12 +76,8 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
         >>> sorted(path.name for path in corpus.iterdir())
         ['eval', 'manifest.json', 'tokenizer.json', 'train']
     """
-    if hasattr(inputs, "obs_names"):
-        sources, is_memory = [inputs], True
-    elif not isinstance(inputs, str | Path) and any(hasattr(item, "obs_names") for item in inputs):
-        sources, is_memory = list(inputs), True
-    else:
-        sources, is_memory = list(expand_paths(inputs)), False
+    sources = as_sources(inputs)
+    is_memory = not isinstance(sources, FileList)
     config = PrepareConfig(inputs=[audit.path_of(source) for source in sources], output=str(output), **options)
     if is_memory and config.scheduler:
         raise InputError("--scheduler needs files that its workers can read, but AnnData objects were given.")

@@ -23,9 +23,9 @@ from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.workers import Workers
 from perturbgene.data_utils.genes import GenePanel, names_of
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
-from perturbgene.data_utils.opening import sampled_spans
 from perturbgene.data_utils.scale import ExpressionBlock, check_values
 from perturbgene.data_utils.shards import Shard, ShardCache
+from perturbgene.data_utils.sources import sampled_spans
 from perturbgene.errors import InputError, listed
 
 SPLITS = ("train", "eval")

@@ -23,7 +23,7 @@ from perturbgene.counterfactuals.statistics import change_table
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
-from perturbgene.data_utils.opening import FileList, H5adFile, expand_paths
+from perturbgene.data_utils.opening import FileList, expand_paths, one_source, open_source
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_new, whole_files
 from perturbgene.inference.run import Run, load_run, provenance
@@ -71,7 +71,7 @@ def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray:
             Corpus.open(settings.corpus).paths("train") if settings.corpus else expand_paths(settings.train_data_paths)
         )
         for path in paths:
-            file = H5adFile(path)
+            file = open_source(path)
             known, absent_n = file.columns_of("obs"), np.full(file.shape[0], ABSENT, dtype=np.int32)
             ids_cn = [vocabulary.encode(c, file.obs_column(c))[0] if c in known else absent_n for c in categories]
             found.append(np.unique(np.stack(ids_cn, axis=1), axis=0))
@@ -198,9 +198,7 @@ class CounterfactualTask:
 
 
 def _columns_of(source: Any) -> set[str]:
-    if not isinstance(source, str | Path | FileList):
-        return set(source.obs)
-    file = H5adFile(expand_paths(source)[0])
+    file = open_source(one_source(source))
     columns = set(file.columns_of("obs"))
     file.close()
     return columns

@@ -1,7 +1,7 @@
 """Files in, batches out. The data path in order, with types at the arrows:
 
 1. `opening.expand_paths`              patterns -> `FileList` of paths and URLs (`remote` fetches URLs)
-2. `opening.H5adFile`                  path -> CSR rows, columns of obs and var (`decode` reads its chunks)
+2. `opening.open_source`               path or AnnData -> `sources.CellSource`: CSR rows, columns of obs and var
 3. `genes.names_of`, `GenePanel.align` column names -> `GeneAlignment` (column -> gene of the panel)
 4. `labels.Vocabulary.encode`          obs column -> input ids of labels, -1 for an absent one
 5. `shards.Shard.read`                 row numbers -> `ExpressionBlock` (CSR values, labels; `scale` known)

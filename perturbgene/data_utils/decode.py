@@ -1,7 +1,8 @@
-"""Spans of one-dimensional HDF5 data sets, read as fast as their storage allows.
+"""Spans of stored arrays, read as fast as their storage allows.
 
-Owns three ways to the same numbers: a memory map of contiguous data, its own decompression of gzip chunks (ISA-L: twice
-the speed of zlib, and outside the interpreter lock), and h5py for everything else. Letters: l values, m spans.
+Owns the ways to the same numbers: a memory map of contiguous data, its own decompression of gzip chunks (ISA-L: twice
+the speed of zlib, and outside the interpreter lock), h5py for other HDF5, and whole chunks of zarr. Letters: l values,
+m spans.
 """
 
 import importlib
@@ -17,6 +18,7 @@ except ImportError:  # no wheel for this machine: zlib gives the same bytes more
     inflater = zlib
 
 _GZIP_FILTER, _SHUFFLE_FILTER = 1, 2
+_MOST_KEPT_BYTES = 1 << 26
 
 
 @numba.njit(nogil=True, cache=True)
@@ -52,11 +54,8 @@ class SpanReader:
         self.is_gzip = is_plain and is_chunked and filters in ([_GZIP_FILTER], [_SHUFFLE_FILTER, _GZIP_FILTER])
         if is_plain and not is_chunked and len(dataset) and (offset := dataset.id.get_offset()) is not None:
             self._map = np.asarray(np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape))
-
-    @property
-    def is_mapped(self) -> bool:
-        """True when any span costs the same, whatever is between."""
-        return self._map is not None
+        #: True when any span costs the same, whatever is between.
+        self.is_mapped = self._map is not None
 
     def gather(self, starts_m: np.ndarray, stops_m: np.ndarray) -> np.ndarray:
         """Return the values of several spans one after the other, shape (l,), of mapped data."""
@@ -106,3 +105,28 @@ class SpanReader:
         if self.is_shuffled:  # bytes were regrouped by significance before gzip
             plain = np.frombuffer(plain, dtype=np.uint8).reshape(size, length).T.tobytes()
         return np.frombuffer(plain, dtype=self.dataset.dtype)
+
+
+class ChunkReader:
+    """Reads spans of the first axis of an array by whole chunks, and keeps the last ones for the next span.
+
+    Args:
+        array: An open array of zarr, or of HDF5.
+    """
+
+    is_mapped = False
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        length, row_bytes = (array.chunks or (1,))[0], array.dtype.itemsize * int(np.prod(array.shape[1:]))
+        self.length = length if length * row_bytes <= _MOST_KEPT_BYTES else 1
+        self._last: tuple[int, np.ndarray] = (0, np.empty((0, *array.shape[1:]), dtype=array.dtype))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return values (or rows) start..stop-1."""
+        first, values = self._last  # read at once: several threads may share a reader
+        if stop > start and not first <= start < stop <= first + len(values):
+            first, last = start - start % self.length, -(-stop // self.length) * self.length
+            values = np.asarray(self.array[first : min(last, self.array.shape[0])])
+            self._last = (first, values)
+        return values[start - first : stop - first]

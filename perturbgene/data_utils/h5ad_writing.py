@@ -1,12 +1,13 @@
-"""h5ad files that are written: shards of a corpus, and copies of a user's file with new columns.
+"""Cells that are written: shards of a corpus, and copies of a user's file or zarr store with new columns.
 
-Owns the layout of both on disk; leaves reading to `opening` and `shards`. Letters: n cells, g genes, t tables of
+Owns the layout of both on disk; leaves reading to `sources` and `shards`. Letters: n cells, g genes, t tables of
 measured genes.
 """
 
 import shutil
-from collections.abc import Mapping
-from contextlib import closing
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from perturbgene.data_utils.opening import H5adFile
+from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.shards import MEASURED_KEY
+from perturbgene.data_utils.sources import CellSource, H5adFile, ZarrFile
 from perturbgene.errors import InputError
-from perturbgene.files import whole_file
-from perturbgene.urls import shown_path
+from perturbgene.files import whole_file, whole_folder
+from perturbgene.urls import is_url, shown_path
 
 #: Rows of a matrix that are in memory while it is written.
 COPIED_ROWS = 4096
@@ -57,7 +59,7 @@ def write_shard(
             group.create_dataset("indptr", data=matrix.indptr.astype(np.int64))
 
 
-def write_h5ad_copy(
+def write_copy(
     source: str,
     target: str | Path,
     *,
@@ -65,12 +67,13 @@ def write_h5ad_copy(
     obs: Mapping[str, Any] | pd.DataFrame | None = None,
     obsm: Mapping[str, Any] | None = None,
 ) -> None:
-    """Copy an h5ad file and add columns to its `obs`, matrices to its `obsm` and entries to `uns["perturbgene"]`.
+    """Copy cells and add columns to their `obs`, matrices to their `obsm` and entries to `uns["perturbgene"]`.
 
-    The expression matrix is copied unread. Memory holds a block of rows of a matrix at a time.
+    The target's ending says whether it is an h5ad file or a zarr store. If the source is of the same kind, its matrix
+    is copied unread, and memory holds a block of rows of a matrix at a time. Otherwise memory holds all cells.
 
     Args:
-        source: The file to copy, or its URL.
+        source: The file or store to copy, or its URL.
         target: Where the result goes, whole or not at all.
         uns: Entries, e.g. which run answered which question.
         obs: Name -> new column (it replaces one of the same name), one value per cell in the file's order.
@@ -81,11 +84,13 @@ def write_h5ad_copy(
     """
     from anndata.io import write_elem
 
+    target, is_zarr = Path(target), Path(target).suffix == ".zarr"
     try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(target) as temporary, closing(H5adFile(source)) as known:
-            shutil.copyfile(local_path(source), temporary)
-            with h5py.File(temporary, "r+") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        writing = whole_folder(target, may_replace=True) if is_zarr else whole_file(target)
+        with writing as temporary, closing(open_source(source)) as known:
+            _copy(known, source, temporary, is_zarr=is_zarr)
+            with _opened(temporary, is_zarr=is_zarr) as file:
                 if obs is not None and len(obs.keys()):
                     _add_columns(file, obs, known=known)
                 for name, matrix in (obsm or {}).items():
@@ -97,14 +102,44 @@ def write_h5ad_copy(
         raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
 
 
-def _check_rows(count: int, known: H5adFile) -> None:
+def _copy(known: CellSource, source: str, target: Path, *, is_zarr: bool) -> None:
+    """Copy cells to a file or an empty folder."""
+    if isinstance(known, H5adFile) and not is_zarr:
+        shutil.copyfile(local_path(source), target)
+    elif isinstance(known, ZarrFile) and is_zarr and not is_url(source):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        import anndata
+
+        with warnings.catch_warnings(), anndata.settings.override(allow_write_nullable_strings=True):
+            warnings.simplefilter("ignore")  # which version of zarr anndata will write by default
+            adata = known.to_adata()
+            adata.write_zarr(target) if is_zarr else adata.write_h5ad(target)
+
+
+@contextmanager
+def _opened(path: Path, *, is_zarr: bool) -> Iterator[Any]:
+    """Yield the root group of a copy, to be changed."""
+    if not is_zarr:
+        with h5py.File(path, "r+") as file:
+            yield file
+        return
+    import zarr
+
+    yield zarr.open_group(path, mode="r+", use_consolidated=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # version 3 has no standard for it yet
+        zarr.consolidate_metadata(path)
+
+
+def _check_rows(count: int, known: CellSource) -> None:
     if count != known.shape[0]:
         raise InputError(
             f"{count:,} answers do not fit the {known.shape[0]:,} cells of {shown_path(known.path)}. Ask again."
         )
 
 
-def _add_matrix(file: h5py.File, name: str, matrix: Any, *, known: H5adFile) -> None:
+def _add_matrix(file: h5py.File, name: str, matrix: Any, *, known: CellSource) -> None:
     """Write a matrix into `obsm`, a block of rows at a time."""
     from anndata.io import write_elem
 
@@ -114,13 +149,14 @@ def _add_matrix(file: h5py.File, name: str, matrix: Any, *, known: H5adFile) -> 
     node = file["obsm"]
     if name in node:
         del node[name]
-    stored = node.create_dataset(name, shape=matrix.shape, dtype=matrix.dtype)
+    create = node.create_dataset if isinstance(node, h5py.Group) else node.create_array
+    stored = create(name, shape=matrix.shape, dtype=matrix.dtype)
     stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     for start in range(0, matrix.shape[0], COPIED_ROWS):
         stored[start : start + COPIED_ROWS] = matrix[start : start + COPIED_ROWS]
 
 
-def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, known: H5adFile) -> None:
+def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, known: CellSource) -> None:
     """Write columns into `obs` without rewriting the columns that are there, so that odd ones stay as they are."""
     import anndata
     from anndata.io import read_elem, write_elem
@@ -132,11 +168,14 @@ def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, 
         return values
 
     node = file["obs"]
-    if isinstance(node, h5py.Group) and node.attrs.get("encoding-version") == "0.2.0":
+    if not isinstance(node, h5py.Dataset) and node.attrs.get("encoding-version") == "0.2.0":
         order = [name for name in known.columns_of("obs") if name not in columns]
         for name, column in columns.items():
             write_elem(node, str(name), values_of(column))
-        node.attrs.create("column-order", [*order, *columns], dtype=h5py.string_dtype())
+        if isinstance(node, h5py.Group):
+            node.attrs.create("column-order", [*order, *columns], dtype=h5py.string_dtype())
+        else:
+            node.attrs["column-order"] = [*order, *map(str, columns)]
         return
     # Older anndata kept obs as one table, or categories apart from their columns: such an obs is rewritten.
     if isinstance(node, h5py.Group):

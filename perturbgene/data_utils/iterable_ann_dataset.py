@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from perturbgene.cli.base import Normalization, ReadingConfig
 from perturbgene.data_utils.labels import ABSENT
-from perturbgene.data_utils.opening import H5adFile, expand_paths
+from perturbgene.data_utils.opening import as_sources
 from perturbgene.data_utils.order import (
     DEFAULT_BLOCK_ROWS,
     DEFAULT_BUFFER_ROWS,
@@ -172,7 +172,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         options |= {"missing_labels": tuple(missing_labels)}
         if normalization != "auto":
             options["normalization"] = normalization
-        sources = _as_sources(paths)
+        sources = as_sources(paths)
         self.shards = ShardCache(sources, layer=layer, **options)
         self.sizes = self._checked_sizes(getattr(sources, "sizes", None), min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
@@ -215,7 +215,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _check(shard: Shard, min_gene_coverage: float) -> int:
         shard.alignment.check_coverage(min_gene_coverage, source=shard.path)
         logger.info("%s: %d cells, %s", shard.path, len(shard), shard.alignment.describe())
-        if isinstance(shard.source, H5adFile) and shard.source.format != "csr":
+        if shard.source.format != "csr":
             how = "dense" if shard.source.format == "dense" else "compressed by columns"
             logger.info("%s is stored %s: slow; `perturbgene prepare` makes it fast", shard.path, how)
         return len(shard)
@@ -592,14 +592,3 @@ class Batches(IterableDataset[dict[str, Any]]):
         """Yield what the collator makes of each block."""
         for block in self.cells.blocks():
             yield self.collator.collate_block(block)
-
-
-def _as_sources(paths: str | Path | Sequence[Any]) -> list[Any]:
-    """Expand paths; AnnData objects pass as they are."""
-    if hasattr(paths, "columns"):
-        raise InputError("a DataFrame is no AnnData. Make one of it: anndata.AnnData(table).")
-    if hasattr(paths, "obs_names"):
-        return [paths]
-    if not isinstance(paths, str | Path) and any(hasattr(path, "obs_names") for path in paths):
-        return list(paths)
-    return expand_paths(paths)

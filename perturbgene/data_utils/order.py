@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perturbgene.data_utils.kernels import best_fit
-from perturbgene.data_utils.opening import H5adFile, MemoryFile, sampled_spans
+from perturbgene.data_utils.sources import CellSource, StoredCells, sampled_spans
 
 if TYPE_CHECKING:
     from perturbgene.data_utils.shards import Shard
@@ -267,12 +267,12 @@ class BudgetSampler:
 _CHUNK_ROWS = 1024
 
 
-def stored_values(source: H5adFile | MemoryFile) -> np.ndarray:
+def stored_values(source: CellSource) -> np.ndarray:
     """Count the values that are stored for each cell, int64 of shape (n,).
 
     Of a CSR matrix on disk only the offsets are read; a dense matrix has to be read whole.
     """
-    if isinstance(source, H5adFile) and source.format == "csr":
+    if isinstance(source, StoredCells) and source.format == "csr":
         return np.diff(source.offsets)
     starts = range(0, source.shape[0], _CHUNK_ROWS)
     counts = [np.diff(source.read_rows(start, min(start + _CHUNK_ROWS, source.shape[0]))[2]) for start in starts]

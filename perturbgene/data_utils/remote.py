@@ -31,6 +31,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 from filelock import FileLock
 from tqdm import tqdm
 
+from perturbgene.data_utils.foreign import HDF5_SIGNATURE, kind_of
 from perturbgene.errors import InputError
 from perturbgene.urls import SCHEMES, is_http, is_url, parts_of, shown_url, url_identity
 
@@ -51,7 +52,6 @@ ADVICE_OF_STATUS = {
     403: "You may need permission, or the link has expired.",
 }
 URL_SAFE = "/%?:@!$&'()*+,;=~"  # RFC 3986: characters that a path or query may hold as they are
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HDF5_SUFFIXES = (".h5ad", ".h5", ".hdf5")
 
 _jitter = random.Random()  # its own, so that waiting never moves the seeded global generator
@@ -345,7 +345,7 @@ def _write(answer: _Answer, part: Path, *, url: str) -> None:
     if answer.start == 0 and (not first or size == 0):
         raise InputError(f"{shown_url(url)} is empty (0 bytes). Check the URL.")
     if answer.start == 0 and name.lower().endswith(HDF5_SUFFIXES) and not first.startswith(HDF5_SIGNATURE):
-        raise InputError(f"{shown_url(url)} is {kind_of(first)}, not an HDF5 file. Check the URL.")
+        raise InputError(f"{shown_url(url)} is {kind_of(first).what}, not an HDF5 file. Check the URL.")
     try:
         with (
             part.open("ab" if answer.start else "wb") as output,
@@ -356,22 +356,6 @@ def _write(answer: _Answer, part: Path, *, url: str) -> None:
                 bar.update(len(chunk))
     except OSError as error:
         raise InputError(f"{part.parent} cannot be written ({error.strerror or error}). Make room there.") from error
-
-
-def kind_of(head: bytes) -> str:
-    """Say what a file is that begins with these bytes.
-
-    Example:
-        >>> kind_of(b"<!DOCTYPE html><html>")
-        'a web page (an error page, or a login form)'
-    """
-    if head.startswith(b"\x1f\x8b"):
-        return "compressed with gzip (unpack it with gunzip)"
-    if head.lstrip().lower().startswith((b"<!doc", b"<html")):
-        return "a web page (an error page, or a login form)"
-    if head.startswith(HDF5_SIGNATURE[:4]):
-        return "an HDF5 file that is truncated or damaged"
-    return f"a file that begins with {head[:8]!r}"
 
 
 # -- the cache ----------------------------------------------------------------------------------------------------

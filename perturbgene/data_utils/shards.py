@@ -11,14 +11,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary
-from perturbgene.data_utils.opening import H5adFile, MemoryFile, sampled_spans
+from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.scale import (
     ExpressionBlock,
     Normalization,
@@ -27,6 +26,7 @@ from perturbgene.data_utils.scale import (
     needs_normalizing,
     recognize_counts,
 )
+from perturbgene.data_utils.sources import CellSource, sampled_spans
 from perturbgene.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Shard:
         measured: Tables of measured genes, which the files of a data set share.
     """
 
-    source: H5adFile | MemoryFile
+    source: CellSource
     panel: GenePanel
     vocabulary: Vocabulary
     included_phenotypes: Sequence[str] = ()
@@ -240,7 +240,7 @@ class Shard:
         return tables[source_n]
 
     def _read_runs(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if isinstance(self.source, H5adFile) and (gathered := self.source.gather_rows(rows_m)) is not None:
+        if (gathered := self.source.gather_rows(rows_m)) is not None:
             return gathered
         values, columns, lengths = [], [], []
         for run in np.split(rows_m, np.flatnonzero(np.diff(rows_m) > READ_GAP_ROWS) + 1):
@@ -299,8 +299,7 @@ def _hash_of_names(names: Sequence[np.ndarray]) -> bytes:
 
 def _weight(shard: Shard) -> int:
     """How many ordinary files a file counts as: one compressed by columns is kept in memory as a whole."""
-    is_held_whole = isinstance(shard.source, H5adFile) and shard.source.format == "csc"
-    return MOST_OPEN_FILES // MOST_WHOLE_FILES if is_held_whole else 1
+    return MOST_OPEN_FILES // MOST_WHOLE_FILES if shard.source.is_held_whole else 1
 
 
 class ShardCache:
@@ -326,26 +325,19 @@ class ShardCache:
 
     def __getitem__(self, index: int) -> Shard:
         if index not in self._open:
-            given = self.sources[index]
-            is_path = isinstance(given, str | Path)
-            source = H5adFile(str(given), layer=self.layer) if is_path else MemoryFile(given, layer=self.layer)
-            self._open[index] = Shard(source, **self.options)
+            self._open[index] = Shard(open_source(self.sources[index], layer=self.layer), **self.options)
         self._open.move_to_end(index)
         while sum(map(_weight, self._open.values())) > MOST_OPEN_FILES and len(self._open) > 1:
-            _, oldest = self._open.popitem(last=False)
-            if isinstance(oldest.source, H5adFile):
-                oldest.source.close()
+            self._open.popitem(last=False)[1].source.close()
         return self._open[index]
 
     def close(self) -> None:
         """Close all files; they open again when used."""
         while self._open:
-            _, shard = self._open.popitem()
-            if isinstance(shard.source, H5adFile):
-                shard.source.close()
+            self._open.popitem()[1].source.close()
 
 
-def _measured_columns(source: H5adFile | MemoryFile) -> np.ndarray | None:
+def _measured_columns(source: CellSource) -> np.ndarray | None:
     """Return which columns each table of a corpus measured, bool of shape (t, c), or None where nothing says so."""
     measured_ct, num_columns = source.varm_array(MEASURED_KEY), source.shape[1]
     if measured_ct is None:

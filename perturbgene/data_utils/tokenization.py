@@ -43,7 +43,6 @@ from perturbgene.data_utils.labels import (
     Vocabulary,
     token_text,
 )
-from perturbgene.data_utils.opening import H5adFile, MemoryFile
 from perturbgene.data_utils.scale import (
     NORMALIZATIONS,
     ExpressionBlock,
@@ -54,6 +53,7 @@ from perturbgene.data_utils.scale import (
     native,
 )
 from perturbgene.data_utils.shards import Shard
+from perturbgene.data_utils.sources import CellSource, MemoryFile
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import write_text
 
@@ -362,7 +362,7 @@ class GeneTokenizer:
 
     # -- cells to tokens ------------------------------------------------------------------------------------------
 
-    def open(self, source: H5adFile | MemoryFile, **options: Any) -> Shard:
+    def open(self, source: CellSource, **options: Any) -> Shard:
         """Align one file or AnnData to this tokenizer."""
         return Shard(source, **{**self.shard_options(), **options})
 

@@ -15,7 +15,7 @@ import torch
 
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import ask, pack
-from perturbgene.data_utils.h5ad_writing import write_h5ad_copy
+from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
@@ -194,7 +194,7 @@ def embed(
         (255, 32)
     """
     embedder = CellEmbedder(load_run(model, device=device), pooling, phenotype, genes, given_labels(given))
-    cells = read_cells(adata) if isinstance(adata, str | Path) else adata
+    cells = read_cells(adata)
     dataset = open_cells(cells, embedder.run, embedder.given, **reading)
     batches = stream_batches(dataset, text="embed", most_tokens=batch_tokens)
     found = collect_results(CellResults(dataset.num_cells), batches, embedder.embed)
@@ -221,7 +221,7 @@ def run_embed(config: EmbedConfig) -> str | None:
             if not ranks.is_main:
                 return None
             facts = embedder.facts(coverage=dataset.coverage)
-            write_h5ad_copy(source, target, uns=facts, obs=embedder.presence(found), obsm=found)
+            write_copy(source, target, uns=facts, obs=embedder.presence(found), obsm=found)
             num_empty = int(np.isnan(found[KEY][:, 0]).sum())
     empty = f"; {num_empty:,} cells express no gene of the run and are NaN" if num_empty else ""
     keys = ", ".join(embedder.keys)

@@ -17,7 +17,7 @@ from scipy.special import softmax
 from perturbgene.cli.verbs import AnswerOptions, PredictConfig
 from perturbgene.configs import check_question
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
-from perturbgene.data_utils.h5ad_writing import write_h5ad_copy
+from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import FileList
@@ -397,7 +397,7 @@ def predict(
         ['monocyte', 'NK cell', 'B cell']
     """
     options = AnswerOptions(top_k=top_k, joint=joint, abstain=abstain, ood=ood, audit=audit, calibrate=calibrate)
-    run, cells = load_run(model, device=device), read_cells(adata) if isinstance(adata, str | Path) else adata
+    run, cells = load_run(model, device=device), read_cells(adata)
     table = predict_table(cells, run, ask=ask, given=given, options=options, batch_tokens=batch_tokens, **reading)
     result = cells.to_memory() if cells.isbacked else cells.copy()
     for name in table:
@@ -417,6 +417,6 @@ def run_predict(config: PredictConfig) -> str | None:
             columns = predictor.answer_all(dataset, results, most_tokens=config.batch_tokens)
             if not ranks.is_main:
                 return None
-            write_h5ad_copy(source, target, obs=columns, uns=predictor.facts(dataset))
+            write_copy(source, target, obs=columns, uns=predictor.facts(dataset))
             first = f"{dataset.num_cells:,} cells predicted by {config.run}, written to {target}"
             return "\n".join([first, *(predictor.summary(name, columns) for name in predictor.asked)])

@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,8 @@ from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import FileOptions
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, label_text
-from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.opening import expand_paths, is_zarr, one_source, open_source
 from perturbgene.data_utils.order import in_budget
-from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.files import claimed, partial_path
@@ -118,7 +117,7 @@ def check_target(source: str, target: str | Path, *, overwrite: bool, verb: str)
     target = Path(target).expanduser()
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
-    if target.is_dir():
+    if target.is_dir() and not (target.suffix == ".zarr" and is_zarr(str(target))):
         raise InputError(f"{target} cannot be written (it is a folder). Choose another --output.")
     paths = expand_paths([source])
     if len(paths) > 1:
@@ -145,18 +144,14 @@ def unwritable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be written ({error}). Choose another --output.")
 
 
-def read_cells(path: str | Path) -> "AnnData":
-    """Read a whole h5ad file, or the one at a URL, into memory: for notebooks, not for a million cells.
+def read_cells(cells: Any) -> "AnnData":
+    """Return an AnnData as it is, and one file or URL read into memory: for notebooks, not for a million cells.
 
     Raises:
-        InputError: There is no such file, or several.
+        InputError: It is neither an AnnData nor one file that can be read.
     """
-    import anndata
-
-    paths = expand_paths([str(path)])
-    if len(paths) > 1:
-        raise InputError(f"{shown_path(str(path))} names {len(paths):,} files, but one is read here. Name one file.")
-    return anndata.read_h5ad(local_path(paths[0]))
+    with closing(open_source(one_source(cells))) as source:
+        return source.to_adata()
 
 
 # -- opening cells ------------------------------------------------------------------------------------------------

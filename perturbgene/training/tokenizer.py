@@ -11,7 +11,7 @@ import numpy as np
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.genes import clean_gene, read_panel
 from perturbgene.data_utils.labels import Vocabulary
-from perturbgene.data_utils.opening import FileList, H5adFile
+from perturbgene.data_utils.opening import FileList, open_source
 from perturbgene.data_utils.tokenization import FORMAT_VERSION, GeneTokenizer
 from perturbgene.errors import InputError
 
@@ -63,7 +63,7 @@ def _panel_of(config: "TrainingConfig", train_files: FileList) -> tuple[list[str
         return list(given.genes), list(given.gene_symbols) or None
     if config.panel:
         return list(read_panel(config.panel)), None
-    file = H5adFile(train_files[0], layer=config.layer)
+    file = open_source(train_files[0], layer=config.layer)
     names: Any = file.var_names if config.gene_id_column is None else file.var_column(config.gene_id_column).to_numpy()
     known, order = file.columns_of(file.var_frame), np.arange(len(names))
     if RANK_COLUMN in known:

@@ -342,7 +342,7 @@ def test_a_file_without_verb_cannot_be_loaded_alone(tmp_path):
         (["evaluate", "r", "--corpus", "c", "--eval_data_paths", "a"], "both given"),
         (["predict", "r", "--output", "o"], "INPUT after the verb"),
         (["predict", "r", "a.h5ad", "--output", "a.h5ad"], "the input itself"),
-        (["predict", "r", "a.h5ad", "--output", "a.csv"], "must end in .h5ad. Change --output"),
+        (["predict", "r", "a.h5ad", "--output", "a.csv"], "must end in .h5ad or .zarr. Change --output"),
         ([*PREDICT, "--ask", "sex", "--given", "sex=male"], "both asked and given"),
         (["download", "a.h5ad"], "'a.h5ad' is not a URL"),
         (["download", "https://host/a.h5ad", "--retries", "-1"], "must be in"),

@@ -9,7 +9,7 @@ import pytest
 
 from perturbgene.cli.verbs import DownloadConfig
 from perturbgene.data_utils.download import download, read_checksums, run_download
-from perturbgene.data_utils.remote import HDF5_SIGNATURE
+from perturbgene.data_utils.foreign import HDF5_SIGNATURE
 from perturbgene.errors import InputError
 from perturbgene.files import claimed
 from tests.web_server import Handler, Web, serving

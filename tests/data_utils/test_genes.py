@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from perturbgene.data_utils.genes import GenePanel, clean_gene, names_of, read_panel
-from perturbgene.data_utils.opening import MemoryFile
+from perturbgene.data_utils.sources import MemoryFile
 from perturbgene.errors import InputError
 
 CD3E, MS4A1, LYZ = "ENSG00000198851", "ENSG00000156738", "ENSG00000090382"

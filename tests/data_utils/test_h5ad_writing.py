@@ -23,7 +23,7 @@ def test_a_copy_gets_a_matrix_block_by_block_and_columns(write_h5ad, tmp_path, m
 
     label = pd.Categorical(["a", "b", "a"])
     target = tmp_path / "out.h5ad"
-    h5ad_writing.write_h5ad_copy(path, target, obs={"label": label}, obsm={"X_new": Rows()}, uns={"run": "here"})
+    h5ad_writing.write_copy(path, target, obs={"label": label}, obsm={"X_new": Rows()}, uns={"run": "here"})
     copy = ad.read_h5ad(target)
     assert copy.obs["label"].tolist() == ["a", "b", "a"]
     np.testing.assert_array_equal(copy.obsm["X_new"], matrix)
@@ -32,14 +32,14 @@ def test_a_copy_gets_a_matrix_block_by_block_and_columns(write_h5ad, tmp_path, m
 
 def test_a_matrix_must_fit_the_rows_of_the_file(write_h5ad, tmp_path):
     with pytest.raises(InputError, match="2 answers do not fit the 3 cells"):
-        h5ad_writing.write_h5ad_copy(
+        h5ad_writing.write_copy(
             write_h5ad(np.eye(4)[:3]), tmp_path / "out.h5ad", obsm={"X_new": np.zeros((2, 2))}, uns={}
         )
 
 
 def test_a_column_must_fit_the_rows_of_the_file(write_h5ad, tmp_path):
     with pytest.raises(InputError, match="2 answers do not fit the 3 cells"):
-        h5ad_writing.write_h5ad_copy(
+        h5ad_writing.write_copy(
             write_h5ad(np.eye(4)[:3]), tmp_path / "out.h5ad", obs=pd.DataFrame({"a": np.zeros(2)}), uns={}
         )
     assert not list(tmp_path.glob("*out.h5ad*")), "neither the target nor a temporary file is left"

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import Cell, IterableAnnDataset
-from perturbgene.data_utils.opening import FileList, H5adFile
+from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard
+from perturbgene.data_utils.sources import H5adFile
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from tests.nine_genes import GENES, LABELS, a_tokenizer

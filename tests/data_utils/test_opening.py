@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from perturbgene.data_utils.opening import H5adFile, MemoryFile, expand_braces, expand_paths
+from perturbgene.data_utils.opening import expand_braces, expand_paths
+from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.errors import InputError
 
 Write = Callable[..., str]
@@ -324,7 +325,7 @@ def _stored_outside(file: h5py.File) -> None:
         pytest.param(_virtual, "X/data.* in another file", id="virtual data set"),
         pytest.param(_stored_outside, "X/data.* in another file", id="external storage"),
         pytest.param(lambda file: file["X"].attrs.pop("shape"), "does not say its shape", id="no shape"),
-        pytest.param(lambda file: file["X"].attrs.update({"encoding-type": "coo"}), "form that is no matrix", id="coo"),
+        pytest.param(lambda file: file["X"].attrs.update({"encoding-type": "coo"}), "encoding coo 0.1.0", id="coo"),
         pytest.param(_replace("X/indptr", [0, 2, 1, 4]), "indptr is damaged", id="offsets that fall"),
         pytest.param(_replace("X/indptr", [0, 2, 2, 99]), "indptr is damaged", id="offsets beyond the data"),
         pytest.param(_replace("X/indptr", [0, 2, 2, -5]), "indptr is damaged", id="overflown offsets"),

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from perturbgene.data_utils.kernels import cell_key, mix, unit
-from perturbgene.data_utils.opening import H5adFile
 from perturbgene.data_utils.order import (
     BudgetSampler,
     CellSampler,
@@ -26,6 +25,7 @@ from perturbgene.data_utils.order import (
     stored_values,
 )
 from perturbgene.data_utils.shards import ShardCache
+from perturbgene.data_utils.sources import H5adFile
 from tests.nine_genes import GENES, a_tokenizer
 
 PLANS = st.builds(

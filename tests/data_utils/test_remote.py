@@ -21,10 +21,12 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from perturbgene.data_utils import remote
-from perturbgene.data_utils.h5ad_writing import write_h5ad_copy
+from perturbgene.data_utils.foreign import HDF5_SIGNATURE
+from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.opening import H5adFile, expand_paths
-from perturbgene.data_utils.remote import HDF5_SIGNATURE, default_cache_dir, fetch, has_room
+from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.remote import default_cache_dir, fetch, has_room
+from perturbgene.data_utils.sources import H5adFile
 from perturbgene.errors import InputError
 from perturbgene.urls import shown_url
 from tests.web_server import Handler, Web, serving
@@ -471,7 +473,7 @@ def token_lists(cells: list[Any]) -> list[list[int]]:
 
 def test_answers_are_written_into_a_copy_of_a_remote_file(web: Web, shards: list[str], tmp_path: Path) -> None:
     url, target = f"{web.url}/flaky/shard_1.h5ad?token=s3cret", tmp_path / "answers.h5ad"
-    write_h5ad_copy(url, target, obs=pd.DataFrame({"predicted_sex": ["male"] * 2000}), uns={"run": "here"})
+    write_copy(url, target, obs=pd.DataFrame({"predicted_sex": ["male"] * 2000}), uns={"run": "here"})
     answered = H5adFile(str(target))
     assert answered.columns_of("obs") == ["cell_type", "predicted_sex"]
     assert same_rows(answered, H5adFile(shards[1]), 0, 2000)

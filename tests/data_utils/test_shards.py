@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.data_utils.labels import Vocabulary
-from perturbgene.data_utils.opening import H5adFile, MemoryFile
 from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
+from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.errors import InputError
 
 Write = Callable[..., str]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from perturbgene.data_utils.labels import token_text
-from perturbgene.data_utils.opening import H5adFile, MemoryFile
+from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 

@@ -482,8 +482,8 @@ def test_an_output_below_a_file_is_refused(trained, small, tmp_path, capsys):
 
 
 def test_an_output_that_is_a_folder_is_refused(trained, small, tmp_path, capsys):
-    (tmp_path / "folder").mkdir()
-    assert run_on(trained, small, tmp_path / "folder", "--overwrite") == 2
+    (tmp_path / "folder.h5ad").mkdir()
+    assert run_on(trained, small, tmp_path / "folder.h5ad", "--overwrite") == 2
     assert "cannot be written" in error_line(capsys)
 
 
@@ -1330,9 +1330,10 @@ NONSENSE = {
 def test_nonsense_ends_with_code_2_and_one_line(line, trained, small, tmp_path, capsys):
     names = {name: getattr(trained, name) for name in ("mlm", "cls", "corpus")}
     bare = _rewrite(small, tmp_path / "bare.h5ad", _no_columns)
-    assert main(line.format(**names, cells=small, bare=bare, out=tmp_path / "out").split()) == 2
+    out = tmp_path / ("out" if line.startswith("evaluate") else "out.h5ad")
+    assert main(line.format(**names, cells=small, bare=bare, out=out).split()) == 2
     assert NONSENSE[line] in error_line(capsys)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def _commands_of(page: str) -> list[str]:

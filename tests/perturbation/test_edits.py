@@ -15,7 +15,7 @@ TOKENIZER = a_tokenizer()
 
 def block_of_values(adata, tokenizer: GeneTokenizer) -> TokenBlock:
     """Tokenise an AnnData without phenotypes, as a state is read."""
-    from perturbgene.data_utils.opening import MemoryFile
+    from perturbgene.data_utils.sources import MemoryFile
 
     bare = tokenizer.with_settings(included=[])
     shard = bare.open(MemoryFile(adata))

@@ -1,0 +1,783 @@
+"""Cells as they are stored: matrices by rows, columns of obs and var, from files, zarr stores and memory.
+
+Owns everything HDF5 and zarr about reading; knows nothing of panels, tokens or phenotypes. Letters: n cells, m rows,
+c columns, l values.
+"""
+
+import gzip
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import psutil
+from scipy import sparse
+
+from perturbgene.data_utils.decode import ChunkReader, SpanReader
+from perturbgene.data_utils.foreign import EXPECTED, kind_of, kind_of_store
+from perturbgene.data_utils.remote import local_path
+from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.urls import is_url, parts_of, shown_path, shown_text
+
+#: A compressor cannot shrink zeros by more than about this (deflate: 1,032), so a file that claims more holds nothing.
+MOST_COMPRESSION = 5_000
+
+#: Rows of a matrix in memory that are compressed at a time.
+_BLOCK_ROWS = 4096
+
+
+class CellSource:
+    """What all sources of cells have in common: a matrix by rows, and columns that are found by name.
+
+    Attributes:
+        path: The source, for messages.
+        layer: Name of a layer, "raw" for `.raw`, or None for `X`.
+        format: How the matrix is stored: csr, csc or dense.
+        is_held_whole: True if it is kept in memory as a whole while it is open.
+    """
+
+    path: str
+    layer: str | None
+    format: str = "csr"
+    is_held_whole: bool = False
+
+    def columns_of(self, frame: str) -> list[str]:
+        """Return the names of the columns of `obs`, `var` or `raw/var`."""
+        raise NotImplementedError
+
+    def _column(self, frame: str, column: str) -> pd.Series:
+        raise NotImplementedError
+
+    def _index_of(self, frame: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def varm_array(self, name: str) -> np.ndarray | None:
+        """Return one array of `varm`, or None where there is none of that name."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and columns of the chosen matrix."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all matrices other than `X`, as --layer takes them."""
+        raise NotImplementedError
+
+    def with_layer(self, layer: str | None) -> "CellSource":
+        """Return the same cells with another matrix."""
+        raise NotImplementedError
+
+    @property
+    def var_frame(self) -> str:
+        """Where the columns of the chosen matrix are named.
+
+        Raises:
+            InputError: `.raw` was chosen and there is none.
+        """
+        raise NotImplementedError
+
+    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read neighbouring rows as CSR: values (l,), columns (l,), offsets from 0 (stop - start + 1,)."""
+        raise NotImplementedError
+
+    def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Read scattered rows as CSR where that costs no more than neighbouring ones, else return None."""
+        return None
+
+    def to_adata(self) -> Any:
+        """Return all cells as an AnnData in memory.
+
+        Raises:
+            InputError: It cannot be read, or does not fit in memory.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close what is open; the next access opens it again."""
+
+    @property
+    def obs_names(self) -> np.ndarray:
+        """Names of the cells, shape (n,)."""
+        return self._index_of("obs")
+
+    @property
+    def var_names(self) -> np.ndarray:
+        """Names of the columns of the chosen matrix, shape (c,)."""
+        return self._index_of(self.var_frame)
+
+    def obs_column(self, column: str) -> pd.Series:
+        """Return one column of `obs`, positional index.
+
+        Raises:
+            InputError: No such column, with the nearest name.
+        """
+        return self._known_column("obs", column)
+
+    def var_column(self, column: str) -> pd.Series:
+        """Return one column of `var` (or `raw/var`), positional index."""
+        return self._known_column(self.var_frame, column)
+
+    def _known_column(self, frame: str, column: str) -> pd.Series:
+        known = self.columns_of(frame)
+        if column not in known:
+            name = "obs" if frame == "obs" else "var"
+            raise InputError(f"{self.path} has no {name} column {column!r}. {did_you_mean(column, known)}")
+        return self._column(frame, column).reset_index(drop=True)
+
+
+# -- h5ad files and zarr stores -----------------------------------------------------------------------------------
+
+
+class StoredCells(CellSource):
+    """AnnData on disk; opened lazily in the process that reads it, never handed across a fork.
+
+    HDF5 and zarr share the layout of groups and arrays, and the names of what is done with them.
+
+    Args:
+        path: The file, or its URL; with passwords and tokens masked from then on, for messages.
+        layer: Name of a layer, "raw" for `.raw`, or None for `X`.
+    """
+
+    def __init__(self, path: str, layer: str | None = None) -> None:
+        self._place, self.path, self.layer = path, shown_path(path), layer
+        self._forget()
+
+    def _forget(self) -> None:
+        self._file: Any = None
+        self._pid = 0
+        self._matrix: tuple[Any, str] | None = None
+        self._whole: sparse.csr_matrix | None = None
+        self._offsets: np.ndarray | None = None
+        self._readers: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_place": self._place, "path": self.path, "layer": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, layer={self.layer!r})"
+
+    def _open(self) -> Any:
+        """Open the root group and check it."""
+        raise NotImplementedError
+
+    def _reader(self, array: Any) -> Any:
+        """Return what reads spans of an array."""
+        raise NotImplementedError
+
+    def _num_stored_bytes(self, array: Any) -> int:
+        raise NotImplementedError
+
+    @property
+    def file(self) -> Any:
+        """The open root group, reopened after a fork.
+
+        Raises:
+            InputError: It cannot be fetched or opened, keeps data in other files, is damaged, or is no AnnData.
+        """
+        if self._file is None or self._pid != os.getpid():
+            self._forget()
+            self._file, self._pid = self._open(), os.getpid()
+        return self._file
+
+    def close(self) -> None:
+        """Close the file; the next access opens it again."""
+        if isinstance(self._file, h5py.File) and self._pid == os.getpid():
+            self._file.close()
+        self._forget()
+
+    def _check(self, file: Any) -> None:
+        """Raise an InputError if the file is no AnnData, or holds what anndata could not read back from a copy."""
+        if kind := kind_of_store(file, self.path):
+            raise InputError(f"{self.path} is {kind.what}. {kind.remedy}")
+        known = _known_encodings()
+        for node in _walk(file):
+            encoding = _text(node.attrs.get("encoding-type", "")), _text(node.attrs.get("encoding-version", ""))
+            if encoding[0] and known and encoding not in known:
+                raise InputError(
+                    f"{self.path}: {node.name[1:] or 'the file'} was written by a newer anndata (encoding "
+                    f"{' '.join(encoding)}). Update it (pip install -U anndata), or save the file with an older one."
+                )
+            if encoding[0] == "categorical" and {"codes", "categories"} <= set(node):
+                codes, labels = node["codes"][:], node["categories"]
+                num_labels = (labels if _is_array(labels) else labels["values"]).shape[0]
+                if len(codes) and not -1 <= codes.min() <= codes.max() < num_labels:
+                    raise InputError(
+                        f"{self.path}: {node.name[1:]} is damaged: codes from {codes.min()} to {codes.max()} for "
+                        f"{num_labels:,} categories. Write the file again."
+                    )
+
+    # -- the matrix ------------------------------------------------------------------------------------------------
+
+    @property
+    def matrix(self) -> Any:
+        """The chosen matrix, a group or an array.
+
+        Raises:
+            InputError: There is no such matrix, it is stored in an unknown form, or its size cannot be true.
+        """
+        return self._checked_matrix()[0]
+
+    @property
+    def format(self) -> str:  # type: ignore[override]
+        """How the matrix is stored: csr, csc or dense."""
+        return self._checked_matrix()[1]
+
+    @property
+    def is_held_whole(self) -> bool:  # type: ignore[override]
+        """True for a matrix that is compressed by columns, which is converted in memory."""
+        return self.format == "csc"
+
+    def _checked_matrix(self) -> tuple[Any, str]:
+        """Return the matrix and how it is stored, looked at once each time the file is opened."""
+        file = self.file
+        if self._matrix is not None:
+            return self._matrix
+        name = self.matrix_name
+        if name not in file:
+            found = [*(["X"] if "X" in file else []), *self.layers]
+            found_text = f"but has: {listed(found)}. Choose with --layer" if found else "nor any other. Add one"
+            raise InputError(f"{self.path} has no matrix {name!r}, {found_text}.")
+        node, format_ = file[name], _format_of(file[name])
+        if format_ == "unknown":
+            raise InputError(f"{self.path}: {name} is stored in a form that is no matrix. Re-save it with anndata.")
+        for part in [node] if format_ == "dense" else [node[key] for key in ("data", "indices", "indptr")]:
+            num_bytes = int(np.prod(part.shape, dtype=object)) * part.dtype.itemsize
+            is_huge = num_bytes > psutil.virtual_memory().total
+            if is_huge and num_bytes > MOST_COMPRESSION * max(1, self._num_stored_bytes(part)):
+                raise InputError(
+                    f"{self.path}: {name} claims {num_bytes / 1e9:,.0f} GB, but the file holds next to nothing. It "
+                    "is damaged or made to fill the memory. Write it again."
+                )
+        self._matrix = (node, format_)
+        return self._matrix
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all matrices other than `X`, as --layer takes them."""
+        return [*(["raw"] if "raw/X" in self.file else []), *self.file.get("layers", {})]
+
+    def with_layer(self, layer: str | None) -> "StoredCells":
+        """Return the same file with another matrix."""
+        return type(self)(self._place, layer=layer)
+
+    @property
+    def matrix_name(self) -> str:
+        """Path of the chosen matrix within the file."""
+        return {None: "X", "raw": "raw/X"}.get(self.layer, f"layers/{self.layer}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and columns of the chosen matrix."""
+        matrix = self.matrix
+        shape = matrix.shape if _is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+        if shape is None or len(shape) != 2:
+            raise InputError(f"{self.path}: {self.matrix_name} does not say its shape. Re-save it with anndata.")
+        return int(shape[0]), int(shape[1])
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each row's values start in a CSR matrix, int64 of shape (n + 1,).
+
+        Raises:
+            InputError: The offsets do not increase or do not fit the matrix.
+        """
+        group = self.matrix
+        if self._offsets is None:
+            offsets = np.asarray(group["indptr"][:], dtype=np.int64)
+            length = min(group["data"].shape[0], group["indices"].shape[0])
+            if not _are_sound(offsets, num_rows=self.shape[0], num_values=length):
+                raise InputError(f"{self.path}: {self.matrix_name}/indptr is damaged. Write the file again.")
+            self._offsets = offsets
+        return self._offsets
+
+    def _whole_csr(self) -> sparse.csr_matrix:
+        group = self.matrix
+        if self._whole is None:
+            parts = (_supported(group["data"][:]), group["indices"][:], group["indptr"][:])
+            try:
+                self._whole = _checked_csr(sparse.csc_matrix(parts, shape=self.shape))
+            except ValueError as error:
+                raise InputError(f"{self.path}: {self.matrix_name} is damaged ({error}). Write it again.") from error
+        return self._whole
+
+    def _spans(self) -> list[Any]:
+        """Return readers of the values and columns of a CSR matrix, or of the rows of a dense one."""
+        matrix, format_ = self._checked_matrix()
+        if not self._readers:
+            arrays = [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]
+            self._readers = [self._reader(array) for array in arrays]
+        return self._readers
+
+    def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Read scattered rows as CSR where that costs no more than neighbouring ones, else return None."""
+        if self.format != "csr" or not all(span.is_mapped for span in self._spans()):
+            return None
+        starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
+        values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
+        return values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)])
+
+    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read neighbouring rows as CSR.
+
+        CSR is read straight from disk, dense rows are compressed as they are read. CSC is converted once, in memory.
+        """
+        try:
+            if self.format == "dense":
+                return _compress(self._spans()[0].read(start, stop))
+            if self.format == "csc":
+                rows = self._whole_csr()[start:stop]
+                return rows.data, rows.indices, rows.indptr.astype(np.int64)
+            offsets = self.offsets[start : stop + 1]
+            data, indices = (span.read(int(offsets[0]), int(offsets[-1])) for span in self._spans())
+            return data, indices, offsets - offsets[0]
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{self.path}: rows {start}..{stop - 1} cannot be read ({_reason(error)}). The file is damaged, or "
+                "its compression needs a plugin (pip install hdf5plugin)."
+            ) from error
+
+    # -- obs and var -----------------------------------------------------------------------------------------------
+
+    @property
+    def var_frame(self) -> str:
+        """Where the columns of the chosen matrix are named."""
+        if self.layer != "raw":
+            return "var"
+        if "raw/var" not in self.file:
+            raise InputError(f"{self.path} has no .raw with gene names. Choose another matrix with --layer.")
+        return "raw/var"
+
+    def columns_of(self, frame: str) -> list[str]:
+        """Return the names of the columns of `obs`, `var` or `raw/var`."""
+        node = self.file[frame]
+        if "column-order" in node.attrs and not _is_array(node):
+            return [_text(name) for name in node.attrs["column-order"]]
+        return [str(name) for name in self._frame(frame).columns]
+
+    def _column(self, frame: str, column: str) -> pd.Series:
+        node = self.file[frame]
+        # Version 0.1 keeps the categories of all columns apart: a column read alone would be codes, not labels.
+        is_self_contained = not _is_array(node) and node.attrs.get("encoding-version") == "0.2.0"
+        if is_self_contained and column in node:
+            return pd.Series(self._read_elem(f"{frame}/{column}"))
+        return self._frame(frame)[column]
+
+    def _frame(self, frame: str) -> pd.DataFrame:
+        node = self.file[frame]
+        return _frame_of_table(node, self.file) if isinstance(node, h5py.Dataset) else self._read_elem(frame)
+
+    def _read_elem(self, name: str) -> Any:
+        from anndata.io import read_elem
+
+        try:
+            return read_elem(self.file[name])
+        except Exception as error:  # anndata raises many kinds here; all mean the same to a user
+            raise InputError(
+                f"{self.path}: {name} cannot be read ({_reason(error)}). Re-save it with anndata."
+            ) from error
+
+    def _index_of(self, frame: str) -> np.ndarray:
+        node = self.file[frame]
+        if not _is_array(node) and "_index" in node.attrs and node.attrs["_index"] in node:
+            return np.asarray(self._read_elem(f"{frame}/{node.attrs['_index']}"), dtype=object)
+        return np.asarray(self._frame(frame).index, dtype=object)
+
+    def varm_array(self, name: str) -> np.ndarray | None:
+        """Return one array of `varm`, or None where there is none of that name."""
+        node = self.file.get(f"varm/{name}")
+        return np.asarray(node[...]) if node is not None and _is_array(node) and node.shape else None
+
+    def to_adata(self) -> Any:
+        """Return all cells as an AnnData in memory."""
+        node = self.file.get("X")
+        num_bytes = int(np.prod(node.shape, dtype=object)) * node.dtype.itemsize if _is_array(node) else 0
+        if num_bytes > (free := psutil.virtual_memory().available):
+            raise InputError(
+                f"{self.path}: X is stored dense and needs {num_bytes / 1e9:,.0f} GB of memory, of which "
+                f"{free / 1e9:,.0f} GB are free. Use the command line, which reads parts, or save it with a sparse X."
+            )
+        try:
+            return self._read_whole()
+        except Exception as error:  # as above
+            raise InputError(f"{self.path} cannot be read ({_reason(error)}). Re-save it with anndata.") from error
+
+    def _read_whole(self) -> Any:
+        raise NotImplementedError
+
+
+class H5adFile(StoredCells):
+    """One h5ad file, or the local copy of what a URL leads to."""
+
+    def _open(self) -> h5py.File:
+        local = local_path(self._place)
+        try:
+            file = h5py.File(local, "r")
+            self._check_links(file)
+            self._check(file)
+        except (OSError, RuntimeError) as error:
+            raise _refusal(self.path, local, error) from error
+        return file
+
+    def _check_links(self, file: h5py.File) -> None:
+        links: list[str] = []
+        file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else links.append(_text(name)))
+        if links:
+            raise InputError(f"{self.path} links {listed(links)} to another place, which is refused. Copy the data in.")
+        for node in _walk(file):
+            if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
+                raise InputError(
+                    f"{self.path} keeps {node.name[1:]} in another file, which is refused. Copy the data in."
+                )
+
+    def _reader(self, array: h5py.Dataset) -> Any:
+        return SpanReader(array, path=self.file.filename) if array.ndim == 1 else ChunkReader(array)
+
+    def _num_stored_bytes(self, array: h5py.Dataset) -> int:
+        return int(array.id.get_storage_size())
+
+    def _read_whole(self) -> Any:
+        import anndata
+
+        return anndata.read_h5ad(local_path(self._place))
+
+
+class ZarrFile(StoredCells):
+    """One zarr store of version 2 or 3: a folder, or a URL, of which only those chunks are fetched that are read."""
+
+    def _open(self) -> Any:
+        import zarr
+
+        if is_url(self._place):
+            parts_of(self._place)
+        try:
+            file = zarr.open_group(self._place, mode="r")
+            self._check(file)
+        except InputError:
+            raise
+        except ImportError as error:
+            raise InputError(f"{self.path} needs a package that is not installed: {error}.") from error
+        except Exception as error:  # of zarr, fsspec and the stores behind it
+            raise InputError(f"{self.path} cannot be read as zarr ({_reason(error)}). {EXPECTED}") from error
+        return file
+
+    def _reader(self, array: Any) -> Any:
+        return ChunkReader(array)
+
+    def _num_stored_bytes(self, array: Any) -> int:
+        return int(array.nbytes_stored())
+
+    def _read_whole(self) -> Any:
+        import anndata
+
+        return anndata.read_zarr(self.file)
+
+
+def _walk(node: Any) -> Iterator[Any]:
+    """Yield a group and all that is in it."""
+    yield node
+    if not _is_array(node):
+        for name in node:
+            yield from _walk(node[name])
+
+
+def _known_encodings() -> set[tuple[str, str]]:
+    """Return the encodings (type and version) that the installed anndata reads; empty if it does not say."""
+    try:
+        from anndata._io.specs.registry import _REGISTRY
+
+        return {(spec.encoding_type, spec.encoding_version) for _, spec, _ in _REGISTRY.read}
+    except (ImportError, AttributeError, ValueError):
+        return set()
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, without secrets."""
+    lines = str(error).strip().splitlines()
+    return shown_text(lines[0]) if lines else type(error).__name__
+
+
+def _refusal(path: str, local: str, error: Exception) -> InputError:
+    """Say what an unreadable file really is."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} does not exist. Check the path.")
+    if isinstance(error, PermissionError | BlockingIOError):
+        return InputError(f"{path} cannot be opened ({error}): it is protected, or locked by a program that writes it.")
+    if not os.path.isfile(local):
+        return InputError(f"{path} cannot be read ({error}). {EXPECTED}")
+    with open(local, "rb") as stream:
+        head = stream.read(64)
+    if not head:
+        return InputError(f"{path} is empty (0 bytes). Download or write it again.")
+    kind = kind_of(head, path)
+    why = f" ({error})" if head.startswith(b"\x89HDF") else ""
+    return InputError(f"{path} is {kind.what}{why}. {kind.remedy}")
+
+
+# -- cells in memory ----------------------------------------------------------------------------------------------
+
+
+class MemoryFile(CellSource):
+    """An AnnData in memory, read in the same way as a file.
+
+    Args:
+        adata: The cells; may be backed or a view.
+        layer: Name of a layer, "raw" for `.raw`, or None for `X`.
+    """
+
+    def __init__(self, adata: Any, layer: str | None = None, path: str = "AnnData") -> None:
+        self._adata, self.layer, self.path = adata, layer, path
+        self._csr: sparse.csr_matrix | None = None
+
+    @property
+    def adata(self) -> Any:
+        """The cells."""
+        return self._adata
+
+    @property
+    def _matrix(self) -> sparse.csr_matrix:
+        if self._csr is None:
+            layers = self.adata.layers
+            if self.layer == "raw":
+                chosen = self.adata.raw.X if len(self._var) else None
+            elif self.layer is not None and self.layer not in layers:
+                raise InputError(f"{self.path} has no layer {self.layer!r}. {did_you_mean(self.layer, [*layers])}")
+            else:
+                chosen = self.adata.X if self.layer is None else layers[self.layer]
+            self._csr = csr_of(chosen, source=f"{self.path} ({self.layer or 'X'})")
+        return self._csr
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all matrices other than `X`, as --layer takes them."""
+        return [*(["raw"] if self.adata.raw is not None else []), *self.adata.layers]
+
+    def with_layer(self, layer: str | None) -> "MemoryFile":
+        """Return the same cells with another matrix."""
+        return MemoryFile(self.adata, layer, self.path)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells and columns of the chosen matrix."""
+        return self.adata.n_obs, len(self._var)
+
+    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return neighbouring rows as CSR: values, columns, offsets from 0."""
+        offsets = self._matrix.indptr[start : stop + 1].astype(np.int64)
+        span = slice(int(offsets[0]), int(offsets[-1]))
+        return self._matrix.data[span], self._matrix.indices[span], offsets - offsets[0]
+
+    @property
+    def _var(self) -> pd.DataFrame:
+        if self.layer == "raw" and self.adata.raw is None:
+            raise InputError(f"{self.path} has no .raw. Choose another matrix with --layer.")
+        return self.adata.raw.var if self.layer == "raw" else self.adata.var
+
+    @property
+    def var_frame(self) -> str:
+        """Where the columns of the chosen matrix are named."""
+        return "raw/var" if self.layer == "raw" else "var"
+
+    def columns_of(self, frame: str) -> list[str]:
+        """Return the names of the columns of `obs` or `var`."""
+        return [str(name) for name in (self.adata.obs if frame == "obs" else self._var).columns]
+
+    def _column(self, frame: str, column: str) -> pd.Series:
+        return (self.adata.obs if frame == "obs" else self._var)[column]
+
+    def _index_of(self, frame: str) -> np.ndarray:
+        return np.asarray((self.adata.obs if frame == "obs" else self._var).index, dtype=object)
+
+    def varm_array(self, name: str) -> np.ndarray | None:
+        """Return one array of `varm`, or None where there is none of that name."""
+        found = self.adata.varm.get(name)
+        return found if isinstance(found, np.ndarray) and found.shape else None
+
+    def to_adata(self) -> Any:
+        """Return the cells themselves."""
+        return self.adata
+
+
+class TenxFile(MemoryFile):
+    """A 10x `.h5` file (also of CellBender) or matrix folder: read into memory by scanpy when it is used."""
+
+    is_held_whole = True
+
+    def __init__(self, path: str, layer: str | None = None) -> None:
+        super().__init__(None, layer, shown_path(path))
+        self._place = path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_adata": None, "_csr": None}
+
+    def close(self) -> None:
+        """Free the memory; the next access reads the file again."""
+        self._adata = self._csr = None
+
+    @property
+    def adata(self) -> Any:
+        """The cells, with genes by symbol and their ids in `var["gene_ids"]`, as scanpy names them."""
+        if self._adata is None:
+            import scanpy
+
+            local = local_path(self._place)
+            try:
+                is_folder = os.path.isdir(local)
+                self._adata = read_mtx_folder(Path(local)) if is_folder else scanpy.read_10x_h5(local, gex_only=False)
+            except Exception as error:  # scanpy raises many kinds
+                raise InputError(
+                    f"{self.path} looks like 10x, but cannot be read ({type(error).__name__}: {_reason(error)}). "
+                    "Read it yourself, and save it with adata.write_h5ad."
+                ) from error
+        return self._adata
+
+
+def mtx_prefix(folder: Path) -> str | None:
+    """Return what comes before `matrix.mtx` in a folder of 10x (or STARsolo); None if it is no such folder."""
+    found = sorted(path.name for path in folder.glob("*matrix.mtx*") if path.name.endswith((".mtx", ".mtx.gz")))
+    return found[0].partition("matrix.mtx")[0] if len(found) == 1 else None
+
+
+def read_mtx_folder(folder: Path) -> Any:
+    """Read `matrix.mtx`, `barcodes.tsv` and `features.tsv` (or `genes.tsv`), each of them compressed or not."""
+    import anndata
+    import scanpy
+
+    def path_of(*names: str) -> Path:
+        paths = [folder / f"{mtx_prefix(folder)}{name}{end}" for name in names for end in ("", ".gz")]
+        if found := [path for path in paths if path.exists()]:
+            return found[0]
+        raise FileNotFoundError(f"{names[0]} is missing")
+
+    def table(path: Path) -> list[list[str]]:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as stream:
+            return [line.rstrip("\r\n").split("\t") for line in stream]
+
+    features = table(path_of("features.tsv", "genes.tsv"))
+    barcodes = [row[0] for row in table(path_of("barcodes.tsv"))]
+    ids, symbols, types = ([row[at] for row in features if len(row) > at] for at in range(3))
+    var = pd.DataFrame(index=pd.Index(symbols if len(symbols) == len(ids) else ids))
+    if len(symbols) == len(ids):
+        var["gene_ids"] = ids
+    if len(types) == len(ids):
+        var["feature_types"] = types
+    matrix = sparse.csr_matrix(scanpy.read_mtx(path_of("matrix.mtx")).X.T)
+    return anndata.AnnData(matrix, obs=pd.DataFrame(index=barcodes), var=var)
+
+
+# -- matrices -----------------------------------------------------------------------------------------------------
+
+
+def _compress(dense_nc: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    is_stored_nc = dense_nc != 0
+    offsets = np.concatenate([[0], np.cumsum(is_stored_nc.sum(axis=1))]).astype(np.int64)
+    return dense_nc[is_stored_nc], np.nonzero(is_stored_nc)[1].astype(np.int32), offsets
+
+
+def csr_of(matrix: Any, *, source: str = "AnnData") -> sparse.csr_matrix:
+    """Turn any in-memory or backed matrix (sparse, dense, HDF5, or Dask) into CSR without changing its values."""
+    if matrix is None:
+        raise InputError(f"{source} has no matrix there (it is None). Choose one with --layer.")
+    if hasattr(matrix, "to_memory"):
+        matrix = matrix.to_memory()
+    try:
+        if sparse.issparse(matrix):
+            return _checked_csr(matrix)
+        matrix = np.atleast_2d(matrix) if isinstance(matrix, np.ndarray) else matrix
+        num_rows, is_lazy = matrix.shape[0], hasattr(matrix, "compute")
+        bounds = (
+            np.cumsum([0, *matrix.chunks[0]]) if is_lazy else np.array([*range(0, num_rows, _BLOCK_ROWS), num_rows])
+        )
+        blocks = [matrix[start:stop] for start, stop in itertools.pairwise(bounds)] or [matrix]
+        return sparse.vstack([_csr_of_block(block, source=source) for block in blocks], format="csr")
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source} is damaged ({error}). Build the matrix again.") from error
+
+
+def _csr_of_block(block: Any, *, source: str) -> sparse.csr_matrix:
+    block = block.compute() if hasattr(block, "compute") else block
+    if not sparse.issparse(block):
+        block = np.asarray(block)
+        if block.dtype.kind not in "biuf":
+            raise InputError(f"{source} holds {block.dtype} instead of numbers. Choose another matrix with --layer.")
+        block = _supported(block)
+    return _checked_csr(block)
+
+
+def _supported(values: np.ndarray) -> np.ndarray:
+    """Return values in a dtype that scipy.sparse takes: native byte order, at least single precision."""
+    native = values.dtype.newbyteorder("=")
+    return values.astype(np.float32 if native == np.float16 else native, copy=False)
+
+
+def _are_sound(offsets: np.ndarray, *, num_rows: int, num_values: int) -> bool:
+    """True when offsets start at 0, never fall and stay within the values."""
+    has_ends = len(offsets) == num_rows + 1 and offsets[0] == 0 and offsets[-1] <= num_values
+    return bool(has_ends and (np.diff(offsets) >= 0).all())
+
+
+def _checked_csr(matrix: Any) -> sparse.csr_matrix:
+    """Turn any matrix into CSR; raise a ValueError where scipy would read or write outside of it."""
+    if sparse.issparse(matrix) and matrix.format == "csr":
+        # Column indices are checked where they are used; only the offsets could hide or mix cells.
+        if not _are_sound(matrix.indptr, num_rows=matrix.shape[0], num_values=len(matrix.data)):
+            raise ValueError("its row offsets do not increase or leave the matrix")
+    elif sparse.issparse(matrix) and matrix.format == "csc":
+        matrix.check_format(full_check=True)
+        if len(matrix.indices) and not (matrix.indices.min() >= 0 and matrix.indices.max() < matrix.shape[0]):
+            raise ValueError("a row index is outside the matrix")
+    return sparse.csr_matrix(matrix)
+
+
+def _is_array(node: Any) -> bool:
+    """True for an array of HDF5 or zarr, False for a group."""
+    return hasattr(node, "dtype")
+
+
+def _format_of(node: Any) -> str:
+    """Say how a matrix is stored: csr, csc, dense or unknown."""
+    if _is_array(node):
+        return "dense" if node.ndim == 2 and node.dtype.kind in "biuf" else "unknown"
+    kind = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+    kind = kind.removesuffix("_matrix") if {"data", "indices", "indptr"} <= set(node) else "unknown"
+    return kind if kind in ("csr", "csc") else "unknown"
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _frame_of_table(table: h5py.Dataset, file: h5py.File) -> pd.DataFrame:
+    """Read `obs` or `var` as anndata 0.6 kept them: one compound table, categories in `uns`."""
+    frame = pd.DataFrame({name: table[name] for name in table.dtype.names})
+    for name in frame.columns:
+        if frame[name].dtype == object:
+            frame[name] = [_text(value) for value in frame[name]]
+        if f"uns/{name}_categories" in file:
+            labels = [_text(label) for label in file[f"uns/{name}_categories"][()]]
+            frame[name] = pd.Categorical.from_codes(frame[name], labels)
+    return frame.set_index(table.dtype.names[0])
+
+
+def sampled_spans(num_rows: int, *, num_spots: int = 4, span_rows: int = 64) -> list[tuple[int, int]]:
+    """Return spans of rows (start, stop) spread over a file, from which its scale and lengths are read.
+
+    Example:
+        >>> sampled_spans(1000)
+        [(0, 64), (250, 314), (500, 564), (750, 814)]
+    """
+    starts = sorted({max(0, min(num_rows - span_rows, num_rows * spot // num_spots)) for spot in range(num_spots)})
+    return [(start, min(num_rows, start + span_rows)) for start in starts]
