@@ -4,8 +4,8 @@ Owns the findings and the content of `manifest.json`; leaves reading it back to 
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,9 @@ from perturbgene import __version__
 from perturbgene.corpus.manifest import BY_CELL, MANIFEST_VERSION
 from perturbgene.corpus.panel import CorpusGenes
 from perturbgene.corpus.statistics import Statistics
-from perturbgene.corpus.survey import SPLITS, Plan, Survey
+from perturbgene.corpus.survey import SPLITS, Plan, Survey, path_of
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import listed
-from perturbgene.urls import shown_path
 
 
 def find(
@@ -26,12 +25,26 @@ def find(
 ) -> list[str]:  # fmt: skip
     """Return the findings, each with what was found, why it matters and what to do."""
     findings = _about_genes(plan, survey, genes)
+    lacking: dict[str, list[int]] = {}
+    for index, file in enumerate(survey.files):
+        for column in file.lacks:
+            lacking.setdefault(column, []).append(index)
+    for column, indices in lacking.items():
+        files = listed(sorted(path_of(survey.sources[index]) for index in indices), most=3)
+        num_cells = sum(survey.files[index].num_cells for index in indices)
+        effect = "their labels are absent: they do not teach it"
+        if column == survey.split_by:
+            effect = "they are kept together as if they were one"
+        findings.append(
+            f"obs[{column!r}] is not in {files}, so for these {num_cells:,} cells {effect}; add the column to these "
+            "files if it is known."
+        )
     if survey.split_by == BY_CELL:
         findings.append(
             "the split is by cell: cells of one donor are on both sides, so scores are optimistic; name the donor "
             "column with --split_by."
         )
-    elif num_missing := survey.units[""]:
+    elif num_missing := sum(file.units[""] for file in survey.files if survey.split_by not in file.lacks):
         findings.append(
             f"{num_missing:,} cells have no {survey.split_by}: they stay together as if they were one, so donors among "
             f"them are not kept apart; fill in obs[{survey.split_by!r}]."
@@ -75,6 +88,14 @@ def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
             f"({listed(sorted(files), most=3)} lack some): they are unknown in those cells, so a model may tell files "
             "apart by them; give a --panel of shared genes to leave them out."
         )
+    num_measured_t = genes.measured_tg.sum(axis=1)
+    for table in np.flatnonzero(num_measured_t < plan.config.min_gene_coverage * len(genes.panel)):
+        files = sorted(path_of(survey.sources[index]) for index in np.flatnonzero(survey.table_of_source == table))
+        findings.append(
+            f"{listed(files, most=3)}: {num_measured_t[table]:,} of {len(genes.panel):,} panel genes are measured "
+            f"({num_measured_t[table] / len(genes.panel):.1%}), so its cells are short and teach little; choose a "
+            "matrix with more genes (--layer raw), or leave it out."
+        )
     return findings
 
 
@@ -91,13 +112,56 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
             f"{category}: {listed(new)} occur in eval cells only and cannot be predicted, so their cells count as "
             "errors or are left out; hold out other donors with --eval_donors."
         )
+    labels = sorted(set(of_split["train"]) - {""})
+    if len(labels) == 1:
+        findings.append(
+            f"{category}: every labeled training cell is {labels[0]!r}, so there is nothing to tell apart and its "
+            "scores mean nothing; add cells of other labels, or leave it out of --phenotypes."
+        )
     alone = sorted(label for label, units in survey.units_of_label[category].items() if len(units) == 1)
+    if unscored := [label for label in labels if label not in of_split["eval"] and label not in alone]:
+        findings.append(
+            f"{category}: {listed(unscored)} occur in training cells only, so nothing is known of how well they are "
+            "predicted; hold out cells that have them with --eval_donors, or raise --eval_fraction."
+        )
+    findings += [
+        f"{category}: {listed(twins)} differ in case, plural or punctuation only, so they are learned as different "
+        "labels; give them one spelling."
+        for twins in near_duplicates(set(of_split["train"]) | set(of_split["eval"]))
+    ]
+    numbers, names = set[str](), set[str]()
+    for source, file in zip(survey.sources, survey.files, strict=True):
+        kinds = {label.replace(".", "", 1).isdecimal() for label in file.labels[category]}
+        if kinds:
+            (numbers if kinds == {True} else names).add(path_of(source))
+    if numbers and names:
+        findings.append(
+            f"{category}: labels are numbers in {listed(sorted(numbers), most=3)} and names in "
+            f"{listed(sorted(names), most=3)}, so one kind of cell may have two labels; give all files names."
+        )
     if alone:
         findings.append(
             f"{category}: {listed(alone)} come from one {survey.split_by} only (confounded), so a model may learn the "
             f"{survey.split_by} instead of the label; do not trust their scores, or add cells of others."
         )
     return findings
+
+
+def near_duplicates(labels: Iterable[str]) -> list[list[str]]:
+    """Return groups of labels that differ only in case, plural or punctuation, each sorted.
+
+    Example:
+        >>> near_duplicates(["B cell", "b-cells", "Bcell", "T cell", "CD4+ T", "CD4 T", "stage 1 1", "stage 11"])
+        [['B cell', 'Bcell', 'b-cells']]
+    """
+    groups: dict[str, list[str]] = {}
+    for label in sorted(labels):
+        # A sign after a letter or digit is part of the name: CD4+ and CD4- are different cells.
+        words = re.findall(r"\w+(?:[+-](?!\w))?", label.casefold().replace("_", " "))
+        singular = " ".join(word[:-1] if re.fullmatch(r"\w{3,}s", word) else word for word in words)
+        is_number = re.fullmatch(r"[-+]?\d*[.]?\d+", label)
+        groups.setdefault(label if is_number else re.sub(r"(?<!\d) | (?!\d)", "", singular), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def describe(
@@ -141,8 +205,3 @@ def describe(
         "shards": shards,
         "audit": list(findings),
     }  # fmt: skip
-
-
-def path_of(source: Any) -> str:
-    """Return the path of an input for a reader, without passwords."""
-    return shown_path(source) if isinstance(source, str | Path) else "AnnData"

@@ -16,13 +16,16 @@ import numpy as np
 
 from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus.statistics import Statistics
-from perturbgene.corpus.survey import Plan, Survey, gene_names_of, open_files
+from perturbgene.corpus.survey import Plan, Survey, gene_names_of, open_files, path_of
 from perturbgene.data_utils.genes import GenePanel, clean_gene, gene_report, is_ensembl, names_of, read_panel
 from perturbgene.data_utils.labels import label_text
 from perturbgene.data_utils.tokenization import GeneTokenizer
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
+
+#: A file that shares this share of the smaller set of genes with no other file names its genes differently.
+LEAST_SHARED = 0.02
 
 #: What a gene report counts: columns of a file (kept, mapped, dropped, unknown) and genes of the panel (the others).
 MEANING = {
@@ -96,6 +99,11 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
         score_g = statistics.counts.normalized_variance(moments.num_cells) if statistics.counts else None
         ranked = moments.rank(score_g)
         union_g = ranked[moments.num_expressed_g[ranked] > 0]
+        # Genes that most cells measure come first: of others, most cells would know nothing.
+        sizes, measured_tu = [file.num_cells for file in survey.files], _measured(survey, union, config)
+        cells_of_table = np.bincount(survey.table_of_source, weights=sizes, minlength=len(measured_tu))
+        is_common_g = 2 * (cells_of_table @ measured_tu) > cells_of_table.sum()
+        union_g = np.concatenate([union_g[is_common_g[union_g]], union_g[~is_common_g[union_g]]])
         genes, symbols = ([names[g] for g in union_g] for names in (union.genes, union.symbols))
     if not len(genes):
         raise InputError("no training cell expresses any gene: is X empty? Choose the matrix with --layer.")
@@ -123,6 +131,33 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
                     )
     num_missing = int((union_g < 0).sum()) if config.panel else 0
     return CorpusGenes(panel, panel_of_union, measured_tg, reports, num_missing)
+
+
+def _measured(survey: Survey, union: GenePanel, config: PrepareConfig) -> np.ndarray:
+    """Return True where a table has a gene of all files, shape (t, u)."""
+    with closing(open_files(survey.sources, config, union)) as cache:
+        return np.stack([cache[index].alignment.is_measured_g for index in survey.first_of_table])
+
+
+def check_shared(survey: Survey, union: GenePanel, config: PrepareConfig) -> None:
+    """Raise an InputError if a file shares (nearly) no gene with any other: they name their genes differently."""
+    if len(survey.first_of_table) < 2:
+        return
+    measured_tu = _measured(survey, union, config)
+    shared_tt = measured_tu.astype(np.float32) @ measured_tu.T.astype(np.float32)
+    num_genes_t = shared_tt.diagonal().copy()
+    np.fill_diagonal(shared_tt, -1)
+    least_tt = LEAST_SHARED * np.minimum(num_genes_t[:, None], num_genes_t)
+    for table in np.flatnonzero((shared_tt <= least_tt).all(axis=1)):
+        other = int(shared_tt[table].argmax())
+        paths = [path_of(survey.sources[survey.first_of_table[one]]) for one in (table, other)]
+        names = [listed([union.genes[g] for g in np.flatnonzero(measured_tu[one])], most=3) for one in (table, other)]
+        raise InputError(
+            f"{paths[0]} shares no gene with the other files, or nearly none ({shared_tt[table, other]:,.0f} of "
+            f"{num_genes_t[table]:,.0f} with {paths[1]}): its genes are {names[0]}, there {names[1]}. Name a column of "
+            "var that holds the same kind of names in all files with --gene_id_column, or bring the files to one "
+            "naming first (Ensembl ids or symbols, one species, cells as rows)."
+        )
 
 
 def _given_genes(union: GenePanel, given: str, *, least_coverage: float) -> tuple[list[str], list[str], np.ndarray]:

@@ -23,10 +23,20 @@ from perturbgene import __version__
 from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus import audit
 from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE
-from perturbgene.corpus.panel import CorpusGenes, choose_genes, join_genes
+from perturbgene.corpus.panel import CorpusGenes, check_shared, choose_genes, join_genes
 from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, read_spool, spool_part, write_shuffled
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_part, merge_parts
-from perturbgene.corpus.survey import PART_ROWS, SPLITS, Plan, Survey, close_files, digest_of, hold_out, survey_files
+from perturbgene.corpus.survey import (
+    PART_ROWS,
+    SPLITS,
+    Plan,
+    Survey,
+    close_files,
+    digest_of,
+    hold_out,
+    path_of,
+    survey_files,
+)  # fmt: skip
 from perturbgene.corpus.workers import JOURNAL_FILE, Journal, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.opening import FileList, as_sources
@@ -78,7 +88,7 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
     """
     sources = as_sources(inputs)
     is_memory = not isinstance(sources, FileList)
-    config = PrepareConfig(inputs=[audit.path_of(source) for source in sources], output=str(output), **options)
+    config = PrepareConfig(inputs=[path_of(source) for source in sources], output=str(output), **options)
     if is_memory and config.scheduler:
         raise InputError("--scheduler needs files that its workers can read, but AnnData objects were given.")
     # One process for every core, if the files are worth it.
@@ -175,6 +185,7 @@ def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
     contents = [sha256_of(path) if path.is_file() else "" for path in named]
     files = [(file.key, file.state) for file in survey.files]
     union = join_genes(survey, config)
+    check_shared(survey, union, config)
     eval_units, highest_eval_key = hold_out(survey, config)
     return Plan(
         key=digest_of(PART_ROWS, __version__, json.dumps(settings, default=list, sort_keys=True), contents, files),

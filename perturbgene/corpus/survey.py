@@ -27,6 +27,7 @@ from perturbgene.data_utils.scale import ExpressionBlock, check_values
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.sources import sampled_spans
 from perturbgene.errors import InputError, listed
+from perturbgene.urls import shown_path
 
 SPLITS = ("train", "eval")
 
@@ -82,6 +83,7 @@ class CellTable:
         units: What is kept whole by the split, such as donors; one empty text when cells are split one by one.
         labels: Labels of every phenotype; those that mean "not known" are ''.
         missing: Phenotype -> spelling -> cells, of labels that mean "not known".
+        lacks: Columns of obs that were asked for and that the file does not have: they are missing in all its cells.
     """
 
     names_n: np.ndarray
@@ -89,17 +91,22 @@ class CellTable:
     units: Labels
     labels: dict[str, Labels]
     missing: dict[str, Counter[str]]
+    lacks: tuple[str, ...]
 
     @classmethod
     def of(cls, shard: Shard, config: PrepareConfig, split_by: str) -> "CellTable":
-        """Read the table of one file; refuse a column that does not exist, and a phenotype that holds measurements."""
+        """Read the table of one file; refuse a phenotype that holds measurements."""
+        known = set(shard.source.columns_of("obs"))
         names_n = np.asarray([str(name) for name in shard.source.obs_names], dtype=object)
         keys_n = pd.util.hash_array(names_n, hash_key=f"{config.seed:016d}"[-16:], categorize=False)
         units = Labels(np.zeros(len(shard), dtype=np.int32), ("",))
-        if split_by != BY_CELL:
+        if split_by in known and split_by != BY_CELL:
             units = Labels.of(shard.source.obs_column(split_by))
         labels, missing = dict[str, Labels](), dict[str, Counter[str]]()
         for category, column in config.column_of_phenotype.items():
+            if column not in known:
+                labels[category], missing[category] = Labels(np.zeros(len(shard), dtype=np.int32), ("",)), Counter()
+                continue
             values_n = shard.source.obs_column(column)
             kinds = values_n.cat.categories if isinstance(values_n.dtype, pd.CategoricalDtype) else values_n
             is_number = pd.api.types.is_numeric_dtype(kinds) and not pd.api.types.is_bool_dtype(kinds)
@@ -112,7 +119,8 @@ class CellTable:
             unknown = {text for text in spelled.texts if is_missing(text, config.missing_labels)}
             labels[category] = Labels(spelled.codes_n, tuple("" if text in unknown else text for text in spelled.texts))
             missing[category] = Counter({text: n for text, n in spelled.counts().items() if text in unknown})
-        return cls(names_n, keys_n, units, labels, missing)
+        asked = {split_by, *config.column_of_phenotype.values()} - {BY_CELL}
+        return cls(names_n, keys_n, units, labels, missing, tuple(sorted(asked - known)))
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,8 @@ class FileSurvey:
         missing: Phenotype -> spelling -> cells, of labels that mean "not known".
         units: Cells of each donor, '' where missing.
         units_of_label: Phenotype -> label -> donors that have a cell of that label; empty when cells are split.
+        labels: Phenotype -> the labels that its cells have.
+        lacks: Columns of obs that were asked for and that the file does not have.
         cell_keys_n: Hash of each cell's name, uint64 of shape (n,); empty when donors are split.
     """
 
@@ -138,6 +148,8 @@ class FileSurvey:
     missing: dict[str, Counter[str]]
     units: Counter[str]
     units_of_label: dict[str, dict[str, set[str]]]
+    labels: dict[str, set[str]]
+    lacks: tuple[str, ...]
     cell_keys_n: np.ndarray
 
 
@@ -169,6 +181,9 @@ def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers
     found = dict(workers.run(partial(_survey_file, tuple(sources), config, split_by), range(len(sources))))
     order = sorted(found, key=lambda index: (found[index].key, str(sources[index])))
     files: list[FileSurvey] = [found[index] for index in order]
+    if nowhere := set.intersection(*(set(file.lacks) for file in files)):
+        with closing(open_files(sources, config)) as cache:
+            cache[0].source.obs_column(min(nowhere))  # refuses it, with the nearest name
     num_cells = sum(file.num_cells for file in files)
     first_of: dict[str, int] = {}
     units_of_label: dict[str, dict[str, set[str]]] = {category: {} for category in config.column_of_phenotype}
@@ -213,7 +228,8 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
         return FileSurvey(
             num_cells=len(shard), key=digest.hexdigest(), genes=genes, is_counts=shard.is_counts,
             state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
-            missing=table.missing, units=table.units.counts(), units_of_label=units_of_label,
+            missing=table.missing, units=table.units.counts(), units_of_label=units_of_label, lacks=table.lacks,
+            labels={category: set(labels.counts()) - {""} for category, labels in table.labels.items()},
             cell_keys_n=table.keys_n if is_by_cell else table.keys_n[:0],
         )  # fmt: skip
 
@@ -224,18 +240,24 @@ def gene_names_of(shard: Shard, gene_id_column: str | None) -> tuple[tuple[objec
     return tuple(map(tuple, (names.own_c, *((columns or (names.own_c,))[0] for columns in names[1:]))))
 
 
+def path_of(source: Any) -> str:
+    """Return the path of an input for a reader, without passwords."""
+    return shown_path(source) if isinstance(source, str | Path) else "AnnData"
+
+
 def digest_of(*texts: object) -> str:
     """Hash texts, each ended by a zero byte."""
     return hashlib.sha256("".join(f"{text}\0" for text in texts).encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def _donor_column(sources: Sequence[Any], config: PrepareConfig) -> str:
-    """Return the first donor column that all files have and that names at least two donors, else "cell"."""
+    """Return the donor column that most files have, if it names at least two donors; else "cell"."""
     with closing(open_files(sources, config)) as cache:
-        known = set.intersection(*(set(cache[index].source.columns_of("obs")) for index in range(len(cache))))
-        for column in DONOR_COLUMNS:
+        known = [set(cache[index].source.columns_of("obs")) for index in range(len(cache))]
+        times = Counter(column for columns in known for column in DONOR_COLUMNS if column in columns)
+        for column in sorted(times, key=lambda name: (-times[name], DONOR_COLUMNS.index(name))):
             units: set[str] = set()
-            for index in range(len(cache)) if column in known else ():
+            for index in (index for index, columns in enumerate(known) if column in columns):
                 texts = map(label_text, cache[index].source.obs_column(column).unique())
                 units |= {text for text in texts if not is_missing(text)}
                 if len(units) > 1:
