@@ -4,6 +4,7 @@ Owns the few overrides that streaming, two-part losses and resuming without repl
 signals to `SafeTrainer`, and the loop and the optimizer to transformers and accelerate.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,16 +17,18 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableAnnDataset
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, did_you_mean
 from perturbgene.eval_utils import Evaluator, run_evaluator
 from perturbgene.training.callbacks import WithCells, outlive_signals
 from perturbgene.training.checkpoints import SafeTrainer
+
+logger = logging.getLogger(__name__)
 
 _PARTS = ("loss_phenotypes", "loss_genes")
 #: Entry of `trainer_state.json` that says which cells of the epoch are done.
@@ -56,6 +59,47 @@ class _KeepPosition(TrainerCallback):
         state.epoch = position["epoch"] + (whole - left) / whole
 
 
+class StopEarly(EarlyStoppingCallback):
+    """Ends training when the metric has not improved for some evaluations; a resumed run goes on counting.
+
+    The count is an entry of `trainer_state.json` from the evaluation on, whatever is saved when.
+    """
+
+    KEY = "StopEarly"
+
+    def _count(self, state: TrainerState) -> int:
+        """Return how many evaluations in a row have not improved, from a state that was saved."""
+        kept = cast(dict[str, Any], state.stateful_callbacks).get(self.KEY, {"attributes": {}})
+        return int(kept["attributes"].get("early_stopping_patience_counter", 0))
+
+    def has_stopped(self, state: TrainerState) -> bool:
+        """Return whether a run with this state ended because it no longer improved."""
+        return self._count(state) >= self.early_stopping_patience
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.early_stopping_patience_counter, self.is_training = self._count(state), True
+        cast(dict[str, Any], state.stateful_callbacks)[self.KEY] = self.state()
+        if not args.load_best_model_at_end:
+            logger.warning(
+                "--early_stopping_patience: the weights of the last step are kept, not the best ones. Save when "
+                "evaluating to keep the best (--load_best_model_at_end)."
+            )
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if not self.is_training:  # the final scores
+            return
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        cast(dict[str, Any], state.stateful_callbacks)[self.KEY] = self.state()
+        if control.should_training_stop and self.early_stopping_patience_counter >= self.early_stopping_patience:
+            logger.info(
+                "training ends at step %d: %s has not improved for %d evaluations", state.global_step,
+                args.metric_for_best_model, self.early_stopping_patience_counter,
+            )  # fmt: skip
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.is_training = False
+
+
 @dataclass(frozen=True)
 class _Resumed:
     """Where a checkpoint was saved.
@@ -65,12 +109,14 @@ class _Resumed:
         step: Optimizer steps done.
         batches_left: Batches of this process that are left in the epoch, more than none.
         epoch: The one that continues.
+        has_stopped: Whether the run ended there because it no longer improved.
     """
 
     state: Mapping[str, Any]
     step: int
     batches_left: int
     epoch: int
+    has_stopped: bool
 
 
 class ShardedTrainer(SafeTrainer):
@@ -82,6 +128,10 @@ class ShardedTrainer(SafeTrainer):
     Args:
         evaluator: Counts scores batch by batch; its sums are added over ranks.
         final_evaluator: Scores the last step and the delivered weights; `evaluator` by default.
+        early_stopping: Ends training when the metric no longer improves; None never does.
+
+    Raises:
+        InputError: `--metric_for_best_model` is no score of the evaluator.
         *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
     """
 
@@ -90,10 +140,21 @@ class ShardedTrainer(SafeTrainer):
         *args: Any,
         evaluator: Evaluator | None = None,
         final_evaluator: Evaluator | None = None,
+        early_stopping: StopEarly | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.evaluator, self.final_evaluator = evaluator, final_evaluator or evaluator
+        metric = self.args.metric_for_best_model
+        if metric and evaluator is not None:
+            names = [f"eval_{name}" for name in evaluator.flat_metrics(loss_weights=(1.0, 1.0))]
+            if f"eval_{metric.removeprefix('eval_')}" not in names:
+                hint = f"{did_you_mean(metric, names)} Change --metric_for_best_model."
+                raise InputError(f"metric_for_best_model is {metric!r}, which is no score of this run. {hint}")
+        self.early_stopping = early_stopping
+        if early_stopping is not None:
+            self.add_callback(early_stopping)
+        self._is_over = False  # True once nothing is left but to score the delivered weights
         self._scored_step: int | None = None  # the step that `final_evaluator` has scored
         self._parts: dict[str, torch.Tensor] = {}
         self._step_of_last_parts = 0
@@ -121,17 +182,22 @@ class ShardedTrainer(SafeTrainer):
         if left == 0:
             self.cells.set_epoch(state["epoch"] + 1)
             state, left = self.cells.state_dict(), self.cells.num_batches()
-        return _Resumed(state, trained.global_step, left, int(state["epoch"]))
+        has_stopped = self.early_stopping is not None and self.early_stopping.has_stopped(trained)
+        return _Resumed(state, trained.global_step, left, int(state["epoch"]), has_stopped)
+
+    def is_over(self, state: TrainerState) -> bool:
+        """True if the run of a saved state has no step left to do."""
+        return super().is_over(state) or (self.early_stopping is not None and self.early_stopping.has_stopped(state))
 
     def is_finished(self, checkpoint: str) -> bool:
-        """True when a checkpoint has as many steps as this run wants.
+        """True when a checkpoint has as many steps as this run wants, or stopped early.
 
         Raises:
             InputError: The checkpoint is not complete, or was trained on other cells.
         """
         self._resumed = self._resumed_at(checkpoint)
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return self._resumed.step >= max_steps
+        return self._resumed.has_stopped or self._resumed.step >= max_steps
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train, from a checkpoint on if one is named, after one batch of evaluation that shows whether it works.
@@ -175,7 +241,7 @@ class ShardedTrainer(SafeTrainer):
         epoch, batches = super()._init_training_state(max_steps, *args, **kwargs)
         if self._resumed is None:
             return epoch, batches
-        is_over = self._resumed.step >= max_steps  # then no epoch is left to run
+        is_over = self._resumed.has_stopped or self._resumed.step >= max_steps  # then no epoch is left to run
         return (self.state.num_train_epochs if is_over else self._resumed.epoch), 0
 
     def _run_epoch(self, **parts: Any) -> None:  # type: ignore[override]
@@ -269,7 +335,8 @@ class ShardedTrainer(SafeTrainer):
     ) -> EvalLoopOutput:
         """Score each cell of all processes exactly once, counting batch by batch instead of gathering logits."""
         self._check_last_step()
-        is_last, dataset = self.state.global_step >= self.state.max_steps, cast(IterableAnnDataset, dataloader.dataset)
+        is_last = self._is_over or self.state.global_step >= self.state.max_steps
+        dataset = cast(IterableAnnDataset, dataloader.dataset)
         evaluator = self.final_evaluator if is_last else self.evaluator
         assert evaluator is not None
         model = self.accelerator.unwrap_model(self.model)
@@ -294,5 +361,6 @@ class ShardedTrainer(SafeTrainer):
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         is_last = best is None or Path(best).name == f"checkpoint-{self.state.global_step}"
         if not is_last or self._scored_step != self.state.global_step:
+            self._is_over = True
             self.evaluate()
         return self.final_evaluator.results()

@@ -4,6 +4,7 @@ Owns defaults and checks of both; what only one of them has is in `verbs`. Impor
 training arguments.
 """
 
+import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -27,6 +28,23 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
     "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau",
 ]  # fmt: skip
+#: Fields of `TrainingArguments` that cannot do anything here -> why.
+IMPOSSIBLE = {
+    "label_smoothing_factor": "the losses of phenotypes and genes are computed by the model, which smooths no labels",
+    "neftune_noise_alpha": "it adds noise to padded batches of words, and cells are packed without padding",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "batches are packed to ever other lengths, which torch.compile cannot follow",
+    ),
+    "use_liger_kernel": "its kernels are for language models of words",
+}
+#: Schedules that need arguments -> an example for --lr_scheduler_kwargs.
+SCHEDULE_ARGUMENTS = {
+    "cosine_with_min_lr": '{"min_lr_rate": 0.1}',
+    "cosine_warmup_with_min_lr": '{"min_lr_rate": 0.1}',
+    "warmup_stable_decay": '{"num_decay_steps": 1000}',
+}
+
 Logger = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "trackio", "none", "all"]
 
 
@@ -153,6 +171,11 @@ class TrainOptions(BaseConfig):
         "auto", "When to evaluate. auto: every --eval_steps if they are given, otherwise after each epoch."
     )
     eval_steps: float | None = option(None, "Steps between evaluations; below 1, a share of all.", within="(0, inf)")
+    early_stopping_patience: int | None = option(
+        None, "End training after this many evaluations without improvement, and keep the best weights. What improves "
+        "is --metric_for_best_model: the loss (mlm) or macro F1 (cls) by default.", within="[1, inf)",
+    )  # fmt: skip
+    early_stopping_threshold: float = option(0.0, "Smallest change that is an improvement.", within="[0, inf)")
     save_strategy: Literal["auto", "no", "steps", "epoch", "best"] = option(
         "auto", "When to write a checkpoint. auto: every --save_steps if they are given, otherwise when evaluating."
     )
@@ -216,6 +239,15 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
                 f"eval_strategy is {self.eval_strategy}, but there is nothing to evaluate on. "
                 "Give --eval_data_paths or --corpus, or remove --eval_strategy."
             )
+        if self.early_stopping_patience and (self.eval_strategy == "no" or not self.has_eval_data):
+            raise InputError(
+                "early_stopping_patience needs evaluations, but there are none. Give --corpus or --eval_data_paths, "
+                "and remove --eval_strategy no."
+            )
+        for name, reason in IMPOSSIBLE.items():
+            value = self.training_overrides.get(name)
+            if value is not None and (value or name == "neftune_noise_alpha"):  # 0 switches the hook on, too
+                raise InputError(f"{name} is {value}, but {reason}. Remove --{name}.")
         if not (self.corpus or self.pretrained_model_path or self.bin_edges or self.bin_edges_path):
             raise InputError(
                 "Bin edges are missing, and there is no corpus or pretrained model to take them from. "
@@ -239,6 +271,7 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
         known = {declared.name for declared in fields(TrainingArguments)}
         own = {name: getattr(self, name) for name in own_flags(type(self)) if name in known}
+        own = own if self.learning_rate else own | {"learning_rate": TrainingArguments.learning_rate}
         use_cpu, bf16 = self._device_settings()
         settings = {
             **own,
@@ -254,15 +287,17 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             **self.training_overrides,
         }
         if metric := settings["metric_for_best_model"]:
-            settings.setdefault("greater_is_better", not metric.endswith("loss"))
+            settings.setdefault("greater_is_better", re.search(r"loss(_genes|_phenotypes)?$", metric) is None)
         if isinstance(mesh := settings.get("parallelism_config"), dict):
             from accelerate import ParallelismConfig
 
             settings["parallelism_config"] = ParallelismConfig(**mesh)
         try:
-            return TrainingArguments(**settings)
-        except (ValueError, TypeError, ImportError, OSError) as error:
+            arguments = TrainingArguments(**settings)
+        except (ValueError, TypeError, ImportError, OSError, KeyError) as error:
             raise InputError(f"The training flags were refused by transformers: {error}") from error
+        _check_parts(arguments)
+        return arguments
 
     def _schedule_settings(self) -> dict[str, Any]:
         """When to evaluate and save; the best checkpoint is loaded at the end if both happen together."""
@@ -294,3 +329,44 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         if self.bf16:
             check_bfloat16(device_type, flag="--bf16")
         return use_cpu, has_fast_bfloat16(device_type) if self.bf16 is None else self.bf16
+
+
+def _check_parts(arguments: "TrainingArguments") -> None:
+    """Make a schedule, an optimizer and the loggers once, so that what fails does so before any cell is read.
+
+    Raises:
+        InputError: One of them lacks an argument or a package; names the flag.
+    """
+    import torch
+    from huggingface_hub import HfApi
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    model = torch.nn.Linear(1, 1)
+    schedule, settings = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs or {}
+    assert isinstance(settings, dict) and isinstance(arguments.report_to, list)  # TrainingArguments sees to it
+    schedule_name, optimizer_name = getattr(schedule, "value", schedule), getattr(arguments.optim, "value", "")
+    flag, advice = f"--lr_scheduler_type {schedule_name}", "Correct --lr_scheduler_kwargs"
+    if example := SCHEDULE_ARGUMENTS.get(schedule_name):
+        advice += f", e.g. --lr_scheduler_kwargs '{example}'"
+    try:
+        optimizer = torch.optim.SGD(model.parameters(), lr=arguments.learning_rate)
+        get_scheduler(schedule, optimizer, arguments.get_warmup_steps(100), 100, scheduler_specific_kwargs=settings)
+        flag, advice = "--log_level", "Give debug, info, warning, error, critical or passive"
+        arguments.get_process_log_level()
+        flag, advice = f"--optim {optimizer_name}", "Install what it needs, or choose another --optim"
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # type: ignore[arg-type]
+        if "optimizer_dict" not in options:  # layer by layer
+            kind(**{"params": list(model.parameters()), **options})
+        if arguments.fsdp and arguments.world_size == 1:
+            raise InputError("--fsdp needs several processes. Start it with torchrun, or remove --fsdp.")
+        if arguments.push_to_hub and arguments.process_index == 0:
+            flag, advice = "--push_to_hub", "Log in with `hf auth login`, or remove --push_to_hub"
+            HfApi().whoami(token=arguments.hub_token)
+        flag, advice = f"--report_to {' '.join(arguments.report_to)}", "Install it, or give --report_to none"
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except InputError:
+        raise
+    except Exception as error:  # of packages, of the hub, ...: all mean that the flag cannot be used
+        raise InputError(f"{flag} cannot be used: {' '.join(str(error).split())} {advice}.") from error

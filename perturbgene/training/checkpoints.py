@@ -385,8 +385,12 @@ class SafeTrainer(Trainer):
         """True when the run folder already holds the weights after all steps of this run."""
         if not all((self.folder / name).is_file() for name in _LAST_FILES):
             return False
+        return self.is_over(TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME)))
+
+    def is_over(self, state: TrainerState) -> bool:
+        """True if the run of a saved state has no step left to do."""
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME)).global_step >= max_steps
+        return state.global_step >= max_steps
 
     def deliver(self, write_more: Callable[[Path], None]) -> None:
         """Write final weights, settings, tokenizer and state into the run folder, each file whole.

@@ -34,7 +34,7 @@ from perturbgene.eval_utils import ClassEvaluator, MlmEvaluator, Question, stand
 from perturbgene.files import claimed, write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.plots import loss_figure, save_figure
-from perturbgene.sharded_trainer import ShardedTrainer
+from perturbgene.sharded_trainer import ShardedTrainer, StopEarly
 from perturbgene.training import checkpoints
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.urls import shown_path
@@ -126,7 +126,7 @@ def run_mlm(config: "MlmConfig") -> Path:
         quick, final = (MlmEvaluator(tokenizer, collator=packed, questions=questions) for questions in (alone, every))
         trainer = ShardedTrainer(
             args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
-            evaluator=quick, final_evaluator=final,
+            evaluator=quick, final_evaluator=final, early_stopping=_early_stopping(config),
         )  # fmt: skip
         return _train(trainer, config, tokenizer)
 
@@ -169,8 +169,15 @@ def run_cls(config: "ClsConfig") -> Path:
         trainer = ShardedTrainer(
             args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
             evaluator=ClassEvaluator(names, tokenizer=tokenizer, category=category),
+            early_stopping=_early_stopping(config),
         )  # fmt: skip
         return _train(trainer, config, tokenizer)
+
+
+def _early_stopping(config: "TrainingConfig") -> StopEarly | None:
+    if not config.early_stopping_patience:
+        return None
+    return StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
 
 
 def class_names(tokenizer: GeneTokenizer, category: str, binary_label: str | None) -> list[str]:

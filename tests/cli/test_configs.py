@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from perturbgene.cli.options import GROUPS
 from perturbgene.cli.parsing import RENAMED, find_flag, training_flags
+from perturbgene.cli.training import SCHEDULE_ARGUMENTS, Schedule
 from perturbgene.configs import (
     CONFIGS,
     ClsConfig,
@@ -394,7 +396,7 @@ def test_settings_made_in_python_are_checked_alike():
         (["--gradient_checkpointing"], "gradient_checkpointing", True, True),
         (["--no_average_tokens_across_devices"], "average_tokens_across_devices", False, False),
         (["--optim", "adamw_torch_fused"], "optim", "adamw_torch_fused", "adamw_torch_fused"),
-        (["--label_smoothing_factor", "1e-1"], "label_smoothing_factor", 0.1, 0.1),
+        (["--adam_epsilon", "1e-1"], "adam_epsilon", 0.1, 0.1),
         (["--lr_scheduler_kwargs", '{"num_cycles": 1}'], "lr_scheduler_kwargs", {"num_cycles": 1}, {"num_cycles": 1}),
         (["--accelerator_config", "{}"], "accelerator_config", {}, None),
         (["--fsdp", "full_shard"], "fsdp", "full_shard", None),
@@ -413,6 +415,61 @@ def test_training_arguments_are_reached_by_their_own_names(tokens, name, overrid
     assert config.training_overrides == {name: override}
     if expected is not None:
         assert getattr(config.training_arguments(), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is 0.1, but .*Remove --label_smoothing_factor"),
+        (["--neftune_noise_alpha", "5"], "neftune_noise_alpha is 5.0, but .* packed without padding"),
+        (["--torch_compile"], "torch_compile is True, but .*Remove --torch_compile"),
+        (["--use_liger_kernel"], "language models of words"),
+        (["--eval_strategy", "no", "--early_stopping_patience", "2"], "early_stopping_patience needs evaluations"),
+        (["--early_stopping_patience", "0"], "must be in"),
+    ],
+)
+def test_training_flags_that_cannot_work_are_refused_when_they_are_read(tokens, message):
+    with pytest.raises(InputError, match=message):
+        parse_args([*MLM, *tokens])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "e.g. --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}'"),
+        (["--lr_scheduler_type", "cosine_warmup_with_min_lr"], "e.g. --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}'"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "num_decay_steps.* e.g. --lr_scheduler_kwargs"),
+        (["--lr_scheduler_kwargs", '{"min_rate": 1}'], "argument .min_rate. Correct --lr_scheduler_kwargs"),
+        (["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 2}'], "lr_end .*must be smaller"),
+        (["--optim", "galore_adamw"], "--optim galore_adamw cannot be used: .*galore_torch.* another --optim"),
+        (["--optim", "grokadamw"], "--optim grokadamw cannot be used: .*Install what it needs"),
+        (["--fsdp", "full_shard"], "--fsdp needs several processes. Start it with torchrun"),
+        (["--log_level", "loud"], "--log_level cannot be used: 'loud' Give debug, info"),
+        (["--report_to", "clearml"], "--report_to clearml cannot be used: .*pip install clearml.* --report_to none"),
+    ],
+)
+def test_training_flags_that_lack_something_are_refused_before_any_cell_is_read(tokens, message):
+    with pytest.raises(InputError, match=message):
+        parse_args([*MLM, *tokens]).training_arguments()
+
+
+@pytest.mark.parametrize("schedule", [name for name in get_args(Schedule) if name not in SCHEDULE_ARGUMENTS])
+def test_every_other_schedule_needs_no_arguments(schedule):
+    assert parse_args([*MLM, "--lr_scheduler_type", schedule]).training_arguments().lr_scheduler_type == schedule
+
+
+@pytest.mark.parametrize(("schedule", "settings"), SCHEDULE_ARGUMENTS.items())
+def test_the_example_of_a_schedule_s_arguments_works(schedule, settings):
+    tokens = ["--lr_scheduler_type", schedule, "--lr_scheduler_kwargs", settings]
+    assert parse_args([*MLM, *tokens]).training_arguments().lr_scheduler_kwargs == json.loads(settings)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("eval_loss_genes", False), ("eval_sex_log_loss", False), ("eval_sex_accuracy", True), ("loss", False)],
+)
+def test_losses_are_better_when_they_are_smaller(metric, greater):
+    assert parse_args([*MLM, "--metric_for_best_model", metric]).training_arguments().greater_is_better is greater
 
 
 def test_every_field_of_training_arguments_is_a_flag_read_without_importing_transformers():

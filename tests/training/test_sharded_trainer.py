@@ -340,3 +340,60 @@ def test_resuming_with_another_seed_is_refused(corpus: Path, stopped: Path) -> N
     more = f"--max_steps 20 --resume_from_checkpoint {stopped}/checkpoint-8 --seed 7 --allow_changed"
     with pytest.raises(InputError, match=r"Give --seed \d+"):
         long_run(corpus, stopped, more)
+
+
+# -- early stopping ------------------------------------------------------------------------------------------------
+
+# Weights that do not move do not improve: the first evaluation is the best, and the third one without a gain ends it.
+STALLED = (
+    "--learning_rate 1e-12 --max_steps 12 --early_stopping_patience 3 --early_stopping_threshold 0.01 --eval_steps 2 "
+    "--eval_strategy steps --save_strategy steps --save_steps 2"
+)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "trainer_state.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def stalled(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return long_run(corpus, tmp_path_factory.mktemp("stalled") / "run", STALLED)
+
+
+def test_training_ends_when_evaluations_no_longer_improve(stalled: Path) -> None:
+    assert state_of(stalled)["global_step"] == 8
+    assert {"alone", "given_others"} <= json.loads((stalled / "metrics.json").read_text())["phase"].keys()
+
+
+def test_a_run_that_stopped_early_is_finished(corpus: Path, stalled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = (stalled / "model.safetensors").stat().st_mtime_ns
+    with caplog.at_level("INFO"):
+        long_run(corpus, stalled, f"{STALLED} --resume_from_checkpoint")
+    assert "is finished: nothing to resume" in caplog.text
+    assert (stalled / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [4, 8], ids=["one evaluation without a gain", "stopped but not delivered"])
+def test_a_resumed_run_stops_where_the_whole_one_did(corpus: Path, stalled: Path, tmp_path: Path, step: int) -> None:
+    resumed = Path(shutil.copytree(stalled, tmp_path / "run"))
+    (resumed / "trainer_state.json").unlink()
+    for checkpoint in resumed.glob("checkpoint-*"):
+        if int(checkpoint.name[11:]) > step:
+            shutil.rmtree(checkpoint)
+    long_run(corpus, resumed, f"{STALLED} --resume_from_checkpoint")
+    assert state_of(resumed)["global_step"] == 8
+    assert (resumed / "model.safetensors").read_bytes() == (stalled / "model.safetensors").read_bytes()
+    assert (resumed / "metrics.json").read_text() == (stalled / "metrics.json").read_text()
+
+
+def test_more_patience_continues_a_run_that_stopped_early(corpus: Path, stalled: Path, tmp_path: Path) -> None:
+    resumed = Path(shutil.copytree(stalled, tmp_path / "run"))
+    long_run(corpus, resumed, f"{STALLED.replace('patience 3', 'patience 4')} --resume_from_checkpoint")
+    assert state_of(resumed)["global_step"] == 10
+
+
+@pytest.mark.parametrize(("metric", "hint"), [("eval_accuracy", "gene_accuracy"), ("f1", "Known: 'eval_loss")])
+def test_a_metric_that_the_run_has_not_is_refused(corpus: Path, tmp_path: Path, metric: str, hint: str) -> None:
+    with pytest.raises(InputError, match=f"metric_for_best_model is '{metric}', which is no score .*{hint}"):
+        flags = f"--max_steps 1 --eval_strategy steps --eval_steps 1 --metric_for_best_model {metric}"
+        long_run(corpus, tmp_path / "r", flags)
