@@ -139,7 +139,7 @@ def gene_log_likelihood(
     """
     rates = {**mask_rates, "phenotype_mask_prob": 0.0, "absent_prob": 1.0}
     collator = DataCollatorForPhenotypicMLM(tokenizer, packed=True, **rates)  # type: ignore[arg-type]
-    block = replace(block, cells_n=_content_hash(block, tokenizer), epochs_n=None)
+    block = replace(block, cells_n=content_hash(block, tokenizer), epochs_n=None)
     batch = to_device(collator.collate_block(block), model_device(model))
     labels_m = batch.pop("labels")
     with inference_mode(model):
@@ -150,7 +150,7 @@ def gene_log_likelihood(
     return np.divide(-sums_n, counts_n, out=np.full(len(block), np.nan), where=counts_n > 0).astype(np.float32)
 
 
-def _content_hash(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
+def content_hash(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
     """Return a number that depends on a cell's genes and bins alone, int64 >= 0 of shape (n,)."""
     types_l = block.token_type_ids_l.astype(np.uint64)
     is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
@@ -287,7 +287,7 @@ class PhenotypeTally:
     def scores(self) -> Scores:
         """Return `classification_scores`, and `log_loss`: mean negative log-probability of the true label (nats)."""
         scores = self.confusion.scores()
-        return {**scores, "log_loss": float(self.log_loss_sum[0]) / max(1, scores["n"])}
+        return {**scores, "log_loss": float(self.log_loss_sum[0]) / scores["n"] if scores["n"] else float("nan")}
 
 
 @dataclass

@@ -78,4 +78,6 @@ def test_patterns_are_expanded_and_manifests_read_once(
     command: str, expected: dict[str, int], in_folder: Path, counts: Counter[str]
 ) -> None:
     assert main(command.split()) == 0
-    assert counts == expected
+    small = str((in_folder / "corpus").resolve())  # the run's own corpus, in which evaluate looks for training cells
+    assert {name: count for name, count in counts.items() if name != small} == expected
+    assert counts[small] <= 1

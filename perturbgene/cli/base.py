@@ -94,6 +94,10 @@ class ReadingConfig(BaseConfig):
     missing_labels: list[str] = option(
         [], "Labels that also mean `not known`; NaN, an empty label and `unknown` (in any case) always do.", group=DATA
     )
+    phenotypes: list[str] = option(
+        [], "NAME=COLUMN reads the labels of a phenotype from another column of obs (cell_type=CellType).", group=DATA,
+        is_named=True,
+    )  # fmt: skip
     min_gene_coverage: float = option(0.5, "Stop if a file has less than this share of the panel.", within="[0, 1]")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from perturbgene.cli.base import Normalization, ReadingConfig
+from perturbgene.cli.options import named_values
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import as_sources
 from perturbgene.data_utils.order import (
@@ -83,6 +84,25 @@ class BlockCollator(Protocol):
         """Turn a block into a batch."""
 
 
+def columns_of(phenotypes: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """Return phenotype -> obs column, from a mapping or from texts NAME=COLUMN.
+
+    Example:
+        >>> columns_of(["cell_type=CellType"])
+        {'cell_type': 'CellType'}
+    """
+    if isinstance(phenotypes, Mapping):
+        return dict(phenotypes)
+    columns = named_values(phenotypes, flag="phenotypes")
+    for name, column in columns.items():
+        if column is None:
+            raise InputError(
+                f"phenotypes has {name!r}, which names no column of obs. Write --phenotypes {name}=COLUMN, or leave it "
+                "out if the column has the same name."
+            )
+    return {name: str(column) for name, column in columns.items()}
+
+
 class IterableAnnDataset(IterableDataset[Cell]):
     """Streams cells from h5ad files (or AnnData objects in memory).
 
@@ -108,7 +128,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         rank, world_size: Which part of the cells this process yields.
         keep_all: True yields each cell exactly once over all ranks (evaluation); False gives every rank the same
             number. Default: the opposite of `shuffle`.
-        obs_columns: Phenotype -> obs column where the names differ.
+        phenotypes: Phenotype -> obs column where the names differ; also as texts "cell_type=CellType".
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
         optional_labels: False refuses a file that lacks the column of an included phenotype.
         threads: Threads that read and tokenize local files, in addition to the thread that uses the cells; loader
@@ -141,7 +161,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         rank: int = 0,
         world_size: int = 1,
         keep_all: bool | None = None,
-        obs_columns: dict[str, str] | None = None,
+        phenotypes: Mapping[str, str] | Sequence[str] = (),
         constant_labels: dict[str, int] | None = None,
         optional_labels: bool = True,
         block_rows: int = DEFAULT_BLOCK_ROWS,
@@ -167,7 +187,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._has_to_resume = torch.zeros(1 + MOST_WORKERS, dtype=torch.bool).share_memory_()
         self._begin = self._done = 0
-        options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": obs_columns or {}}
+        options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": columns_of(phenotypes)}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
         options |= {"missing_labels": tuple(missing_labels)}
         if normalization != "auto":
@@ -214,6 +234,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     @staticmethod
     def _check(shard: Shard, min_gene_coverage: float) -> int:
         shard.alignment.check_coverage(min_gene_coverage, source=shard.path)
+        shard.source.check_has_values()
         logger.info("%s: %d cells, %s", shard.path, len(shard), shard.alignment.describe())
         if shard.source.format != "csr":
             how = "dense" if shard.source.format == "dense" else "compressed by columns"

@@ -4,6 +4,7 @@ Owns the id layout and the spelling of labels; knows nothing of genes, files or 
 """
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,16 @@ def is_missing(label: str, missing_labels: Sequence[str] = ()) -> bool:
         (True, False, True)
     """
     return label.lower() in MISSING_LABELS or label.lower() in {label_text(one).lower() for one in missing_labels}
+
+
+def plain_spelling(text: str) -> str:
+    """Spell a name without case, spaces and punctuation, to find names that differ in these only.
+
+    Example:
+        >>> plain_spelling("B-CELL") == plain_spelling("B cell"), plain_spelling("cell_type")
+        (True, 'celltype')
+    """
+    return re.sub(r"[\W_]+", "", text.casefold())
 
 
 def token_text(label: str) -> str:
@@ -144,8 +155,10 @@ class Vocabulary:
     def check_category(self, category: str) -> None:
         """Raise an InputError when the vocabulary has no such phenotype."""
         if category not in self.phenotypes:
-            known = listed(self.categories, most=12) or "none"
-            raise InputError(f"phenotype {category!r} is not in the vocabulary. Choose one of: {known}.")
+            known = f"Choose one of: {listed(self.categories, most=12)}."
+            if not self.categories:
+                known = "It has none: train on a corpus that was prepared with --phenotypes."
+            raise InputError(f"phenotype {category!r} is not in the vocabulary. {known}")
 
     def id_range(self, category: str) -> tuple[int, int]:
         """Return the half-open range of input ids of a phenotype's labels."""

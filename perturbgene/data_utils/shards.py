@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
-from perturbgene.data_utils.labels import ABSENT, Vocabulary
+from perturbgene.data_utils.labels import ABSENT, Vocabulary, plain_spelling
 from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.scale import (
     ExpressionBlock,
@@ -27,7 +28,7 @@ from perturbgene.data_utils.scale import (
     recognize_counts,
 )
 from perturbgene.data_utils.sources import CellSource, sampled_spans
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import InputError, did_you_mean, listed
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,20 @@ class Shard:
             )
         return values_n
 
+    def label_column(self, category: str) -> pd.Series:
+        """Return the column of `obs` that holds a phenotype's labels, positional index.
+
+        Raises:
+            InputError: There is none; suggests the one with the nearest name.
+        """
+        column, known = self.obs_columns.get(category, category), self.source.columns_of("obs")
+        if column not in known:
+            alike = [name for name in known if plain_spelling(name) == plain_spelling(column)]
+            advice = f"Did you mean {alike[0]!r}?" if alike else did_you_mean(column, known)
+            flag = f"--phenotypes {category}={alike[0] if alike else 'COLUMN'}"
+            raise InputError(f"{self.path} has no obs column {column!r}. {advice} Name the column with {flag}.")
+        return self.source.obs_column(column)
+
     def label_ids(self, category: str) -> np.ndarray:
         """Return the input id of one phenotype for every cell, int32 of shape (n,), -1 where absent.
 
@@ -202,7 +217,7 @@ class Shard:
         if column not in self.source.columns_of("obs") and self.optional_labels:
             logger.info("%s has no obs column %r: %s is absent in all cells", self.path, column, category)
             return np.full(len(self), ABSENT, dtype=np.int32)
-        values_n = self.source.obs_column(column)
+        values_n = self.label_column(category)
         ids_n, unknown = self.vocabulary.encode(category, values_n, missing_labels=self.missing_labels)
         if unknown:
             logger.warning(
@@ -215,7 +230,8 @@ class Shard:
         return self._one_per_cell(ids_n)
 
     @cached_property
-    def _label_ids_np(self) -> np.ndarray:
+    def label_ids_np(self) -> np.ndarray:
+        """Input ids of the included phenotypes, int32 of shape (n, p), -1 where absent."""
         columns = [self.label_ids(category) for category in self.included_phenotypes]
         return np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), dtype=np.int32)
 
@@ -280,7 +296,7 @@ class Shard:
             alignment=self.alignment,
             is_counts=self.is_counts,
             library_size_n=self._library_size(rows_m, values_l, offsets_m1),
-            label_ids_np=self._label_ids_np[rows_m],
+            label_ids_np=self.label_ids_np[rows_m],
             cells_n=rows_m + first_cell,
             source=self._where,
             table_n=table_n,

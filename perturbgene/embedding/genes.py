@@ -320,6 +320,8 @@ def _embed_genes(
         sums = sum_genes(run, dataset, groups=groups, group_n=group_n, results=results, batch_tokens=batch_tokens)
     if not ranks.is_main:
         return None
+    if not sums.counts_2kg.any():
+        raise InputError(f"no cell of {listed(dataset.paths)} expresses a gene of the panel. Give other cells.")
     table = sums.table(groups)
     question = {"verb": "embed", "groupby": groupby or ALL, "given": dict(given)}
     table.uns["perturbgene"] = provenance(run, question, coverage=dataset.coverage)

@@ -21,7 +21,8 @@ from perturbgene.configs import check_question
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.labels import ABSENT, label_text, plain_spelling
+from perturbgene.data_utils.opening import FileList, expand_paths
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
     ClassEvaluator,
@@ -29,6 +30,7 @@ from perturbgene.eval_utils import (
     LogitCollector,
     MlmEvaluator,
     Question,
+    content_hash,
     gene_log_likelihood,
     standard_questions,
     write_results,
@@ -36,6 +38,7 @@ from perturbgene.eval_utils import (
 from perturbgene.files import claimed
 from perturbgene.inference.baselines import baselines
 from perturbgene.inference.calibration import (
+    LEAST_CELLS,
     MOST_CELLS,
     Calibration,
     fit,
@@ -46,7 +49,7 @@ from perturbgene.inference.calibration import (
 )
 from perturbgene.inference.predict import question_of_classifier
 from perturbgene.inference.run import Run, load_run
-from perturbgene.inference.streaming import Ranks, stream_batches
+from perturbgene.inference.streaming import FEW_GENES, Ranks, num_genes, stream_batches
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +101,131 @@ def _evaluator(run: Run, questions: Sequence[Question], mask_rates: Mapping[str,
     return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
 
 
+def own_files(run: Run, split: str) -> FileList:
+    """Return the files of the run's own "train" or "eval" cells.
+
+    Raises:
+        InputError: The run does not say where they are, or they are not there.
+    """
+    settings = run.settings
+    corpus, patterns = (getattr(settings, name, None) for name in ("corpus", f"{split}_data_paths"))
+    if not corpus and not patterns:
+        raise InputError(f"{run.path} does not say which {split} cells it has. Give --corpus or --{split}_data_paths.")
+    try:
+        return expand_paths(patterns) if patterns else Corpus.open(str(corpus)).paths(split)
+    except InputError as error:
+        if patterns:
+            flag = f"--{split}_data_paths"
+            raise InputError(f"{error} (run.yaml names these {split} cells; give them with {flag}.)") from error
+        raise InputError(
+            f"{run.path} has its {split} cells in its corpus {corpus!r}, as run.yaml says, but they are not there. "
+            f"Give --corpus, or --{split}_data_paths."
+        ) from error
+
+
 def _is_own(run: Run, eval_paths: Any) -> bool:
-    """Whether files are those of the run's own evaluation cells."""
+    """Whether all files are among the run's own evaluation cells."""
     if not isinstance(eval_paths, str | Path | list | tuple):
         return False
-    corpus, paths = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
+    names = {os.path.realpath(path) for path in ([eval_paths] if isinstance(eval_paths, str | Path) else eval_paths)}
     try:
-        own = Corpus.open(corpus).paths("eval") if corpus else expand_paths(paths) if paths else []
-    except InputError:  # they are gone
+        corpus, patterns = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
+        own = {os.path.realpath(path) for path in expand_paths(patterns)} if patterns else set()
+    except InputError:
         return False
-    names = [eval_paths] if isinstance(eval_paths, str | Path) else eval_paths
-    return bool(own) and {os.path.realpath(path) for path in names} == {os.path.realpath(path) for path in own}
+    folder = os.path.join(os.path.realpath(corpus), "eval") if corpus and not patterns else ""
+    return all(path in own or os.path.dirname(path) == folder for path in names)
+
+
+def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading: Any) -> np.ndarray:
+    """Find cells that the run was trained on: those with the genes and bins of a training cell.
+
+    Cells with fewer than `FEW_GENES` genes of the run do not count, since different cells may look the same.
+
+    Args:
+        run: Its `run.yaml` says what it was trained on.
+        eval_paths: Files (or AnnData) to look at.
+        train_paths: The training files where `run.yaml` does not say, or they were moved.
+        reading: How to read both; the run's own files are read as in training.
+
+    Returns:
+        True for training cells, shape (n,).
+
+    Raises:
+        InputError: The training cells are not there.
+    """
+    try:
+        trained, settings = own_files(run, "train"), run.settings
+        names = [] if getattr(settings, "corpus", None) else [one.name for one in dataclasses.fields(ReadingConfig)]
+        as_trained = {name: getattr(settings, name) for name in names}
+    except InputError:
+        if train_paths is None:
+            raise
+        trained, as_trained = train_paths, reading
+    tokenizer = run.tokenizer.reading([], num_slots=0)
+    hashes = []
+    for paths, options in ((trained, as_trained), (eval_paths, reading)):
+        dataset = IterableAnnDataset(paths, tokenizer, batch_size=EvaluateConfig.batch_size, **options)
+        blocks = [np.zeros(0, dtype=np.int64)]
+        for block in dataset.blocks():
+            blocks.append(np.where(num_genes(block, tokenizer) < FEW_GENES, -1, content_hash(block, tokenizer)))
+        hashes.append(np.concatenate(blocks))
+    return np.isin(hashes[1], hashes[0]) & (hashes[1] >= 0)
+
+
+def _seen_in_training(run: Run, eval_paths: Any, train_paths: Any, *, calibrates: bool, **reading: Any) -> np.ndarray:
+    """Return which cells the run was trained on and report them, shape (n,); False where that is not known.
+
+    Raises:
+        InputError: Temperatures are to be fitted, but there is no other cell.
+    """
+    try:
+        is_seen_n = training_cells(run, eval_paths, train_paths, **reading)
+    except InputError as error:
+        logger.warning("whether the run was trained on these cells is not known: %s", error)
+        return np.zeros(1, dtype=bool)
+    if num_seen := int(is_seen_n.sum()):
+        logger.warning(
+            "%s of %s cells are training cells of %s: their scores are too good, and no temperature is fitted on them",
+            f"{num_seen:,}", f"{len(is_seen_n):,}", run.path,
+        )  # fmt: skip
+    if calibrates and is_seen_n.all():
+        raise InputError("all cells are training cells, so no temperature can be fitted. Pass --no_calibrate.")
+    return is_seen_n
+
+
+def labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is_named: bool) -> list[str]:
+    """Return those phenotypes to score that have a known label, if that is not all; a warning names the others.
+
+    Args:
+        dataset: The cells; it reads all phenotypes of the run.
+        evaluator: What is to be scored.
+        is_named: True if the user named the phenotypes, so that each must have labels.
+
+    Raises:
+        InputError: No cell has a known label.
+    """
+    asked = list(dict.fromkeys(name for question in evaluator.questions for name in question.asked))
+    if dataset.phenotype_category or not asked:  # a data set of a classifier has checked its labels
+        return []
+    shards = [dataset.shards[index] for index in range(len(dataset.shards))]
+    is_known_p = np.any([(shard.label_ids_np != ABSENT).any(axis=0) for shard in shards], axis=0)
+    known = {name for name, is_known in zip(dataset.tokenizer.included_phenotypes, is_known_p, strict=True) if is_known}
+    without = [name for name in asked if name not in known]
+    for name in without:
+        if not is_named and known & set(asked):
+            logger.warning("no cell has a %s that the run knows, so it is not scored", name)
+            continue
+        found = {label_text(value) for value in shards[0].label_column(name).unique()} - {""}
+        labels = dataset.tokenizer.phenotypes[name]
+        advice = f"Rename them, or name another column with --phenotypes {name}=COLUMN."
+        if {plain_spelling(label) for label in found} & {plain_spelling(label) for label in labels}:
+            advice = "They differ in case and punctuation: rename them."
+        raise InputError(
+            f"no cell of {listed(dataset.paths)} has a {name} that the run knows: obs has "
+            f"{listed(sorted(found)) or 'no label'}, the run {listed(labels)}. {advice}"
+        )
+    return [name for name in asked if name in known] if without else []
 
 
 # -- calibration --------------------------------------------------------------------------------------------------
@@ -122,16 +239,28 @@ def _calibrate(
     *,
     donor_column: str | None,
     gene_scores: Sequence[np.ndarray],
+    is_seen_n: np.ndarray,
 ) -> None:
-    """Fit a temperature for each question on half of the donors, add it to the results and store it in the run."""
+    """Fit a temperature for each question on half of the donors, add it to the results and store it in the run.
+
+    Cells that were seen in training do not take part, and a question with too few labels keeps its temperature.
+    """
     files, donors_n = [dataset.shards[index].source for index in range(len(dataset.shards))], None
     if donor_column and all(donor_column in file.columns_of("obs") for file in files):
         names = [file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files]
         donors_n = np.concatenate(names)
     fitted, split = [], "cells"
-    for category, question, cells_n, logits_nk, true_n in collector.joined():
+    for category, question, *answers in collector.joined():
+        is_new_n = ~is_seen_n[answers[0]]
+        cells_n, logits_nk, true_n = (values_n[is_new_n] for values_n in answers)
         is_fitted_n, split = split_halves(None if donors_n is None else donors_n[cells_n], num_cells=len(cells_n))
         entry = fit(logits_nk, true_n, is_fitted_n, phenotype=category, asked=question.asked, given=question.given)
+        if entry.num_cells < LEAST_CELLS:
+            logger.warning(
+                "%s: only %d labeled cells to fit on, of at least %d; no temperature is fitted",
+                question.describe(), entry.num_cells, LEAST_CELLS,
+            )  # fmt: skip
+            continue
         fitted.append(entry)
         facts = {"temperature": entry.temperature, "is_at_limit": entry.is_at_limit, "n_fitted": entry.num_cells}
         results[category][question.name]["calibration"] = {**facts, "split_by": split, **entry.scores}
@@ -140,13 +269,24 @@ def _calibrate(
             "The evaluation cells name fewer than two donors, so temperatures are fitted on half of the cells and "
             "scored on the other half, from the same donors."
         )
-    gene_quantiles = quantiles(np.concatenate(gene_scores)) if gene_scores else ()
+    gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
     calibration = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path))
     path = (read_calibration(run.path) or Calibration()).joined(calibration).save(run.path)
     logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
 
 
 # -- the function and the verb ------------------------------------------------------------------------------------
+
+
+def _check_writable(run: Run, output: Path | None, *, calibrates: bool) -> None:
+    """Refuse a run that cannot keep its temperatures, and an output that is a file."""
+    if calibrates and not os.access(run.path, os.W_OK):
+        raise InputError(
+            f"{run.path} cannot be written, but temperatures are stored in it. Copy the run to a folder that you may "
+            "write, or pass --no_calibrate."
+        )
+    if output is not None and output.exists() and not output.is_dir():
+        raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
 
 
 def evaluate(
@@ -190,22 +330,22 @@ def evaluate(
         (255, True)
     """
     run, output = load_run(run), None if output is None else Path(output)
-    calibrates = _is_own(run, eval_paths) if calibrate is None else calibrate
-    if calibrates and not os.access(run.path, os.W_OK):
-        raise InputError(
-            f"{run.path} cannot be written, but temperatures are stored in it. Copy the run to a folder that you may "
-            "write, or pass --no_calibrate."
-        )
-    if output is not None and output.exists() and not output.is_dir():
-        raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
+    is_own = _is_own(run, eval_paths)
+    calibrates = is_own if calibrate is None else calibrate
+    _check_writable(run, output, calibrates=calibrates)
     evaluator = _evaluator(run, _questions(run, ask, given), mask_rates or {})
     with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
         options = {"batch_size": batch_size, **reading}
         dataset = IterableAnnDataset(
             eval_paths, run.tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
         )
-        asked = "; ".join(question.describe() for question in evaluator.questions)
-        logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", asked)
+        if labeled := labeled_phenotypes(dataset, evaluator, is_named=bool(ask)):
+            evaluator = _evaluator(run, _questions(run, labeled, given), mask_rates or {})
+        is_seen_n = np.zeros(sum(dataset.sizes), dtype=bool)
+        if not is_own:  # their copies among the training cells are a finding of `prepare`
+            is_seen_n |= _seen_in_training(run, eval_paths, train_paths, calibrates=calibrates, **reading)
+        questions = "; ".join(question.describe() for question in evaluator.questions)
+        logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", questions)
         gene_scores: list[np.ndarray] = []
         if calibrates:
             evaluator.collector = LogitCollector(-(-dataset.num_cells // MOST_CELLS))
@@ -216,9 +356,15 @@ def evaluate(
                 gene_scores.append(scores_n)
         results = evaluator.results()
         if evaluator.collector is not None:
-            _calibrate(run, evaluator.collector, dataset, results, donor_column=donor_column, gene_scores=gene_scores)
+            _calibrate(
+                run, evaluator.collector, dataset, results, donor_column=donor_column, gene_scores=gene_scores,
+                is_seen_n=is_seen_n,
+            )  # fmt: skip
         else:
             logger.info("temperatures in %s stay as they are; --calibrate fits them on these cells", run.path)
+        if is_seen_n.any():
+            for scores in [scores for scores_of in results.values() for scores in scores_of.values()]:
+                scores["n_training_cells"] = int(is_seen_n.sum())
         if train_paths is not None and run.binary_label is None:
             train = IterableAnnDataset(train_paths, run.tokenizer, **options)
             logger.info("fitting the baselines on %s training cells", f"{train.num_cells:,}")
@@ -253,13 +399,11 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     run = load_run(config.run, device=config.device)
     trained = run.settings
     folder = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
-    corpus = Corpus.open(folder) if folder else None
+    corpus = Corpus.open(folder) if folder and Path(folder).exists() else None
     if corpus:
         eval_paths = corpus.paths("eval")
-        is_own = os.path.realpath(corpus.folder) == os.path.realpath(getattr(trained, "corpus", None) or "")
     else:
-        eval_paths = expand_paths(config.eval_data_paths or getattr(trained, "eval_data_paths", []))
-        is_own = not config.eval_data_paths
+        eval_paths = expand_paths(config.eval_data_paths) if config.eval_data_paths else own_files(run, "eval")
     patterns = config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", []))
     train_paths: Any = None
     if config.baselines and (patterns or corpus):
@@ -276,7 +420,7 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
         ask=config.ask,
         given=config.given,
         mask_rates=config.mask_rates,
-        calibrate=is_own if config.calibrate is None else config.calibrate,
+        calibrate=config.calibrate,
         donor_column=(corpus.split_by if corpus else None) or "donor_id",
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,

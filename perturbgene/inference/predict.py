@@ -79,14 +79,20 @@ def questions_of(run: Run, ask: Sequence[str], given: Sequence[str], *, joint: b
     """Return one question for each asked phenotype, or with `joint` one question for all of them.
 
     Raises:
-        InputError: A phenotype is unknown, asked twice, or asked and given; or nothing is asked.
+        InputError: A phenotype is unknown, asked twice, or asked and given; nothing is asked; or the run knows none.
     """
     check_question(list(ask), list(given))
     if run.is_classifier:
         return [question_of_classifier(run, ask, given)]
+    known = run.tokenizer.included_phenotypes
+    if not known:
+        raise InputError(
+            f"{run.path} knows no phenotypes, so there is nothing to predict. Use `perturbgene embed`, or train on a "
+            "corpus that was prepared with --phenotypes."
+        )
     for category in [*ask, *given]:
         run.tokenizer.vocabulary.check_category(category)
-    asked = tuple(ask) or tuple(name for name in run.tokenizer.included_phenotypes if name not in given)
+    asked = tuple(ask) or tuple(name for name in known if name not in given)
     if not asked:
         raise InputError("nothing is asked: every phenotype of the run is given. Name one with --ask.")
     groups = [asked] if joint else [(name,) for name in asked]
@@ -242,7 +248,7 @@ class Predictor:
         found: dict[str, dict[str, int]] = {}
         for index in range(len(dataset.shards)):
             for name in [name for name, label in self.given.items() if label is None]:
-                column = dataset.shards[index].source.obs_column(name)
+                column = dataset.shards[index].label_column(name)
                 for label, count in self.run.tokenizer.vocabulary.encode(name, column)[1].items():
                     found.setdefault(name, {})[label] = found.get(name, {}).get(label, 0) + count
         return found
@@ -297,7 +303,7 @@ def _own_labels(dataset: IterableAnnDataset, run: Run, phenotype: str) -> np.nda
     start, _ = run.tokenizer.vocabulary.id_range(phenotype)
     ids = []
     for index in range(len(dataset.shards)):
-        dataset.shards[index].source.obs_column(phenotype)  # raises where it is missing
+        dataset.shards[index].label_column(phenotype)  # raises where it is missing
         ids.append(dataset.shards[index].label_ids(phenotype))
     ids_n = np.concatenate(ids)
     if run.binary_label is None:

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 #: A process that ends early ends the others, so a long wait for the one that writes a large file does no harm.
 LONGEST_WAIT = datetime.timedelta(days=2)
+#: With fewer genes of the panel, a cell looks much like any other.
+FEW_GENES = 10
 #: The one group of all cells.
 ALL = "all"
 
@@ -219,7 +221,7 @@ def open_cells(
     dataset = IterableAnnDataset(data, tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options)
     for index in range(len(dataset.shards)):
         for name in [name for name, label in given.items() if label is None]:
-            dataset.shards[index].source.obs_column(name)  # raises where it is missing
+            dataset.shards[index].label_column(name)  # raises where it is missing
     return dataset
 
 
@@ -237,7 +239,7 @@ def read_groups(
     """
     if column is None:
         return [ALL], np.zeros(dataset.num_cells, dtype=np.int64)
-    factor = pd.Categorical(dataset.shards[0].source.obs_column(column))
+    factor = pd.Categorical(dataset.shards[0].source.obs_column(column)).remove_unused_categories()
     names = [label_text(value) for value in factor.categories]
     groups = sorted({name for name in names if name})
     if not groups:
@@ -264,6 +266,12 @@ def stream_batches(
                 batch = block if piece == slice(0, len(block)) else block.take(np.arange(piece.start, piece.stop))
                 yield batch
                 bar.update(len(batch))
+
+
+def num_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
+    """Return how many genes of the panel each cell's sequence has, int32 of shape (n,)."""
+    is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
+    return np.add.reduceat(is_gene_l, block.offsets_n1[:-1], dtype=np.int32)
 
 
 def has_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:

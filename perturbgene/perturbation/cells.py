@@ -87,7 +87,7 @@ class GroupedCells:
         dataset = IterableAnnDataset(source, tokenizer, constant_labels=labels, **{"batch_size": 256, **reading})
         file = dataset.shards[0].source
         for name in [name for name, label in given.items() if label is None]:
-            file.obs_column(name)
+            dataset.shards[0].label_column(name)
         if donor is None and DONOR_COLUMN in file.columns_of("obs"):
             donor = DONOR_COLUMN
         return cls(dataset, *read_groups(dataset, donor, flag="donor"), *read_groups(dataset, groupby, flag="groupby"))

@@ -259,6 +259,7 @@ def _data(
             layer=config.layer,
             gene_id_column=config.gene_id_column,
             missing_labels=config.missing_labels,
+            phenotypes=config.phenotypes,
             min_gene_coverage=config.min_gene_coverage,
             rank=arguments.process_index,
             world_size=arguments.world_size,

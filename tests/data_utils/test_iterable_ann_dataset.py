@@ -702,7 +702,7 @@ def test_class_counts_are_of_labelled_cells_of_all_ranks() -> None:
 def test_a_label_column_of_another_name_is_read() -> None:
     adata = with_labels(["T cell", "B cell"])
     adata.obs = adata.obs.rename(columns={"cell_type": "bulk"})
-    options = {"phenotype_category": "cell_type", "obs_columns": {"cell_type": "bulk"}}
+    options = {"phenotype_category": "cell_type", "phenotypes": {"cell_type": "bulk"}}
     assert [cell["labels"].tolist() for cell in IterableAnnDataset(adata, a_tokenizer(), **options)] == [2, 0]
 
 
@@ -762,10 +762,10 @@ def test_the_coverage_of_every_file_is_logged(paths: list[str], caplog: pytest.L
 
 
 def test_cells_that_express_nothing_are_yielded_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    adata = some_cells(2)
-    adata.X = sparse.csr_matrix((2, 9), dtype=np.float32)
+    adata = some_cells(3)
+    adata.X = sparse.csr_matrix(([1.5], ([2], [0])), shape=(3, 9), dtype=np.float32)
     with caplog.at_level(logging.WARNING):
-        assert [len(cell["input_ids"]) for cell in IterableAnnDataset(adata, a_tokenizer())] == [4, 4]
+        assert [len(cell["input_ids"]) for cell in IterableAnnDataset(adata, a_tokenizer())] == [4, 4, 5]
     assert "2 cells express no gene of the panel" in caplog.text
 
 

@@ -61,6 +61,20 @@ def test_every_gene_of_every_group_that_expresses_it_has_a_row(run: Run, cells: 
     np.testing.assert_array_equal(found[expected.columns].to_numpy(), expected.to_numpy())
 
 
+def test_a_category_that_no_cell_has_is_no_group(run: Run, cells: ad.AnnData) -> None:
+    some = cells.copy()
+    some.obs["tissue"] = some.obs["tissue"].astype("category").cat.add_categories(["gone", "also gone"])
+    assert gene_embeddings(some, run, groupby="tissue").obs["group"].cat.categories.tolist() == ["blood", "spleen"]
+
+
+def test_cells_that_express_no_gene_of_the_panel_are_refused(run: Run, cells: ad.AnnData) -> None:
+    values = np.zeros((60, 10), dtype=np.float32)
+    values[:, 9] = 1.5
+    some = ad.AnnData(values, obs=cells.obs, var=pd.DataFrame(index=[*GENES, "of no panel"]))
+    with pytest.raises(InputError, match="no cell of 'AnnData' expresses a gene of the panel"):
+        gene_embeddings(some, run, groupby="tissue")
+
+
 def test_without_a_column_all_cells_are_one_group(run: Run, cells: ad.AnnData) -> None:
     table = gene_embeddings(cells, run)
     assert table.obs["group"].unique().tolist() == ["all"] and table.X.shape == (9, HIDDEN)

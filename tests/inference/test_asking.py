@@ -145,3 +145,11 @@ def test_the_temperature_softens_probabilities_and_keeps_answers(run, make_adata
 def test_options_check_their_ranges():
     with pytest.raises(InputError, match=r"abstain is 2, but it must .* \[0, 1\]. Change --abstain"):
         AnswerOptions(abstain=2)
+
+
+def test_a_run_without_phenotypes_predicts_nothing_and_says_what_to_use(run):
+    nameless = Run(run.model, run.tokenizer.with_settings(included=[]), run.path)
+    with pytest.raises(
+        InputError, match="knows no phenotypes, so there is nothing to predict. Use `perturbgene embed`"
+    ):
+        questions_of(nameless, [], [], joint=False)

@@ -142,3 +142,17 @@ def test_a_target_that_exists_or_is_the_input_or_several_inputs_are_refused(tmp_
     with pytest.raises(InputError, match="2 files, but predict writes one"):
         check_target(str(tmp_path / "*.h5ad"), tmp_path / "new", overwrite=False, verb="predict")
     assert check_target(str(source), other, overwrite=True, verb="predict") == (str(source), other)
+
+
+def test_a_matrix_of_zeros_is_refused_with_the_layers_that_hold_counts(make_adata, four_gene_tokenizer, tmp_path):
+    empty = make_adata(np.zeros((3, 4)))
+    with pytest.raises(InputError, match="X holds no value other than 0.* Add the counts to it"):
+        IterableAnnDataset(empty, four_gene_tokenizer)
+    empty.layers["counts"] = make_adata(CELLS[:3]).X
+    empty.write_h5ad(tmp_path / "in.h5ad")
+    for cells in (empty, str(tmp_path / "in.h5ad")):
+        with pytest.raises(
+            InputError, match="X holds no value other than 0.*Choose another matrix with --layer: 'coun"
+        ):
+            IterableAnnDataset(cells, four_gene_tokenizer)
+        assert len(IterableAnnDataset(cells, four_gene_tokenizer, layer="counts")) == 3

@@ -1,0 +1,169 @@
+"""Scores that cannot mislead: cells of the training corpus, labels under other names, runs whose corpus was moved."""
+
+import json
+import shutil
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from perturbgene.configs import MlmConfig
+from perturbgene.corpus.manifest import Corpus
+from perturbgene.errors import InputError
+from perturbgene.inference.calibration import CALIBRATION_FILE
+from perturbgene.inference.evaluate import evaluate, training_cells
+from perturbgene.inference.run import Run, load_run
+from perturbgene.main import main
+
+ASK = ("--ask", "cell_type", "--no_baselines")
+
+
+@pytest.fixture(scope="module")
+def run(small_folder: Path) -> Run:
+    return load_run(small_folder / "runs/mlm", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def cells(small_folder: Path) -> ad.AnnData:
+    """The 255 cells that the corpus was made from; not to be changed."""
+    return ad.read_h5ad(small_folder / "cells.h5ad")
+
+
+@pytest.fixture
+def own_run(small_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the run, free to change."""
+    shutil.copytree(small_folder / "runs/mlm", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def names_of(corpus: Path, split: str) -> set[str]:
+    return {name for path in Corpus.open(corpus).paths(split) for name in ad.read_h5ad(path).obs_names}
+
+
+# -- cells of the training corpus ---------------------------------------------------------------------------------
+
+
+def test_training_cells_are_found_by_what_they_express(run, cells, small_folder):
+    train, held_out = (names_of(small_folder / "corpus", split) for split in ("train", "eval"))
+    assert cells.obs_names[training_cells(run, cells)].tolist() == [name for name in cells.obs_names if name in train]
+    assert not training_cells(run, cells[cells.obs_names.isin(held_out)].copy()).any()
+
+
+def test_training_cells_are_found_under_other_names_columns_and_labels(run, cells):
+    other = cells[::-1, ::-1].copy()
+    other.obs_names = [f"cell {row}" for row in range(other.n_obs)]
+    other.obs = other.obs[[]]
+    np.testing.assert_array_equal(training_cells(run, other)[::-1], training_cells(run, cells))
+
+
+def test_a_cell_with_few_genes_is_nobody_s_copy(run, cells):
+    few = cells[:, :30].copy()
+    few = few[np.asarray((few.X > 0).sum(axis=1)).ravel() < 9].copy()
+    assert not training_cells(run, few, min_gene_coverage=0).any()
+
+
+def test_scores_of_training_cells_say_how_many_they_are(run, cells, caplog):
+    scores = evaluate(run, cells, ask=["cell_type"])["cell_type"]["alone"]
+    num_seen = int(training_cells(run, cells).sum())
+    assert (scores["n"], scores["n_training_cells"]) == (255, num_seen)
+    assert f"{num_seen} of 255 cells are training cells of {run.path}" in caplog.text
+
+
+def test_held_out_cells_say_nothing_of_training(run, small_folder, caplog):
+    scores = evaluate(run, Corpus.open(small_folder / "corpus").paths("eval"), calibrate=False)
+    assert "n_training_cells" not in scores["cell_type"]["alone"] and "training cells" not in caplog.text
+
+
+def test_temperatures_are_fitted_on_unseen_cells_alone(own_run, cells):
+    loaded = load_run(own_run, device="cpu")
+    is_new_n = ~training_cells(loaded, cells)
+    found = evaluate(loaded, cells, ask=["cell_type"], calibrate=True)["cell_type"]["alone"]["calibration"]
+    expected = evaluate(loaded, cells[is_new_n].copy(), ask=["cell_type"], calibrate=True)["cell_type"]["alone"]
+    assert (found["n_fitted"], found["temperature"]) == (
+        expected["calibration"]["n_fitted"], pytest.approx(expected["calibration"]["temperature"], rel=1e-4),
+    )  # fmt: skip
+
+
+def test_fitting_temperatures_on_training_cells_alone_is_refused(own_run, small_folder, tmp_path, capsys):
+    shard = small_folder / "corpus/train/shard_00000.h5ad"
+    flags = ("--eval_data_paths", str(shard), "--calibrate", "--output", str(tmp_path / "scores"), *ASK)
+    assert main(["evaluate", str(own_run), *flags]) == 2
+    assert "all cells are training cells, so no temperature can be fitted" in capsys.readouterr().err
+    assert not (own_run / CALIBRATION_FILE).exists() and not (tmp_path / "scores").exists()
+
+
+def test_whether_cells_are_training_cells_may_not_be_known(own_run, cells, caplog):
+    (own_run / "run.yaml").unlink()
+    assert evaluate(own_run, cells[:20].copy(), ask=["cell_type"])["cell_type"]["alone"]["n"] == 20
+    assert "whether the run was trained on these cells is not known" in caplog.text
+
+
+# -- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_of_another_spelling_are_refused_and_the_calibration_stays(own_run, cells, tmp_path, capsys):
+    assert main(["evaluate", str(own_run), "--output", str(tmp_path / "own"), *ASK]) == 0
+    before = (own_run / CALIBRATION_FILE).read_bytes()
+    shouted = cells.copy()
+    shouted.obs["cell_type"] = shouted.obs["cell_type"].astype(str).str.upper().str.replace(" ", "-")
+    shouted.write_h5ad(tmp_path / "in.h5ad")
+    flags = ("--eval_data_paths", str(tmp_path / "in.h5ad"), "--calibrate", "--output", str(tmp_path / "scores"), *ASK)
+    assert main(["evaluate", str(own_run), *flags]) == 2
+    error = capsys.readouterr().err
+    assert "no cell of" in error and "'B-CELL'" in error and "They differ in case and punctuation" in error
+    assert (own_run / CALIBRATION_FILE).read_bytes() == before and not (tmp_path / "scores").exists()
+
+
+def test_a_missing_label_column_is_refused_with_the_nearest_name_and_the_flag(run, cells):
+    other = cells.copy()
+    other.obs = other.obs.rename(columns={"cell_type": "CellType"})
+    with pytest.raises(
+        InputError, match="Did you mean 'CellType'. Name the column with --phenotypes cell_type=CellTyp"
+    ):
+        evaluate(run, other, ask=["cell_type"])
+
+
+def test_labels_are_read_from_the_named_column(run, cells, small_folder, tmp_path):
+    expected = evaluate(run, cells, ask=["cell_type"])
+    other = cells.copy()
+    other.obs = other.obs.rename(columns={"cell_type": "CellType"})
+    assert evaluate(run, other, ask=["cell_type"], phenotypes={"cell_type": "CellType"}) == expected
+    other.write_h5ad(tmp_path / "in.h5ad")
+    flags = ("--eval_data_paths", str(tmp_path / "in.h5ad"), "--phenotypes", "cell_type=CellType", *ASK)
+    assert main(["evaluate", str(small_folder / "runs/mlm"), "--output", str(tmp_path / "scores"), *flags]) == 0
+    found = json.loads((tmp_path / "scores/metrics.json").read_text())
+    assert found["cell_type"]["alone"] == pytest.approx(expected["cell_type"]["alone"])
+
+
+def test_a_phenotype_without_any_label_is_left_out_with_a_line(run, cells, caplog):
+    other = cells.copy()
+    other.obs = other.obs.drop(columns="tissue")
+    assert set(evaluate(run, other)) == {"cell_type", "genes"}
+    assert "no cell has a tissue that the run knows, so it is not scored" in caplog.text
+
+
+def test_too_few_labels_keep_the_temperature_that_was_fitted(own_run, cells, small_folder, caplog):
+    evaluate(own_run, Corpus.open(small_folder / "corpus").paths("eval"), ask=["cell_type"])
+    before = json.loads((own_run / CALIBRATION_FILE).read_text())["temperatures"]
+    few = cells.copy()
+    few.obs["cell_type"] = few.obs["cell_type"].astype(object).where(np.arange(255) < 30)
+    evaluate(own_run, few, ask=["cell_type"], calibrate=True)
+    assert json.loads((own_run / CALIBRATION_FILE).read_text())["temperatures"] == before
+    assert "no temperature is fitted" in caplog.text
+
+
+# -- a moved run --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_corpus_is_not_there_is_refused_with_the_flag(own_run, capsys):
+    MlmConfig(output_dir=str(own_run), corpus="corpus").save(own_run / "run.yaml")
+    assert main(["evaluate", str(own_run)]) == 2
+    assert "in its corpus 'corpus', as run.yaml says, but they are not there. Give --corpus" in capsys.readouterr().err
+    assert not (own_run / "evaluation").exists()
+
+
+def test_a_moved_run_is_scored_on_the_corpus_that_is_named(own_run, small_folder, tmp_path):
+    MlmConfig(output_dir=str(own_run), corpus="corpus").save(own_run / "run.yaml")
+    flags = ("--corpus", str(small_folder / "corpus"), "--output", str(tmp_path / "scores"), *ASK)
+    assert main(["evaluate", str(own_run), *flags]) == 0
