@@ -17,7 +17,7 @@ from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.remote import Version, receive
 from perturbgene.errors import InputError, listed
 from perturbgene.files import claimed, sha256_of
-from perturbgene.urls import is_url, shown_url, url_identity
+from perturbgene.urls import is_http, is_url, parts_of, shown_url, url_identity
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,11 @@ def download(
         InputError: A source, the folder or a file cannot be used, or the server's answer is not the file.
     """
     urls = expand_paths(sources)
-    names = [unquote(urlsplit(url).path.rpartition("/")[2]) for url in urls]
-    for url, name in zip(urls, names, strict=True):
-        if not is_url(url) or name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name):
-            raise InputError(f"{shown_url(url)} is not the URL of one file. Write it as https://host/file.h5ad.")
-        if names.count(name) > 1:
-            raise InputError(f"Two sources would be written to {name!r}. Download them into different folders.")
+    if not_urls := [url for url in urls if not is_url(url)]:
+        raise InputError(f"{not_urls[0]} is not the URL of one file. Write it as https://host/file.h5ad.")
+    names = [_name_of(url, retries=retries, sleep=sleep) for url in urls]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"Two sources would be written to {repeated[0]!r}. Download them into different folders.")
     digests = read_checksums(Path(checksums)) if checksums else {}
     if checksums and (unlisted := [name for name in names if name not in digests]):
         raise InputError(f"{checksums} has no line for {listed(unlisted)}. Add it, or leave --checksums out.")
@@ -70,6 +69,18 @@ def download(
                 _download(url, target, digest=digests.get(target.name), retries=retries, sleep=sleep)
         logger.info("%s is complete (%s bytes)", target, f"{target.stat().st_size:,}")
     return targets
+
+
+def _name_of(url: str, *, retries: int, sleep: Callable[[float], None]) -> str:
+    """Return the last part of the URL, or what its server calls the file if that is no file name, as at figshare."""
+    last = name = unquote(urlsplit(url).path.rpartition("/")[2])
+    if re.fullmatch(r"[\w-]+(\.(php|aspx|cgi))?", last) and is_http(parts_of(url)):
+        version, _ = receive(url, lambda version: None, retries=retries, sleep=sleep)
+        name = re.split(r"[/\\]", version.name)[-1] or last
+        logger.info("%s is called %s by its server", shown_url(url), name)
+    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+        raise InputError(f"{shown_url(url)} is not the URL of one file. Write it as https://host/file.h5ad.")
+    return name
 
 
 def _download(

@@ -63,7 +63,8 @@ def is_zarr(path: str) -> bool:
 
 def _files_of(path: str, *, given: str) -> list[str]:
     if is_url(path):
-        return [path.rstrip("/")] if is_zarr(path) else sorted(expand_url(path), key=_natural_key)
+        is_store = is_zarr(path) and not re.search(r"[*?\[]", path)
+        return [path.rstrip("/")] if is_store else sorted(expand_url(path), key=_natural_key)
     path = os.path.expanduser(path)
     if os.path.isdir(path) and not is_zarr(path) and mtx_prefix(Path(path)) is None:
         found = [file for end in ("h5ad", "zarr") for file in glob.glob(os.path.join(glob.escape(path), f"*.{end}"))]

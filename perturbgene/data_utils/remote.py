@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from functools import cache
 from pathlib import Path
@@ -63,10 +63,12 @@ class Version:
 
     size: int | None
     tag: str | None
+    #: What the server calls the file (Content-Disposition), '' if it does not say.
+    name: str = field(default="", compare=False)
 
     def may_equal(self, other: "Version") -> bool:
         """True unless something that both state differs."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
+        pairs = (self.size, other.size), (self.tag, other.tag)
         return all(mine == theirs for mine, theirs in pairs if mine is not None and theirs is not None)
 
 
@@ -161,7 +163,8 @@ def _ask_web(url: str, *, offset: int, known: Version | None) -> Iterator[_Answe
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
             start, size = (int(match[1]), match[2]) if match else (-1, "")
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        yield _Answer(Version(int(size) if size.isdecimal() else None, tag), start, _body(response))
+        version = Version(int(size) if size.isdecimal() else None, tag, response.headers.get_filename() or "")
+        yield _Answer(version, start, _body(response))
 
 
 def _body(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -240,12 +243,12 @@ def expand_url(url: str) -> list[str]:
                 "or with braces, such as shard_{0..43}.h5ad."
             )
         return [url]
-    pattern = f"{url}*.h5ad" if url.endswith("/") else url
-    if not re.search(r"[*?\[]", pattern):
+    patterns = [f"{url}*.h5ad", f"{url}*.zarr"] if url.endswith("/") else [url]
+    if not re.search(r"[*?\[]", patterns[0]):
         return [url]
     try:
         with _bucket(url) as store:
-            names = store.glob(pattern)
+            names = [name for pattern in patterns for name in store.glob(pattern)]
     except _TransientError as error:
         raise InputError(f"{shown_url(url)} cannot be listed ({error}). Check the rights and the network.") from error
     if not names:
@@ -341,7 +344,7 @@ def _write(answer: _Answer, part: Path, *, url: str) -> None:
             "Make room there."
         )
     first = next(answer.chunks, b"")
-    name = unquote(urlsplit(url).path.rpartition("/")[2])
+    name = answer.version.name or unquote(urlsplit(url).path.rpartition("/")[2])
     if answer.start == 0 and (not first or size == 0):
         raise InputError(f"{shown_url(url)} is empty (0 bytes). Check the URL.")
     if answer.start == 0 and name.lower().endswith(HDF5_SUFFIXES) and not first.startswith(HDF5_SIGNATURE):

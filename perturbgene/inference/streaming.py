@@ -218,7 +218,9 @@ def open_cells(
     """
     options = {"batch_size": FileOptions.batch_size, **reading, "rank": ranks.rank, "world_size": ranks.size}
     options["constant_labels"] = constant_labels(run.tokenizer, given)
-    dataset = IterableAnnDataset(data, tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options)
+    dataset = IterableAnnDataset(
+        one_source(data), tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options
+    )
     for index in range(len(dataset.shards)):
         for name in [name for name, label in given.items() if label is None]:
             dataset.shards[index].label_column(name)  # raises where it is missing

@@ -24,6 +24,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.opening import one_source
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.files import whole_file, whole_files, write_json
@@ -84,7 +85,9 @@ class GroupedCells:
         num_slots = len(readout.asked) + len(readout.given)
         tokenizer = run.tokenizer.reading(list(readout.given), num_slots=num_slots)
         labels = constant_labels(run.tokenizer, given)
-        dataset = IterableAnnDataset(source, tokenizer, constant_labels=labels, **{"batch_size": 256, **reading})
+        dataset = IterableAnnDataset(
+            one_source(source), tokenizer, constant_labels=labels, **{"batch_size": 256, **reading}
+        )
         file = dataset.shards[0].source
         for name in [name for name, label in given.items() if label is None]:
             dataset.shards[0].label_column(name)

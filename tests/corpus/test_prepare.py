@@ -280,6 +280,18 @@ def test_csc_and_dense_files_become_the_same_shards(tmp_path: Path, matrix: Any)
     assert Corpus.open(made).manifest["shards"] == Corpus.open(expected).manifest["shards"]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("version", [2, 3])
+def test_zarr_stores_become_the_same_shards(tmp_path: Path, version: int) -> None:
+    first, second = cells(counts(40)), cells(counts(30, seed=1), prefix="other")
+    expected = prepare([first, second], tmp_path / "memory", phenotypes=["cell_type"])
+    with ad.settings.override(zarr_write_format=version):
+        first.write_zarr(tmp_path / "stores" / "first.zarr")
+    second.write_h5ad(tmp_path / "stores" / "second.h5ad")
+    made = prepare(tmp_path / "stores", tmp_path / "stored", phenotypes=["cell_type"], num_processes=2)
+    assert Corpus.open(made).manifest["shards"] == Corpus.open(expected).manifest["shards"]
+
+
 @pytest.mark.parametrize("values", [[0.1, 0.3, 0.7], [1e-3, 2.2, 5.5]])
 def test_log_values_on_an_edge_stay_in_their_bin(tmp_path: Path, values: list[float]) -> None:
     adata = cells(np.array([values] * 10))

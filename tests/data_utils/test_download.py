@@ -68,6 +68,16 @@ class BadHandler(Handler):
     def serve_gone(self, number: int) -> None:
         self.answer(404, PAGE)
 
+    def serve_figshare(self, number: int) -> None:
+        """Redirect to a store that names the file in a header."""
+        if "/stored/" not in self.path:
+            self.answer(302, Location=f"/figshare/stored/{self.path.rpartition('/')[2]}")
+            return
+        self.answer(200, self.content, ETag='"one"', Content_Disposition='attachment; filename="pancreas.h5ad"')
+
+    def serve_evil(self, number: int) -> None:
+        self.answer(200, self.content, Content_Disposition='attachment; filename="../../.bashrc"')
+
     def serve_chunked(self, number: int) -> None:
         """State no length, as servers do that make the file on the way."""
         self.send_response(200)
@@ -161,6 +171,21 @@ def test_nothing_is_left_and_nothing_retried_after(web: Web, tmp_path: Path, man
 
 def test_files_that_are_not_hdf5_by_name_are_taken_as_they_are(web: Web, tmp_path: Path) -> None:
     assert download([f"{web.url}/html/readme.html"], output_dir=tmp_path)[0].read_bytes() == PAGE
+
+
+def test_a_link_without_a_file_name_is_saved_under_the_name_that_the_server_gives(web: Web, tmp_path: Path) -> None:
+    url = f"{web.url}/figshare/ndownloader/files/39546196"
+    assert download([url], output_dir=tmp_path) == [tmp_path / "pancreas.h5ad"]
+    assert (tmp_path / "pancreas.h5ad").read_bytes() == CONTENT and names_in(tmp_path) == ["pancreas.h5ad"]
+    assert download([url], output_dir=tmp_path) == [tmp_path / "pancreas.h5ad"], "it is there already"
+
+
+def test_a_name_that_the_server_gives_never_leads_out_of_the_folder(web: Web, tmp_path: Path) -> None:
+    assert download([f"{web.url}/evil/files/1"], output_dir=tmp_path / "out") == [tmp_path / "out" / ".bashrc"]
+
+
+def test_a_link_to_which_the_server_gives_no_name_keeps_its_own(web: Web, tmp_path: Path) -> None:
+    assert download([f"{web.url}/good/files/39546196"], output_dir=tmp_path) == [tmp_path / "39546196"]
 
 
 def test_a_right_checksum_passes_and_a_wrong_one_drops_the_file(web: Web, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
+from scipy.io import mmwrite
 
 from perturbgene.data_utils import h5ad_writing
 from perturbgene.errors import InputError
@@ -43,3 +45,39 @@ def test_a_column_must_fit_the_rows_of_the_file(write_h5ad, tmp_path):
             write_h5ad(np.eye(4)[:3]), tmp_path / "out.h5ad", obs=pd.DataFrame({"a": np.zeros(2)}), uns={}
         )
     assert not list(tmp_path.glob("*out.h5ad*")), "neither the target nor a temporary file is left"
+
+
+@pytest.fixture
+def tenx_folder(write_h5ad, tmp_path):
+    """A 10x matrix folder of three cells and four genes."""
+    folder = tmp_path / "tenx"
+    folder.mkdir()
+    mmwrite(folder / "matrix.mtx", sparse.csc_matrix(np.eye(4)[:3].T))
+    (folder / "barcodes.tsv").write_text("a\nb\nc\n")
+    (folder / "features.tsv").write_text("".join(f"ENSG{g}\tgene_{g}\tGene Expression\n" for g in range(4)))
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+@pytest.mark.parametrize("form", ["h5ad", "zarr 2", "zarr 3", "10x folder"])
+def test_the_ending_of_the_target_decides_the_form_whatever_the_source_is(
+    write_h5ad, make_adata, tenx_folder, tmp_path, form, ending
+):
+    adata = make_adata(np.eye(4)[:3], obs={"sex": pd.Categorical(["m", "f", "m"])})
+    source = {"h5ad": write_h5ad(adata), "10x folder": tenx_folder}.get(form, str(tmp_path / "in.zarr"))
+    if form.startswith("zarr"):
+        with ad.settings.override(zarr_write_format=int(form[-1])):
+            adata.write_zarr(source)
+    target = tmp_path / f"out.{ending}"
+    for answer in (["x", "y", "z"], ["a", "b", "a"]):  # the second replaces the first
+        h5ad_writing.write_copy(
+            source, target, obs={"label": pd.Categorical(answer), "p": np.arange(3.0)},
+            obsm={"X_new": np.arange(6.0).reshape(3, 2)}, uns={"run": "here"},
+        )  # fmt: skip
+    copy = ad.read_h5ad(target) if ending == "h5ad" else ad.read_zarr(target)
+    assert [*copy.obs.columns] == [*(["sex"] if form != "10x folder" else []), "label", "p"]
+    assert copy.obs["label"].tolist() == ["a", "b", "a"] and copy.uns["perturbgene"] == {"run": "here"}
+    np.testing.assert_array_equal(copy.obsm["X_new"], np.arange(6.0).reshape(3, 2))
+    np.testing.assert_array_equal(copy.X.toarray(), np.eye(4)[:3])
+    assert not list(tmp_path.glob(".out*")), "no temporary file is left"

@@ -5,14 +5,18 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,7 +28,7 @@ from perturbgene.data_utils import remote
 from perturbgene.data_utils.foreign import HDF5_SIGNATURE
 from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.opening import expand_paths, open_source
 from perturbgene.data_utils.remote import default_cache_dir, fetch, has_room
 from perturbgene.data_utils.sources import H5adFile
 from perturbgene.errors import InputError
@@ -477,3 +481,44 @@ def test_answers_are_written_into_a_copy_of_a_remote_file(web: Web, shards: list
     answered = H5adFile(str(target))
     assert answered.columns_of("obs") == ["cell_type", "predicted_sex"]
     assert same_rows(answered, H5adFile(shards[1]), 0, 2000)
+
+
+# -- zarr ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zarr_store(tmp_path: Path, shards: list[str]) -> Path:
+    """The cells of shard_0 as a zarr store."""
+    path = tmp_path / "served" / "shard_0.zarr"
+    path.parent.mkdir()
+    ad.read_h5ad(shards[0]).write_zarr(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_zarr_store_of_a_web_server_gives_the_rows_of_the_file(zarr_store: Path, shards: list[str]) -> None:
+    handler = partial(SilentFiles, directory=str(zarr_store.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/shard_0.zarr"
+        file = open_source(*expand_paths(f"{url}/"))
+        assert same_rows(file, H5adFile(shards[0]), 100, 1500)
+        assert file.obs_column("cell_type").tolist()[:2] == ["B cell", "T cell"]
+        with pytest.raises(InputError, match="none.zarr cannot be read as zarr"):
+            _ = open_source(f"{url}/none.zarr").shape
+        server.shutdown()
+
+
+class SilentFiles(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_zarr_store_of_a_bucket_gives_the_rows_of_the_file(
+    bucket: Bucket, zarr_store: Path, shards: list[str]
+) -> None:
+    bucket.put(str(zarr_store), "s3://cells/set/shard_0.zarr", recursive=True)
+    assert expand_paths("s3://cells/set/*.zarr") == ["s3://cells/set/shard_0.zarr"]
+    assert "s3://cells/set/shard_0.zarr" in expand_paths("s3://cells/set/")
+    assert same_rows(open_source("s3://cells/set/shard_0.zarr"), H5adFile(shards[0]), 100, 1500)

@@ -24,6 +24,7 @@ from perturbgene.cli.verbs import AnswerOptions
 from perturbgene.data_utils.data_collators import block_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.embedding.cells import embed
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Confusion, Question, question_logits, true_labels
 from perturbgene.files import claimed
@@ -447,6 +448,52 @@ def small(cells: ad.AnnData, tmp_path: Path) -> str:
     """Path of 12 cells."""
     cells.write_h5ad(tmp_path / "small.h5ad")
     return str(tmp_path / "small.h5ad")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zarr_goes_in_and_comes_out_as_h5ad_does(trained, cells, small, tmp_path):
+    cells.write_zarr(tmp_path / "small.zarr")
+    for source in ("small.h5ad", "small.zarr"):
+        for target in ("out.h5ad", "out.zarr"):
+            assert run_on(trained, str(tmp_path / source), tmp_path / f"{source}_{target}") == 0
+    answers = [ad.read_h5ad(tmp_path / f"{source}_out.h5ad") for source in ("small.h5ad", "small.zarr")]
+    answers += [ad.read_zarr(tmp_path / f"{source}_out.zarr") for source in ("small.h5ad", "small.zarr")]
+    for answer in answers[1:]:
+        pd.testing.assert_frame_equal(answer.obs, answers[0].obs, check_categorical=False, check_dtype=False)
+        assert (answer.X != answers[0].X).nnz == 0
+    table = predict_table(str(tmp_path / "small.zarr"), trained.mlm, ask="cell_type")
+    assert table[COLUMN].tolist() == answers[0].obs[COLUMN].tolist()
+    assert predict(str(tmp_path / "small.zarr"), trained.mlm).obs[COLUMN].tolist() == answers[0].obs[COLUMN].tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_zarr_output_is_replaced_only_when_it_may_be_and_is_a_store(trained, small, tmp_path, capsys):
+    (tmp_path / "mine.zarr").mkdir()
+    assert run_on(trained, small, tmp_path / "mine.zarr", "--overwrite") == 2
+    assert "it is a folder" in error_line(capsys)
+    assert run_on(trained, small, tmp_path / "out.zarr") == 0
+    assert run_on(trained, small, tmp_path / "out.zarr") == 2
+    assert "--overwrite" in error_line(capsys)
+    assert run_on(trained, small, tmp_path / "out.zarr", "--overwrite") == 0
+    assert run_on(trained, str(tmp_path / "out.zarr"), tmp_path / "out.zarr", "--overwrite") == 2
+    assert "the input itself" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (np.eye(3), "a matrix .* is no AnnData"),
+        ([ad.AnnData(np.eye(3)), ad.AnnData(np.eye(3))], "2 AnnData were given, but one is read"),
+        ("cells.csv", "table of text.*read_csv"),
+    ],
+    ids=["a matrix", "a list", "a table"],
+)
+def test_the_functions_refuse_what_is_no_anndata_in_one_line(trained, tmp_path, monkeypatch, cells, message):
+    monkeypatch.chdir(tmp_path)
+    Path("cells.csv").write_text("cell,CD3E\nc,1\n")
+    for function in (predict, predict_table, embed):
+        with pytest.raises(InputError, match=message):
+            function(cells, trained.mlm)
 
 
 def test_an_output_that_exists_is_refused(trained, small, tmp_path, capsys):
