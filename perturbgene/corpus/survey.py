@@ -391,4 +391,12 @@ def blocks_of(plan: Plan, part: Part, rows_n: np.ndarray) -> Iterator[Expression
             raise InputError(
                 f"{block.source} holds column indices outside its {num_columns:,} columns. Write it again."
             )
+        cell_l = np.repeat(np.arange(len(block)), np.diff(block.offsets_n1))
+        places_l = cell_l * num_columns + block.columns_l
+        if (np.diff(places_l) <= 0).any() and (twice := np.flatnonzero(np.diff(np.sort(places_l)) == 0)).size:
+            cell, column = divmod(int(np.sort(places_l)[twice[0]]), num_columns)
+            raise InputError(
+                f"{block.source}: row {rows_n[first + cell]} has a second value in column {column}. Add the values of "
+                "such columns up (scipy's sum_duplicates) and write the file again."
+            )
         yield block

@@ -507,8 +507,20 @@ class GeneTokenizer:
         return cls(**{key: content[key] for key in (*required, "gene_symbols") if key in content})
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **_: Any) -> "GeneTokenizer":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        max_length: int | None = None,
+        included_phenotypes: Sequence[str] | None = None,
+        **_: Any,
+    ) -> "GeneTokenizer":
         """Read `tokenizer.json` from a run, corpus or tokenizer folder.
+
+        Args:
+            path: The folder, or the file itself.
+            max_length, included_phenotypes: How sequences are laid out, if not as the file says.
+            _: What `AutoTokenizer` passes on and no tokenizer of ours needs.
 
         Raises:
             InputError: No such file, not JSON, or of another version.
@@ -522,7 +534,10 @@ class GeneTokenizer:
             ) from error
         if not isinstance(content, dict):
             raise InputError(f"{file} is not a tokenizer. Point to a run or corpus folder.")
-        return cls.from_dict(content, source=str(file))
+        tokenizer = cls.from_dict(content, source=str(file))
+        if max_length is None and included_phenotypes is None:
+            return tokenizer
+        return tokenizer.with_settings(max_length=max_length, included=included_phenotypes)
 
     def with_settings(
         self,
