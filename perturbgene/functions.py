@@ -63,7 +63,8 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
 def _as_given(value: Any, flag: Flag, *, is_option: bool) -> Any:
     """Bring a value to the type of its option; `is_option` is False where a function has a mapping instead of text."""
     if isinstance(value, Mapping) and is_option:
-        value = [name if text is None else f"{name}={text}" for name, text in value.items()]
+        pairs = [(name, text) for name, texts in value.items() for text in _as_list(texts)]
+        value = [name if text is None else f"{name}={text}" for name, text in pairs]
     if isinstance(value, Mapping) or value is None:
         return value
     if flag.is_named and not is_option:

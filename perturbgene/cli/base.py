@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from perturbgene.cli.options import DATA, GENES, check_exists, check_flag, option, own_flags
+from perturbgene.cli.options import DATA, GENES, check_exists, check_flag, conditions, option, own_flags
 from perturbgene.errors import InputError
 from perturbgene.files import write_text
 from perturbgene.urls import shown_text
@@ -99,6 +99,14 @@ class ReadingConfig(BaseConfig):
         is_named=True,
     )  # fmt: skip
     min_gene_coverage: float = option(0.5, "Stop if a file has less than this share of the panel.", within="[0, 1]")
+    where: list[str] = option(
+        [], "Only cells with these values in obs: COLUMN=VALUE ...; repeat a column to allow several of its values.",
+        group=DATA, keeps_commas=True,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        conditions(self.where)
 
 
 @dataclass(frozen=True, kw_only=True)

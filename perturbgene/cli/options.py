@@ -8,7 +8,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -153,6 +153,32 @@ def named_values(entries: Sequence[str], *, flag: str) -> dict[str, str | None]:
             raise InputError(f"{flag} has {name + equals + value!r}, but must be NAME or NAME=VALUE. Correct --{flag}.")
     check_no_repeats([name.strip() for name, _, _ in pairs], flag=flag)
     return {name.strip(): value.strip() if equals else None for name, equals, value in pairs}
+
+
+def conditions(where: Mapping[str, Any] | Sequence[str]) -> dict[str, list[str]]:
+    """Read which cells are meant: entries COLUMN=VALUE, or a mapping from columns to a value or values.
+
+    Example:
+        >>> conditions(["cell_type=T, CD4+", "cell_type=B", "disease=normal"])
+        {'cell_type': ['T, CD4+', 'B'], 'disease': ['normal']}
+        >>> conditions({"cell_type": ["T", "B"], "disease": "normal"})
+        {'cell_type': ['T', 'B'], 'disease': ['normal']}
+    """
+    found: dict[str, list[str]] = {}
+    if isinstance(where, Mapping):
+        lists = {
+            name: [of] if isinstance(of, str) or not isinstance(of, Iterable) else of for name, of in where.items()
+        }
+        where = [f"{name}={value}" for name, values in lists.items() for value in values]
+    for entry in [where] if isinstance(where, str) else where:
+        column, _, value = (part.strip() for part in str(entry).partition("="))
+        if not column or not value:
+            raise InputError(
+                f'where has {entry!r}, but must be COLUMN=VALUE, e.g. cell_type="CD4 T". Correct --where; repeat the '
+                "column for another value of it."
+            )
+        found.setdefault(column, []).append(value)
+    return found
 
 
 def check_question(ask: Sequence[str], given: Sequence[str]) -> None:

@@ -182,6 +182,7 @@ def describe(
              "gene_table": int(table)}
             for source, file, table in zip(survey.sources, survey.files, survey.table_of_source, strict=True)
         ],
+        **({"where": list(plan.config.where)} if plan.config.where else {}),
         "gene_tables": genes.reports,
         "values": "counts" if plan.as_counts else "log1p_cp10k",
         "num_genes": len(tokenizer.panel),

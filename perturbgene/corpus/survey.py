@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from perturbgene.cli.options import conditions
 from perturbgene.cli.verbs import HvgFlavor, PrepareConfig
 from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.workers import Workers
+from perturbgene.data_utils.chosen_cells import check_where
 from perturbgene.data_utils.genes import GenePanel, names_of
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
 from perturbgene.data_utils.scale import ExpressionBlock, check_values
@@ -48,7 +50,7 @@ def open_files(sources: Sequence[Any], config: PrepareConfig, panel: GenePanel |
     """Return files, each opened when it is used, aligned to a panel of genes if one is given."""
     return ShardCache(
         sources, layer=config.layer, panel=panel or GenePanel(("none",)), vocabulary=Vocabulary({}),
-        normalization=config.normalization, gene_id_column=config.gene_id_column,
+        normalization=config.normalization, gene_id_column=config.gene_id_column, where=conditions(config.where),
     )  # fmt: skip
 
 
@@ -177,6 +179,9 @@ class Survey:
 
 def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers) -> Survey:
     """Survey all files and put them in the order of their content."""
+    if config.where:
+        with closing(open_files(sources, config)) as cache:
+            check_where((cache[index].source for index in range(len(cache))), conditions(config.where))
     split_by = config.split_by or _donor_column(sources, config)
     found = dict(workers.run(partial(_survey_file, tuple(sources), config, split_by), range(len(sources))))
     order = sorted(found, key=lambda index: (found[index].key, str(sources[index])))

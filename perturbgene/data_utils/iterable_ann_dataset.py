@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from perturbgene.cli.base import Normalization, ReadingConfig
-from perturbgene.cli.options import named_values
+from perturbgene.cli.options import conditions, named_values
+from perturbgene.data_utils.chosen_cells import ChosenCells, Where, check_where
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import as_sources
 from perturbgene.data_utils.order import (
@@ -125,6 +126,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
             panel that a file must have.
         normalization: How values are scaled; "auto" leaves that to the tokenizer.
         missing_labels: Labels that mean "not known", in addition to an empty one, NaN and `unknown`.
+        where: Only cells that have these values, by columns of `obs`; cells are numbered without the others.
+        has_all_values: False allows values in `where` that no cell has, but not only such.
         rank, world_size: Which part of the cells this process yields.
         keep_all: True yields each cell exactly once over all ranks (evaluation); False gives every rank the same
             number. Default: the opposite of `shuffle`.
@@ -158,6 +161,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
         normalization: Normalization = ReadingConfig.normalization,
         missing_labels: Sequence[str] = (),
         min_gene_coverage: float = ReadingConfig.min_gene_coverage,
+        where: Where = (),
+        has_all_values: bool = True,
         rank: int = 0,
         world_size: int = 1,
         keep_all: bool | None = None,
@@ -193,8 +198,12 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if normalization != "auto":
             options["normalization"] = normalization
         sources = as_sources(paths)
-        self.shards = ShardCache(sources, layer=layer, **options)
-        self.sizes = self._checked_sizes(getattr(sources, "sizes", None), min_gene_coverage)
+        self.where = conditions(where)
+        self.shards = ShardCache(sources, layer=layer, where=self.where, **options)
+        if self.where:
+            check_where((shard.source for shard in self._all_shards()), self.where, has_all_values=has_all_values)
+        sizes = None if self.where else getattr(sources, "sizes", None)
+        self.sizes = self._checked_sizes(sizes, min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
         self._class_n = self._classes() if phenotype_category is not None else None
         if sum(self.sizes) == 0:
@@ -302,6 +311,18 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """Cells of an epoch over all ranks."""
         return sum(self.sizes) if self._rows_n is None else len(self._rows_n)
 
+    @property
+    def chosen_rows(self) -> tuple[np.ndarray, int] | None:
+        """Rows of the cells that `where` has chosen, numbered over all files, and the number of all rows; else None."""
+        if not self.where:
+            return None
+        rows, start = [], 0
+        for shard in self._all_shards():
+            assert isinstance(shard.source, ChosenCells)
+            rows.append(start + shard.source.rows_n)
+            start += shard.source.base.shape[0]
+        return np.concatenate(rows), start
+
     def cell_sampler(self, epoch: int | None = None) -> CellSampler:
         """The order of all ranks' cells in an epoch, by default the current one."""
         return CellSampler(
@@ -358,7 +379,13 @@ class IterableAnnDataset(IterableDataset[Cell]):
     @cached_property
     def _fingerprint(self) -> str:
         """A hash of everything that the order of an epoch depends on, except seed and epoch."""
-        facts = [list(self.sizes), self.shuffle, self.block_rows, self.buffer_rows]
+        facts = [
+            list(self.sizes),
+            self.shuffle,
+            self.block_rows,
+            self.buffer_rows,
+            *([self.where] if self.where else []),
+        ]
         rows = b"" if self._rows_n is None else self._rows_n.astype(np.int64).tobytes()
         rows += self._genes_n.tobytes() if self.tokens_per_batch else b""
         return hashlib.sha256(json.dumps(facts).encode() + rows).hexdigest()[:16]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from perturbgene.data_utils.chosen_cells import ChosenCells
 from perturbgene.data_utils.kernels import best_fit
 from perturbgene.data_utils.sources import CellSource, StoredCells, sampled_spans
 
@@ -272,6 +273,8 @@ def stored_values(source: CellSource) -> np.ndarray:
 
     Of a CSR matrix on disk only the offsets are read; a dense matrix has to be read whole.
     """
+    if isinstance(source, ChosenCells):
+        return stored_values(source.base)[source.rows_n]
     if isinstance(source, StoredCells) and source.format == "csr":
         return np.diff(source.offsets)
     starts = range(0, source.shape[0], _CHUNK_ROWS)

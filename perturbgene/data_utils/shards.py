@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from perturbgene.data_utils.chosen_cells import ChosenCells, read_runs
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary, plain_spelling
 from perturbgene.data_utils.opening import open_source
@@ -38,9 +39,6 @@ LIBRARY_SIZE_COLUMN = "perturbgene_library_size"
 #: Column of obs that says which table of genes a cell was measured with; `measured_genes` has the tables.
 SOURCE_COLUMN = "perturbgene_source"
 MEASURED_KEY = "perturbgene_measured"
-
-#: Rows closer than this are fetched by one read, the ones between being thrown away.
-READ_GAP_ROWS = 32
 
 #: Open files per process.
 MOST_OPEN_FILES = 64
@@ -149,7 +147,7 @@ class Shard:
         searched = (np.arange(start, min(num_rows, start + _SEARCH_ROWS)) for start in range(0, num_rows, _SEARCH_ROWS))
         sample = np.zeros(0), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
         for rows_m in (np.unique(np.concatenate(spans)), *searched) if num_rows else ():
-            values_l, _, offsets_m1 = self._read_runs(rows_m)
+            values_l, _, offsets_m1 = read_runs(self.source, rows_m)
             sample = values_l, offsets_m1, rows_m
             if values_l.any():
                 break
@@ -255,26 +253,6 @@ class Shard:
             tables[source] = self.measured.table_of(is_measured_g)
         return tables[source_n]
 
-    def _read_runs(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if (gathered := self.source.gather_rows(rows_m)) is not None:
-            return gathered
-        values, columns, lengths = [], [], []
-        for run in np.split(rows_m, np.flatnonzero(np.diff(rows_m) > READ_GAP_ROWS) + 1):
-            run_values, run_columns, offsets = self.source.read_rows(int(run[0]), int(run[-1]) + 1)
-            wanted = run - run[0]
-            if len(wanted) < len(offsets) - 1:
-                keep = np.zeros(len(offsets) - 1, dtype=bool)
-                keep[wanted] = True
-                is_kept = np.repeat(keep, np.diff(offsets))
-                run_values, run_columns = run_values[is_kept], run_columns[is_kept]
-            values.append(run_values)
-            columns.append(run_columns)
-            lengths.append(np.diff(offsets)[wanted])
-        offsets_m1 = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-        if len(values) == 1:
-            return values[0], columns[0], offsets_m1
-        return np.concatenate(values), np.concatenate(columns), offsets_m1
-
     def read(self, rows_m: np.ndarray, *, first_cell: int = 0) -> ExpressionBlock:
         """Read rows, sorted ascending, as one block.
 
@@ -285,7 +263,7 @@ class Shard:
             first_cell: Number of the file's first cell in the data set.
         """
         assert self.measured is not None
-        values_l, columns_l, offsets_m1 = self._read_runs(rows_m)
+        values_l, columns_l, offsets_m1 = read_runs(self.source, rows_m)
         table_n = self._table_n[rows_m]  # before the tables are handed out: it may append one
         if self.normalization == "auto":
             check_scale(values_l, offsets_m1, rows_m, is_counts=self.is_counts, source=self._where)
@@ -325,10 +303,14 @@ class ShardCache:
         sources: Paths, or AnnData objects.
         options: Further arguments of every `Shard`.
         layer: Which matrix to read.
+        where: Which cells to read, by columns of `obs`; None reads all.
     """
 
-    def __init__(self, sources: Sequence[Any], *, layer: str | None = None, **options: Any) -> None:
-        self.sources, self.layer, self.options = list(sources), layer, options
+    def __init__(
+        self, sources: Sequence[Any], *, layer: str | None = None, where: Mapping[str, Sequence[str]] | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.sources, self.layer, self.where, self.options = list(sources), layer, where, options
         self.options.setdefault("alignments", {})
         self.options.setdefault("measured", MeasuredGenes(len(options["panel"])))
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -341,7 +323,8 @@ class ShardCache:
 
     def __getitem__(self, index: int) -> Shard:
         if index not in self._open:
-            self._open[index] = Shard(open_source(self.sources[index], layer=self.layer), **self.options)
+            source = open_source(self.sources[index], layer=self.layer)
+            self._open[index] = Shard(ChosenCells(source, self.where) if self.where else source, **self.options)
         self._open.move_to_end(index)
         while sum(map(_weight, self._open.values())) > MOST_OPEN_FILES and len(self._open) > 1:
             self._open.popitem(last=False)[1].source.close()

@@ -16,6 +16,7 @@ import torch
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import ask, pack
 from perturbgene.data_utils.h5ad_writing import write_copy
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
@@ -125,15 +126,18 @@ class CellEmbedder:
             found.append(states_nh)
         return dict(zip(self.keys, found, strict=True))
 
-    def presence(self, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return for each named gene which cells express it, as columns of `obs`."""
-        states = list(found.values())[len(found) - len(self.genes) :]
-        return {
-            f"perturbgene_has_{name}": np.isfinite(state_nh[:, 0])
-            for name, state_nh in zip(self.genes, states, strict=True)
-        }
+    def presence(self, found: Mapping[str, np.ndarray], dataset: IterableAnnDataset) -> dict[str, Any]:
+        """Return for each named gene which cells express it, as columns of `obs`; missing in cells left out."""
+        columns: dict[str, Any] = {}
+        for name, state_nh in zip(self.genes, list(found.values())[len(found) - len(self.genes) :], strict=True):
+            columns[f"perturbgene_has_{name}"] = np.isfinite(state_nh[:, 0])
+            if dataset.chosen_rows:
+                is_left_out_n = ~np.isin(np.arange(len(state_nh)), dataset.chosen_rows[0])
+                has_gene_n = columns[f"perturbgene_has_{name}"]
+                columns[f"perturbgene_has_{name}"] = pd.arrays.BooleanArray(has_gene_n, is_left_out_n)
+        return columns
 
-    def facts(self, *, coverage: float) -> dict[str, Any]:
+    def facts(self, dataset: IterableAnnDataset) -> dict[str, Any]:
         """Return where the embeddings came from, with the static embedding of every label of asked phenotypes."""
         question: dict[str, Any] = {
             "pooling": self.pooling,
@@ -141,7 +145,9 @@ class CellEmbedder:
             "genes": list(self.genes),
         }
         question |= {"verb": "embed", "given": dict(self.given)}
-        facts = provenance(self.run, question, coverage=coverage)
+        if dataset.where:
+            question["where"] = dataset.where
+        facts = provenance(self.run, question, coverage=dataset.coverage)
         if self.phenotypes:
             facts["label_embeddings"] = {name: label_embeddings(self.run, name) for name in self.phenotypes}
         return facts
@@ -183,7 +189,8 @@ def embed(
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
 
     Returns:
-        The copy; `obsm["X_perturbgene"]` is float32 of shape (n, h). Cells that express no gene of the panel are NaN.
+        The copy; `obsm["X_perturbgene"]` is float32 of shape (n, h). Cells that express no gene of the panel are NaN,
+        and so are those that `where` leaves out.
 
     Raises:
         InputError: See `CellEmbedder` and `open_cells`.
@@ -197,12 +204,12 @@ def embed(
     cells = read_cells(adata)
     dataset = open_cells(cells, embedder.run, embedder.given, **reading)
     batches = stream_batches(dataset, text="embed", most_tokens=batch_tokens)
-    found = collect_results(CellResults(dataset.num_cells), batches, embedder.embed)
+    found = collect_results(CellResults(dataset.num_cells, rows=dataset.chosen_rows), batches, embedder.embed)
     result = cells.to_memory() if cells.isbacked else cells.copy()
     result.obsm.update(found)
-    for name, column in embedder.presence(found).items():
+    for name, column in embedder.presence(found, dataset).items():
         result.obs[name] = column
-    result.uns["perturbgene"] = embedder.facts(coverage=dataset.coverage)
+    result.uns["perturbgene"] = embedder.facts(dataset)
     return result
 
 
@@ -215,14 +222,15 @@ def run_embed(config: EmbedConfig) -> str | None:
             return run_gene_means(config, run, source=source, target=target, ranks=ranks)
         embedder = CellEmbedder(run, config.pooling, config.phenotype, config.genes, config.given_labels)
         dataset = open_cells(FileList([source]), run, embedder.given, ranks=ranks, **reading_options(config))
-        with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as results:
+        num_cells, rows = dataset.num_cells, dataset.chosen_rows
+        with cell_results(target, num_cells=num_cells, ranks=ranks, rows=rows) as results:
             batches = stream_batches(dataset, text="embed", ranks=ranks, most_tokens=config.batch_tokens)
             found = collect_results(results, batches, embedder.embed)
             if not ranks.is_main:
                 return None
-            facts = embedder.facts(coverage=dataset.coverage)
-            write_copy(source, target, uns=facts, obs=embedder.presence(found), obsm=found)
-            num_empty = int(np.isnan(found[KEY][:, 0]).sum())
+            facts, presence = embedder.facts(dataset), embedder.presence(found, dataset)
+            write_copy(source, target, uns=facts, obs=presence, obsm=found)
+            num_empty = num_cells - int(np.isfinite(found[KEY][:, 0]).sum())
     empty = f"; {num_empty:,} cells express no gene of the run and are NaN" if num_empty else ""
     keys = ", ".join(embedder.keys)
-    return f"{dataset.num_cells:,} cells embedded by {config.run} (obsm: {keys}), written to {target}{empty}"
+    return f"{num_cells:,} cells embedded by {config.run} (obsm: {keys}), written to {target}{empty}"

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from perturbgene.cli.base import ReadingConfig
+from perturbgene.cli.options import conditions
 from perturbgene.cli.verbs import EvaluateConfig, MlmConfig
 from perturbgene.configs import check_question
 from perturbgene.corpus.manifest import Corpus
@@ -156,12 +157,13 @@ def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading
     """
     try:
         trained, settings = own_files(run, "train"), run.settings
-        names = [] if getattr(settings, "corpus", None) else [one.name for one in dataclasses.fields(ReadingConfig)]
-        as_trained = {name: getattr(settings, name) for name in names}
+        is_corpus = bool(getattr(settings, "corpus", None))
+        names = ["where"] if is_corpus else [one.name for one in dataclasses.fields(ReadingConfig)]
+        as_trained = {name: getattr(settings, name) for name in names} | {"has_all_values": False}
     except InputError:
         if train_paths is None:
             raise
-        trained, as_trained = train_paths, reading
+        trained, as_trained = train_paths, {**reading, "where": ()}
     tokenizer = run.tokenizer.reading([], num_slots=0)
     hashes = []
     for paths, options in ((trained, as_trained), (eval_paths, reading)):
@@ -314,7 +316,7 @@ def evaluate(
         mask_rates: `gene_mask_prob`, `phenotype_mask_prob`, `absent_prob` or `unexpressed_ratio` instead of the run's
             own, for the scores of masked genes.
         calibrate: True fits temperatures, adds them to each question's scores and stores them in the run; None does so
-            only if `eval_paths` are the run's own evaluation cells.
+            only if `eval_paths` are the run's own evaluation cells, and all of them.
         donor_column: Column of obs whose values are not split between fitting and scoring temperatures.
         batch_size, batch_tokens: Most cells and tokens in a batch.
         output: Folder for `metrics.json`, confusion matrices (CSV, PNG) and per-class scores; None writes nothing.
@@ -331,7 +333,8 @@ def evaluate(
     """
     run, output = load_run(run), None if output is None else Path(output)
     is_own = _is_own(run, eval_paths)
-    calibrates = is_own if calibrate is None else calibrate
+    as_trained = conditions(reading.get("where", ())) == conditions(getattr(run.settings, "where", ()))
+    calibrates = is_own and as_trained if calibrate is None else calibrate
     _check_writable(run, output, calibrates=calibrates)
     evaluator = _evaluator(run, _questions(run, ask, given), mask_rates or {})
     with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
@@ -366,7 +369,7 @@ def evaluate(
             for scores in [scores for scores_of in results.values() for scores in scores_of.values()]:
                 scores["n_training_cells"] = int(is_seen_n.sum())
         if train_paths is not None and run.binary_label is None:
-            train = IterableAnnDataset(train_paths, run.tokenizer, **options)
+            train = IterableAnnDataset(train_paths, run.tokenizer, **{**options, "where": ()})
             logger.info("fitting the baselines on %s training cells", f"{train.num_cells:,}")
             for name in [name for name in results if name != "genes"]:
                 results[name] |= baselines(train, dataset, name)
@@ -411,6 +414,9 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     reading = {}
     for declared in dataclasses.fields(ReadingConfig):  # those of training, unless given or the corpus has its own
         value = getattr(config, declared.name)
+        if declared.name == "where":
+            reading["where"] = value or (getattr(trained, "where", []) if _is_own(run, eval_paths) else [])
+            continue
         is_default = value in (declared.default, [])
         reading[declared.name] = getattr(trained, declared.name, value) if is_default and not corpus else value
     results = evaluate(

@@ -258,6 +258,8 @@ class Predictor:
         options = self.options
         facts: dict[str, Any] = {"ask": self.ask, "given": self.given, "joint": options.joint, "entropy_unit": "nats"}
         facts["calibration"] = self.describe_calibration()
+        if dataset.where:
+            facts["where"] = dataset.where
         if options.abstain:
             facts["abstain"] = options.abstain
         if options.ood:
@@ -280,17 +282,17 @@ class Predictor:
                     described[name] += "; the nearest question that was fitted"
         return described
 
-    def summary(self, phenotype: str, columns: Columns) -> str:
-        """Say in one line what was predicted for a phenotype."""
+    def summary(self, phenotype: str, columns: Columns, *, num_cells: int) -> str:
+        """Say in one line what was predicted for a phenotype of so many cells."""
         answers, probability_n = (
             pd.Series(columns[f"predicted_{phenotype}"]),
             columns[f"predicted_{phenotype}_probability"],
         )
-        num_empty = int(answers.isna().sum())
+        num_empty = num_cells - int(answers.notna().sum())
         counts = answers.value_counts()
         shown = [f"{label} {count:,}" for label, count in counts.head(5).items() if count]
         more = [f"{len(counts[counts > 0]) - 5} other labels"] if (counts > 0).sum() > 5 else []
-        mean = np.nanmean(probability_n) if num_empty < len(answers) else np.nan
+        mean = np.nanmean(probability_n) if num_empty < num_cells else np.nan
         empty = f"; {num_empty:,} cells express no gene of the run and have no prediction" if num_empty else ""
         return (
             f"predicted_{phenotype}: {', '.join([*shown, *more])}; mean probability {mean:.2f} "
@@ -351,8 +353,9 @@ def predict_table(
     Returns:
         For each asked phenotype X, a row per cell in the order of the input: `predicted_X` (category),
         `predicted_X_probability` (float32), `predicted_X_entropy` (nats), and for the next labels `predicted_X_2`,
-        `predicted_X_2_probability`, ... A cell that expresses no gene of the panel has no prediction (missing).
-        `options` may add columns. `table.attrs` holds what `predict` writes to `uns["perturbgene"]`.
+        `predicted_X_2_probability`, ... A cell that expresses no gene of the panel has no prediction (missing), nor has
+        one that `where` leaves out. `options` may add columns. `table.attrs` holds what `predict` writes to
+        `uns["perturbgene"]`.
 
     Example:
         >>> import perturbgene as pg
@@ -362,7 +365,8 @@ def predict_table(
     """
     predictor = Predictor(load_run(run), ask, given, options or AnswerOptions())
     dataset = predictor.open(data, **reading)
-    columns = predictor.answer_all(dataset, CellResults(dataset.num_cells), most_tokens=batch_tokens)
+    results = CellResults(dataset.num_cells, rows=dataset.chosen_rows)
+    columns = predictor.answer_all(dataset, results, most_tokens=batch_tokens)
     table = pd.DataFrame(columns)
     table.attrs = predictor.facts(dataset)
     return table
@@ -419,10 +423,12 @@ def run_predict(config: PredictConfig) -> str | None:
         run = load_run(config.run, device=ranks.device(config.device))
         predictor = Predictor(run, config.ask, config.given_labels, config)
         dataset = predictor.open(FileList([source]), ranks=ranks, **reading_options(config))
-        with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as results:
+        num_cells, rows = dataset.num_cells, dataset.chosen_rows
+        with cell_results(target, num_cells=num_cells, ranks=ranks, rows=rows) as results:
             columns = predictor.answer_all(dataset, results, most_tokens=config.batch_tokens)
             if not ranks.is_main:
                 return None
             write_copy(source, target, obs=columns, uns=predictor.facts(dataset))
-            first = f"{dataset.num_cells:,} cells predicted by {config.run}, written to {target}"
-            return "\n".join([first, *(predictor.summary(name, columns) for name in predictor.asked)])
+            first = f"{num_cells:,} cells predicted by {config.run}, written to {target}"
+            summaries = [predictor.summary(name, columns, num_cells=num_cells) for name in predictor.asked]
+            return "\n".join([first, *summaries])

@@ -306,14 +306,17 @@ class CellResults:
     """Per-cell results of one rank, until all ranks' are merged.
 
     Args:
-        num_cells: Over all ranks; rank r owns rows r, r + size, ... as an unshuffled data set deals them.
+        num_cells: Over all ranks; rank r owns cells r, r + size, ... as an unshuffled data set deals them.
         ranks: Which of the processes this is.
         folder: Where the arrays are; None keeps them in memory, which only a single process may.
+        rows: Rows of the chosen cells in the file, and how many rows that has; None where all cells are chosen. Merged
+            results have a row for every cell; that of a cell which was not chosen is missing (NaN, or -1).
     """
 
     num_cells: int
     ranks: Ranks = ALONE
     folder: Path | None = None
+    rows: tuple[np.ndarray, int] | None = None
     _arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -357,14 +360,19 @@ class CellResults:
             if isinstance(array, np.memmap):
                 array.flush()
         self.ranks.barrier()
-        if self.ranks.size == 1 or not self.ranks.is_main:
-            return {name: np.asarray(own) for name, own in self._arrays.items()} if self.ranks.is_main else {}
+        if not self.ranks.is_main:
+            return {}
+        if self.ranks.size == 1 and self.rows is None:
+            return {name: np.asarray(own) for name, own in self._arrays.items()}
+        rows_n, num_rows = self.rows or (np.arange(self.num_cells), self.num_cells)
         merged = {}
         for number, (name, own) in enumerate(self._arrays.items()):
-            whole = self._new_array(f"{number:03d}.npy", (self.num_cells, *own.shape[1:]), own.dtype)
+            whole = self._new_array(f"{number:03d}.npy", (num_rows, *own.shape[1:]), own.dtype)
+            if num_rows > self.num_cells:
+                whole[:] = np.nan if own.dtype.kind == "f" else -1
             for rank in range(min(self.ranks.size, self.num_cells)):
                 part = np.load(Path(self.folder or "") / f"{number:03d}.{rank:05d}.npy", mmap_mode="r") if rank else own
-                whole[rank :: self.ranks.size] = part
+                whole[rows_n[rank :: self.ranks.size]] = part
             merged[name] = np.asarray(whole)
         return merged
 
@@ -386,7 +394,9 @@ class CellResults:
 
 
 @contextmanager
-def cell_results(target: str | Path, *, num_cells: int, ranks: Ranks = ALONE) -> Iterator[CellResults]:
+def cell_results(
+    target: str | Path, *, num_cells: int, ranks: Ranks = ALONE, rows: tuple[np.ndarray, int] | None = None
+) -> Iterator[CellResults]:
     """Keep per-cell results in a hidden folder next to the claimed output, which is removed at the end.
 
     What a killed process left there is removed first; `claimed_output` keeps out processes that are alive.
@@ -403,7 +413,7 @@ def cell_results(target: str | Path, *, num_cells: int, ranks: Ranks = ALONE) ->
             except OSError as error:
                 raise unwritable(Path(target), error) from error
         ranks.barrier()
-        yield CellResults(num_cells, ranks, folder)
+        yield CellResults(num_cells, ranks, folder, rows)
         ranks.barrier()
     finally:
         if ranks.is_main:

@@ -23,11 +23,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from perturbgene import __version__
+from perturbgene.cli.options import conditions
 from perturbgene.configs import ClsConfig, MlmConfig, config_of
 from perturbgene.corpus.manifest import Corpus
+from perturbgene.data_utils.chosen_cells import check_where
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import FileList, expand_paths, identity
+from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, StoppedError, listed
 from perturbgene.eval_utils import ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
@@ -251,6 +254,11 @@ def _data(
         others = [name for name in config.included_phenotypes if name != category]
         tokenizer = tokenizer.with_settings(included=others)
 
+    where = conditions(config.where)
+    if where:  # one split may lack a value that the other has
+        files = ShardCache([*paths["train"], *paths["eval"]], where=where, **tokenizer.shard_options())
+        check_where((files[index].source for index in range(len(files))), where)
+
     def dataset(split: str, **options: Any) -> IterableAnnDataset:
         return IterableAnnDataset(
             paths[split],
@@ -261,6 +269,8 @@ def _data(
             missing_labels=config.missing_labels,
             phenotypes=config.phenotypes,
             min_gene_coverage=config.min_gene_coverage,
+            where=where,
+            has_all_values=False,
             rank=arguments.process_index,
             world_size=arguments.world_size,
             **classes,
