@@ -7,7 +7,7 @@ Owns putting the parts together and what a run folder holds (a Hugging Face mode
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -254,10 +254,7 @@ def _data(
         others = [name for name in config.included_phenotypes if name != category]
         tokenizer = tokenizer.with_settings(included=others)
 
-    where = conditions(config.where)
-    if where:  # one split may lack a value that the other has
-        files = ShardCache([*paths["train"], *paths["eval"]], where=where, **tokenizer.shard_options())
-        check_where((files[index].source for index in range(len(files))), where)
+    where = _checked_where(config, [*paths["train"], *paths["eval"]], tokenizer)
 
     def dataset(split: str, **options: Any) -> IterableAnnDataset:
         return IterableAnnDataset(
@@ -295,6 +292,16 @@ def _data(
     if not paths["eval"]:
         return tokenizer, train, None
     return tokenizer, train, dataset("eval", batch_size=arguments.per_device_eval_batch_size)
+
+
+def _checked_where(config: "TrainingConfig", paths: Sequence[str], tokenizer: GeneTokenizer) -> dict[str, list[str]]:
+    """Return which cells are meant, checked on both splits together: one may lack a value that the other has."""
+    where = conditions(config.where)
+    if where:
+        files = ShardCache(paths, where=where, **tokenizer.shard_options())
+        check_where((files[index].source for index in range(len(files))), where)
+        files.close()
+    return where
 
 
 # -- model --------------------------------------------------------------------------------------------------------
