@@ -42,8 +42,14 @@ def listed(items: Iterable[object], *, most: int = 5) -> str:
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """Suggest the nearest known name, or list the known ones when none is near."""
-    near = difflib.get_close_matches(given, known, n=1)
+    """Suggest the nearest known name, in whatever case, or list the known ones when none is near.
+
+    Example:
+        >>> did_you_mean("cd3d", ["CD3E", "CD3D"]), did_you_mean("lung", ["blood"])
+        ("Did you mean 'CD3D'?", "Known: 'blood'.")
+    """
+    in_any_case = {name.casefold(): name for name in reversed(known)}
+    near = difflib.get_close_matches(given.casefold(), in_any_case, n=1)
     if near:
-        return f"Did you mean {near[0]!r}?"
+        return f"Did you mean {in_any_case[near[0]]!r}?"
     return f"Known: {listed(known, most=12)}." if known else "None is known."

@@ -23,6 +23,23 @@ NOT_IN_PANEL = -1
 SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "symbol")
 ID_COLUMNS = ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl")
 
+#: Symbols of genes that are often called by the name of their protein or by an older symbol (HGNC), for suggestions.
+SYNONYMS = {
+    "CD8": "CD8A", "CD10": "MME", "CD11B": "ITGAM", "CD11C": "ITGAX", "CD16": "FCGR3A", "CD20": "MS4A1",
+    "CD21": "CR2", "CD25": "IL2RA", "CD26": "DPP4", "CD29": "ITGB1", "CD30": "TNFRSF8", "CD31": "PECAM1",
+    "CD32": "FCGR2A", "CD39": "ENTPD1", "CD41": "ITGA2B", "CD42B": "GP1BA", "CD45": "PTPRC", "CD49D": "ITGA4",
+    "CD54": "ICAM1", "CD56": "NCAM1", "CD57": "B3GAT1", "CD61": "ITGB3", "CD62L": "SELL", "CD64": "FCGR1A",
+    "CD66B": "CEACAM8", "CD71": "TFRC", "CD73": "NT5E", "CD90": "THY1", "CD94": "KLRD1", "CD95": "FAS",
+    "CD103": "ITGAE", "CD105": "ENG", "CD107A": "LAMP1", "CD115": "CSF1R", "CD117": "KIT", "CD122": "IL2RB",
+    "CD123": "IL3RA", "CD127": "IL7R", "CD134": "TNFRSF4", "CD137": "TNFRSF9", "CD138": "SDC1", "CD141": "THBD",
+    "CD152": "CTLA4", "CD161": "KLRB1", "CD183": "CXCR3", "CD184": "CXCR4", "CD197": "CCR7", "CD235A": "GYPA",
+    "CD279": "PDCD1", "CKIT": "KIT", "COX2": "PTGS2", "ECAD": "CDH1", "GRANULYSIN": "GNLY",
+    "HER2": "ERBB2", "IGJ": "JCHAIN", "JCHAIN": "IGJ", "KI67": "MKI67",
+    "NKG2A": "KLRC1", "NKG2D": "KLRK1", "NKP46": "NCR1", "OCT4": "POU5F1", "P16": "CDKN2A", "P21": "CDKN1A",
+    "P53": "TP53", "PD1": "PDCD1", "PDL1": "CD274", "PERFORIN": "PRF1", "PU.1": "SPI1", "PU1": "SPI1",
+    "TBET": "TBX21", "TIM3": "HAVCR2", "TNFA": "TNF", "VEGF": "VEGFA",
+}  # fmt: skip
+
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})(?:\.\d+)?(.*)$")
 
 
@@ -188,9 +205,11 @@ class GenePanel:
         found = np.array([self.find(name) for name in names], dtype=np.int64)
         for at in np.flatnonzero(found == NOT_IN_PANEL)[:1]:
             known = [name for name in dict.fromkeys([*self.symbols, *self.genes]) if name]
+            synonym = SYNONYMS.get(re.sub(r"[\s_-]", "", str(names[at])).upper(), "")
+            is_synonym = self.find(synonym) >= 0
+            hint = f"Did you mean {synonym!r}?" if is_synonym else did_you_mean(str(names[at]), known)
             raise InputError(
-                f"gene {names[at]!r} is not among the {len(self):,} genes of the run's panel. "
-                f"{did_you_mean(names[at], known)} Change --{flag}."
+                f"gene {names[at]!r} is not among the {len(self):,} genes of the run's panel. {hint} Change --{flag}."
             )
         return found
 

@@ -172,3 +172,30 @@ def test_a_panel_file_has_one_gene_per_line_and_comments(tmp_path: Path) -> None
 def test_a_missing_panel_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none.txt cannot be read"):
         read_panel(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ms4a1", "MS4A1"),
+        ("Ms4a1", "MS4A1"),
+        ("CD20", "MS4A1"),
+        ("cd-20", "MS4A1"),
+        ("p53", "TP53"),
+        ("TP35", "TP53"),
+        ("ensg00000090382", "ENSG00000090382"),
+        ("HLA DRA", "HLA-DRA"),
+    ],
+)
+def test_a_gene_in_another_case_or_by_a_synonym_is_suggested(name: str, meant: str) -> None:
+    panel = GenePanel(
+        ("ENSG00000156738", "ENSG00000141510", "ENSG00000090382", "ENSG00000204287"),
+        ("MS4A1", "TP53", "LYZ", "HLA-DRA"),
+    )
+    with pytest.raises(InputError, match=f"gene '{name}' is not among .*Did you mean '{meant}'\\? Change --genes"):
+        panel.find_all([name], flag="genes")
+
+
+def test_a_synonym_that_the_panel_lacks_is_not_suggested() -> None:
+    with pytest.raises(InputError, match="gene 'CD20' is not among .*Did you mean 'CD2'"):
+        GenePanel(("CD2", "LYZ")).find_all(["CD20"], flag="genes")

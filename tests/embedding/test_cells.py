@@ -257,3 +257,8 @@ def test_an_output_that_exists_is_kept(
     line = f"embed {save(run, tmp_path / 'run')} {tmp_path}/in.h5ad --output {tmp_path}/out.h5ad"
     assert main(line.split()) == 2
     assert "exists" in capsys.readouterr().err and (tmp_path / "out.h5ad").read_text() == "mine"
+
+
+def test_a_gene_in_another_case_is_suggested(small_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"gene 'cd79a' is not among .* Did you mean 'CD79A'\? Change --genes"):
+        embed(small_folder / "cells.h5ad", small_folder / "runs/mlm", genes=["cd79a"])

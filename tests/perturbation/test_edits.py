@@ -149,3 +149,10 @@ def test_genes_are_found_by_symbol_and_named_by_it():
     assert perturbations.types_j.tolist() == [3, 4, 11]
     assert perturbations.names == ("CD3E+G1", "B")
     assert perturbations_of(["all"], tokenizer).names[-1] == "G8"  # two genes share the symbol B
+
+
+@pytest.mark.parametrize(("name", "meant"), [("cd3e", "CD3E"), ("CD20+CD3E", "MS4A1"), ("CD3E+cd20", "MS4A1")])
+def test_a_gene_in_another_case_or_by_a_synonym_is_suggested(name, meant):
+    tokenizer = a_tokenizer(gene_symbols=["CD3E", "MS4A1", *"ABCDEFG"])
+    with pytest.raises(InputError, match=f"is not among the 9 genes .*Did you mean '{meant}'\\? Change --genes"):
+        perturbations_of([name], tokenizer)
