@@ -8,7 +8,11 @@ import difflib
 import importlib
 from typing import Any
 
+from perturbgene.auto import register_when_imported
+
 __version__ = "0.1.0"
+
+register_when_imported()
 
 #: Function -> the module that has it, and the verb whose options it takes.
 _VERBS = {

@@ -15,6 +15,7 @@ ROOMS = [
     "errors",
     "files",
     "urls",
+    "hub",
     "devices",
     "cli",
     "configs",
@@ -31,7 +32,7 @@ ROOMS = [
     "main",
     "demo",
 ]
-ROOM_OF_MODULE = {"sharded_trainer": "training", "eval_utils": "training"}
+ROOM_OF_MODULE = {"sharded_trainer": "training", "eval_utils": "training", "auto": "model"}
 # Library -> the only modules that may import it.
 SEAMS = {
     "h5py": {"data_utils.opening", "data_utils.sources", "data_utils.h5ad_writing"},

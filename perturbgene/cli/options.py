@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from perturbgene.errors import InputError, listed
+from perturbgene.hub import is_hub_name
 
 IN_OUT, TASK, DATA, GENES = "Input and output", "Task", "Data", "Genes and bins"
 MODEL, TRAINING, RUNNING, ARGUMENTS = "Model", "Training", "Running", "transformers.TrainingArguments"
@@ -128,7 +129,7 @@ def check_exists(path: str | None, flag: Flag) -> None:
     """Refuse a local path that does not exist; URLs and patterns are checked when they are opened."""
     if not path or "://" in path or re.search(r"[*?\[{]", path) or Path(path).exists():
         return
-    if flag.may_be_on_hub and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.is_dir():
+    if flag.may_be_on_hub and is_hub_name(path):
         return
     name = flag.name
     raise InputError(f"{name} is {path!r}, but there is no such file or folder. Correct the path given to --{name}.")

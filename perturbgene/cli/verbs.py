@@ -145,7 +145,10 @@ class QuestionOptions(BaseConfig):
 
     group = RUNNING
 
-    run: str = option("", "Run folder of mlm or cls.", group=IN_OUT, is_positional=True, is_path=True)
+    run: str = option(
+        "", "Run folder of mlm or cls, or its name on the Hugging Face Hub.", group=IN_OUT, is_positional=True,
+        is_path=True, may_be_on_hub=True,
+    )  # fmt: skip
     batch_size: int = option(256, "Maximum number of cells per batch.", within="[1, inf)")
     batch_tokens: int = option(
         32768, "Maximum tokens per batch (or one longer cell). Lower it if memory runs out.", within="[1, inf)"

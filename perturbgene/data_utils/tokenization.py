@@ -56,6 +56,7 @@ from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import CellSource, MemoryFile
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import write_text
+from perturbgene.hub import local_run
 
 logger = logging.getLogger(__name__)
 
@@ -283,6 +284,11 @@ class GeneTokenizer:
     def type_vocab_size(self) -> int:
         """Number of token types."""
         return self.first_gene_type + len(self.panel)
+
+    def __repr__(self) -> str:
+        labels = ", ".join(f"{name} ({len(known)} labels)" for name, known in self.phenotypes.items())
+        bins = f"{self.bin_edges.num_edges} bins of expression"
+        return f"GeneTokenizer({len(self.panel):,} genes, {labels or 'no phenotypes'}, {bins})"
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -515,7 +521,7 @@ class GeneTokenizer:
         included_phenotypes: Sequence[str] | None = None,
         **_: Any,
     ) -> "GeneTokenizer":
-        """Read `tokenizer.json` from a run, corpus or tokenizer folder.
+        """Read `tokenizer.json` from a run, corpus or tokenizer folder, or from a run on the Hugging Face Hub.
 
         Args:
             path: The folder, or the file itself.
@@ -525,7 +531,8 @@ class GeneTokenizer:
         Raises:
             InputError: No such file, not JSON, or of another version.
         """
-        file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+        path = local_run(path)
+        file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -37,6 +37,7 @@ from perturbgene.eval_utils import (
     write_results,
 )
 from perturbgene.files import claimed
+from perturbgene.hub import is_hub_name
 from perturbgene.inference.baselines import baselines
 from perturbgene.inference.calibration import (
     LEAST_CELLS,
@@ -398,6 +399,8 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     """
     if not Ranks.join(config.device).is_main:
         return None
+    if is_hub_name(config.run) and not config.output:
+        raise InputError(f"{config.run} is on the Hugging Face Hub, so scores have no place next to it. Give --output.")
     output = Path(config.output or Path(config.run) / "evaluation")
     run = load_run(config.run, device=config.device)
     trained = run.settings

@@ -20,6 +20,7 @@ from perturbgene.data_utils.data_collators import Batch
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, to_device
+from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 
 
@@ -36,6 +37,12 @@ class Run:
     model: GeneBertForPhenotypicMLM | GeneBertForClassification
     tokenizer: GeneTokenizer
     path: str
+
+    def __repr__(self) -> str:
+        config, kind = self.model.config, "cls" if self.is_classifier else "mlm"
+        what = f" of {self.category} ({len(self.class_labels)} classes)" if self.is_classifier else ""
+        shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, on {self.model.device}"
+        return f"Run({self.path!r}: {kind}{what}, {shape}; {self.tokenizer!r})"
 
     @property
     def is_classifier(self) -> bool:
@@ -101,7 +108,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
-    """Load a run folder of `mlm` or `cls`; a run that is already loaded is returned as it is.
+    """Load a run of `mlm` or `cls`: a folder, or a name on the Hugging Face Hub; a loaded run is returned as it is.
 
     Raises:
         InputError: The folder is not a run, its files are damaged, or weights and tokenizer do not belong together.
@@ -114,8 +121,9 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     """
     if isinstance(run, Run):
         return run
-    if not Path(run).is_dir():
-        reason = "is a file, not a folder" if Path(run).exists() else "does not exist"
+    run = local_run(run)
+    if not run.is_dir():
+        reason = "is a file, not a folder" if run.exists() else "does not exist"
         raise InputError(f"run {run} {reason}. Give the --output_dir of an `mlm` or `cls` run.")
     tokenizer = GeneTokenizer.from_pretrained(run)
     try:
