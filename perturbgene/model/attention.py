@@ -6,6 +6,7 @@ h heads here, d size of a head.
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -47,9 +48,7 @@ def attention(
     head_size = q_ahd.shape[-1]
     scale = head_size**-0.5
     kernel = choose_kernel(kernel, q_ahd)
-    if (
-        key_log_gate_l is not None
-    ):  # one more feature, with the gate as key and 1 as query: any kernel differentiates it
+    if key_log_gate_l is not None:  # one more feature (key: gate, query: 1), which any kernel differentiates
         q_ahd = F.pad(F.pad(q_ahd, (0, 1), value=1 / scale), (0, GATE_FEATURES - 1))  # (a, h, d) -> (a, h, d + 8)
         gate_lh1 = key_log_gate_l.to(k_lhd.dtype)[:, None, None].expand(-1, k_lhd.shape[1], 1)
         k_lhd = F.pad(torch.cat([k_lhd, gate_lh1], dim=-1), (0, GATE_FEATURES - 1))
@@ -104,12 +103,10 @@ def check_flash_installed() -> None:
         )
 
 
-def _cell_slices(queries: Packing, keys: Packing) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows of each cell among the queries and among the keys."""
-    q, k = 0, 0
-    for num_queries, num_keys in zip(queries.lengths, keys.lengths, strict=True):
-        yield slice(q, q + num_queries), slice(k, k + num_keys)
-        q, k = q + num_queries, k + num_keys
+def _cell_slices(*packings: Packing) -> Iterator[tuple[slice, ...]]:
+    """Yield the rows of each cell in each packing."""
+    bounds = [[0, *accumulate(packing.lengths)] for packing in packings]
+    return zip(*(map(slice, ends, ends[1:]) for ends in bounds), strict=True)
 
 
 def _sdpa(q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, *, queries: Packing, keys: Packing, scale: float) -> Tensor:

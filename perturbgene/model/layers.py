@@ -167,36 +167,23 @@ class GeneBertLayer(GradientCheckpointingLayer):
         self, hidden_lh: Tensor, keys: Packing, queries: Packing | None = None, key_log_gate: Tensor | None = None
     ) -> Tensor:
         """Transform (l, h) -> (l, h), or -> (a, h) at the positions of ``queries`` only."""
-        q_ahd, k_lhd, v_lhd = self.queries_keys_values(hidden_lh, queries)
-        attended_ahd = self.attention(
-            q_ahd,
-            k_lhd,
-            v_lhd,
-            queries=queries or keys,
-            keys=keys,
-            kernel=self.config.attention_kernel,
-            key_log_gate_l=key_log_gate,
-        )
-        residual_ah = hidden_lh if queries is None else hidden_lh.index_select(0, cast(Tensor, queries.positions))
+        h, heads, residual_ah = hidden_lh.shape[1], self.config.num_attention_heads, hidden_lh
+        if queries is None:
+            q, k, v = self.qkv(hidden_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            residual_ah = hidden_lh.index_select(0, cast(Tensor, queries.positions))
+            q = linear(residual_ah, weight[:h], bias[:h]).view(-1, heads, h // heads)
+            k, v = linear(hidden_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
+        where = {"queries": queries or keys, "keys": keys, "kernel": self.config.attention_kernel}
+        attended_ahd = self.attention(q, k, v, **where, key_log_gate_l=key_log_gate)
         hidden_ah = self._add(residual_ah, self.attention_out(attended_ahd.flatten(1)), norm=self.attention_norm)
         return self._add(hidden_ah, self.ffn_out(F.gelu(self.ffn_in(hidden_ah))), norm=self.ffn_norm)
 
     def _add(self, residual_ah: Tensor, branch_ah: Tensor, *, norm: nn.Module) -> Tensor:
-        """Return the normalized sum ("post"), or the sum with the normalized branch ("branch")."""
         if self.config.norm_position == "branch":
             return residual_ah + cast(Tensor, self.dropout(norm(branch_ah)))
         return cast(Tensor, norm(residual_ah + self.dropout(branch_ah)))
-
-    def queries_keys_values(self, hidden_lh: Tensor, queries: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project (l, h) to queries (a, heads, d), and to keys and values, both (l, heads, d)."""
-        h, heads = hidden_lh.shape[1], self.config.num_attention_heads
-        if queries is None:
-            q, k, v = self.qkv(hidden_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)
-            return q, k, v
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = linear(hidden_lh.index_select(0, cast(Tensor, queries.positions)), weight[:h], bias[:h])
-        k, v = linear(hidden_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
-        return q.view(-1, heads, h // heads), k, v
 
 
 class GeneBertPreTrainedModel(PreTrainedModel):
