@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers.utils import cached_file
 
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.genes import clean_gene, read_panel
 from perturbgene.data_utils.labels import Vocabulary
 from perturbgene.data_utils.opening import FileList, open_source
-from perturbgene.data_utils.tokenization import FORMAT_VERSION, GeneTokenizer
+from perturbgene.data_utils.tokenization import FORMAT_VERSION, TOKENIZER_FILE, GeneTokenizer
 from perturbgene.errors import InputError
 
 if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
 
 RANK_COLUMN = "highly_variable_rank"
+
+
+def tokenizer_at(path: str | Path) -> GeneTokenizer:
+    """Read the tokenizer of a run or corpus folder, or of a model on the Hugging Face hub."""
+    if Path(path).exists():
+        return GeneTokenizer.from_pretrained(path)
+    try:
+        return GeneTokenizer.from_pretrained(str(cached_file(str(path), TOKENIZER_FILE)))
+    except OSError as error:
+        raise InputError(f"no tokenizer can be read from {path} ({error}). Give a run folder or a model id.") from error
 
 
 def tokenizer_of(config: "TrainingConfig", train_files: FileList) -> GeneTokenizer:
@@ -31,7 +42,7 @@ def tokenizer_of(config: "TrainingConfig", train_files: FileList) -> GeneTokeniz
     base = config.corpus or config.pretrained_model_path
     content: dict[str, Any] = {"format_version": FORMAT_VERSION}
     if base:
-        content = GeneTokenizer.from_pretrained(base).to_dict()
+        content = tokenizer_at(base).to_dict()
     content["max_length"] = config.max_length
     if config.vocab_path or not base:
         vocabulary = Vocabulary.from_file(config.vocab_path) if config.vocab_path else Vocabulary({})

@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
-from safetensors import safe_open
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from perturbgene import __version__
 from perturbgene.cli.options import conditions
@@ -40,6 +37,7 @@ from perturbgene.plots import loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer, StopEarly
 from perturbgene.training import checkpoints
 from perturbgene.training.tokenizer import tokenizer_of
+from perturbgene.training.transfer import run_config, start_from
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -111,10 +109,7 @@ def run_mlm(config: "MlmConfig") -> Path:
     with _run_folder(config) as arguments:
         tokenizer, train, evaluation = _data(config, arguments)
         weights = {"phenotype_loss_weight": config.phenotype_loss_weight, "gene_loss_weight": config.gene_loss_weight}
-        if config.pretrained_model_path:
-            model = _pretrained(GeneBertForPhenotypicMLM, config, tokenizer, **weights)
-        else:
-            model = GeneBertForPhenotypicMLM(model_config(config, tokenizer, **weights))
+        model, kept = _start(GeneBertForPhenotypicMLM, config, tokenizer, **weights)
         collator = DataCollatorForPhenotypicMLM(
             tokenizer,
             **config.mask_rates,
@@ -131,7 +126,7 @@ def run_mlm(config: "MlmConfig") -> Path:
             args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
             evaluator=quick, final_evaluator=final, early_stopping=_early_stopping(config),
         )  # fmt: skip
-        return _train(trainer, config, tokenizer)
+        return _train(trainer, config, tokenizer, kept=kept)
 
 
 def run_cls(config: "ClsConfig") -> Path:
@@ -156,12 +151,7 @@ def run_cls(config: "ClsConfig") -> Path:
             "phenotype_category": category,
             "class_weights": class_weights(counts_k) if config.balanced_dataset else None,
         }
-        if config.pretrained_model_path:
-            model = _pretrained(GeneBertForClassification, config, tokenizer, **head)
-            if config.binary_label is None:  # otherwise classes are not labels
-                _inherit_votes(model, config.pretrained_model_path, tokenizer, category)
-        else:
-            model = GeneBertForClassification(model_config(config, tokenizer, **head))
+        model, kept = _start(GeneBertForClassification, config, tokenizer, **head)
         collator = collate_fn_wrapper(
             tokenizer,
             config.pad_to_multiple_of,
@@ -174,7 +164,7 @@ def run_cls(config: "ClsConfig") -> Path:
             evaluator=ClassEvaluator(names, tokenizer=tokenizer, category=category),
             early_stopping=_early_stopping(config),
         )  # fmt: skip
-        return _train(trainer, config, tokenizer)
+        return _train(trainer, config, tokenizer, kept=kept)
 
 
 def _early_stopping(config: "TrainingConfig") -> StopEarly | None:
@@ -222,7 +212,7 @@ def _run_folder(config: "TrainingConfig") -> Iterator[TrainingArguments]:
 def _with_learning_rate(config: "TrainingConfig") -> Any:
     """Fill in the learning rate, so that `run.yaml` has it; the width is that of the pretrained model, if any."""
     if config.pretrained_model_path:
-        hidden_size = _pretrained_config(config).hidden_size
+        hidden_size = run_config(str(config.pretrained_model_path)).hidden_size
     else:
         hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
     return config.with_learning_rate(hidden_size)
@@ -307,6 +297,14 @@ def _checked_where(config: "TrainingConfig", paths: Sequence[str], tokenizer: Ge
 # -- model --------------------------------------------------------------------------------------------------------
 
 
+def _start(kind: type, config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return the model to train, fresh or from another run, and what it keeps of that run."""
+    if config.pretrained_model_path is None:
+        return kind(model_config(config, tokenizer, **extra)), ()
+    seed = config.training_overrides.get("seed", config.seed)
+    return start_from(kind, config, tokenizer, seed=seed, **tokenizer_facts(tokenizer), **extra)
+
+
 def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> GeneBertConfig:
     """Return the model's configuration: the preset, then given sizes, then what the tokenizer decides."""
     sizes = load_preset(config.model_arch)
@@ -340,70 +338,10 @@ def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
     }
 
 
-def _pretrained_config(config: "TrainingConfig") -> GeneBertConfig:
-    with _errors_of_weights(config):
-        loaded: GeneBertConfig = GeneBertConfig.from_pretrained(
-            str(config.pretrained_model_path), trust_remote_code=False
-        )
-    return loaded
-
-
-@contextmanager
-def _errors_of_weights(config: "TrainingConfig") -> Iterator[None]:
-    """Explain what transformers raises for a folder without our weights."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, KeyError, ValueError) as error:
-        path = config.pretrained_model_path
-        raise InputError(f"{path} holds no GeneBERT weights ({error}). Give a run folder of mlm or cls.") from error
-
-
-def _pretrained(kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> Any:
-    """Load weights, and report in one line which parts start fresh, where transformers prints a table of weights."""
-    path, loaded = str(config.pretrained_model_path), _pretrained_config(config)
-    if loaded.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-        raise InputError(
-            f"{path} was trained with another tokenizer (genes, labels, bins or scale differ), so its weights would "
-            "mean other things. Use the corpus that it was trained on, or start without --pretrained_model_path."
-        )
-    for name, value in {"attention_kernel": config.attn_implementation, **extra}.items():
-        setattr(loaded, name, value)
-    table = logging.getLogger("transformers.modeling_utils")
-    level = table.level
-    table.setLevel(logging.ERROR)
-    try:
-        with _errors_of_weights(config):
-            pair: Any = kind.from_pretrained(path, config=loaded, output_loading_info=True)
-    finally:
-        table.setLevel(level)
-    model, report = pair
-    parts = {why: sorted({key.partition(".")[0] for key in report[f"{why}_keys"]}) for why in ("missing", "unexpected")}
-    fresh, unused = listed(parts["missing"]) or "none", listed(parts["unexpected"]) or "none"
-    if any(parts.values()):
-        logger.info("weights from %s; parts that start fresh: %s; parts not used: %s", path, fresh, unused)
-    return model
-
-
-def _inherit_votes(model: GeneBertForClassification, path: str, tokenizer: GeneTokenizer, category: str) -> None:
-    """Start a classifier's direct path with the votes of the masked model, if it has any."""
-    file, name = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False), "votes_tk"
-    if file is None or model.direct_classes is None:
-        return
-    with safe_open(file, framework="pt") as weights:
-        if f"direct_labels.{name}" not in weights.keys():  # noqa: SIM118 - not a mapping
-            return
-        start, stop = (bound - model.config.first_label_id for bound in tokenizer.vocabulary.id_range(category))
-        with torch.no_grad():
-            model.direct_classes.votes_tk.copy_(weights.get_tensor(f"direct_labels.{name}")[:, start:stop])
-    logger.info("genes vote for %s as in %s from the start", category, path)
-
-
 # -- training -----------------------------------------------------------------------------------------------------
 
 
-def _train(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer) -> Path:
+def _train(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer, *, kept: Sequence[str]) -> Path:
     """Train from the start or from a checkpoint, score the best weights and write the run folder."""
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
     checkpoint = _checkpoint(config, trainer.args)
@@ -424,7 +362,7 @@ def _train(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTok
         )
         raise StoppedError(message if is_first else "", exit_code=128 + number)  # one process prints
     results = trainer.final_results()
-    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results))
+    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results, kept=kept))
     return folder
 
 
@@ -475,7 +413,13 @@ def _check_settings(config: "TrainingConfig", arguments: TrainingArguments, chec
 
 
 def _write_run(
-    folder: Path, trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer, results: dict[str, Any]
+    folder: Path,
+    trainer: ShardedTrainer,
+    config: "TrainingConfig",
+    tokenizer: GeneTokenizer,
+    results: dict[str, Any],
+    *,
+    kept: Sequence[str],
 ) -> None:
     """Write what a run folder holds besides the weights: tokenizer, scores, model card and a figure of the losses."""
     tokenizer.save_pretrained(folder)
@@ -485,6 +429,8 @@ def _write_run(
         "---", "library_name: transformers", "tags: [single-cell, gene-expression, perturbgene]", "---",
         f"# {name}: GeneBERT {config.verb} model", "",
         f"Trained by perturbgene {__version__} on {cells:,} cells, {len(tokenizer.panel):,} genes.", "",
+        *([f"Its weights started from {shown_path(str(config.pretrained_model_path))}:", ""] if kept else []),
+        *(f"- {line}" for line in kept), *([""] if kept else []),
         "| phenotype | question | cells | accuracy | macro F1 |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for category, questions in results.items():
