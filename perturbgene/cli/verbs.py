@@ -427,7 +427,9 @@ class PerturbConfig(ScoringOptions):
     towards: str | None = option(
         None, "PHENOTYPE=LABEL whose log-odds to measure. Default: how far the cell's state moves (cosine distance)."
     )
-    from_: str | None = option(None, "PHENOTYPE=LABEL to compare --towards with. Default: all other labels.")
+    from_: str | None = option(
+        None, "PHENOTYPE=LABEL to compare --towards with. Default: all other labels. It chooses no cells; --where does."
+    )
     embedding: Pooling = option("cls", "The cell's state: that of [CLS], or the mean of its unperturbed genes.")
     exact: bool = option(False, "Compute every effect exactly instead of screening.")
     top_k: int = option(64, "Number of strongest genes of the screen to compute exactly.", within="[0, inf)")

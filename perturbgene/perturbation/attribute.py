@@ -191,7 +191,7 @@ def attribute(
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
         num_check_cells: Number of cells of the deletion curves.
         device, batch_tokens: How the model runs.
-        reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, as on the command line.
+        reading: `where` (which cells) and how they are read, as for `perturb`.
 
     Returns:
         See `marker_table`; `attrs["deletion"]` holds the curves and `attrs["areas"]` the areas under them, in nats.

@@ -98,9 +98,14 @@ class GroupedCells:
     def __len__(self) -> int:
         return len(self.donor_n)
 
+    @property
+    def is_used_n(self) -> np.ndarray:
+        """True for cells with a donor and a group, shape (n,); the others are left out."""
+        return (self.donor_n >= 0) & (self.group_n >= 0)
+
     def blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
         """Yield the cells of a range of rows, `batch_size` at a time; those without donor or group are left out."""
-        rows_n = start + np.flatnonzero((self.donor_n[start:stop] >= 0) & (self.group_n[start:stop] >= 0))
+        rows_n = start + np.flatnonzero(self.is_used_n[start:stop])
         for first in range(0, len(rows_n), self.dataset.batch_size):
             yield self.read(rows_n[first : first + self.dataset.batch_size])
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from perturbgene.cli.verbs import PerturbationKind, PerturbConfig, Pooling
+from perturbgene.data_utils.labels import label_text
 from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.files import check_new
@@ -73,6 +74,8 @@ class Experiment:
             readout = label_readout(run, towards=config.towards, away=config.from_, given=tuple(given))
         columns = {"donor": config.donor, "groupby": config.groupby}
         cells = GroupedCells.open(source, run, readout, given=given, **columns, **reading_options(config))
+        if config.towards:
+            report_labels(cells, config.towards, config.from_)
         return cls(config, run, cells, readout, asked)
 
     @property
@@ -106,6 +109,34 @@ class Experiment:
         cells, budget = sequences(block, self.run.tokenizer, self.readout), self.config.batch_tokens
         pairs = changed_pairs(cells, perturbations, self.run.tokenizer)
         return *pairs, exact_effects(self.run, cells, perturbations, self.readout, pairs=pairs, budget=budget)
+
+
+def report_labels(cells: GroupedCells, towards: str, from_: str | None) -> None:
+    """Warn if cells that are already where `towards` leads, or not where `from_` starts, are perturbed with the others.
+
+    Both options say what is compared. Neither chooses cells.
+    """
+    category, _, label = (part.strip() for part in (from_ or towards).partition("="))
+    file = cells.dataset.shards[0].source
+    if category not in file.columns_of("obs"):
+        return
+    own_n = file.obs_column(category).map(label_text).astype(str).to_numpy()[cells.is_used_n]
+    num_cells, num_there = len(own_n), int((own_n == label).sum())
+    if from_ and num_there < num_cells:
+        what, rest = (
+            f"only {num_there:,} of {num_cells:,} cells have {from_}, the label of --from",
+            f'{category}="{label}"',
+        )
+    elif not from_ and 0 < num_there < num_cells:
+        others = pd.Series(own_n[(own_n != label) & (own_n != "")]).value_counts().index
+        rest = " ".join(f'{category}="{other}"' for other in others[:3]) or f"{category}=..."
+        what = f"{num_there:,} of {num_cells:,} cells have {towards}, the label of --towards, already"
+    else:
+        return
+    logger.warning(
+        "%s, but all of them are perturbed: --towards and --from say what is compared, not in which cells. "
+        "Choose cells with --where, e.g. --where %s", what, rest,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,7 +323,8 @@ def perturb(
         groupby: Column of `obs`: effects of each of its groups.
         exact, top_k, num_controls, min_cells: As on the command line, see `PerturbConfig`.
         device, batch_tokens: How the model runs: "auto", "cpu" or "cuda", and the maximum number of tokens at once.
-        reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, as on the command line.
+        reading: `where` (which cells are perturbed) and how they are read, as on the command line: `batch_size`,
+            `layer`, `gene_id_column`, `normalization`, `missing_labels`, `min_gene_coverage`.
 
     Returns:
         A row per perturbation (and group), strongest first; docs/perturbation.md defines the columns.

@@ -210,6 +210,34 @@ def test_tables_are_those_of_a_file_that_has_only_the_chosen_cells(
     assert found.equals(function(cells, "runs/mlm", where=["cell_type=B cell"], device="cpu", **options))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("perturb", {"genes": ["CD79A", "LYZ"], "towards": "tissue=lung", "min_cells": 1, "given": "cell_type"}),
+        ("attribute", {"ask": "tissue", "num_check_cells": 5, "given": "cell_type"}),
+        ("counterfactual", {"set": {"cell_type": "B cell"}, "num_null": 0, "force": True, "num_passes": 1}),
+        ("predict_table", {"ask": "tissue", "given": "cell_type"}),
+    ],
+)
+def test_an_odd_file_is_read_alike_by_every_verb(
+    name: str, options: dict[str, Any], in_folder: Path, cells: ad.AnnData
+) -> None:
+    """Counts in a layer, scaled on request; gene ids in a column of var; a label that means "not known"."""
+    counts = np.random.default_rng(0).poisson(np.expm1(cells.X[:60].toarray()))
+    plain = ad.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=cells.obs[:60].copy(), var=cells.var)
+    odd = ad.AnnData(sparse.csr_matrix(counts * 0.5), obs=plain.obs.copy(), var=pd.DataFrame({"id": cells.var_names}))
+    odd.layers["half"], odd.X = odd.X, None
+    plain.obs["cell_type"] = plain.obs["cell_type"].astype(object).where(plain.obs["cell_type"] != "monocyte", None)
+    reading = {"layer": "half", "gene_id_column": "id", "normalization": "log1p_cp10k", "missing_labels": ["monocyte"]}
+    odd.write_h5ad("odd.h5ad")
+    function = getattr(pg, name)
+    expected = function(plain, "runs/mlm", **options)
+    for source in ("odd.h5ad", odd):
+        pd.testing.assert_frame_equal(function(source, "runs/mlm", **reading, **options), expected, atol=1e-5)
+    with pytest.raises(InputError, match="gene"):
+        function(odd, "runs/mlm", **{**reading, "gene_id_column": None}, **options)
+
+
 def test_evaluate_scores_the_chosen_cells_and_leaves_the_runs_calibration_alone(
     in_folder: Path, b_cells: ad.AnnData
 ) -> None:

@@ -73,6 +73,28 @@ def of_rank(path: str, target: Path, tokenizer, ranks: Ranks) -> dict[str, np.nd
         return {name: np.array(array[:]) for name, array in merged.items()}
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_answers_of_chosen_cells_go_to_their_rows_and_the_others_are_missing(size: int, tmp_path) -> None:
+    meeting, rows, merged = threading.Barrier(size), np.array([1, 3, 4, 7, 9]), {}
+
+    def work(rank: int) -> None:
+        ranks = ThreadRanks(rank, size, meeting=meeting)
+        with cell_results(tmp_path / "out", num_cells=5, ranks=ranks, rows=(rows, 10)) as results:
+            own = np.arange(rank, 5, size)
+            for cells_m in [own[:1], own[1:]] if len(own) else []:
+                results.write(cells_m, {"code": 10 * cells_m, "score_2": np.stack([cells_m, -cells_m], 1) / 4})
+            merged[rank] = {name: np.array(values) for name, values in results.merge().items()}
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert merged[0]["code"].tolist() == [-1, 0, -1, 10, 20, -1, -1, 30, -1, 40]
+    np.testing.assert_array_equal(np.isnan(merged[0]["score_2"][:, 1]), merged[0]["code"] < 0)
+    np.testing.assert_array_equal(merged[0]["score_2"][rows, 1], -np.arange(5) / 4)
+
+
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_several_processes_write_what_one_writes(size: int, write_h5ad, four_gene_tokenizer, tmp_path) -> None:
     path, meeting, results = write_h5ad(CELLS), threading.Barrier(size), {}

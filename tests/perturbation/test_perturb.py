@@ -321,3 +321,63 @@ def test_what_cannot_be_asked_is_refused(folder, tmp_path, capsys, more, message
 def test_a_label_to_leave_needs_one_to_go_to(run, cells):
     with pytest.raises(InputError, match="Give --towards as well"):
         perturb(cells, run, genes="G1", from_="cell_type=B cell")
+
+
+def labeled(cells: ad.AnnData) -> ad.AnnData:
+    """20 B cells, 30 T cells and 10 without a label."""
+    return ad.AnnData(
+        cells.X, obs=cells.obs.assign(cell_type=["B cell"] * 20 + ["T cell"] * 30 + [None] * 10), var=cells.var
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({}, "20 of 60 cells have cell_type=B cell, the label of --towards, already, but all of them are perturbed"),
+        ({}, 'e.g. --where cell_type="T cell"'),
+        (
+            {"from_": "cell_type=T cell"},
+            "only 30 of 60 cells have cell_type=T cell, the label of --from, but all of them",
+        ),
+        (
+            {"from_": "cell_type=T cell"},
+            'not in which cells. Choose cells with --where, e.g. --where cell_type="T cell"',
+        ),
+        ({"from_": "cell_type=T cell", "where": {"cell_type": ["B cell", "T cell"]}}, "only 30 of 50 cells have"),
+        ({"from_": "cell_type=T cell", "where": {"cell_type": "T cell"}}, None),
+        ({"where": {"cell_type": "T cell"}}, None),
+        ({"where": {"cell_type": "B cell"}}, None),
+        ({"towards": "tissue=blood"}, "40 of 60 cells have tissue=blood, the label of --towards, already"),
+        ({"towards": None}, None),
+    ],
+)
+def test_a_line_says_that_towards_and_from_choose_no_cells(run, cells, options, warning, caplog):
+    perturb(labeled(cells), run, genes="G30", min_cells=1, num_controls=3, **{"towards": TOWARDS, **options})
+    lines = [record.getMessage() for record in caplog.records if "perturbed" in record.getMessage()]
+    assert len(lines) == (warning is not None) and (warning is None or warning in lines[0])
+
+
+def test_cells_that_where_leaves_out_are_not_perturbed(run, cells, folder, tmp_path, capsys):
+    """Controls do not count, neither in the effect nor in the screen nor in its check on random genes."""
+    both = labeled(cells)
+    options = {
+        "genes": ["G30", "G31"],
+        "towards": TOWARDS,
+        "from_": "cell_type=T cell",
+        "min_cells": 1,
+        "num_controls": 5,
+    }
+    found = perturb(both, run, where={"cell_type": "T cell"}, **options)
+    alone = perturb(both[20:50].copy(), run, **options)
+    pd.testing.assert_frame_equal(found, alone)
+    assert found.attrs == alone.attrs and (perturb(both, run, **options)["effect"] != found["effect"]).all()
+    both.write_h5ad(tmp_path / "cells.h5ad")
+    line = command(folder, tmp_path / "out.csv", "--where", "cell_type=T cell", "donor_id=d0", "donor_id=d1")
+    line[2] = f"{tmp_path}/cells.h5ad"
+    assert main(line) == 0
+    assert "20 cells, 2 donors" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["where"] == [
+        "cell_type=T cell",
+        "donor_id=d0",
+        "donor_id=d1",
+    ]
