@@ -249,6 +249,10 @@ class AnswerOptions(BaseConfig):
         "answer does not depend on what else is asked.",
     )  # fmt: skip
     top_k: int = option(3, "Number of most probable labels to write.", within="[1, inf)")
+    probabilities: bool = option(
+        True, "Write the matrix of probabilities of every label (cells x labels) to obsm['predicted_X_probabilities'] "
+        "for each phenotype X; its labels are in uns['perturbgene'] under the same name.",
+    )  # fmt: skip
     abstain: float = option(0.0, "Write `unknown` if the calibrated probability is below this.", within="[0, 1]")
     calibrate: bool = option(True, "Divide logits by the temperatures that evaluate fitted.")
     ood: bool = option(
@@ -263,7 +267,8 @@ class PredictConfig(AnswerOptions, FileOptions):
     """Predict phenotypes of new cells.
 
     Reads any file of cells whose genes overlap the run's panel, asks for phenotypes and writes the answers with their
-    probabilities to obs. No label column is needed, and cells keep their order.
+    probabilities to obs, and the probabilities of all labels to obsm. No label column is needed, and cells keep their
+    order.
     """
 
     verb = "predict"

@@ -66,6 +66,7 @@ def write_copy(
     uns: Mapping[str, Any],
     obs: Mapping[str, Any] | pd.DataFrame | None = None,
     obsm: Mapping[str, Any] | None = None,
+    layer: str | None = None,
 ) -> None:
     """Copy cells and add columns to their `obs`, matrices to their `obsm` and entries to `uns["perturbgene"]`.
 
@@ -78,6 +79,7 @@ def write_copy(
         uns: Entries, e.g. which run answered which question.
         obs: Name -> new column (it replaces one of the same name), one value per cell in the file's order.
         obsm: Name -> matrix with `shape`, `dtype` and slices of rows (an array or a memmap).
+        layer: The matrix that was read, since there may be no `X`.
 
     Raises:
         InputError: The target cannot be written.
@@ -88,7 +90,7 @@ def write_copy(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         writing = whole_folder(target, may_replace=True) if is_zarr else whole_file(target)
-        with writing as temporary, closing(open_source(source)) as known:
+        with writing as temporary, closing(open_source(source, layer=layer)) as known:
             _copy(known, source, temporary, is_zarr=is_zarr)
             with _opened(temporary, is_zarr=is_zarr) as file:
                 if obs is not None and len(obs.keys()):

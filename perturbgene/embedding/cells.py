@@ -23,6 +23,7 @@ from perturbgene.embedding.genes import run_gene_means
 from perturbgene.errors import InputError, listed
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
+    GENES_COLUMN,
     CellResults,
     GeneTokens,
     Given,
@@ -32,9 +33,11 @@ from perturbgene.inference.streaming import (
     collect_results,
     given_labels,
     has_genes,
+    num_genes,
     open_cells,
     read_cells,
     reading_options,
+    report_few_genes,
     stream_batches,
 )
 
@@ -101,6 +104,7 @@ class CellEmbedder:
         Returns:
             `obsm` key -> float32 (n, h), rows in the order of the cells. A cell that expresses no gene of the panel is
             NaN throughout, as it gets no label from `predict`; a named gene is NaN in cells that do not express it.
+            And `GENES_COLUMN`, the number of genes of each cell.
         """
         run, tokens = self.run, GeneTokens.of(block, self.run.tokenizer)
         named = run.tokenizer.panel.find_all(self.genes, flag="genes")
@@ -124,16 +128,20 @@ class CellEmbedder:
             states_nh = np.full_like(cells_nh, np.nan)
             states_nh[tokens.cell_m[is_gene_m]] = hidden_mh[np.searchsorted(read_m, tokens.position_m[is_gene_m])]
             found.append(states_nh)
-        return dict(zip(self.keys, found, strict=True))
+        return dict(zip(self.keys, found, strict=True)) | {GENES_COLUMN: num_genes(block, run.tokenizer)}
 
-    def presence(self, found: Mapping[str, np.ndarray], dataset: IterableAnnDataset) -> dict[str, Any]:
-        """Return for each named gene which cells express it, as columns of `obs`; missing in cells left out."""
-        columns: dict[str, Any] = {}
-        for name, state_nh in zip(self.genes, list(found.values())[len(found) - len(self.genes) :], strict=True):
-            columns[f"perturbgene_has_{name}"] = np.isfinite(state_nh[:, 0])
+    def columns(self, found: dict[str, np.ndarray], dataset: IterableAnnDataset) -> dict[str, Any]:
+        """Take the columns of `obs` out of what was found: the number of genes, and who expresses each named gene.
+
+        In cells that `where` leaves out, the number is -1 and the others are missing.
+        """
+        columns: dict[str, Any] = {GENES_COLUMN: found.pop(GENES_COLUMN)}
+        report_few_genes(columns[GENES_COLUMN])
+        for name, key in zip(self.genes, self.keys[len(self.keys) - len(self.genes) :], strict=True):
+            has_gene_n = np.isfinite(found[key][:, 0])
+            columns[f"perturbgene_has_{name}"] = has_gene_n
             if dataset.chosen_rows:
-                is_left_out_n = ~np.isin(np.arange(len(state_nh)), dataset.chosen_rows[0])
-                has_gene_n = columns[f"perturbgene_has_{name}"]
+                is_left_out_n = ~np.isin(np.arange(len(has_gene_n)), dataset.chosen_rows[0])
                 columns[f"perturbgene_has_{name}"] = pd.arrays.BooleanArray(has_gene_n, is_left_out_n)
         return columns
 
@@ -189,8 +197,8 @@ def embed(
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
 
     Returns:
-        The copy; `obsm["X_perturbgene"]` is float32 of shape (n, h). Cells that express no gene of the panel are NaN,
-        and so are those that `where` leaves out.
+        The copy; `obsm["X_perturbgene"]` is float32 of shape (n, h), and `obs["perturbgene_n_genes"]` counts the genes
+        that the model saw. Cells that express no gene of the panel are NaN, and so are those that `where` leaves out.
 
     Raises:
         InputError: See `CellEmbedder` and `open_cells`.
@@ -206,9 +214,9 @@ def embed(
     batches = stream_batches(dataset, text="embed", most_tokens=batch_tokens)
     found = collect_results(CellResults(dataset.num_cells, rows=dataset.chosen_rows), batches, embedder.embed)
     result = cells.to_memory() if cells.isbacked else cells.copy()
-    result.obsm.update(found)
-    for name, column in embedder.presence(found, dataset).items():
+    for name, column in embedder.columns(found, dataset).items():
         result.obs[name] = column
+    result.obsm.update(found)
     result.uns["perturbgene"] = embedder.facts(dataset)
     return result
 
@@ -228,8 +236,8 @@ def run_embed(config: EmbedConfig) -> str | None:
             found = collect_results(results, batches, embedder.embed)
             if not ranks.is_main:
                 return None
-            facts, presence = embedder.facts(dataset), embedder.presence(found, dataset)
-            write_copy(source, target, uns=facts, obs=presence, obsm=found)
+            facts, columns = embedder.facts(dataset), embedder.columns(found, dataset)
+            write_copy(source, target, uns=facts, obs=columns, obsm=found, layer=config.layer)
             num_empty = num_cells - int(np.isfinite(found[KEY][:, 0]).sum())
     empty = f"; {num_empty:,} cells express no gene of the run and are NaN" if num_empty else ""
     keys = ", ".join(embedder.keys)

@@ -27,6 +27,7 @@ from perturbgene.eval_utils import Question, class_logits, gene_log_likelihood, 
 from perturbgene.inference.calibration import Calibration, Temperature, energy, percentile, read_calibration
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
+    GENES_COLUMN,
     CellResults,
     Given,
     Ranks,
@@ -34,10 +35,11 @@ from perturbgene.inference.streaming import (
     claimed_output,
     collect_results,
     given_labels,
-    has_genes,
+    num_genes,
     open_cells,
     read_cells,
     reading_options,
+    report_few_genes,
     stream_batches,
 )
 
@@ -171,7 +173,8 @@ class Predictor:
 
     def answer(self, block: TokenBlock) -> dict[str, np.ndarray]:
         """Answer one batch: named arrays with a row per cell, -1 and NaN for cells without genes."""
-        has_genes_n, answers = has_genes(block, self.run.tokenizer), {}
+        num_genes_n = num_genes(block, self.run.tokenizer)
+        has_genes_n, answers = num_genes_n > 0, {GENES_COLUMN: num_genes_n}
         for question in self.questions:
             for name, logits_nk in self._logits(block, question).items():
                 probability_nk = self._probabilities(logits_nk, name, question)
@@ -180,6 +183,8 @@ class Predictor:
                 entropy_n = -(probability_nk * np.log(np.maximum(probability_nk, 1e-30))).sum(axis=1)
                 answers[f"code:{name}"] = np.where(has_genes_n[:, None], order_nt, -1).astype(np.int32)
                 answers[f"probability:{name}"] = _where(best_nt, has_genes_n[:, None])
+                if self.options.probabilities:
+                    answers[f"probabilities:{name}"] = _where(probability_nk, has_genes_n[:, None])
                 answers[f"entropy:{name}"] = _where(np.abs(entropy_n), has_genes_n)
                 if self.options.ood:
                     answers[f"energy:{name}"] = _where(energy(logits_nk), has_genes_n)
@@ -193,11 +198,18 @@ class Predictor:
             answers[f"audit:{name}"] = _where(of_own_n, has_genes_n & (own_n >= 0))
         return answers
 
-    def answer_all(self, dataset: IterableAnnDataset, results: CellResults, *, most_tokens: int) -> Columns:
-        """Answer every cell of this rank; rank 0 gets the columns of all ranks, the others nothing."""
+    def answer_all(
+        self, dataset: IterableAnnDataset, results: CellResults, *, most_tokens: int
+    ) -> tuple[Columns, dict[str, np.ndarray]]:
+        """Answer every cell of this rank; rank 0 gets what goes to `obs` and `obsm`, the others nothing."""
         batches = stream_batches(dataset, text="predict", ranks=results.ranks, most_tokens=most_tokens)
         merged = collect_results(results, batches, self.answer)
-        return self.columns(merged) if merged else {}
+        if not merged:
+            return {}, {}
+        report_few_genes(merged[GENES_COLUMN])
+        names = self.asked if self.options.probabilities else []
+        columns = {**self.columns(merged), GENES_COLUMN: merged[GENES_COLUMN]}
+        return columns, {matrix_key(name): merged[f"probabilities:{name}"] for name in names}
 
     # -- columns --------------------------------------------------------------------------------------------------
 
@@ -221,9 +233,13 @@ class Predictor:
             columns[f"audit_{question.asked[0]}_rank"] = ranks_n.to_numpy(dtype=np.int32)
         return columns
 
+    def labels_of(self, name: str) -> list[str]:
+        """Return the labels that an answer may be, in the order of the probabilities."""
+        return self.run.class_labels if self.run.is_classifier else list(self.run.tokenizer.phenotypes[name])
+
     def _label_columns(self, name: str, merged: Mapping[str, np.ndarray]) -> Columns:
         codes_nt, probability_nt, abstain = merged[f"code:{name}"], merged[f"probability:{name}"], self.options.abstain
-        labels = self.run.class_labels if self.run.is_classifier else list(self.run.tokenizer.phenotypes[name])
+        labels = self.labels_of(name)
         best_n, categories = codes_nt[:, 0], labels
         if abstain:
             categories = labels if UNKNOWN in labels else [*labels, UNKNOWN]
@@ -262,6 +278,8 @@ class Predictor:
             facts["where"] = dataset.where
         if options.abstain:
             facts["abstain"] = options.abstain
+        if options.probabilities:
+            facts |= {matrix_key(name): self.labels_of(name) for name in self.asked}
         if options.ood:
             facts["ood_percentile"] = "among the run's evaluation cells; high means unusual"
         if unknown := self.unknown_labels(dataset):
@@ -314,6 +332,11 @@ def _own_labels(dataset: IterableAnnDataset, run: Run, phenotype: str) -> np.nda
     return np.where(ids_n == ABSENT, ABSENT, (ids_n == wanted).astype(np.int32))
 
 
+def matrix_key(phenotype: str) -> str:
+    """Return the name in `obsm` of a phenotype's probabilities; a slash would be a folder within HDF5."""
+    return f"predicted_{phenotype.replace('/', '_')}_probabilities"
+
+
 def _where(values_n: np.ndarray, is_valid_n: np.ndarray) -> np.ndarray:
     return np.where(is_valid_n, values_n, np.nan).astype(np.float32)
 
@@ -354,22 +377,31 @@ def predict_table(
         For each asked phenotype X, a row per cell in the order of the input: `predicted_X` (category),
         `predicted_X_probability` (float32), `predicted_X_entropy` (nats), and for the next labels `predicted_X_2`,
         `predicted_X_2_probability`, ... A cell that expresses no gene of the panel has no prediction (missing), nor has
-        one that `where` leaves out. `options` may add columns. `table.attrs` holds what `predict` writes to
+        one that `where` leaves out. The last column, `perturbgene_n_genes`, is the number of genes that the model saw,
+        -1 for cells left out. `options` may add columns. `table.attrs` holds what `predict` writes to
         `uns["perturbgene"]`.
 
     Example:
         >>> import perturbgene as pg
         >>> table = pg.predict_table("cells.h5ad", pg.load_run("runs/mlm"), ask=["cell_type"])
         >>> table.shape, list(table.columns[:3])
-        ((255, 7), ['predicted_cell_type', 'predicted_cell_type_probability', 'predicted_cell_type_entropy'])
+        ((255, 8), ['predicted_cell_type', 'predicted_cell_type_probability', 'predicted_cell_type_entropy'])
     """
-    predictor = Predictor(load_run(run), ask, given, options or AnswerOptions())
+    return _answer(data, run, ask, given, options or AnswerOptions(), batch_tokens=batch_tokens, **reading)[0]
+
+
+def _answer(
+    data: Any, run: str | Path | Run, ask: Sequence[str], given: Given | None, options: AnswerOptions, *,
+    batch_tokens: int, **reading: Any,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # fmt: skip
+    """Return the table of answers, and the matrices that go to `obsm`."""
+    predictor = Predictor(load_run(run), ask, given, options)
     dataset = predictor.open(data, **reading)
     results = CellResults(dataset.num_cells, rows=dataset.chosen_rows)
-    columns = predictor.answer_all(dataset, results, most_tokens=batch_tokens)
+    columns, matrices = predictor.answer_all(dataset, results, most_tokens=batch_tokens)
     table = pd.DataFrame(columns)
     table.attrs = predictor.facts(dataset)
-    return table
+    return table, matrices
 
 
 def predict(
@@ -379,6 +411,7 @@ def predict(
     ask: Sequence[str] = (),
     given: Given | None = None,
     top_k: int = AnswerOptions.top_k,
+    probabilities: bool = AnswerOptions.probabilities,
     joint: bool = AnswerOptions.joint,
     abstain: float = AnswerOptions.abstain,
     ood: bool = AnswerOptions.ood,
@@ -390,11 +423,14 @@ def predict(
 ) -> "AnnData":
     """Return a copy of the cells with the answers in `obs` and where they came from in `uns["perturbgene"]`.
 
+    `obsm["predicted_X_probabilities"]` holds the probabilities of all labels of phenotype X, float32 (n, k), and
+    `uns["perturbgene"]["predicted_X_probabilities"]` the labels of its columns.
+
     Args:
         adata: Cells, in memory or backed, or the path or URL of an h5ad file; no label column is needed.
         model: Run folder, or a loaded run.
         ask, given, batch_tokens, reading: See `predict_table`.
-        top_k, joint, abstain, ood, audit, calibrate: See `perturbgene predict -h`.
+        top_k, probabilities, joint, abstain, ood, audit, calibrate: See `perturbgene predict -h`.
         device: "auto", "cpu", "cuda", ...
 
     Raises:
@@ -406,12 +442,16 @@ def predict(
         >>> cells.obs["predicted_cell_type"].head(3).tolist()
         ['monocyte', 'NK cell', 'B cell']
     """
-    options = AnswerOptions(top_k=top_k, joint=joint, abstain=abstain, ood=ood, audit=audit, calibrate=calibrate)
+    options = AnswerOptions(
+        top_k=top_k, probabilities=probabilities, joint=joint, abstain=abstain, ood=ood, audit=audit,
+        calibrate=calibrate,
+    )  # fmt: skip
     run, cells = load_run(model, device=device), read_cells(adata)
-    table = predict_table(cells, run, ask=ask, given=given, options=options, batch_tokens=batch_tokens, **reading)
+    table, matrices = _answer(cells, run, ask, given, options, batch_tokens=batch_tokens, **reading)
     result = cells.to_memory() if cells.isbacked else cells.copy()
     for name in table:
         result.obs[name] = table[name].array
+    result.obsm.update(matrices)
     result.uns["perturbgene"] = dict(table.attrs)
     return result
 
@@ -425,10 +465,11 @@ def run_predict(config: PredictConfig) -> str | None:
         dataset = predictor.open(FileList([source]), ranks=ranks, **reading_options(config))
         num_cells, rows = dataset.num_cells, dataset.chosen_rows
         with cell_results(target, num_cells=num_cells, ranks=ranks, rows=rows) as results:
-            columns = predictor.answer_all(dataset, results, most_tokens=config.batch_tokens)
+            columns, matrices = predictor.answer_all(dataset, results, most_tokens=config.batch_tokens)
             if not ranks.is_main:
                 return None
-            write_copy(source, target, obs=columns, uns=predictor.facts(dataset))
+            facts = predictor.facts(dataset)
+            write_copy(source, target, obs=columns, obsm=matrices, uns=facts, layer=config.layer)
             first = f"{num_cells:,} cells predicted by {config.run}, written to {target}"
             summaries = [predictor.summary(name, columns, num_cells=num_cells) for name in predictor.asked]
             return "\n".join([first, *summaries])

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 LONGEST_WAIT = datetime.timedelta(days=2)
 #: With fewer genes of the panel, a cell looks much like any other.
 FEW_GENES = 10
+#: The column of obs with the number of genes of the panel that the model saw of a cell.
+GENES_COLUMN = "perturbgene_n_genes"
 #: The one group of all cells.
 ALL = "all"
 
@@ -274,6 +276,16 @@ def num_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
     """Return how many genes of the panel each cell's sequence has, int32 of shape (n,)."""
     is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
     return np.add.reduceat(is_gene_l, block.offsets_n1[:-1], dtype=np.int32)
+
+
+def report_few_genes(num_genes_n: np.ndarray) -> None:
+    """Warn of cells that express so few genes that answers about them say little."""
+    num_genes_n = num_genes_n[num_genes_n >= 0]  # without cells that were left out
+    if num_few := int((num_genes_n < FEW_GENES).sum()):
+        logger.warning(
+            "%s of %s cells have few genes of the run (fewer than %d), so answers about them say little; see obs[%r]",
+            f"{num_few:,}", f"{len(num_genes_n):,}", FEW_GENES, GENES_COLUMN,
+        )  # fmt: skip
 
 
 def has_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:

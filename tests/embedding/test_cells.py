@@ -171,7 +171,7 @@ def test_genes_are_found_by_id_version_and_symbol() -> None:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ({"genes": ["g3"]}, "'g3' is not among the 9 genes of the run's panel. Known: 'G0'"),
+        ({"genes": ["g3"]}, "'g3' is not among the 9 genes of the run's panel. Did you mean 'G3'"),
         ({"phenotype": ["age"]}, "phenotype 'age' is not in the vocabulary"),
         ({"given": {"age": None}}, "phenotype 'age' is not in the vocabulary"),
         (

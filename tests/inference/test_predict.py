@@ -166,7 +166,7 @@ def test_categories_of_the_answer_are_the_labels_of_the_vocabulary(written, mlm)
 def test_everything_else_in_the_file_stays_as_it_was(written, held_out):
     rest = written.copy()
     rest.obs = rest.obs.drop(columns=[name for name in rest.obs if name.startswith("predicted_")])
-    del rest.uns["perturbgene"]
+    del rest.uns["perturbgene"], rest.obs["perturbgene_n_genes"]
     assert rest.X.dtype == held_out.X.dtype
     assert (rest.X != held_out.X).nnz == 0
     pd.testing.assert_frame_equal(rest.obs, held_out.obs)
@@ -206,13 +206,63 @@ def test_nothing_asked_means_every_phenotype(cells, mlm):
     table = predict_table(cells, mlm, options=AnswerOptions(top_k=1))
     assert list(table) == [
         COLUMN, PROBABILITY, ENTROPY, "predicted_phase", "predicted_phase_probability", "predicted_phase_entropy",
+        "perturbgene_n_genes",
     ]  # fmt: skip
 
 
 def test_nothing_asked_means_what_is_not_given(cells, mlm):
     assert list(predict_table(cells, mlm, given={"phase": "S"}, options=AnswerOptions(top_k=1))) == [
-        COLUMN, PROBABILITY, ENTROPY,
+        COLUMN, PROBABILITY, ENTROPY, "perturbgene_n_genes",
     ]  # fmt: skip
+
+
+def test_the_matrix_has_the_probabilities_of_all_labels(written, mlm, held_out):
+    matrix_nk = written.obsm["predicted_cell_type_probabilities"]
+    labels = written.uns["perturbgene"]["predicted_cell_type_probabilities"]
+    assert list(labels) == list(mlm.tokenizer.phenotypes["cell_type"]) and matrix_nk.dtype == np.float32
+    np.testing.assert_allclose(matrix_nk.sum(axis=1), 1, atol=1e-5)
+    assert labels[matrix_nk.argmax(axis=1)].tolist() == written.obs[COLUMN].tolist()
+    np.testing.assert_array_equal(matrix_nk.max(axis=1), written.obs[PROBABILITY])
+    in_memory = predict(held_out, mlm, ask=["cell_type"])
+    np.testing.assert_array_equal(in_memory.obsm["predicted_cell_type_probabilities"], matrix_nk)
+    assert list(in_memory.uns["perturbgene"]["predicted_cell_type_probabilities"]) == list(labels)
+
+
+def test_the_matrix_of_a_classifier_has_its_classes_and_none_where_a_cell_has_no_gene(cls, cells):
+    cells.X[1] = 0
+    result = predict(cells, cls)
+    assert result.uns["perturbgene"]["predicted_cell_type_probabilities"] == cls.class_labels
+    is_missing_n = np.isnan(result.obsm["predicted_cell_type_probabilities"]).all(axis=1)
+    assert is_missing_n.tolist() == [False, True, *[False] * 10]
+
+
+def test_the_matrix_can_be_left_out(trained, small, tmp_path):
+    assert run_on(trained, small, tmp_path / "out.h5ad", "--no_probabilities") == 0
+    assert not list(ad.read_h5ad(tmp_path / "out.h5ad").obsm)
+
+
+def test_cells_with_few_genes_are_counted_and_flagged(mlm, cells, caplog):
+    cells.X[:3, 1:] = 0
+    result = predict(cells, mlm, ask=["cell_type"])
+    assert "3 of 12 cells have few genes of the run (fewer than 10)" in caplog.text
+    expected = np.asarray((cells.X > 0).sum(axis=1)).ravel()
+    assert result.obs["perturbgene_n_genes"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("verb", ["predict", "embed"])
+def test_a_file_without_x_is_read_and_copied_by_its_layer(verb, trained, cells, tmp_path):
+    cells.write_h5ad(tmp_path / "plain.h5ad")
+    cells.layers["counts"], cells.X = cells.X.copy(), None
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    command = [verb, trained.mlm]
+    assert main([*command, str(tmp_path / "plain.h5ad"), "--output", str(tmp_path / "expected.h5ad")]) == 0
+    flags = ("--layer", "counts", "--output", str(tmp_path / "out.h5ad"))
+    assert main([*command, str(tmp_path / "in.h5ad"), *flags]) == 0
+    found, expected = (ad.read_h5ad(tmp_path / name) for name in ("out.h5ad", "expected.h5ad"))
+    pd.testing.assert_frame_equal(found.obs, expected.obs)
+    assert found.X is None and list(found.obsm)
+    for key in expected.obsm:
+        np.testing.assert_array_equal(found.obsm[key], expected.obsm[key])
 
 
 def test_no_label_column_is_needed(cells, mlm, expected):
@@ -1349,7 +1399,7 @@ def test_an_option_out_of_range_is_refused(wrong):
 NONSENSE = {
     "predict nowhere {cells} --output {out}": "there is no such file or folder",
     "predict {mlm} nowhere.h5ad --output {out}": "there is no such file or folder",
-    "predict {mlm} {mlm}/config.json --output {out}": "Give an .h5ad file",
+    "predict {mlm} {mlm}/config.json --output {out}": "Give an .h5ad or .zarr file",
     "predict {mlm} {cells} --output {out} --ask tissue": "'tissue'",
     "predict {cls} {cells} --output {out} --ask phase": "classifies 'cell_type' only",
     "predict {mlm} {cells} --output {out} --given phase=M": "phase=M",
