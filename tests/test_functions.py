@@ -1,6 +1,8 @@
 """Verbs as functions: keywords of the command line, one name for a list of one, mistakes of the function called."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +120,13 @@ def test_a_mapping_renames_columns_that_become_phenotypes(tmp_path: Path):
 def test_one_phenotype_may_be_text(tmp_path: Path):
     corpus = pg.prepare(three_types(), tmp_path / "c", phenotypes="cell_type", num_top_genes=9)
     assert list(pg.GeneTokenizer.from_pretrained(corpus).phenotypes) == ["cell_type"]
+
+
+@pytest.mark.parametrize("way", ["a script", "standard input"])
+def test_a_script_without_a_main_guard_may_use_several_processes(small_folder: Path, tmp_path: Path, way: str):
+    arguments = {"phenotypes": "cell_type", "num_top_genes": 9, "num_processes": 2}
+    code = f"import perturbgene as pg\npg.prepare({str(small_folder / 'cells.h5ad')!r}, 'made', **{arguments})\n"
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, "script.py"] if way == "a script" else [sys.executable, "-"]
+    subprocess.run(command, input=code, text=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "made/manifest.json").exists()

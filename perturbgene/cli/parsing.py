@@ -346,11 +346,16 @@ def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> Conf
 
 
 def config_of(config_class: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
-    """Make the settings of a verb from Python values, as from its YAML file, and check them against this machine."""
+    """Make the settings of a verb from Python values, as from its YAML file, and check them against this machine.
+
+    Where a path is meant, a loaded run gives its own.
+    """
     values = {}
     for name, value in settings.items():
         flag = find_flag(name, config_class, where=name)
-        value = [str(item) if isinstance(item, Path) else item for item in value] if isinstance(value, list) else value
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        items = [str(getattr(item, "path", item)) if flag.is_path and item is not None else item for item in items]
+        value = items if isinstance(value, list | tuple) else items[0]
         values[flag.name] = convert(str(value) if isinstance(value, Path) else value, flag, where=name)
     config = build_config(config_class, values)
     config.check_machine()

@@ -9,6 +9,7 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -111,7 +113,8 @@ class Workers:
         try:
             while True:
                 while len(running) < _AHEAD * self.num_processes and (item := next(waiting, None)) is not None:
-                    running[self.executor.submit(task, item)] = item
+                    with _hidden_script():
+                        running[self.executor.submit(task, item)] = item
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -119,8 +122,7 @@ class Workers:
         except self.losses as error:
             raise WorkStoppedError(
                 f"a worker process was killed from outside, perhaps because memory ran out ({error}). Run the same "
-                "command again to continue, with a smaller --num_processes or workers with more memory. In a script "
-                "of your own, call prepare under `if __name__ == '__main__':`, because each worker imports the script."
+                "command again to continue, with a smaller --num_processes or workers with more memory."
             ) from error
         finally:
             for future in running:
@@ -173,12 +175,26 @@ def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> 
             has_server = "forkserver" in multiprocessing.get_all_start_methods()
             context = multiprocessing.get_context("forkserver" if has_server else "spawn")
             if has_server:
-                context.set_forkserver_preload(["__main__", preload])
+                context.set_forkserver_preload([preload])
             executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_end_with_parent)
             stack.callback(executor.shutdown, cancel_futures=True)
             yield Workers(executor, num_processes)
         else:
             yield Workers()
+
+
+@contextmanager
+def _hidden_script() -> Iterator[None]:
+    """Hide the script of this process from processes that start: they would run it again, but need only our modules.
+
+    So `prepare` works in notebooks, from standard input and in scripts without `if __name__ == "__main__"`.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _end_with_parent() -> None:
