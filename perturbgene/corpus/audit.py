@@ -39,6 +39,13 @@ def find(
             f"obs[{column!r}] is not in {files}, so for these {num_cells:,} cells {effect}; add the column to these "
             "files if it is known."
         )
+    scales = {file.scale.name: path_of(source) for source, file in zip(survey.sources, survey.files, strict=True)}
+    if len(scales) > 1:
+        named = ", ".join(f"{name} in {path}" for name, path in sorted(scales.items()))
+        findings.append(
+            f"the files are on {len(scales)} scales ({named}): all are brought to log1p of counts per 10,000; if "
+            "one was recognized wrongly, choose its counts with --layer, or bring the files to one scale."
+        )
     if survey.split_by == BY_CELL:
         findings.append(
             "the split is by cell: cells of one donor are on both sides, so scores are optimistic; name the donor "
@@ -178,7 +185,7 @@ def describe(
         "perturbgene_version": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": [
-            {"path": path_of(source), "cells": file.num_cells, "values": "counts" if file.is_counts else "log",
+            {"path": path_of(source), "cells": file.num_cells, "values": file.scale.name,
              "gene_table": int(table)}
             for source, file, table in zip(survey.sources, survey.files, survey.table_of_source, strict=True)
         ],

@@ -40,6 +40,7 @@ from perturbgene.corpus.survey import (
 from perturbgene.corpus.workers import JOURNAL_FILE, Journal, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.opening import FileList, as_sources
+from perturbgene.data_utils.recognition import COUNTS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.files import claimed, sha256_of, write_json
@@ -170,11 +171,11 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
 def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
     """Decide what must be known before any value is read: the genes of all files, the split, how genes are ranked."""
     # `seurat_v3` needs raw counts, kept one by one.
-    as_counts, flavor = all(file.is_counts for file in survey.files), config.hvg_flavor
+    as_counts, flavor = all(file.scale == COUNTS for file in survey.files), config.hvg_flavor
     is_raw = as_counts and config.normalization == "auto"
     if flavor == "seurat_v3" and not is_raw:
         raise InputError(
-            "--hvg_flavor seurat_v3 needs raw counts in every file, but some hold logarithms or are normalized on "
+            "--hvg_flavor seurat_v3 needs raw counts in every file, but some hold other values or are normalized on "
             "request. Choose the counts with --layer, or give --hvg_flavor seurat."
         )
     if flavor == "auto":

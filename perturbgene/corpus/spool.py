@@ -24,7 +24,8 @@ from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of
 from perturbgene.data_utils.h5ad_writing import write_shard
 from perturbgene.data_utils.kernels import mix_many
 from perturbgene.data_utils.scale import TARGET_SUM
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, SOURCE_COLUMN
+from perturbgene.data_utils.shards import SOURCE_COLUMN
+from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 
 SPOOL_FOLDER = "spool"
 
@@ -122,7 +123,7 @@ def _rows_of(layout: Layout, part: Part) -> tuple[sparse.csr_matrix, np.ndarray,
         hash_l = mix_many(whole.indices.astype(np.uint64) << np.uint64(40), (whole.data * 1024).astype(np.uint64))
         sums_n = np.add.reduceat(np.append(hash_l, np.uint64(0)), whole.indptr[:-1].astype(np.int64))
         hashes.append(np.where(np.diff(whole.indptr) > 0, sums_n, np.uint64(0)))
-        if block.is_counts and not layout.plan.as_counts:
+        if block.is_linear and not layout.plan.as_counts:
             whole.data = np.log1p(per_10_000(block, whole)).astype(np.float32)
         panel_l = layout.genes.panel_of_union[whole.indices]
         is_kept_l = panel_l >= 0

@@ -217,7 +217,7 @@ def count_part(plan: Plan, part: Part, path: Path) -> dict[str, Any]:
     counts = CountTable(len(plan.union)) if plan.flavor == "seurat_v3" else None
     for block in blocks_of(plan, part, rows["train"]):
         matrix = by_gene(block)
-        if block.is_counts:
+        if block.is_linear:
             linear_l = per_10_000(block, matrix)
         else:
             linear_l = matrix.data if config.normalization == "none" else np.expm1(matrix.data)

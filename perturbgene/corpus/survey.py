@@ -5,6 +5,7 @@ counting to `statistics` and writing to `spool`. Letters: n cells, l values.
 """
 
 import hashlib
+import logging
 import os
 import threading
 from collections import Counter
@@ -25,11 +26,14 @@ from perturbgene.corpus.workers import Workers
 from perturbgene.data_utils.chosen_cells import check_where
 from perturbgene.data_utils.genes import GenePanel, names_of
 from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
-from perturbgene.data_utils.scale import ExpressionBlock, check_values
+from perturbgene.data_utils.recognition import Scale, check_values
+from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.sources import sampled_spans
 from perturbgene.errors import InputError, listed
 from perturbgene.urls import shown_path
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
 
@@ -133,7 +137,8 @@ class FileSurvey:
         key: Hash of its content, which decides the order of the files whatever their names.
         state: Size and time of change, which show that a file was replaced; zeros if it is not a local file.
         genes: Hash of its gene names; files that agree share one table of genes.
-        is_counts: True if its values are counts that are still to be normalized.
+        scale: What its values are.
+        notes: What a user should know about how they are read.
         missing: Phenotype -> spelling -> cells, of labels that mean "not known".
         units: Cells of each donor, '' where missing.
         units_of_label: Phenotype -> label -> donors that have a cell of that label; empty when cells are split.
@@ -146,7 +151,8 @@ class FileSurvey:
     key: str
     state: tuple[int, int]
     genes: str
-    is_counts: bool
+    scale: Scale
+    notes: tuple[str, ...]
     missing: dict[str, Counter[str]]
     units: Counter[str]
     units_of_label: dict[str, dict[str, set[str]]]
@@ -184,6 +190,9 @@ def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers
             check_where((cache[index].source for index in range(len(cache))), conditions(config.where))
     split_by = config.split_by or _donor_column(sources, config)
     found = dict(workers.run(partial(_survey_file, tuple(sources), config, split_by), range(len(sources))))
+    for index, source in enumerate(sources):
+        for note in found[index].notes:
+            logger.warning("%s: %s", path_of(source), note)
     order = sorted(found, key=lambda index: (found[index].key, str(sources[index])))
     files: list[FileSurvey] = [found[index] for index in order]
     if nowhere := set.intersection(*(set(file.lacks) for file in files)):
@@ -231,7 +240,8 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
                     of_label.setdefault(labels.texts[label], set()).add(table.units.texts[unit])
         is_file = isinstance(source, str | Path) and os.path.exists(source)
         return FileSurvey(
-            num_cells=len(shard), key=digest.hexdigest(), genes=genes, is_counts=shard.is_counts,
+            num_cells=len(shard), key=digest.hexdigest(), genes=genes, scale=shard.values.scale,
+            notes=tuple(shard.values.notes),
             state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
             missing=table.missing, units=table.units.counts(), units_of_label=units_of_label, lacks=table.lacks,
             labels={category: set(labels.counts()) - {""} for category, labels in table.labels.items()},

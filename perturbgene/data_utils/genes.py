@@ -6,7 +6,7 @@ user names (`GenePanel.find_all`); knows nothing of values, tokens or HDF5. Lett
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,22 +42,71 @@ SYNONYMS = {
 
 _ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})(?:\.\d+)?(.*)$")
 
+#: Genome assembly in front of a name, as Cell Ranger writes it for several species (GRCh38_, mm10___, hg19_).
+_GENOME = re.compile(r"^(?:(?i:GRC[a-z])\d+|hg\d+|mm\d+|rn\d+|T2T-CHM13v\d)(?:[-.][\w.-]*?)?_+(?=[^_])")
+
+#: An id and a symbol in one name, in either order.
+_ID_AND_SYMBOL = re.compile(r"^(ENS[A-Z]*G\d{6,})(?:\.\d+)?[_|:;](?!PAR_)(.+)$")
+_SYMBOL_AND_ID = re.compile(r"^(.+)[_|:;](ENS[A-Z]*G\d{6,})(?:\.\d+)?$")
+
+#: What scanpy (-1) and R (.1) append to a name that another column has already.
+_COPY = re.compile(r"^(.+?)[-.]\d{1,2}$")
+
 
 def clean_gene(name: object) -> str:
-    """Strip blanks and the version of an Ensembl id; a missing name is ''.
+    """Strip blanks, a genome in front and the version of an Ensembl id; a missing name is ''.
 
     Example:
-        >>> clean_gene("ENSG00000156738.18"), clean_gene(" MS4A1 ")
-        ('ENSG00000156738', 'MS4A1')
+        >>> clean_gene("ENSG00000156738.18"), clean_gene(" MS4A1 "), clean_gene("GRCh38_MS4A1")
+        ('ENSG00000156738', 'MS4A1', 'MS4A1')
     """
     text = name.strip() if isinstance(name, str) else "" if pd.isna(name) else str(name).strip()
+    text = _GENOME.sub("", text) if "_" in text else text
     match = _ENSEMBL.match(text)
     return match.group(1) + match.group(2) if match else text
+
+
+def species_of(names: Iterable[str]) -> str:
+    """Return what most Ensembl ids begin with, such as ENSG (human) or ENSMUSG (mouse); '' without such ids."""
+    starts = Counter(match[0] for match in (re.match(r"ENS[A-Z]*G(?=\d{6})", name) for name in names) if match)
+    return starts.most_common(1)[0][0] if starts else ""
 
 
 def is_ensembl(name: str) -> bool:
     """True for ids such as ENSG00000156738 or ENSMUSG00000024673."""
     return _ENSEMBL.match(name) is not None
+
+
+#: Columns of `var` that say what a column measures, and what genes are called there (10x, muon, Cell Ranger ARC).
+FEATURE_COLUMNS = ("feature_types", "feature_type")
+GENE_FEATURES = {"gene expression", "gene_expression", "gene", "genes", "gex", "rna", "mrna"}
+_OTHER_FEATURES = re.compile(
+    r"antibody|peak|crispr|guide|multiplexing|hashtag|custom|^(adt|hto|atac|protein|cmo)$", re.I
+)
+
+
+def features_of(source: Any) -> tuple[np.ndarray, str] | None:
+    """Return which columns of a file are gene expression, bool of shape (c,), and the others in words; None if all are.
+
+    Raises:
+        InputError: No column is gene expression.
+    """
+    columns = [column for column in FEATURE_COLUMNS if column in source.columns_of(source.var_frame)]
+    if not columns:
+        return None
+    kind_c = source.var_column(columns[0]).astype(object).map(clean_gene).to_numpy(dtype=object)
+    is_gene_of = {kind: not kind or kind.lower() in GENE_FEATURES for kind in dict.fromkeys(kind_c)}
+    if not any(is_gene and kind for kind, is_gene in is_gene_of.items()):  # other words for genes, such as lncRNA
+        is_gene_of = {kind: not _OTHER_FEATURES.search(kind) for kind in is_gene_of}
+    is_gene_c = np.array([is_gene_of[kind] for kind in kind_c], dtype=bool)
+    if is_gene_c.all():
+        return None
+    counts = Counter(kind_c[~is_gene_c].tolist())
+    named = listed([f"{count:,} {kind}" for kind, count in counts.items()])
+    text = f"{(~is_gene_c).sum():,} columns whose var[{columns[0]!r}] is not gene expression ({named})"
+    if not is_gene_c.any():
+        raise InputError(f"{source.path} has no genes: {text}. Give the file with the gene expression.")
+    return is_gene_c, text
 
 
 class GeneNames(NamedTuple):
@@ -69,7 +118,7 @@ class GeneNames(NamedTuple):
 
 
 def names_of(source: Any, gene_id_column: str | None = None) -> GeneNames:
-    """Return what a file calls its genes.
+    """Return what a file calls its genes; a column that is no gene has no name ('').
 
     Args:
         source: A `CellSource`, such as `H5adFile`.
@@ -77,11 +126,14 @@ def names_of(source: Any, gene_id_column: str | None = None) -> GeneNames:
     """
     known = source.columns_of(source.var_frame)
     ids, symbols = (
-        tuple(np.asarray(source.var_column(column), dtype=object) for column in columns if column in known)
+        tuple(np.array(source.var_column(column), dtype=object) for column in columns if column in known)
         for columns in (ID_COLUMNS, SYMBOL_COLUMNS)
     )
-    own_c = source.var_names if gene_id_column is None else source.var_column(gene_id_column)
-    return GeneNames(np.asarray(own_c, dtype=object), ids, symbols)
+    own_c = np.array(source.var_names if gene_id_column is None else source.var_column(gene_id_column), dtype=object)
+    if (features := features_of(source)) is not None and len(features[0]) == len(own_c):
+        for names_c in (own_c, *ids, *symbols):
+            names_c[~features[0]] = ""
+    return GeneNames(own_c, ids, symbols)
 
 
 @dataclass(frozen=True)
@@ -95,6 +147,8 @@ class GeneAlignment:
         duplicated: Panel genes that several columns are.
         unknown: Names of columns that the panel lacks.
         other_case: Those of them that the panel has in another case, if it has few of the file's genes.
+        num_copies: Columns of a panel gene that are named like another column with a number behind it (`MATR3-1`).
+        num_prefixed: Columns that are known without the genome in front of their name.
     """
 
     gene_of_column_c: np.ndarray
@@ -103,6 +157,8 @@ class GeneAlignment:
     duplicated: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     other_case: tuple[str, ...] = ()
+    num_copies: int = 0
+    num_prefixed: int = 0
 
     @cached_property
     def is_measured_g(self) -> np.ndarray:
@@ -122,26 +178,36 @@ class GeneAlignment:
         parts = [f"{measured:,} of {self.num_genes:,} panel genes found ({self.coverage:.1%})"]
         if self.by_symbol:
             parts.append(f"{len(self.by_symbol):,} by symbol")
+        if self.num_prefixed:
+            parts.append(f"{self.num_prefixed:,} without the genome in front of their name")
+        if self.num_copies:
+            parts.append(f"{self.num_copies:,} without a number that made their name unique")
         if self.duplicated:
             parts.append(f"{len(self.duplicated):,} summed from several columns ({listed(self.duplicated, most=3)})")
         if self.unknown:
             parts.append(f"{len(self.unknown):,} columns not in the panel")
         return ", ".join(parts)
 
-    def check_coverage(self, minimum: float, *, source: str) -> None:
-        """Raise an InputError when the file has too few of the panel's genes."""
+    def check_coverage(self, minimum: float, *, source: str, remedy: str = "") -> None:
+        """Raise an InputError when the file has too few of the panel's genes.
+
+        Args:
+            minimum: Least share of the panel's genes.
+            source: The file, for messages.
+            remedy: What to do in this case; empty if nothing better is known than the usual advice.
+        """
         if self.coverage >= minimum and self.is_measured_g.any():
             return
-        if len(self.other_case) > self.is_measured_g.sum():
-            raise InputError(
-                f"{source}: {self.describe()}, under --min_gene_coverage {minimum:g}; {len(self.other_case):,} more "
-                f"differ in upper and lower case only ({listed(self.other_case, most=3)}), as mouse symbols differ "
-                "from human ones. If it is the same species, write them as the panel does (var_names.str.upper())."
+        if not remedy and len(self.other_case) > self.is_measured_g.sum():
+            remedy = (
+                f"{len(self.other_case):,} more differ in upper and lower case only "
+                f"({listed(self.other_case, most=3)}), as mouse symbols differ from human ones. If it is the same "
+                "species, write them as the panel does (var_names.str.upper())."
             )
+        usual = "Name the right column with --gene_id_column, or lower --min_gene_coverage if the file really measures "
         raise InputError(
             f"{source}: {self.describe()}, under --min_gene_coverage {minimum:g}; its first names are "
-            f"{listed(self.unknown, most=3)}. Name the right column with --gene_id_column, or lower "
-            "--min_gene_coverage if the file really measures so few of these genes."
+            f"{listed(self.unknown, most=3) or 'blank'}. {remedy or f'{usual}so few of these genes.'}"
         )
 
 
@@ -214,34 +280,50 @@ class GenePanel:
         return found
 
     def align(
-        self, names_c: Sequence[object] | np.ndarray, *, other_names_c: Sequence[Sequence[object] | np.ndarray] = ()
+        self,
+        names_c: Sequence[object] | np.ndarray,
+        *,
+        other_names_c: Sequence[Sequence[object] | np.ndarray] = (),
+        can_be_summed: bool = False,
     ) -> GeneAlignment:
         """Find every column of a file in the panel, by name only.
 
-        A column is looked up by its own name, then by its other names. Where the panel uses Ensembl ids and one of the
-        column's names is one, the id decides alone: a symbol never overrules it.
+        A column is looked up by its own name, then by its other names, then by an id and a symbol within its name.
+        Where the panel uses Ensembl ids and one of the column's names is one, the id decides alone: a symbol never
+        overrules it.
 
         Args:
             names_c: The file's `var_names`, length c.
             other_names_c: Further names of the same columns, such as `var["feature_name"]`.
+            can_be_summed: True also finds copies, columns that are named like another one with a number behind it, as
+                scanpy and R make repeated names unique.
         """
         columns = [clean_gene(name) for name in names_c]
         gene_of_column_c = np.array([self._index_of_id.get(name, NOT_IN_PANEL) for name in columns], dtype=np.int32)
-        by_symbol: list[str] = []
+        by_symbol, known, num_copies = list[str](), set(columns), 0
         for column in np.flatnonzero(gene_of_column_c < 0).tolist():
-            if self._uses_ensembl and is_ensembl(columns[column]):
-                continue
-            candidates = [columns[column], *(clean_gene(names[column]) for names in other_names_c)]
-            ensembl = [name for name in candidates if is_ensembl(name)] if self._uses_ensembl else []
-            candidates = ensembl or [name for name in candidates if name]
+            name = columns[column]
+            candidates = [name, *(clean_gene(names[column]) for names in other_names_c)]
+            both = _ID_AND_SYMBOL.match(name) or _SYMBOL_AND_ID.match(name)
+            if self._uses_ensembl and is_ensembl(name):
+                candidates = [name]
+            candidates += both.groups() if both else ()
+            ensembl = [text for text in candidates if is_ensembl(text)] if self._uses_ensembl else []
+            candidates = ensembl or [text for text in candidates if text]
             found = next((index for index in map(self.find, candidates) if index >= 0), NOT_IN_PANEL)
-            if found >= 0:
-                gene_of_column_c[column] = found
-                by_symbol.append(columns[column])
+            if found < 0 and can_be_summed and not ensembl and (copy := _COPY.match(name)) and copy[1] in known:
+                found = self.find(copy[1])
+                num_copies += found >= 0
+            elif found >= 0:
+                by_symbol.append(name)
+            gene_of_column_c[column] = found
         claims = Counter(gene_of_column_c[gene_of_column_c >= 0].tolist())
-        unknown = tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0))
+        unknown = tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0) if columns[column])
         caseless = {name.casefold() for name in (*self.genes, *self.symbols) if name}
         has_few = len(claims) < len(self) / 2
+        is_prefixed_c = np.array(
+            [isinstance(name, str) and _GENOME.match(name.strip()) is not None for name in names_c]
+        )
         return GeneAlignment(
             gene_of_column_c,
             len(self),
@@ -249,6 +331,8 @@ class GenePanel:
             duplicated=tuple(self.display_name(gene) for gene, count in claims.items() if count > 1),
             unknown=unknown,
             other_case=tuple(name for name in unknown if name.casefold() in caseless) if has_few else (),
+            num_copies=num_copies,
+            num_prefixed=int((is_prefixed_c & (gene_of_column_c >= 0)).sum()) if len(columns) else 0,
         )
 
 

@@ -223,7 +223,14 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _checked_sizes(self, known_sizes: Sequence[int] | None, min_gene_coverage: float) -> tuple[int, ...]:
         """Count the cells of each file; of a corpus, whose sizes are known, only the first is opened here."""
         if known_sizes is None:
-            return tuple(self._check(shard, min_gene_coverage) for shard in self._all_shards())
+            sizes, scales = [], dict[str, str]()
+            for shard in self._all_shards():
+                sizes.append(self._check(shard, min_gene_coverage))
+                scales.setdefault(shard.values.scale.name, shard.path)
+            if len(scales) > 1:
+                named = ", ".join(f"{name} in {path}" for name, path in scales.items())
+                logger.warning("the files are on %d scales (%s): all are brought to one", len(scales), named)
+            return tuple(sizes)
         assert len(known_sizes) == len(self.shards)
         if len(known_sizes) > 0:
             self._check(self.shards[0], min_gene_coverage)
@@ -242,9 +249,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     @staticmethod
     def _check(shard: Shard, min_gene_coverage: float) -> int:
-        shard.alignment.check_coverage(min_gene_coverage, source=shard.path)
+        shard.check_genes(min_gene_coverage)
         shard.source.check_has_values()
         logger.info("%s: %d cells, %s", shard.path, len(shard), shard.alignment.describe())
+        for note in shard.values.notes:
+            logger.warning("%s: %s", shard.path, note)
         if shard.source.format != "csr":
             how = "dense" if shard.source.format == "dense" else "compressed by columns"
             logger.info("%s is stored %s: slow; `perturbgene prepare` makes it fast", shard.path, how)

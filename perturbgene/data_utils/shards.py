@@ -1,7 +1,7 @@
 """One file seen through a panel and a vocabulary: row numbers in, `ExpressionBlock` out.
 
-Owns what is decided once per file (alignment, scale, labels) and reading scattered rows; leaves binning to the
-tokenizer and the order of rows to the plan. Letters: n cells, m rows asked for, p phenotypes, l values.
+Owns what is decided once per file about genes and labels; leaves values to `values`, binning to the tokenizer and the
+order of rows to the plan. Letters: n cells, m rows asked for, p phenotypes, l values.
 """
 
 import hashlib
@@ -9,32 +9,24 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from perturbgene.data_utils.chosen_cells import ChosenCells, read_runs
-from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of
+from perturbgene.data_utils.chosen_cells import ChosenCells
+from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of, species_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary, plain_spelling
 from perturbgene.data_utils.opening import open_source
-from perturbgene.data_utils.scale import (
-    ExpressionBlock,
-    Normalization,
-    check_scale,
-    library_sizes,
-    needs_normalizing,
-    recognize_counts,
-)
-from perturbgene.data_utils.sources import CellSource, sampled_spans
+from perturbgene.data_utils.scale import ExpressionBlock, Normalization
+from perturbgene.data_utils.sources import CellSource
+from perturbgene.data_utils.values import CellValues, one_per_cell
 from perturbgene.errors import InputError, did_you_mean, listed
 
 logger = logging.getLogger(__name__)
-
-#: Column of obs in which `prepare` keeps each cell's total counts over all genes of its source file.
-LIBRARY_SIZE_COLUMN = "perturbgene_library_size"
 
 #: Column of obs that says which table of genes a cell was measured with; `measured_genes` has the tables.
 SOURCE_COLUMN = "perturbgene_source"
@@ -45,9 +37,6 @@ MOST_OPEN_FILES = 64
 
 #: Files compressed by columns that are kept in memory at a time.
 MOST_WHOLE_FILES = 2
-
-_SEARCH_ROWS = 1024
-
 
 _TABLES_LOCK = threading.Lock()
 
@@ -103,6 +92,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         self.measured = self.measured or MeasuredGenes(len(self.panel))
+        self.values = CellValues(self.source, self.normalization)
 
     @property
     def path(self) -> str:
@@ -117,78 +107,68 @@ class Shard:
         """The file's columns in the panel.
 
         Raises:
-            InputError: Several columns are one gene, and the values are logarithms, which cannot be summed.
+            InputError: Several columns are one gene, and the values are on no known scale, on which to sum them.
         """
         names, ids, symbols = names_of(self.source, self.gene_id_column)
         others = [*ids, *symbols]
         key = _hash_of_names([names, *others])
-        alignment = self.alignments.get(key) or self.panel.align(names, other_names_c=others)
-        self.alignments[key] = alignment
+        if key not in self.alignments:
+            self.alignments[key] = self.panel.align(names, other_names_c=others, can_be_summed=True)
+        alignment = self.alignments[key]
+        if alignment.num_copies and not self.values.can_be_summed:
+            alignment = self.panel.align(names, other_names_c=others)
         if len(names) != self.source.shape[1]:
             raise InputError(
                 f"{self.path}: {len(names):,} gene names for {self.source.shape[1]:,} columns. Re-save it."
             )
-        if alignment.duplicated and not self._can_be_summed:
+        if alignment.duplicated and not self.values.can_be_summed:
             raise InputError(
-                f"{self.path}: several columns are the same gene ({listed(alignment.duplicated)}) and the values are "
-                "not counts, so they cannot be summed. Give raw counts with --layer, or keep one column of each gene."
+                f"{self.path}: several columns are the same gene ({listed(alignment.duplicated)}) and values of "
+                "unknown scale cannot be summed. Give raw counts with --layer, or keep one column of each gene."
             )
         return alignment
 
-    @property
-    def _where(self) -> str:
-        return f"{self.path} ({self.source.layer or 'X'})"
+    def check_genes(self, minimum: float) -> None:
+        """Raise an InputError if the file has less than this share of the panel's genes, with the likely reason.
 
-    @property
-    def _sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values (l,), offsets (m + 1,) and numbers (m,) of sampled rows, or of the first rows that hold values."""
-        num_rows = len(self)
-        spans = [np.arange(*span) for span in sampled_spans(num_rows)]
-        searched = (np.arange(start, min(num_rows, start + _SEARCH_ROWS)) for start in range(0, num_rows, _SEARCH_ROWS))
-        sample = np.zeros(0), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        for rows_m in (np.unique(np.concatenate(spans)), *searched) if num_rows else ():
-            values_l, _, offsets_m1 = read_runs(self.source, rows_m)
-            sample = values_l, offsets_m1, rows_m
-            if values_l.any():
-                break
-        return sample
+        A warning says if another matrix of the file has more of them.
+        """
+        alignment = self.alignment
+        is_refused = alignment.coverage < minimum or not alignment.is_measured_g.any()
+        remedy = self._gene_remedy() if is_refused or alignment.coverage < 1 else ""
+        alignment.check_coverage(minimum, source=self.path, remedy=remedy)
+        if remedy:
+            logger.warning("%s: %s. %s", self.path, alignment.describe(), remedy)
+        elif alignment.coverage < 0.5:
+            logger.warning("%s: %s; cells are scored by what it measures", self.path, alignment.describe())
 
-    @cached_property
-    def is_counts(self) -> bool:
-        """True when the values are counts that must be normalised; decided on sampled rows, checked on every block."""
-        return needs_normalizing(*self._sample, normalization=self.normalization, source=self._where)
+    def _gene_remedy(self) -> str:
+        """Say where more genes of the panel are: in .raw, in another column of var, or among the names of cells."""
 
-    @property
-    def _can_be_summed(self) -> bool:
-        return self.is_counts or recognize_counts(*self._sample, source=self._where)
+        def coverage_of(names: np.ndarray) -> float:
+            return self.panel.align(names).coverage
 
-    def _library_size(self, rows_m: np.ndarray, values_l: np.ndarray, offsets_m1: np.ndarray) -> np.ndarray | None:
-        """Return totals of rows, float64 of shape (m,): as stored, else the sum of counts, else None."""
-        stored_m = None if self._stored_library_size_n is None else self._stored_library_size_n[rows_m]
-        if not self.is_counts:
-            return stored_m
-        summed_m = library_sizes(values_l, offsets_m1)
-        if stored_m is None:
-            return summed_m
-        for at in np.flatnonzero(~(stored_m >= summed_m * (1 - 1e-6)) | ~np.isfinite(stored_m))[:1]:
-            raise InputError(
-                f"{self.path}: obs[{LIBRARY_SIZE_COLUMN!r}] of cell {rows_m[at]} is {stored_m[at]:g}, but its counts "
-                f"sum to {summed_m[at]:g}. Remove the column if the matrix was changed after `prepare`."
-            )
-        return stored_m
-
-    @cached_property
-    def _stored_library_size_n(self) -> np.ndarray | None:
-        if LIBRARY_SIZE_COLUMN not in self.source.columns_of("obs"):
-            return None
-        return self._one_per_cell(self.source.obs_column(LIBRARY_SIZE_COLUMN).to_numpy(dtype=np.float64))
-
-    def _one_per_cell(self, values_n: np.ndarray) -> np.ndarray:
-        if len(values_n) != len(self):
-            raise InputError(
-                f"{self._where} does not fit obs: {len(values_n):,} cells in obs for {len(self):,} rows. Re-save it."
-            )
-        return values_n
+        least = self.alignment.coverage + 0.05
+        if "raw" in self.source.layers and self.source.layer != "raw":
+            raw = replace(self, source=self.source.with_layer("raw"), normalization="none", gene_id_column=None)
+            with suppress(InputError), closing(raw.source):
+                names, ids, symbols = names_of(raw.source)
+                found = self.panel.align(names, other_names_c=[*ids, *symbols]).coverage
+                if found > least:
+                    return f".raw has {found:.1%} of the panel: give --layer raw."
+        if self.alignment.coverage >= 0.5:
+            return ""
+        if coverage_of(self.source.obs_names) > max(least, 0.2):
+            return "Its obs_names are genes of the panel: cells and genes are swapped. Transpose it (adata.T)."
+        frame = self.source.var_frame
+        for column in self.source.columns_of(frame):
+            names_c = self.source.var_column(column).astype(object).to_numpy()
+            if any(isinstance(name, str) for name in names_c[:5]) and (found := coverage_of(names_c)) > least:
+                return f"var[{column!r}] names {found:.1%} of the panel: give --gene_id_column {column}."
+        own, other = species_of(self.panel.genes), species_of(self.alignment.unknown)
+        if own and other and own != other:
+            return f"Its ids are of another species ({other}) than the panel's ({own}): map them to orthologs first."
+        return ""
 
     def label_column(self, category: str) -> pd.Series:
         """Return the column of `obs` that holds a phenotype's labels, positional index.
@@ -225,7 +205,7 @@ class Shard:
         missing = int((ids_n == ABSENT).sum()) - sum(unknown.values())
         if missing:
             logger.info("%s: %d of %d cells have no %s; it is absent there", self.path, missing, len(ids_n), category)
-        return self._one_per_cell(ids_n)
+        return one_per_cell(ids_n, self.values)
 
     @cached_property
     def label_ids_np(self) -> np.ndarray:
@@ -240,7 +220,7 @@ class Shard:
         measured_tc = _measured_columns(self.source) if self.source.var_frame == "var" else None
         if measured_tc is None or SOURCE_COLUMN not in self.source.columns_of("obs"):
             return np.full(len(self), self.measured.table_of(self.alignment.is_measured_g), dtype=np.int64)
-        source_n = self._one_per_cell(self.source.obs_column(SOURCE_COLUMN).to_numpy(dtype=np.int64))
+        source_n = one_per_cell(self.source.obs_column(SOURCE_COLUMN).to_numpy(dtype=np.int64), self.values)
         if len(source_n) and not 0 <= source_n.min() <= source_n.max() < len(measured_tc):
             raise InputError(
                 f"{self.path}: obs[{SOURCE_COLUMN!r}] names table {source_n.max()} of {len(measured_tc)} tables of "
@@ -263,20 +243,16 @@ class Shard:
             first_cell: Number of the file's first cell in the data set.
         """
         assert self.measured is not None
-        values_l, columns_l, offsets_m1 = read_runs(self.source, rows_m)
         table_n = self._table_n[rows_m]  # before the tables are handed out: it may append one
-        if self.normalization == "auto":
-            check_scale(values_l, offsets_m1, rows_m, is_counts=self.is_counts, source=self._where)
+        rows, library_size_m, is_linear = self.values.read(rows_m, is_summed=bool(self.alignment.duplicated))
         return ExpressionBlock(
-            values_l,
-            columns_l,
-            offsets_m1,
+            *rows,
             alignment=self.alignment,
-            is_counts=self.is_counts,
-            library_size_n=self._library_size(rows_m, values_l, offsets_m1),
+            is_linear=is_linear,
+            library_size_n=library_size_m,
             label_ids_np=self.label_ids_np[rows_m],
             cells_n=rows_m + first_cell,
-            source=self._where,
+            source=self.values.name,
             table_n=table_n,
             measured_tg=self.measured.measured_tg,
         )

@@ -43,11 +43,11 @@ from perturbgene.data_utils.labels import (
     Vocabulary,
     token_text,
 )
+from perturbgene.data_utils.recognition import check_values
 from perturbgene.data_utils.scale import (
     NORMALIZATIONS,
     ExpressionBlock,
     Normalization,
-    check_values,
     count_thresholds,
     library_sizes,
     native,
@@ -381,12 +381,12 @@ class GeneTokenizer:
             "normalization": self.normalization,
         }
 
-    def _thresholds(self, *, is_counts: bool, dtype: np.dtype) -> np.ndarray:
+    def _thresholds(self, *, is_linear: bool, dtype: np.dtype) -> np.ndarray:
         """Return what values are compared with, float64 of shape (g or 1, e).
 
         Logarithms kept in float32 meet the edges in float32: 0.7 in a file reaches the edge 0.7 in either precision.
         """
-        if is_counts:
+        if is_linear:
             return count_thresholds(self.bin_edges.edges_ge)
         is_narrow = dtype.kind == "f" and dtype.itemsize < 8
         return self.bin_edges.edges_ge.astype(dtype if is_narrow else np.float64).astype(np.float64)
@@ -402,12 +402,12 @@ class GeneTokenizer:
             InputError: A value is NaN, infinite or negative, or a column index is outside the matrix.
         """
         library_size = block.library_size_n
-        if block.is_counts and library_size is None:
+        if block.is_linear and library_size is None:
             library_size = library_sizes(block.values_l, block.offsets_n1)
         if block.alignment.duplicated:
             block = _sum_duplicates(block)
         values_l = native(block.values_l)
-        scale_n = library_size if block.is_counts and library_size is not None else np.ones(len(block))
+        scale_n = library_size if block.is_linear and library_size is not None else np.ones(len(block))
         room = len(block.values_l) + len(block) * (2 + len(self.included_phenotypes))
         ids: np.ndarray = np.empty(room, dtype=self._dtype)
         types: np.ndarray = np.empty(room, dtype=self._dtype)
@@ -415,7 +415,7 @@ class GeneTokenizer:
         label_types = np.array([self.vocabulary.token_type(c) for c in self.included_phenotypes], dtype=np.int64)
         row, at, fault = tokenize_rows(
             values_l, block.columns_l, block.offsets_n1, block.alignment.gene_of_column_c, len(self.panel),
-            self._thresholds(is_counts=block.is_counts, dtype=block.values_l.dtype), scale_n,
+            self._thresholds(is_linear=block.is_linear, dtype=block.values_l.dtype), scale_n,
             block.label_ids_np, label_types, self.first_gene_type, self.first_bin_id, self.max_length, ids, types,
             offsets,
         )  # fmt: skip
@@ -444,12 +444,13 @@ class GeneTokenizer:
             `input_ids`, `token_type_ids` and `attention_mask` of each cell, `torch.long` of shape (l,).
         """
         shard = self.open(MemoryFile(adata, layer=layer))
-        if not shard.alignment.is_measured_g.any():
-            shard.alignment.check_coverage(0.0, source="AnnData")
+        shard.check_genes(0.0)
         if shard.alignment.coverage < 1:
             logger.warning("AnnData: %s", shard.alignment.describe())
         if len(shard) == 0:
             return []
+        for note in shard.values.notes:
+            logger.warning("AnnData: %s", note)
         block = self.tokenize_block(shard.read(np.arange(len(shard))))
         cells = [self.as_tensors(*block.cell(index)) for index in range(len(block))]
         return cells[0] if len(cells) == 1 else cells

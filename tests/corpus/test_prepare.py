@@ -26,9 +26,10 @@ from perturbgene.corpus.prepare import prepare
 from perturbgene.corpus.workers import Journal, Workers
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, MEASURED_KEY, SOURCE_COLUMN
+from perturbgene.data_utils.shards import MEASURED_KEY, SOURCE_COLUMN
 from perturbgene.data_utils.sources import H5adFile
 from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 from perturbgene.errors import InputError
 
 GENES = [f"G{i}" for i in range(8)]

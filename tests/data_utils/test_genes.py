@@ -100,7 +100,7 @@ def test_the_coverage_line_counts_every_kind_of_column(panel: GenePanel) -> None
 
 def test_names_in_another_case_are_not_taken_but_told(panel: GenePanel) -> None:
     names = [name.lower() for name in panel.genes]
-    with pytest.raises(InputError, match=f"0 of 3 .*; 3 more differ in upper and lower case only .'{names[0]}'"):
+    with pytest.raises(InputError, match=f"0 of 3 .*3 more differ in upper and lower case only .'{names[0]}'"):
         panel.align(names).check_coverage(0.0, source="a.h5ad")
 
 

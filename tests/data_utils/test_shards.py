@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.data_utils.labels import Vocabulary
-from perturbgene.data_utils.shards import LIBRARY_SIZE_COLUMN, MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
+from perturbgene.data_utils.shards import MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
 from perturbgene.data_utils.sources import H5adFile, MemoryFile
+from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 from perturbgene.errors import InputError
 
 Write = Callable[..., str]
@@ -55,7 +56,7 @@ def test_scattered_rows_are_the_rows_asked_for(write_h5ad: Write, rows: list[int
 
 def test_counts_travel_with_the_total_of_their_cell(write_h5ad: Write) -> None:
     block = shard_of(write_h5ad(COUNTS)).read(np.arange(3))
-    assert block.is_counts
+    assert block.is_linear
     assert block.library_size_n is not None
     assert block.library_size_n.tolist() == [3.0, 0.0, 7.0]
 
@@ -85,7 +86,7 @@ def test_a_stored_total_that_cannot_be_true_is_refused(write_h5ad: Write, totals
 
 
 def test_log_values_are_not_counts(write_h5ad: Write) -> None:
-    assert shard_of(write_h5ad(LOGS)).is_counts is False
+    assert shard_of(write_h5ad(LOGS)).values.scale.is_binned_as_is
 
 
 @pytest.mark.parametrize(
@@ -98,13 +99,13 @@ def test_log_values_are_not_counts(write_h5ad: Write) -> None:
 )
 def test_a_matrix_without_bins_is_refused_by_its_name(write_h5ad: Write, values: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        _ = shard_of(write_h5ad(values)).is_counts
+        _ = shard_of(write_h5ad(values)).values.scale
 
 
 def test_the_scale_is_not_guessed_from_cells_without_values(write_h5ad: Write) -> None:
     values = np.zeros((2_000, 4), dtype=np.float32)
     values[900] = LOGS[0]
-    assert shard_of(write_h5ad(values)).is_counts is False
+    assert shard_of(write_h5ad(values)).values.scale.is_binned_as_is
 
 
 @pytest.mark.parametrize(
