@@ -5,6 +5,7 @@ Letters: m positions, h hidden size.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import CONFIG_NAME
 
 from perturbgene import __version__
 from perturbgene.cli.verbs import MASK_RATES, MlmConfig
@@ -22,6 +24,8 @@ from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, to_device
 from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,11 @@ class Run:
     @property
     def settings(self) -> BaseConfig | None:
         """The settings that the run was trained with; None where only weights and tokenizer are left."""
-        path = Path(self.path) / "run.yaml"
-        return load_config(path) if path.exists() else None
+        folder = Path(self.path)
+        for path in (folder / "run.yaml", folder.parent / "run.yaml"):
+            if path.exists() and (path.parent == folder or folder.name.startswith("checkpoint-")):
+                return load_config(path)
+        return None
 
     @property
     def mask_rates(self) -> dict[str, float]:
@@ -107,8 +114,25 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def folder_to_read(run: Path) -> Path:
+    """Return a finished run's own folder, or the newest whole checkpoint of a run that is not finished, with a line."""
+    if (run / CONFIG_NAME).exists():
+        return run
+    from perturbgene.training.checkpoints import checkpoints, damage_of  # imports the Trainer, which takes seconds
+
+    for checkpoint in reversed(checkpoints(run)):
+        if damage_of(checkpoint, needed=(CONFIG_NAME,)) is None:
+            logger.warning(
+                "%s is still in training or was stopped: reading its newest whole checkpoint, %s", run, checkpoint.name
+            )
+            return checkpoint
+    return run
+
+
 def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     """Load a run of `mlm` or `cls`: a folder, or a name on the Hugging Face Hub; a loaded run is returned as it is.
+
+    Of a run that is not finished, the newest whole checkpoint is read.
 
     Raises:
         InputError: The folder is not a run, its files are damaged, or weights and tokenizer do not belong together.
@@ -125,6 +149,7 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     if not run.is_dir():
         reason = "is a file, not a folder" if run.exists() else "does not exist"
         raise InputError(f"run {run} {reason}. Give the --output_dir of an `mlm` or `cls` run.")
+    run = folder_to_read(run)
     tokenizer = GeneTokenizer.from_pretrained(run)
     try:
         config = GeneBertConfig.from_pretrained(run, trust_remote_code=False)

@@ -92,12 +92,17 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
     return manifest if is_known and manifest.get("version") == MANIFEST_VERSION else {}
 
 
-def damage_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint, with the name of the file; None if it is as it was written."""
+def damage_of(checkpoint: Path, *, needed: Sequence[str] = _NEEDED) -> str | None:
+    """Return what is wrong with a checkpoint, with the name of the file; None if it is as it was written.
+
+    Args:
+        checkpoint: Its folder.
+        needed: Files that it must have; by default those with which a run continues.
+    """
     manifest = manifest_of(checkpoint)
     if not manifest:
         return f"{MANIFEST_FILE} is missing or unreadable, so it was not finished, or not written by perturbgene"
-    for name in _NEEDED:
+    for name in needed:
         if name not in manifest["files"]:
             return f"it was saved without {name} (as --save_only_model does)"
     for name, expected in manifest["files"].items():

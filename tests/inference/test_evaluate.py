@@ -13,6 +13,7 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.errors import InputError
 from perturbgene.inference.calibration import CALIBRATION_FILE
 from perturbgene.inference.evaluate import evaluate, training_cells
+from perturbgene.inference.predict import predict
 from perturbgene.inference.run import Run, load_run
 from perturbgene.main import main
 
@@ -167,3 +168,36 @@ def test_a_moved_run_is_scored_on_the_corpus_that_is_named(own_run, small_folder
     MlmConfig(output_dir=str(own_run), corpus="corpus").save(own_run / "run.yaml")
     flags = ("--corpus", str(small_folder / "corpus"), "--output", str(tmp_path / "scores"), *ASK)
     assert main(["evaluate", str(own_run), *flags]) == 0
+
+
+# -- a run that is not finished -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped_run(small_folder: Path, tmp_path: Path) -> Path:
+    """A run of three steps whose final files are missing, as after a signal: checkpoints 1, 2 and 3."""
+    flags = "--model_arch tiny --num_hidden_layers 1 --max_steps 3 --save_strategy steps --save_steps 1 --no_bf16"
+    rest = "--eval_strategy no --report_to none"
+    folder = tmp_path / "stopped"
+    assert main(f"mlm --corpus {small_folder}/corpus --output_dir {folder} {flags} {rest}".split()) == 0
+    for path in (folder / name for name in ("config.json", "model.safetensors")):
+        path.unlink()
+    return folder
+
+
+def test_a_run_that_is_not_finished_is_read_from_its_newest_whole_checkpoint(stopped_run, cells, caplog):
+    assert Path(load_run(stopped_run, device="cpu").path).name == "checkpoint-3"
+    assert "reading its newest whole checkpoint, checkpoint-3" in caplog.text
+    (stopped_run / "checkpoint-3/model.safetensors").write_bytes(b"half")
+    loaded = load_run(stopped_run, device="cpu")
+    assert Path(loaded.path).name == "checkpoint-2"
+    assert loaded.settings.max_steps == 3 and training_cells(loaded, cells).any()
+    answers = predict(cells[:5].copy(), stopped_run, ask=["cell_type"], device="cpu")
+    assert answers.uns["perturbgene"]["run"].endswith("checkpoint-2")
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(stopped_run):
+    for checkpoint in stopped_run.glob("checkpoint-*"):
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(InputError, match="holds no finished run"):
+        load_run(stopped_run)
