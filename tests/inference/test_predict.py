@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -1430,21 +1429,3 @@ def test_nonsense_ends_with_code_2_and_one_line(line, trained, small, tmp_path, 
     assert main(line.format(**names, cells=small, bare=bare, out=out).split()) == 2
     assert NONSENSE[line] in error_line(capsys)
     assert not out.exists()
-
-
-def _commands_of(page: str) -> list[str]:
-    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8").replace("tissue=lung", "phase=S")
-    bash = "".join(re.findall(r"```bash\n(.*?)```", text.replace("tissue", "phase"), flags=re.S))
-    return re.findall(r"^perturbgene ((?:predict|evaluate) .*)$", bash, flags=re.M)
-
-
-def test_every_command_of_the_page_on_asking_runs(trained, cells, held_out, tmp_path, monkeypatch):
-    shutil.copytree(trained.mlm, tmp_path / "runs/mlm")
-    held_out.write_h5ad(tmp_path / "labelled.h5ad")
-    cells.obs = cells.obs[[]]
-    cells.write_h5ad(tmp_path / "new_cells.h5ad")
-    monkeypatch.chdir(tmp_path)
-    commands = _commands_of("docs/asking.md")
-    assert len(commands) == 8
-    for command in commands:
-        assert main(command.split()) == 0, command
