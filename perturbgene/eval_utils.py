@@ -150,10 +150,15 @@ def gene_log_likelihood(
     return np.divide(-sums_n, counts_n, out=np.full(len(block), np.nan), where=counts_n > 0).astype(np.float32)
 
 
-def content_hash(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
-    """Return a number that depends on a cell's genes and bins alone, int64 >= 0 of shape (n,)."""
-    types_l = block.token_type_ids_l.astype(np.uint64)
-    is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
+def content_hash(block: TokenBlock, tokenizer: GeneTokenizer, *, is_counted_g: np.ndarray | None = None) -> np.ndarray:
+    """Return a number that depends on a cell's genes and bins alone, int64 >= 0 of shape (n,).
+
+    Args:
+        is_counted_g: True for the genes to look at, shape (g,); None for all.
+    """
+    types_l, gene_l = block.token_type_ids_l.astype(np.uint64), block.token_type_ids_l.astype(np.int64)
+    gene_l -= tokenizer.first_gene_type
+    is_gene_l = (gene_l >= 0) if is_counted_g is None else (gene_l >= 0) & is_counted_g[np.maximum(gene_l, 0)]
     pair_l = types_l * GOLDEN + block.input_ids_l.astype(np.uint64) + np.uint64(1)
     pair_l = (pair_l ^ (pair_l >> np.uint64(31))) * MIX_1
     sums_l1 = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(np.where(is_gene_l, pair_l, np.uint64(0)))])

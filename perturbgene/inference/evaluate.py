@@ -140,7 +140,7 @@ def _is_own(run: Run, eval_paths: Any) -> bool:
 
 
 def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading: Any) -> np.ndarray:
-    """Find cells that the run was trained on: those with the genes and bins of a training cell.
+    """Find cells that the run was trained on: those with the bins of a training cell, in all genes that they measure.
 
     Cells with fewer than `FEW_GENES` genes of the run do not count, since different cells may look the same.
 
@@ -165,15 +165,20 @@ def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading
         if train_paths is None:
             raise
         trained, as_trained = train_paths, {**reading, "where": ()}
-    tokenizer = run.tokenizer.reading([], num_slots=0)
-    hashes = []
-    for paths, options in ((trained, as_trained), (eval_paths, reading)):
-        dataset = IterableAnnDataset(paths, tokenizer, batch_size=EvaluateConfig.batch_size, **options)
-        blocks = [np.zeros(0, dtype=np.int64)]
-        for block in dataset.blocks():
-            blocks.append(np.where(num_genes(block, tokenizer) < FEW_GENES, -1, content_hash(block, tokenizer)))
-        hashes.append(np.concatenate(blocks))
-    return np.isin(hashes[1], hashes[0]) & (hashes[1] >= 0)
+    tokenizer, size = run.tokenizer.reading([], num_slots=0), EvaluateConfig.batch_size
+    cells = IterableAnnDataset(eval_paths, tokenizer, batch_size=size, **reading)
+    measured = [cells.shards[index].alignment.is_measured_g for index in range(len(cells.shards))]
+    is_counted_g = np.all(measured, axis=0)
+    hashes, has_many = [], []
+    for block in stream_batches(cells, text="evaluate: hash cells"):
+        hashes.append(content_hash(block, tokenizer, is_counted_g=is_counted_g))
+        has_many.append(num_genes(block, tokenizer) >= FEW_GENES)
+    training = IterableAnnDataset(trained, tokenizer, batch_size=size, **as_trained)
+    seen = [
+        content_hash(block, tokenizer, is_counted_g=is_counted_g)
+        for block in stream_batches(training, text="evaluate: hash training cells")
+    ]
+    return np.isin(np.concatenate(hashes), np.concatenate(seen)) & np.concatenate(has_many)
 
 
 def _seen_in_training(run: Run, eval_paths: Any, train_paths: Any, *, calibrates: bool, **reading: Any) -> np.ndarray:

@@ -58,6 +58,11 @@ def test_training_cells_are_found_under_other_names_columns_and_labels(run, cell
     np.testing.assert_array_equal(training_cells(run, other)[::-1], training_cells(run, cells))
 
 
+def test_training_cells_are_found_in_a_file_with_fewer_genes(run, cells):
+    is_kept_c = np.arange(cells.n_vars) % 3 > 0
+    np.testing.assert_array_equal(training_cells(run, cells[:, is_kept_c].copy()), training_cells(run, cells))
+
+
 def test_a_cell_with_few_genes_is_nobody_s_copy(run, cells):
     few = cells[:, :30].copy()
     few = few[np.asarray((few.X > 0).sum(axis=1)).ravel() < 9].copy()

@@ -264,6 +264,15 @@ def test_a_file_without_x_is_read_and_copied_by_its_layer(verb, trained, cells, 
         np.testing.assert_array_equal(found.obsm[key], expected.obsm[key])
 
 
+def test_a_given_label_is_read_from_the_column_that_is_named(cells, mlm):
+    expected = predict_table(cells, mlm, ask=["cell_type"], given=["phase"])
+    cells.obs = cells.obs.rename(columns={"phase": "Cell.Phase"})
+    found = predict_table(cells, mlm, ask=["cell_type"], given=["phase"], phenotypes={"phase": "Cell.Phase"})
+    pd.testing.assert_frame_equal(found, expected)
+    with pytest.raises(InputError, match="no obs column 'phase'.*--phenotypes phase="):
+        predict_table(cells, mlm, ask=["cell_type"], given=["phase"])
+
+
 def test_no_label_column_is_needed(cells, mlm, expected):
     cells.obs = cells.obs[[]]
     table = predict_table(cells, mlm, ask=["cell_type"])
