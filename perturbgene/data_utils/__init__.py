@@ -10,5 +10,6 @@
 8. `iterable_ann_dataset.IterableAnnDataset`     paths -> cells (dicts of 1-D tensors), or whole batches
 9. `data_collators`                    cells -> a batch, padded or packed, masked for mlm
 
-`kernels` holds the compiled loops of 6 to 9; `h5ad_writing` writes shards and copies; `download` is the verb.
+`chosen_cells` shows only the cells that `--where` names; `kernels` holds the compiled loops of 6 to 9; `h5ad_writing`
+writes shards and copies; `download` is the verb.
 """

@@ -184,7 +184,10 @@ def check_where(
             known[column].update(file.counts(column))
     for column, values in where.items():
         for value in [value for value in values if has_all_values and value not in known[column]]:
+            parts = [part.strip() for part in value.split(",")]
             hint = did_you_mean(value, [text for text, _ in known[column].most_common() if text])
+            if all(part in known[column] for part in parts):
+                hint = f"For several values, repeat the column: {' '.join(f'{column}={part!r}' for part in parts)}."
             raise InputError(f"no cell of {listed(paths, most=3)} has {column}={value}. {hint} Change --where.")
     text = " and ".join(f"{column}={' or '.join(values)}" for column, values in where.items())
     if not num_chosen:

@@ -147,6 +147,13 @@ def test_an_unknown_column_or_value_is_refused_with_the_nearest_name(
     assert sorted(in_folder.iterdir()) == before
 
 
+def test_several_values_behind_one_column_are_refused_with_the_right_form(
+    cells: ad.AnnData, small_folder: Path
+) -> None:
+    with pytest.raises(InputError, match="repeat the column: cell_type='B cell' cell_type='NK cell'. Change --where"):
+        pg.predict(cells, small_folder / "runs/mlm", where="cell_type=B cell, NK cell")
+
+
 def test_conditions_that_no_cell_meets_are_refused(cells: ad.AnnData, small_folder: Path) -> None:
     some = cells[~((cells.obs["cell_type"] == "B cell") & (cells.obs["tissue"] == "lung"))].copy()
     with pytest.raises(InputError, match="no cell of 'AnnData' has cell_type=B cell and tissue=lung, so none is left"):
@@ -210,6 +217,15 @@ def test_tables_are_those_of_a_file_that_has_only_the_chosen_cells(
     assert found.equals(function(cells, "runs/mlm", where=["cell_type=B cell"], device="cpu", **options))
 
 
+def test_mean_embeddings_of_genes_are_those_of_the_chosen_cells(in_folder: Path, b_cells: ad.AnnData) -> None:
+    found = pg.gene_embeddings("cells.h5ad", "runs/mlm", groupby="tissue", where=B_CELLS)
+    expected = pg.gene_embeddings(b_cells, "runs/mlm", groupby="tissue")
+    assert found.obs["n_cells"].tolist() == expected.obs["n_cells"].tolist()
+    np.testing.assert_allclose(found.X, expected.X, atol=1e-6)
+    assert main([*VERBS["genes"].split(), "--where", "cell_type=B cell"]) == 0
+    assert ad.read_h5ad("out.h5ad").obs["group"].unique().tolist() == ["B cell"]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -259,7 +275,9 @@ def test_prepare_makes_the_corpus_of_the_chosen_cells(in_folder: Path, cells: ad
     for split in ("train", "eval"):
         for one, other in zip(Corpus.open("out").paths(split), Corpus.open("expected").paths(split), strict=True):
             assert Path(one).read_bytes() == Path(other).read_bytes()
+    pg.prepare(cells, "third", phenotypes="cell_type", num_top_genes=50, where={"cell_type": ("B cell", "NK cell")})
     manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["tokenizer_fingerprint"] == Corpus.open("third").manifest["tokenizer_fingerprint"]
     assert manifest["where"] == ["cell_type=B cell", "cell_type=NK cell"]
     assert manifest["phenotypes"]["cell_type"]["train"].keys() == {"B cell", "NK cell"}
 
