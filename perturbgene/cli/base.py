@@ -4,6 +4,7 @@ Owns checking at construction and writing to YAML; reading is in `parsing`, the 
 """
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,6 +33,11 @@ class BaseConfig:
     example: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        for name, flag in own_flags(type(self)).items():
+            value = getattr(self, name)
+            if flag.is_list and value is not None and not isinstance(value, list):  # one name, a tuple, an array
+                is_one = isinstance(value, str | Path) or not isinstance(value, Iterable)
+                object.__setattr__(self, name, [value] if is_one else list(value))
         self.check()
 
     def check(self) -> None:

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import yaml
 
@@ -572,3 +573,12 @@ def test_help_without_a_verb_lists_the_verbs():
 
 def test_settings_are_plain_values():
     assert json.loads(json.dumps(parse_args(CLS).to_dict()))["phenotype_category"] == "cell_type"
+
+
+@pytest.mark.parametrize("value", [(0.5, 1.5), np.array([0.5, 1.5]), [0.5, 1.5]], ids=["tuple", "array", "list"])
+def test_a_list_may_be_a_tuple_or_an_array(value: Any) -> None:
+    assert PrepareConfig(inputs="a.h5ad", output="c", bin_edges=value).bin_edges == [0.5, 1.5]
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    assert PrepareConfig(inputs="a.h5ad", output="c", phenotypes="cell_type").phenotypes == ["cell_type"]
