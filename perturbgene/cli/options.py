@@ -22,6 +22,10 @@ MODEL, TRAINING, RUNNING, ARGUMENTS = "Model", "Training", "Running", "transform
 GROUPS = (IN_OUT, TASK, DATA, GENES, MODEL, TRAINING, RUNNING, ARGUMENTS)
 
 
+#: Endings that no folder has which we write.
+FILE_ENDINGS = (".h5ad", ".h5", ".zarr", ".csv", ".tsv", ".txt", ".parquet", ".json", ".yaml", ".png", ".html")
+
+
 @dataclass(frozen=True)
 class Flag:
     """One flag of the command line and key of the YAML file."""
@@ -40,6 +44,7 @@ class Flag:
     is_path: bool = False  # files or folders that must exist before the command starts
     may_be_on_hub: bool = False  # a path that may also be the name of a model on the Hugging Face Hub
     suffixes: tuple[str, ...] = ()  # endings of the files that an output may have; empty for any
+    is_folder: bool = False  # a folder to write, which has no ending of a file
     is_unique: bool = False  # the values of a list must differ
     is_increasing: bool = False  # numbers must be positive and each above the one before
     is_named: bool = False  # each value must read NAME or NAME=VALUE, and the names must differ
@@ -99,6 +104,8 @@ def check_flag(value: Any, flag: Flag) -> None:
         is_below = number <= float(high[:-1]) if high[-1] == "]" else number < float(high[:-1])
         if not (is_above and is_below):
             raise InputError(f"{flag.name} is {number}, but it must be in {flag.within}. Change --{flag.name}.")
+    if flag.is_folder and Path(value or ".").suffix in FILE_ENDINGS:
+        raise InputError(f"{flag.name} is {value!r}, but a folder is written. Give another --{flag.name}.")
     if flag.suffixes and Path(value or flag.suffixes[0]).suffix not in flag.suffixes:
         known = " or ".join(flag.suffixes)
         raise InputError(f"{flag.name} is {value!r}, but it must end in {known}. Change --{flag.name}.")

@@ -140,7 +140,9 @@ class TrainOptions(BaseConfig):
 
     group = TRAINING
 
-    output_dir: str = option("", "Run folder to write: weights, settings and metrics.", group=IN_OUT, is_required=True)
+    output_dir: str = option(
+        "", "Run folder to write: weights, settings and metrics.", group=IN_OUT, is_required=True, is_folder=True
+    )
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint folder to continue from. Without a value: the newest valid one.", group=IN_OUT, bare="latest"
     )

@@ -36,7 +36,7 @@ class PrepareConfig(BinOptions):
         [], "Files of cells (.h5ad, .zarr, 10x .h5 or matrix folders): paths, globs or brace patterns.", group=IN_OUT,
         is_positional=True, is_path=True,
     )  # fmt: skip
-    output: str = option("", "Corpus folder to write.", group=IN_OUT, is_required=True)
+    output: str = option("", "Corpus folder to write.", group=IN_OUT, is_required=True, is_folder=True)
     overwrite: bool = option(False, "Replace an existing corpus; any other folder is refused.", group=IN_OUT)
     phenotypes: list[str] = option(
         [], "Columns of obs that become phenotypes; NAME=COLUMN renames one (cell_type=bulk_labels).", is_named=True
@@ -214,7 +214,7 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
     train_data_paths: list[str] = option(
         [], "Files to fit the baselines on. Default: the training cells of the run.", group=IN_OUT, is_path=True
     )
-    output: str | None = option(None, "Folder to write. Default: RUN/evaluation.", group=IN_OUT)
+    output: str | None = option(None, "Folder to write. Default: RUN/evaluation.", group=IN_OUT, is_folder=True)
     ask: list[str] = option([], "Phenotypes to ask for. Default: all phenotypes of the run.")
     given: list[str] = option(
         [], "Phenotypes whose labels are given. Default: each phenotype is asked for without any other and with all "
@@ -293,7 +293,7 @@ class DownloadConfig(BaseConfig):
     group = IN_OUT
 
     sources: list[str] = option([], "URLs or brace patterns of URLs.", is_positional=True)
-    output_dir: str = option(".", "Folder to write.")
+    output_dir: str = option(".", "Folder to write.", is_folder=True)
     checksums: str | None = option(None, "File with lines `SHA256  NAME`.", is_path=True)
     retries: int = option(5, "Number of failed tries in a row before a download stops.", group=TASK, within="[0, inf)")
     overwrite: bool = option(False, "Download files again that already exist.")
