@@ -16,11 +16,12 @@ def is_hub_name(path: str | Path) -> bool:
     """Return whether a text may name a model on the Hugging Face Hub: OWNER/NAME, and no such file or folder here.
 
     Example:
-        >>> is_hub_name("lab/pbmc-mlm"), is_hub_name("./runs/mlm"), is_hub_name("run")
-        (True, False, False)
+        >>> [is_hub_name(text) for text in ("lab/pbmc-mlm", "./runs/mlm", "run", "genes/panel.txt")]
+        [True, False, False, False]
     """
-    text = str(path)
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)) and not (Path(text).exists() or Path(text).parent.is_dir())
+    text, here = str(path), Path(path)
+    is_file = here.suffix in (".txt", ".json", ".h5ad")
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)) and not (is_file or here.exists() or here.parent.is_dir())
 
 
 def local_run(run: str | Path) -> Path:

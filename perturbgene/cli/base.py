@@ -122,7 +122,7 @@ class BinOptions(ReadingConfig):
     group = GENES
 
     panel: str | None = option(
-        None, "Genes to use: text file with one id per line, or a run's tokenizer.", is_path=True
+        None, "Genes to use: text file with one id per line, or those of a run.", is_path=True, may_be_on_hub=True
     )
     num_top_genes: int | None = option(None, "Number of most variable genes to keep. Default: all.", within="[1, inf)")
     bin_edges: list[float] = option(

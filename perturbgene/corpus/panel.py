@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from perturbgene.data_utils.genes import GenePanel, clean_gene, gene_report, is_
 from perturbgene.data_utils.labels import label_text
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
+from perturbgene.hub import local_run
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def check_shared(survey: Survey, union: GenePanel, config: PrepareConfig) -> Non
 
 def _given_genes(union: GenePanel, given: str, *, least_coverage: float) -> tuple[list[str], list[str], np.ndarray]:
     """Return a given panel's genes and symbols, whole and in its order, and the place of each among all genes or -1."""
-    path, symbols = Path(given), list[str]()
+    path, symbols = local_run(given), list[str]()
     try:
         if path.is_dir() or path.suffix == ".json":
             tokenizer = GeneTokenizer.from_pretrained(path)

@@ -15,6 +15,7 @@ from perturbgene.data_utils.labels import Vocabulary
 from perturbgene.data_utils.opening import FileList, open_source
 from perturbgene.data_utils.tokenization import FORMAT_VERSION, TOKENIZER_FILE, GeneTokenizer
 from perturbgene.errors import InputError
+from perturbgene.hub import local_run
 
 if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
@@ -69,7 +70,7 @@ def tokenizer_of(config: "TrainingConfig", train_files: FileList) -> GeneTokeniz
 
 def _panel_of(config: "TrainingConfig", train_files: FileList) -> tuple[list[str], list[str] | None]:
     """Return gene ids and symbols of the whole panel, if known."""
-    if config.panel and (Path(config.panel).is_dir() or str(config.panel).endswith(".json")):
+    if config.panel and (local_run(config.panel).is_dir() or str(config.panel).endswith(".json")):
         given = GeneTokenizer.from_pretrained(config.panel)
         return list(given.genes), list(given.gene_symbols) or None
     if config.panel:
