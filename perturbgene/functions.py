@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perturbgene.cli.base import ReadingConfig
-from perturbgene.cli.options import Flag, check_flag, named_values, own_flags
+from perturbgene.cli.options import Flag, check_flag, entries_of, named_values, own_flags
 from perturbgene.cli.parsing import known_flags
 from perturbgene.cli.verbs import CONFIGS
 from perturbgene.errors import InputError, did_you_mean
@@ -63,8 +63,7 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
 def _as_given(value: Any, flag: Flag, *, is_option: bool) -> Any:
     """Bring a value to the type of its option; `is_option` is False where a function has a mapping instead of text."""
     if isinstance(value, Mapping) and is_option:
-        pairs = [(name, text) for name, texts in value.items() for text in _as_list(texts)]
-        value = [name if text is None else f"{name}={text}" for name, text in pairs]
+        value = entries_of(value)
     if isinstance(value, Mapping) or value is None:
         return value
     if flag.is_named and not is_option:

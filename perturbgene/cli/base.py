@@ -4,14 +4,14 @@ Owns checking at construction and writing to YAML; reading is in `parsing`, the 
 """
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 
-from perturbgene.cli.options import DATA, GENES, check_exists, check_flag, conditions, option, own_flags
+from perturbgene.cli.options import DATA, GENES, check_exists, check_flag, conditions, entries_of, option, own_flags
 from perturbgene.errors import InputError
 from perturbgene.files import write_text
 from perturbgene.urls import shown_text
@@ -36,6 +36,7 @@ class BaseConfig:
         for name, flag in own_flags(type(self)).items():
             value = getattr(self, name)
             if flag.is_list and value is not None and not isinstance(value, list):  # one name, a tuple, an array
+                value = entries_of(value) if isinstance(value, Mapping) else value
                 is_one = isinstance(value, str | Path) or not isinstance(value, Iterable)
                 object.__setattr__(self, name, [value] if is_one else list(value))
         self.check()

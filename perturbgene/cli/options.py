@@ -163,6 +163,18 @@ def named_values(entries: Sequence[str], *, flag: str) -> dict[str, str | None]:
     return {name.strip(): value.strip() if equals else None for name, equals, value in pairs}
 
 
+def entries_of(values: Mapping[str, Any]) -> list[str]:
+    """Write a mapping as entries NAME or NAME=VALUE, several where it has several values for a name.
+
+    Example:
+        >>> entries_of({"tissue": None, "cell_type": ("T", "B"), "age": 3})
+        ['tissue', 'cell_type=T', 'cell_type=B', 'age=3']
+    """
+    is_one = {name: isinstance(value, str) or not isinstance(value, Iterable) for name, value in values.items()}
+    pairs = [(name, one) for name, value in values.items() for one in ([value] if is_one[name] else value)]
+    return [name if one is None else f"{name}={one}" for name, one in pairs]
+
+
 def conditions(where: Mapping[str, Any] | Sequence[str]) -> dict[str, list[str]]:
     """Read which cells are meant: entries COLUMN=VALUE, or a mapping from columns to a value or values.
 
@@ -173,12 +185,8 @@ def conditions(where: Mapping[str, Any] | Sequence[str]) -> dict[str, list[str]]
         {'cell_type': ['T', 'B'], 'disease': ['normal']}
     """
     found: dict[str, list[str]] = {}
-    if isinstance(where, Mapping):
-        lists = {
-            name: [of] if isinstance(of, str) or not isinstance(of, Iterable) else of for name, of in where.items()
-        }
-        where = [f"{name}={value}" for name, values in lists.items() for value in values]
-    for entry in [where] if isinstance(where, str) else where:
+    where = entries_of(where) if isinstance(where, Mapping) else [where] if isinstance(where, str) else where
+    for entry in where:
         column, _, value = (part.strip() for part in str(entry).partition("="))
         if not column or not value:
             raise InputError(

@@ -15,15 +15,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from perturbgene.cli.options import conditions
 from perturbgene.cli.verbs import CounterfactualConfig
 from perturbgene.configs import load_config
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
 from perturbgene.counterfactuals.statistics import change_table
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
-from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, columns_of
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import FileList, expand_paths, one_source, open_source
+from perturbgene.data_utils.shards import ShardCache
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_new, whole_files
 from perturbgene.inference.run import Run, load_run, provenance
@@ -64,18 +66,20 @@ def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray:
     Raises:
         InputError: The run does not say which cells it was trained on, or they are no longer there.
     """
-    vocabulary, found = run.tokenizer.vocabulary, []
     try:
         settings: Any = load_config(Path(run.path) / "run.yaml")
         paths = (
             Corpus.open(settings.corpus).paths("train") if settings.corpus else expand_paths(settings.train_data_paths)
         )
-        for path in paths:
-            file = open_source(path)
-            known, absent_n = file.columns_of("obs"), np.full(file.shape[0], ABSENT, dtype=np.int32)
-            ids_cn = [vocabulary.encode(c, file.obs_column(c))[0] if c in known else absent_n for c in categories]
-            found.append(np.unique(np.stack(ids_cn, axis=1), axis=0))
-            file.close()
+        shards = ShardCache(
+            paths, where=conditions(settings.where), missing_labels=settings.missing_labels,
+            obs_columns=columns_of(settings.phenotypes), **run.tokenizer.shard_options(),
+        )  # fmt: skip
+        found = []
+        for index in range(len(shards)):
+            ids_nc = np.stack([shards[index].label_ids(category) for category in categories], axis=1)
+            found.append(np.unique(ids_nc, axis=0))
+        shards.close()
     except (InputError, OSError, AttributeError) as error:
         raise InputError(
             f"{run.path} does not say which cells it was trained on, or they cannot be read ({error}), so these "
@@ -173,10 +177,11 @@ class CounterfactualTask:
             raise InputError(f"{category}={label} is not in the run's vocabulary. {hint} Change --set.")
         contrast = Contrast(category, label_id, config.num_passes, config.num_null, config.seed)
         if given is None:
-            known = _columns_of(source)
-            others: dict[str, str | None] = {
-                name: None for name in run.tokenizer.included_phenotypes if name in known and name != category
-            }
+            file, column_of = open_source(one_source(source)), columns_of(config.phenotypes)
+            known = file.columns_of("obs")
+            names = [name for name in run.tokenizer.included_phenotypes if column_of.get(name, name) in known]
+            others: dict[str, str | None] = {name: None for name in names if name != category}
+            file.close()
         else:
             others = dict(given)
             if category in others:
@@ -195,13 +200,6 @@ class CounterfactualTask:
                     "phenotypes with --given, leave these cells out, or pass --force."
                 )
         return cls(config, run, contrast, others, dataset, selection)
-
-
-def _columns_of(source: Any) -> set[str]:
-    file = open_source(one_source(source))
-    columns = set(file.columns_of("obs"))
-    file.close()
-    return columns
 
 
 # -- prediction -------------------------------------------------------------------------------------------------------

@@ -202,8 +202,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.shards = ShardCache(sources, layer=layer, where=self.where, **options)
         if self.where:
             check_where((shard.source for shard in self._all_shards()), self.where, has_all_values=has_all_values)
-        sizes = None if self.where else getattr(sources, "sizes", None)
-        self.sizes = self._checked_sizes(sizes, min_gene_coverage)
+        self.sizes = self._checked_sizes(getattr(sources, "sizes", None), min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
         self._class_n = self._classes() if phenotype_category is not None else None
         if sum(self.sizes) == 0:
@@ -222,7 +221,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     def _checked_sizes(self, known_sizes: Sequence[int] | None, min_gene_coverage: float) -> tuple[int, ...]:
         """Count the cells of each file; of a corpus, whose sizes are known, only the first is opened here."""
-        if known_sizes is None:
+        if known_sizes is None or self.where:
             sizes, scales = [], dict[str, str]()
             for shard in self._all_shards():
                 sizes.append(self._check(shard, min_gene_coverage))

@@ -24,13 +24,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.opening import one_source
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.files import whole_file, whole_files, write_json
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import ALONE, Ranks, constant_labels, read_groups, unwritable
+from perturbgene.inference.streaming import ALONE, Ranks, open_cells, read_groups, unwritable
 from perturbgene.perturbation.readouts import Readout
 from perturbgene.plots import save_figure
 from perturbgene.urls import is_url, shown_path
@@ -84,14 +83,8 @@ class GroupedCells:
         # Given labels only, and long cells cut where `data_utils.ask` cuts them.
         num_slots = len(readout.asked) + len(readout.given)
         tokenizer = run.tokenizer.reading(list(readout.given), num_slots=num_slots)
-        labels = constant_labels(run.tokenizer, given)
-        dataset = IterableAnnDataset(
-            one_source(source), tokenizer, constant_labels=labels, **{"batch_size": 256, **reading}
-        )
-        file = dataset.shards[0].source
-        for name in [name for name, label in given.items() if label is None]:
-            dataset.shards[0].label_column(name)
-        if donor is None and DONOR_COLUMN in file.columns_of("obs"):
+        dataset = open_cells(source, run, given, tokenizer=tokenizer, **reading)
+        if donor is None and DONOR_COLUMN in dataset.shards[0].source.columns_of("obs"):
             donor = DONOR_COLUMN
         return cls(dataset, *read_groups(dataset, donor, flag="donor"), *read_groups(dataset, groupby, flag="groupby"))
 

@@ -117,10 +117,10 @@ def report_labels(cells: GroupedCells, towards: str, from_: str | None) -> None:
     Both options say what is compared. Neither chooses cells.
     """
     category, _, label = (part.strip() for part in (from_ or towards).partition("="))
-    file = cells.dataset.shards[0].source
-    if category not in file.columns_of("obs"):
+    shard = cells.dataset.shards[0]
+    if shard.obs_columns.get(category, category) not in shard.source.columns_of("obs"):
         return
-    own_n = file.obs_column(category).map(label_text).astype(str).to_numpy()[cells.is_used_n]
+    own_n = shard.label_column(category).map(label_text).astype(str).to_numpy()[cells.is_used_n]
     num_cells, num_there = len(own_n), int((own_n == label).sum())
     if from_ and num_there < num_cells:
         what, rest = (

@@ -263,13 +263,13 @@ def test_without_a_null_there_is_no_p_value(run: Run, cells: ad.AnnData) -> None
 # -- combinations that were never seen ----------------------------------------------------------------------------
 
 
-def trained_on(run: Run, folder: Path, cells: ad.AnnData) -> str:
+def trained_on(run: Run, folder: Path, cells: ad.AnnData, **more: Any) -> str:
     """Save a run that says it was trained on these cells."""
     path = save(run, folder / "run")
     cells.write_h5ad(folder / "train.h5ad")
     (folder / "vocab.json").write_text(json.dumps(LABELS))
     settings = {"train_data_paths": [f"{folder}/train.h5ad"], "vocab_path": f"{folder}/vocab.json"}
-    MlmConfig(output_dir=path, bin_edges=[1.0, 3.0], **settings).save(folder / "run/run.yaml")
+    MlmConfig(output_dir=path, bin_edges=[1.0, 3.0], **settings, **more).save(folder / "run/run.yaml")
     return path
 
 
@@ -285,6 +285,32 @@ def test_a_combination_without_a_training_cell_is_refused_unless_forced(
     assert len(counterfactual(others, path, set={"tissue": "spleen"}, **quick))
     assert len(counterfactual(cells, path, set={"tissue": "spleen"}, given={}, **quick))
     assert len(counterfactual(cells, path, set={"tissue": "spleen"}, force=True, **quick))
+
+
+def test_training_cells_are_those_that_the_run_was_trained_on(run: Run, cells: ad.AnnData, tmp_path: Path) -> None:
+    """Chosen by `where`, with labels of a column by another name and others that mean "not known"."""
+    trained = cells.copy()
+    trained.obs = trained.obs.rename(columns={"tissue": "organ"})
+    trained.obs["organ"] = trained.obs["organ"].replace("blood", "peripheral")
+    settings = {"where": ["donor=D0"], "phenotypes": ["tissue=organ"], "missing_labels": ["NK cell"]}
+    trained.obs["donor"] = ["D0" if tissue == "spleen" else "D1" for tissue in cells.obs["tissue"]]
+    path = trained_on(run, tmp_path, trained, **settings)
+    found = counterfactuals.training_combinations(pg.load_run(path), ["tissue", "cell_type"])
+    assert set(found[:, 0]) == {SPLEEN} and -1 in found[:, 1]
+    quick = {"num_passes": 1, "num_null": 0, "device": "cpu", "given": {}}
+    assert len(counterfactual(cells, path, set={"tissue": "spleen"}, **quick))
+    with pytest.raises(InputError, match="no training cell is 'blood'"):
+        counterfactual(cells, path, set={"tissue": "blood"}, **quick)
+
+
+def test_columns_by_another_name_are_read(run: Run, cells: ad.AnnData) -> None:
+    renamed = cells.copy()
+    renamed.obs = renamed.obs.rename(columns={"tissue": "organ", "cell_type": "type"})
+    options = {**QUICK, "set": {"tissue": "spleen"}}
+    columns = {"tissue": "organ", "cell_type": "type"}
+    found = counterfactual(renamed, run, phenotypes=["tissue=organ", "cell_type=type"], **options)
+    pd.testing.assert_frame_equal(found, counterfactual(cells, run, **options))
+    pd.testing.assert_frame_equal(found, pg.counterfactual(renamed, run, phenotypes=columns, **options))
 
 
 def test_a_run_that_does_not_say_what_it_was_trained_on_needs_force(
@@ -333,7 +359,7 @@ def test_a_classifier_predicts_no_genes(cells: ad.AnnData) -> None:
 
 
 def test_the_verb_is_a_function_of_the_package_though_its_module_was_imported() -> None:
-    assert pg.counterfactual is counterfactuals.counterfactual
+    assert pg.counterfactual.__wrapped__ is counterfactuals.counterfactual
 
 
 def test_the_command_writes_the_table_as_h5ad_csv_and_figure(run: Run, cells: ad.AnnData, tmp_path: Path) -> None:
