@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from perturbgene.data_utils.kernels import find_count_rows, linear_sums, scan_values
+from perturbgene.data_utils.kernels import exp_sums, find_count_rows, scan_rows, scan_values
 from perturbgene.data_utils.scale import TARGET_SUM, native
 from perturbgene.errors import InputError, listed
 
@@ -363,36 +363,40 @@ def _mixed(rows_n: np.ndarray, is_first_n: np.ndarray, first: str, other: str, *
     )
 
 
-def check_cells(values_l: np.ndarray, offsets_n1: np.ndarray, rows_n: np.ndarray, *, scale: Scale, source: str) -> None:
+def check_cells(
+    values_l: np.ndarray, offsets_n1: np.ndarray, rows_n: np.ndarray, *, scale: Scale, source: str
+) -> np.ndarray | None:
     """Raise an InputError if cells contradict what was recognized on sampled cells of their file.
 
     All values are looked at once. Exponentials are estimated to a few percent, and computed for doubtful cells only.
+
+    Returns:
+        The sum of each cell's values, float64 of shape (n,), if it was needed.
     """
     if values_l.dtype.kind != "f" or not values_l.size:
-        return
-    values_l = native(values_l)
-    if scale == COUNTS:
-        are_sound, are_whole = scan_values(values_l)
-        is_odd_n = np.zeros(len(rows_n), dtype=bool) if are_whole else _are_fractional(values_l, offsets_n1)
-    else:
-        is_odd_n, sums_n = np.zeros(len(rows_n), dtype=bool), np.zeros(len(rows_n))
+        return None
+    values_l, is_odd_n, sums_n = native(values_l), np.zeros(len(rows_n), dtype=bool), np.zeros(len(rows_n))
+    if scale.transform:
         logs_l = native(np.expm1(values_l)) if scale.transform == "log1p of log1p" else values_l
         base = {"log2(1 + x)": np.log(2), "log10(1 + x)": np.log(10)}.get(scale.transform, 1.0)
-        is_exponential = scale.transform or scale.kind == "fractional"
-        are_sound = linear_sums(logs_l, offsets_n1, base if is_exponential else 0.0, sums_n)
-        if scale.transform:
-            find_count_rows(values_l, offsets_n1, HIGHEST_LOG_VALUE, is_odd_n)
-        if scale.kind == "fractional":
-            is_odd_n = _are_usual_logs(values_l, offsets_n1, sums_n)
-        elif scale.total is not None:
-            is_odd_n |= _have_other_total(values_l, offsets_n1, sums_n, scale)
+        are_sound = exp_sums(logs_l, offsets_n1, base, sums_n)
+        find_count_rows(values_l, offsets_n1, HIGHEST_LOG_VALUE, is_odd_n)
+    else:
+        are_sound, are_whole = scan_rows(values_l, offsets_n1, sums_n)
+        if scale == COUNTS and not are_whole:
+            is_odd_n = _are_fractional(values_l, offsets_n1)
+        elif scale.kind == "fractional":
+            is_odd_n = _are_usual_logs(values_l, offsets_n1)
     if not are_sound:
         check_values(values_l, source=source)
+    if scale.total is not None:
+        is_odd_n |= _have_other_total(values_l, offsets_n1, sums_n, scale)
     if is_odd_n.any():
         odd_l = values_l[np.repeat(is_odd_n, np.diff(offsets_n1))]
         fractional_l = odd_l[odd_l % 1 != 0]
         what = f"values of another scale, such as {fractional_l[0]:g}" if len(fractional_l) else "counts"
         raise _mixed(rows_n, ~is_odd_n, scale.name, what, source=source)
+    return None if scale.transform else sums_n
 
 
 def _are_fractional(values_l: np.ndarray, offsets_n1: np.ndarray) -> np.ndarray:
@@ -410,11 +414,18 @@ def _have_other_total(values_l: np.ndarray, offsets_n1: np.ndarray, sums_n: np.n
     return is_odd_n
 
 
-def _are_usual_logs(values_l: np.ndarray, offsets_n1: np.ndarray, sums_n: np.ndarray) -> np.ndarray:
-    """Return True for cells whose expm1, of estimated sums, add up to 10,000 or a million exactly, if several do."""
-    is_log_n = np.zeros(len(sums_n), dtype=bool)
+def _are_usual_logs(values_l: np.ndarray, offsets_n1: np.ndarray) -> np.ndarray:
+    """Return True for cells whose expm1 add up to 10,000 or a million exactly, if several do, bool of shape (n,).
+
+    Of cells that come near by chance, as small counts do, a few are computed exactly, and all if one of these is odd.
+    """
+    sums_n, is_log_n = np.zeros(len(offsets_n1) - 1), np.zeros(len(offsets_n1) - 1, dtype=bool)
+    exp_sums(values_l, offsets_n1, 1.0, sums_n)
     for total in (1e4, 1e6):
-        for row in np.flatnonzero(np.abs(sums_n - total) < 0.06 * total):
+        near = np.flatnonzero(np.abs(sums_n - total) < 0.06 * total)
+        for number, row in enumerate((*near[:: len(near) // 8 + 1], *near)):
+            if number >= 8 and not is_log_n.any():
+                break
             exact = np.expm1(values_l[offsets_n1[row] : offsets_n1[row + 1]].astype(np.float64)).sum()
             is_log_n[row] |= bool(abs(exact - total) < 1e-5 * total)
     return is_log_n if is_log_n.sum() > 1 else np.zeros_like(is_log_n)

@@ -172,12 +172,12 @@ class CellValues:
         ratio_m = self._obs_totals[1][rows_m] / np.maximum(library_sizes(rows.values_l, rows.offsets_m1), 1e-300)
         return self._obs_totals[1] if (ratio_m > 1 - 1e-3).all() and np.median(ratio_m) > 1.01 else None
 
-    def _sizes_of(self, rows: Rows, rows_m: np.ndarray) -> np.ndarray | None:
+    def _sizes_of(self, rows: Rows, rows_m: np.ndarray, sums_m: np.ndarray | None) -> np.ndarray | None:
         """Return the library sizes of linear values, float64 of shape (m,): as noted, as known, or their sums."""
         prepared_m = None if self._prepared_size_n is None else self._prepared_size_n[rows_m]
         if self.scale.kind == "cut":
             return np.full(len(rows_m), self.scale.total) if prepared_m is None else prepared_m
-        summed_m = library_sizes(rows.values_l, rows.offsets_m1)
+        summed_m = library_sizes(rows.values_l, rows.offsets_m1) if sums_m is None else sums_m
         if prepared_m is None:
             return summed_m if self._library_size_n is None else np.maximum(summed_m, self._library_size_n[rows_m])
         for at in np.flatnonzero(~(prepared_m >= summed_m * (1 - 1e-6)) | ~np.isfinite(prepared_m))[:1]:
@@ -221,15 +221,15 @@ class CellValues:
             The rows; their library sizes, float64 of shape (m,), or None; and True if values are linear, still to be
             divided by the library sizes, False if they are compared with bins as they are.
         """
-        rows = self._read_genes(rows_m)
+        rows, sums_m = self._read_genes(rows_m), None
         if self.normalization == "auto":
-            check_cells(rows.values_l, rows.offsets_m1, rows_m, scale=self.scale, source=self.name)
+            sums_m = check_cells(rows.values_l, rows.offsets_m1, rows_m, scale=self.scale, source=self.name)
         if self.scale.is_binned_as_is and not (is_summed and self.scale.transform):
             return rows, None if self._prepared_size_n is None else self._prepared_size_n[rows_m], False
         rows = rows._replace(values_l=self.scale.linear(rows.values_l))
         if self.scale.is_binned_as_is:
             return rows, np.full(len(rows_m), TARGET_SUM), True
-        return rows, self._sizes_of(rows, rows_m), True
+        return rows, self._sizes_of(rows, rows_m, sums_m), True
 
     def _read_genes(self, rows_m: np.ndarray) -> Rows:
         """Read rows without the columns that are not gene expression."""
