@@ -6,7 +6,7 @@ Letters: n cells, m rows asked for, c columns, l values.
 """
 
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -193,6 +193,14 @@ class CellValues:
         notes = []
         if self._features is not None:
             notes.append(f"{self._features[1]} are left out of genes and library sizes")
+        if self.normalization == "log1p_cp10k" and self._prepared_size_n is None:
+            with suppress(InputError):
+                if (found := replace(self, normalization="auto")._recognized()).transform:
+                    notes.append(
+                        f"{self.source.layer or 'X'} looks like {found.name}, but is taken for counts by "
+                        "--normalization or that of the run; if that is wrong, choose counts with --layer, or give "
+                        "--normalization none"
+                    )
         if self.scale.note:
             notes.append(f"{self.source.layer or 'X'} {self.scale.note}")
         if self._library_size_n is not None:

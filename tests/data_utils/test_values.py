@@ -202,3 +202,9 @@ def test_normalization_on_a_verb_overrides_what_is_recognized(tokenizer: GeneTok
     by_hand = adata_of(np.log1p(soup.X.toarray() / soup.X.sum(axis=1).A1[:, None] * 1e4))
     expected = tokens(tokenizer, by_hand, normalization="none")
     assert tokens(tokenizer, soup, normalization="log1p_cp10k") == expected
+
+
+def test_logarithms_that_are_taken_for_counts_on_request_are_named() -> None:
+    notes = CellValues(MemoryFile(adata_of(FORMS["log1p CPM"][0])), normalization="log1p_cp10k").notes
+    assert "X looks like log1p of counts per 1,000,000, but is taken for counts" in notes[0]
+    assert not any("looks like" in note for note in CellValues(MemoryFile(adata_of(COUNTS_NG)), "log1p_cp10k").notes)
