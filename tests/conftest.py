@@ -29,7 +29,7 @@ def _adata(
 
 @pytest.fixture
 def make_adata() -> Callable[..., ad.AnnData]:
-    """Return a function: rows of values (n, g) -> AnnData with CSR X, over four genes unless told."""
+    """Return a function: rows of values (n, g) -> AnnData with CSR X, over four genes by default."""
     return _adata
 
 

@@ -26,7 +26,7 @@ PHASES = {
 
 
 class Killed(BaseException):
-    """Stands for `kill -9`: nothing catches it, and what is on disk stays as it is."""
+    """What a test has instead of `kill -9`: nothing catches it, and what is on disk stays as it is."""
 
 
 def die() -> None:

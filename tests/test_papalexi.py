@@ -36,7 +36,7 @@ def test_what_is_observed_is_the_difference_of_means_of_log_values() -> None:
     counts_ng = np.array([[1, 1], [1, 3], [2, 0], [1, 1]], dtype=np.float32)
     obs = pd.DataFrame({"perturbation": ["control", "control", "KO", "KO"]}, index=list("abcd"))
     changes, _ = observed_changes(ad.AnnData(counts_ng, obs=obs), ["KO"])
-    quarter, most, whole = np.log1p([2.5e3, 7.5e3, 1e4])  # a half stands in both groups and cancels
+    quarter, most, whole = np.log1p([2.5e3, 7.5e3, 1e4])  # a half is in both groups and cancels
     assert changes["KO"].tolist() == pytest.approx([(whole - quarter) / 2, -most / 2])
 
 

@@ -19,7 +19,7 @@ class Web:
     """A running server: its address, what it serves, and what it was asked.
 
     Args:
-        content: What lies under every name that `files` does not hold.
+        content: What is served under every name that `files` does not hold.
         sidecar: Answer to names that end in .sha256; none by default.
         is_down: Whether `dies` has died.
     """

@@ -151,7 +151,7 @@ class ValueHistogram:
         """Return edges that cut the expressed values into `num_bins` bins of about equal size.
 
         The first edge is `LOWEST_EDGE`, so every expressed value, seen or not yet seen, has a bin >= 1. There are fewer
-        edges if neighbouring quantiles coincide.
+        edges if neighboring quantiles coincide.
         """
         if self.counts_r.sum() == 0:
             return []

@@ -81,7 +81,7 @@ class SpanReader:
         values = np.empty(stop - start, dtype=self.dataset.dtype)
         for first in range(start - start % length, stop, length):
             known, chunk = self._last  # read at once: several threads may share a reader
-            if known != first:  # the last chunk is kept, because neighbouring spans share it
+            if known != first:  # the last chunk is kept, because neighboring spans share it
                 chunk = self._inflate(first)
                 self._last = (first, chunk)
             low, high = max(start, first), min(stop, first + length)

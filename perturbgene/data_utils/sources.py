@@ -83,11 +83,11 @@ class CellSource:
         raise NotImplementedError
 
     def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read neighbouring rows as CSR: values (l,), columns (l,), offsets from 0 (stop - start + 1,)."""
+        """Read neighboring rows as CSR: values (l,), columns (l,), offsets from 0 (stop - start + 1,)."""
         raise NotImplementedError
 
     def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Read scattered rows as CSR where that costs no more than neighbouring ones, else return None."""
+        """Read scattered rows as CSR where that costs no more than neighboring ones, else return None."""
         return None
 
     def check_has_values(self, *, num_rows: int = 1024) -> None:
@@ -335,7 +335,7 @@ class StoredCells(CellSource):
         return self._readers
 
     def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Read scattered rows as CSR where that costs no more than neighbouring ones, else return None."""
+        """Read scattered rows as CSR where that costs no more than neighboring ones, else return None."""
         if self.format != "csr" or not all(span.is_mapped for span in self._spans()):
             return None
         starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
@@ -343,7 +343,7 @@ class StoredCells(CellSource):
         return values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)])
 
     def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read neighbouring rows as CSR.
+        """Read neighboring rows as CSR.
 
         CSR is read straight from disk, dense rows are compressed as they are read. CSC is converted once, in memory.
         """
@@ -589,7 +589,7 @@ class MemoryFile(CellSource):
         return self.adata.n_obs, len(self._var)
 
     def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return neighbouring rows as CSR: values, columns, offsets from 0."""
+        """Return neighboring rows as CSR: values, columns, offsets from 0."""
         offsets = self._matrix.indptr[start : stop + 1].astype(np.int64)
         span = slice(int(offsets[0]), int(offsets[-1]))
         return self._matrix.data[span], self._matrix.indices[span], offsets - offsets[0]

@@ -67,6 +67,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def share(folder: Path) -> None:
+    """Give every file the mode that the umask gave the trainer's state: safetensors lets only the owner read."""
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copymode(folder / TRAINER_STATE_NAME, path)
+
+
 def seal(checkpoint: Path, **facts: Any) -> None:
     """Write the manifest, which makes a checkpoint count.
 
@@ -379,6 +386,7 @@ class SafeTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
             (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that may hold an access token
+            share(written)
             seal(written, step=self.state.global_step, world_size=self.args.world_size)
             commit(written, final)
             rotate(self.folder, keep=self._num_kept, best=self.state.best_model_checkpoint)
@@ -415,6 +423,7 @@ class SafeTrainer(Trainer):
                 (waiting / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
                 write_more(waiting)
+                share(waiting)
                 move_files(waiting, self.folder, last=_LAST_FILES)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(waiting, ignore_errors=True)

@@ -434,8 +434,8 @@ def test_columns_of_the_same_gene_are_summed_before_the_logarithm(tmp_path: Path
 
 def test_a_file_without_cells_changes_nothing(tmp_path: Path) -> None:
     alone = prepare(cells(counts(40)), tmp_path / "a", phenotypes=["cell_type"])
-    beside = prepare([cells(counts(40)[:0]), cells(counts(40))], tmp_path / "b", phenotypes=["cell_type"])
-    assert Corpus.open(alone).manifest["shards"] == Corpus.open(beside).manifest["shards"]
+    next_to_empty = prepare([cells(counts(40)[:0]), cells(counts(40))], tmp_path / "b", phenotypes=["cell_type"])
+    assert Corpus.open(alone).manifest["shards"] == Corpus.open(next_to_empty).manifest["shards"]
 
 
 # -- panel and bins -----------------------------------------------------------------------------------------------

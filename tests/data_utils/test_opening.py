@@ -212,7 +212,7 @@ def test_a_misspelt_column_names_the_nearest(write_h5ad: Write) -> None:
 
 
 def _as_encoding_0_1(path: str) -> None:
-    """Rewrite obs["label"] as anndata 0.7 kept categories: codes, and `__categories` beside them."""
+    """Rewrite obs["label"] as anndata 0.7 kept categories: codes, and `__categories` next to them."""
     with h5py.File(path, "r+") as file:
         del file["obs/label"]
         file["obs"].attrs["encoding-version"] = "0.1.0"

@@ -169,7 +169,7 @@ def test_the_hash_never_changes_between_versions() -> None:
     assert (int(cell_key(7, 1, 42)), int(mix(np.uint64(1), np.uint64(2)))) == GOLDEN_HASHES
 
 
-def test_hashes_of_neighbouring_cells_are_spread_evenly() -> None:
+def test_hashes_of_neighboring_cells_are_spread_evenly() -> None:
     keys = [np.uint64(cell_key(0, 0, cell)) for cell in range(4000)]
     draws_n = np.array([unit(np.uint64(mix(key, np.uint64(1)))) for key in keys])
     assert np.abs(np.histogram(draws_n, bins=8, range=(0, 1))[0] - 500).max() < 4 * np.sqrt(500 * 7 / 8)
@@ -253,7 +253,7 @@ def a_budget_sampler(num_cells: int = 500, **changes: Any) -> BudgetSampler:
 
 def test_a_cell_joins_the_fullest_batch_that_has_room() -> None:
     order_m, sizes_b = fill(np.array([5, 7, 3, 5]), budget=10)
-    # 5 and 7 open two batches; 3 would fit both and joins 7, so that the other 5 has room beside the first
+    # 5 and 7 open two batches; 3 would fit both and joins 7, so that the other 5 has room next to the first
     assert [part.tolist() for part in np.split(order_m, np.cumsum(sizes_b)[:-1])] == [[0, 3], [1, 2]]
 
 
@@ -324,18 +324,18 @@ def test_batches_of_a_sorted_corpus_are_mixed_like_those_of_a_perfect_shuffle() 
 
 
 def test_cells_that_grow_longer_along_the_corpus_are_mixed_too() -> None:
-    """Length then tells where a cell stands, so batches by length would be batches of neighbours."""
+    """Length then follows from a cell's place, so batches by length would be batches of neighbors."""
     num_cells = 4000
     length_n = np.sort(log_normal_lengths(num_cells))
     sampler = BudgetSampler(CellSampler((num_cells,), is_shuffled=True), length_n, 16_384)
     places = [np.mean(batch) / num_cells for batch in batches_of(sampler)]
-    assert np.std(places) < 0.065  # 0.29 / sqrt(29 cells) = 0.054 of a perfect shuffle, 0.29 of neighbours
+    assert np.std(places) < 0.065  # 0.29 / sqrt(29 cells) = 0.054 of a perfect shuffle, 0.29 of neighbors
     assert 0.3 < min(places) < max(places) < 0.7  # not even the last batches of a round
 
 
 # -- how long sequences are -------------------------------------------------------------------------------------------
 
-# Cells of 3, 0 and 9 stored values; of the middle value of cell 0 no token is made (it lies below the first edge, 1).
+# Cells of 3, 0 and 9 stored values; of the middle value of cell 0 no token is made (it is below the first edge, 1).
 VALUES = np.array([[2.0, 0.5, 2.0, 0, 0, 0, 0, 0, 0], [0] * 9, [2.0] * 9], dtype=np.float32)
 
 

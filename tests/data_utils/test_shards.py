@@ -77,7 +77,7 @@ def test_a_stored_total_replaces_the_sum(write_h5ad: Write) -> None:
 @pytest.mark.parametrize(
     "totals",
     [[np.nan, 1.0, 70.0], [30.0, 1.0, 0.0], [30.0, 1.0, 6.0]],
-    ids=["NaN", "zero beside counts", "less than the counts"],
+    ids=["NaN", "zero among counts", "less than the counts"],
 )
 def test_a_stored_total_that_cannot_be_true_is_refused(write_h5ad: Write, totals: list[float]) -> None:
     path = write_h5ad(COUNTS, obs={LIBRARY_SIZE_COLUMN: totals})

@@ -99,7 +99,7 @@ def test_a_path_may_stand_for_the_cells(run: Run, cells: ad.AnnData, tmp_path: P
 
 
 def test_a_long_cell_keeps_the_same_genes_whatever_is_given(cells: ad.AnnData) -> None:
-    run = a_run(max_length=6)  # room for two genes beside both phenotypes
+    run = a_run(max_length=6)  # room for two genes and both phenotypes
     found = embed(cells, run, genes=GENES, given={"cell_type": None})
     free = embed(cells, run, genes=GENES)
     columns = [f"perturbgene_has_{gene}" for gene in GENES]

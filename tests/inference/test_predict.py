@@ -1079,7 +1079,7 @@ def test_a_confusion_adds_up_to_the_cells_that_were_scored(evaluation, metrics):
     assert confusion.scores()["accuracy"] == metrics["phase"]["together"]["accuracy"]
 
 
-# -- predict: what is told of an answer ---------------------------------------------------------------------------
+# -- predict: what is written for an answer ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

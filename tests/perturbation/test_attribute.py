@@ -80,10 +80,10 @@ def test_the_marker_of_each_type_comes_first(run, cells):
 def test_cells_without_genes_count_for_no_label(run, cells, caplog):
     values = cells.X.toarray()
     empty = ad.AnnData(sparse.csr_matrix(np.concatenate([np.zeros((40, 9), np.float32), values])), var=cells.var)
-    told, alone = (attribute(some, run, ask="cell_type", num_check_cells=7) for some in (empty, cells))
-    pd.testing.assert_frame_equal(told, alone)
+    with_empty, alone = (attribute(some, run, ask="cell_type", num_check_cells=7) for some in (empty, cells))
+    pd.testing.assert_frame_equal(with_empty, alone)
     assert "40 of 70 cells express no gene of the panel" in caplog.text
-    assert np.isfinite(told.attrs["areas"]["attributed"])
+    assert np.isfinite(with_empty.attrs["areas"]["attributed"])
     assert attribute(empty, run, ask="cell_type", num_check_cells=20).attrs["num_check_cells"] < 20
     others = ad.AnnData(np.eye(40, 10, k=9, dtype=np.float32), var=pd.DataFrame(index=[*GENES, "no gene of the panel"]))
     with pytest.raises(InputError, match="no cell of 'AnnData' expresses a gene of the panel"):

@@ -1,4 +1,4 @@
-"""`perturb` end to end: files in, table out; screened beside exact, donors as units, interrupted and resumed."""
+"""`perturb` end to end: files in, table out; screened next to exact, donors as units, interrupted and resumed."""
 
 import json
 import os
