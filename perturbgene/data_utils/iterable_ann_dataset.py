@@ -267,7 +267,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
             ids.append(replace(shard, optional_labels=False).label_ids(category))
         ids_n = np.concatenate(ids)
         if (ids_n == ABSENT).all():
-            raise InputError(f"no cell of {listed(self.paths)} has a known {category!r}. Check obs and the vocabulary.")
+            raise self.shards[0].no_known_label(category)
         if (ids_n == ABSENT).any():
             logger.warning("%d of %d cells have no known %s and are left out", (ids_n < 0).sum(), len(ids_n), category)
         if self.binary_label is None:

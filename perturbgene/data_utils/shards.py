@@ -19,7 +19,7 @@ import pandas as pd
 
 from perturbgene.data_utils.chosen_cells import ChosenCells
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of, species_of
-from perturbgene.data_utils.labels import ABSENT, Vocabulary, plain_spelling
+from perturbgene.data_utils.labels import ABSENT, Vocabulary, label_text, plain_spelling
 from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.scale import ExpressionBlock, Normalization
 from perturbgene.data_utils.sources import CellSource
@@ -183,6 +183,18 @@ class Shard:
             flag = f"--phenotypes {category}={alike[0] if alike else 'COLUMN'}"
             raise InputError(f"{self.path} has no obs column {column!r}. {advice} Name the column with {flag}.")
         return self.source.obs_column(column)
+
+    def no_known_label(self, category: str) -> InputError:
+        """Return the error for cells without a label that the vocabulary has: what obs has instead, and what to do."""
+        found = sorted({label_text(value) for value in self.label_column(category).unique()} - {""})
+        known = self.vocabulary.phenotypes[category]
+        advice = f"Rename them, or name another column with --phenotypes {category}=COLUMN."
+        if {plain_spelling(label) for label in found} & {plain_spelling(label) for label in known}:
+            advice = "They differ in case and punctuation: rename them."
+        return InputError(
+            f"no cell of {self.path!r} has a known {category!r}: obs has {listed(found) or 'no label'}, the vocabulary "
+            f"{listed(known)}. {advice}"
+        )
 
     def label_ids(self, category: str) -> np.ndarray:
         """Return the input id of one phenotype for every cell, int32 of shape (n,), -1 where absent.

@@ -22,7 +22,7 @@ from perturbgene.configs import check_question
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.labels import ABSENT, label_text, plain_spelling
+from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import FileList, expand_paths
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
@@ -82,7 +82,8 @@ def _questions(run: Run, ask: Sequence[str], given: Sequence[str]) -> list[Quest
     known = run.tokenizer.included_phenotypes
     for name in [*ask, *given]:
         if name not in known:
-            raise InputError(f"{name!r} is no phenotype of {run.path}. Choose from: {listed(known, most=12)}.")
+            choice = f"Choose from: {listed(known, most=12)}." if known else "It knows none."
+            raise InputError(f"{name!r} is no phenotype of {run.path}. {choice}")
     if not given:
         return [question for question in standard_questions(known) if not ask or set(question.asked) <= set(ask)]
     asked = tuple(ask or [name for name in known if name not in given])
@@ -224,15 +225,7 @@ def labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is_
         if not is_named and known & set(asked):
             logger.warning("no cell has a %s that the run knows, so it is not scored", name)
             continue
-        found = {label_text(value) for value in shards[0].label_column(name).unique()} - {""}
-        labels = dataset.tokenizer.phenotypes[name]
-        advice = f"Rename them, or name another column with --phenotypes {name}=COLUMN."
-        if {plain_spelling(label) for label in found} & {plain_spelling(label) for label in labels}:
-            advice = "They differ in case and punctuation: rename them."
-        raise InputError(
-            f"no cell of {listed(dataset.paths)} has a {name} that the run knows: obs has "
-            f"{listed(sorted(found)) or 'no label'}, the run {listed(labels)}. {advice}"
-        )
+        raise shards[0].no_known_label(name)
     return [name for name in asked if name in known] if without else []
 
 

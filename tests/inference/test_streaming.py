@@ -1,4 +1,4 @@
-"""What verbs share: cells are divided, results lie on disk and are merged in row order, and targets are checked."""
+"""What verbs share: cells are divided, results are kept on disk and merged in row order, and targets are checked."""
 
 import threading
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def test_several_processes_write_what_one_writes(size: int, write_h5ad, four_gen
         np.testing.assert_array_equal(results[0][name], values)
 
 
-def test_results_lie_on_disk_while_they_are_collected_and_nowhere_after(tmp_path) -> None:
+def test_results_are_on_disk_while_they_are_collected_and_nowhere_after(tmp_path) -> None:
     with cell_results(tmp_path / "out.h5ad", num_cells=2) as parts:
         parts.write(np.array([1, 0]), {"x": np.array([[5.0], [4.0]])})
         (stored,) = (tmp_path / ".out.h5ad.cells.partial").iterdir()
