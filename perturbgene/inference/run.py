@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import CONFIG_NAME
 
 from perturbgene import __version__
 from perturbgene.cli.verbs import MASK_RATES, MlmConfig
@@ -26,6 +25,9 @@ from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 
 logger = logging.getLogger(__name__)
+
+#: The file that training writes last into a run folder.
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
