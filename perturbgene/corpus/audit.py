@@ -24,38 +24,7 @@ def find(
     dropped: Mapping[str, int],
 ) -> list[str]:  # fmt: skip
     """Return the findings, each with what was found, why it matters and what to do."""
-    findings = _about_genes(plan, survey, genes)
-    lacking: dict[str, list[int]] = {}
-    for index, file in enumerate(survey.files):
-        for column in file.lacks:
-            lacking.setdefault(column, []).append(index)
-    for column, indices in lacking.items():
-        files = listed(sorted(path_of(survey.sources[index]) for index in indices), most=3)
-        num_cells = sum(survey.files[index].num_cells for index in indices)
-        effect = "their labels are absent: they do not teach it"
-        if column == survey.split_by:
-            effect = "they are kept together as if they were one"
-        findings.append(
-            f"obs[{column!r}] is not in {files}, so for these {num_cells:,} cells {effect}; add the column to these "
-            "files if it is known."
-        )
-    scales = {file.scale.name: path_of(source) for source, file in zip(survey.sources, survey.files, strict=True)}
-    if len(scales) > 1:
-        named = ", ".join(f"{name} in {path}" for name, path in sorted(scales.items()))
-        findings.append(
-            f"the files are on {len(scales)} scales ({named}): all are brought to log1p of counts per 10,000; if "
-            "one was recognized wrongly, choose its counts with --layer, or bring the files to one scale."
-        )
-    if survey.split_by == BY_CELL:
-        findings.append(
-            "the split is by cell: cells of one donor are on both sides, so scores are optimistic; name the donor "
-            "column with --split_by."
-        )
-    elif num_missing := sum(file.units[""] for file in survey.files if survey.split_by not in file.lacks):
-        findings.append(
-            f"{num_missing:,} cells have no {survey.split_by}: they stay together as if they were one, so donors among "
-            f"them are not kept apart; fill in obs[{survey.split_by!r}]."
-        )
+    findings = _about_genes(plan, survey, genes) + _about_files(plan, survey)
     for category, of_split in statistics.labels.items():
         findings += _about_labels(category, of_split, survey)
     for split, hash_n in hashes.items():
@@ -96,13 +65,59 @@ def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
             "apart by them; give a --panel of shared genes to leave them out."
         )
     num_measured_t = genes.measured_tg.sum(axis=1)
-    for table in np.flatnonzero(num_measured_t < plan.config.min_gene_coverage * len(genes.panel)):
+    has_few_t = num_measured_t < plan.config.min_gene_coverage * len(genes.panel)
+    for table in np.flatnonzero(has_few_t | (np.array(genes.remedies) != "")):
         files = sorted(path_of(survey.sources[index]) for index in np.flatnonzero(survey.table_of_source == table))
+        effect = "so its cells are short and teach little" if has_few_t[table] else "so its other genes are unknown"
         findings.append(
             f"{listed(files, most=3)}: {num_measured_t[table]:,} of {len(genes.panel):,} panel genes are measured "
-            f"({num_measured_t[table] / len(genes.panel):.1%}), so its cells are short and teach little; choose a "
-            "matrix with more genes (--layer raw), or leave it out."
+            f"({num_measured_t[table] / len(genes.panel):.1%}), {effect}; "
+            f"{genes.remedies[table] or 'leave it out if it measures no more.'}"
         )
+    return findings
+
+
+def _about_files(plan: Plan, survey: Survey) -> list[str]:
+    """Return what files lack or mix, and what is known of the units that the split keeps whole."""
+    findings = []
+    lacking: dict[str, list[int]] = {}
+    for index, file in enumerate(survey.files):
+        for column in file.lacks:
+            lacking.setdefault(column, []).append(index)
+    for column, indices in lacking.items():
+        files = listed(sorted(path_of(survey.sources[index]) for index in indices), most=3)
+        num_cells = sum(survey.files[index].num_cells for index in indices)
+        alike = sorted({survey.files[index].lacks[column] for index in indices} - {""})
+        remedy = (
+            f"rename obs[{alike[0]!r}] if it is the same" if alike else "add the column to these files if it is known"
+        )
+        effect = "their labels are absent: they do not teach it"
+        if column == survey.split_by:
+            effect = "they are kept together as if they were one"
+        findings.append(f"obs[{column!r}] is not in {files}, so for these {num_cells:,} cells {effect}; {remedy}.")
+    scales = {file.scale.name: path_of(source) for source, file in zip(survey.sources, survey.files, strict=True)}
+    if len(scales) > 1:
+        named = ", ".join(f"{name} in {path}" for name, path in sorted(scales.items()))
+        findings.append(
+            f"the files are on {len(scales)} scales ({named}): all are brought to log1p of counts per 10,000; if "
+            "one was recognized wrongly, choose its counts with --layer, or bring the files to one scale."
+        )
+    if survey.split_by == BY_CELL:
+        findings.append(
+            "the split is by cell: cells of one donor are on both sides, so scores are optimistic; name the donor "
+            "column with --split_by."
+        )
+    elif num_missing := sum(file.units[""] for file in survey.files if survey.split_by not in file.lacks):
+        findings.append(
+            f"{num_missing:,} cells have no {survey.split_by}: they stay together as if they were one, so donors among "
+            f"them are not kept apart; fill in obs[{survey.split_by!r}]."
+        )
+    for twins in near_duplicates(set(survey.units) - {""}):
+        if 0 < len(plan.eval_units & set(twins)) < len(twins):
+            findings.append(
+                f"{survey.split_by}: {listed(twins)} differ in case, plural or punctuation only and are on both sides "
+                "of the split, so scores are optimistic if they are one; give them one spelling."
+            )
     return findings
 
 
@@ -117,7 +132,7 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
     if new := sorted(set(of_split["eval"]) - {"", *of_split["train"]}):
         findings.append(
             f"{category}: {listed(new)} occur in eval cells only and cannot be predicted, so their cells count as "
-            "errors or are left out; hold out other donors with --eval_donors."
+            "errors or are left out; hold out other cells with --eval_donors or another --seed."
         )
     labels = sorted(set(of_split["train"]) - {""})
     if len(labels) == 1:
@@ -127,9 +142,12 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
         )
     alone = sorted(label for label, units in survey.units_of_label[category].items() if len(units) == 1)
     if unscored := [label for label in labels if label not in of_split["eval"] and label not in alone]:
+        remedy = "raise --eval_fraction, or give another --seed"
+        if survey.split_by != BY_CELL:
+            remedy = "hold out cells that have them with --eval_donors, or raise --eval_fraction"
         findings.append(
             f"{category}: {listed(unscored)} occur in training cells only, so nothing is known of how well they are "
-            "predicted; hold out cells that have them with --eval_donors, or raise --eval_fraction."
+            f"predicted; {remedy}."
         )
     findings += [
         f"{category}: {listed(twins)} differ in case, plural or punctuation only, so they are learned as different "
@@ -165,7 +183,7 @@ def near_duplicates(labels: Iterable[str]) -> list[list[str]]:
     for label in sorted(labels):
         # A sign after a letter or digit is part of the name: CD4+ and CD4- are different cells.
         words = re.findall(r"\w+(?:[+-](?!\w))?", label.casefold().replace("_", " "))
-        singular = " ".join(word[:-1] if re.fullmatch(r"\w{3,}s", word) else word for word in words)
+        singular = " ".join(re.sub(r"(?<=\w{3})s$", "", re.sub(r"(?<=\w{3})ies$", "y", word)) for word in words)
         is_number = re.fullmatch(r"[-+]?\d*[.]?\d+", label)
         groups.setdefault(label if is_number else re.sub(r"(?<!\d) | (?!\d)", "", singular), []).append(label)
     return [group for group in groups.values() if len(group) > 1]

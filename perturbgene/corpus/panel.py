@@ -6,17 +6,29 @@ matched to `data_utils.genes`. Letters: g genes of the panel, u genes of all fil
 
 import itertools
 import logging
+import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus.statistics import Statistics
 from perturbgene.corpus.survey import Plan, Survey, gene_names_of, open_files, path_of
-from perturbgene.data_utils.genes import GenePanel, clean_gene, gene_report, is_ensembl, names_of, read_panel
+from perturbgene.data_utils.genes import (
+    GenePanel,
+    clean_gene,
+    gene_report,
+    is_ensembl,
+    names_of,
+    read_panel,
+    species_of,
+)
 from perturbgene.data_utils.labels import label_text
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
@@ -24,7 +36,7 @@ from perturbgene.hub import local_run
 
 logger = logging.getLogger(__name__)
 
-#: A file that shares this share of the smaller set of genes with no other file names its genes differently.
+#: Two files that share no more than this part of the smaller set of genes name their genes differently.
 LEAST_SHARED = 0.02
 
 #: What a gene report counts: columns of a file (kept, mapped, dropped, unknown) and genes of the panel (the others).
@@ -80,6 +92,7 @@ class CorpusGenes:
         panel_of_union: Place in the panel of each gene of all files, int64 of shape (u,), -1 if it was not chosen.
         measured_tg: True where a table has a gene of the panel, shape (t, g).
         reports: What became of the columns of each table; `MEANING` explains the words.
+        remedies: Where a table's file has more genes of the panel, and the flag that reads them; '' if nowhere.
         num_given_missing: Genes of a given panel that no file has.
     """
 
@@ -87,6 +100,7 @@ class CorpusGenes:
     panel_of_union: np.ndarray
     measured_tg: np.ndarray
     reports: list[dict[str, Any]]
+    remedies: list[str]
     num_given_missing: int
 
 
@@ -96,14 +110,16 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
     if config.panel:
         genes, symbols, union_g = _given_genes(union, config.panel, least_coverage=config.min_gene_coverage)
     else:
-        score_g = statistics.counts.normalized_variance(moments.num_cells) if statistics.counts else None
-        ranked = moments.rank(score_g)
+        # A gene varies among the cells that measure it: in the others it is unknown, not zero.
+        num_cells_u = statistics.cells_of_table @ _measured(survey, union, config)
+        if statistics.counts:
+            ranked = moments.rank(statistics.counts.normalized_variance(num_cells_u))
+        else:
+            ranked = moments.rank(moments.normalized_dispersion(num_cells_u))
         union_g = ranked[moments.num_expressed_g[ranked] > 0]
         # Genes that most cells measure come first: of others, most cells would know nothing.
-        sizes, measured_tu = [file.num_cells for file in survey.files], _measured(survey, union, config)
-        cells_of_table = np.bincount(survey.table_of_source, weights=sizes, minlength=len(measured_tu))
-        is_common_g = 2 * (cells_of_table @ measured_tu) > cells_of_table.sum()
-        union_g = np.concatenate([union_g[is_common_g[union_g]], union_g[~is_common_g[union_g]]])
+        is_common_g = 2 * num_cells_u[union_g] > moments.num_cells
+        union_g = np.concatenate([union_g[is_common_g], union_g[~is_common_g]])
         genes, symbols = ([names[g] for g in union_g] for names in (union.genes, union.symbols))
     if not len(genes):
         raise InputError("no training cell expresses any gene: is X empty? Choose the matrix with --layer.")
@@ -116,11 +132,17 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
     panel_of_union = np.full(len(union), -1, dtype=np.int64)
     panel_of_union[union_g[union_g >= 0]] = np.flatnonzero(union_g >= 0)
     measured_tg, reports = np.zeros((len(survey.first_of_table), len(panel)), dtype=bool), []
-    with closing(open_files(plan.sources, config, union)) as cache:
+    remedies = [""] * len(measured_tg)
+    with (
+        closing(open_files(plan.sources, config, union)) as cache,
+        closing(open_files(plan.sources, config, panel)) as panel_cache,
+    ):
         for table, index in enumerate(survey.first_of_table):
             shard = cache[index]
             places = panel_of_union[shard.alignment.is_measured_g]
             measured_tg[table, places[places >= 0]] = True
+            if not measured_tg[table].all():
+                remedies[table] = panel_cache[index].gene_remedy()
             names = names_of(shard.source, config.gene_id_column).own_c
             reports.append(gene_report(names, shard.alignment, panel_of_gene=panel_of_union, panel=panel))
             logger.info("genes of %s:", shard.path)
@@ -130,7 +152,7 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
                         "  %s: %d %s (%s)", kind, found["count"], MEANING[kind], ", ".join(found["examples"][:3])
                     )
     num_missing = int((union_g < 0).sum()) if config.panel else 0
-    return CorpusGenes(panel, panel_of_union, measured_tg, reports, num_missing)
+    return CorpusGenes(panel, panel_of_union, measured_tg, reports, remedies, num_missing)
 
 
 def _measured(survey: Survey, union: GenePanel, config: PrepareConfig) -> np.ndarray:
@@ -140,24 +162,73 @@ def _measured(survey: Survey, union: GenePanel, config: PrepareConfig) -> np.nda
 
 
 def check_shared(survey: Survey, union: GenePanel, config: PrepareConfig) -> None:
-    """Raise an InputError if a file shares (nearly) no gene with any other: they name their genes differently."""
+    """Raise an InputError if files share (nearly) no gene with the rest of the corpus, with the likely reason."""
     if len(survey.first_of_table) < 2:
         return
     measured_tu = _measured(survey, union, config)
     shared_tt = measured_tu.astype(np.float32) @ measured_tu.T.astype(np.float32)
-    num_genes_t = shared_tt.diagonal().copy()
-    np.fill_diagonal(shared_tt, -1)
-    least_tt = LEAST_SHARED * np.minimum(num_genes_t[:, None], num_genes_t)
-    for table in np.flatnonzero((shared_tt <= least_tt).all(axis=1)):
-        other = int(shared_tt[table].argmax())
-        paths = [path_of(survey.sources[survey.first_of_table[one]]) for one in (table, other)]
-        names = [listed([union.genes[g] for g in np.flatnonzero(measured_tu[one])], most=3) for one in (table, other)]
-        raise InputError(
-            f"{paths[0]} shares no gene with the other files, or nearly none ({shared_tt[table, other]:,.0f} of "
-            f"{num_genes_t[table]:,.0f} with {paths[1]}): its genes are {names[0]}, there {names[1]}. Name a column of "
-            "var that holds the same kind of names in all files with --gene_id_column, or bring the files to one "
-            "naming first (Ensembl ids or symbols, one species, cells as rows)."
+    num_genes_t = shared_tt.diagonal()
+    are_linked_tt = shared_tt > LEAST_SHARED * np.minimum(num_genes_t[:, None], num_genes_t)
+    # Files that share genes through other files belong together; those with most cells are right.
+    num_groups, group_t = connected_components(sparse.csr_matrix(are_linked_tt), directed=False)
+    if num_groups == 1:
+        return
+    sizes = [file.num_cells for file in survey.files]
+    main = np.bincount(group_t[survey.table_of_source], weights=sizes, minlength=num_groups).argmax()
+    other, table = int(np.flatnonzero(group_t == main)[0]), int(np.flatnonzero(group_t != main)[0])
+    indices = [survey.first_of_table[one] for one in (table, other)]
+    paths = [path_of(survey.sources[index]) for index in indices]
+    genes = [[union.genes[g] for g in np.flatnonzero(measured_tu[one])] for one in (table, other)]
+    with closing(open_files(survey.sources, config)) as cache:
+        cells = [[clean_gene(name) for name in cache[index].source.obs_names] for index in indices]
+    raise InputError(
+        f"{paths[0]} shares no gene with the other files, or nearly none ({shared_tt[table, other]:,.0f} of "
+        f"{num_genes_t[table]:,.0f} with {paths[1]}): its genes are {listed(genes[0], most=3)}, there "
+        f"{listed(genes[1], most=3)}. {why_none_is_shared(genes, cells)}"
+    )
+
+
+def why_none_is_shared(genes: Sequence[Sequence[str]], cells: Sequence[Sequence[str]]) -> str:
+    """Return the likely reason why two files share no gene, and what to do.
+
+    Args:
+        genes: Names of genes, of either file.
+        cells: Names of cells, of either file.
+
+    Example:
+        >>> why_none_is_shared([["Cd3d", "Cd19"], ["CD3D", "CD19"]], [["c1"], ["c2"]])[:56]
+        'Their names differ in upper and lower case only, as mous'
+    """
+    either = ((0, 1), (1, 0))
+    for one, other in either:
+        if len(set(cells[one]) & set(genes[other])) > min(len(cells[one]), len(genes[other])) / 5:
+            where = ("the first", "the second")[one]
+            return f"Cells and genes of {where} are swapped: transpose it (adata.T)."
+    species = [species_of(names) for names in genes]
+    if all(species) and species[0] != species[1]:
+        return f"They are of different species ({species[0]} and {species[1]}): map their ids to orthologs first."
+    if any(species) and not all(species):
+        return (
+            "One has Ensembl ids, the other has symbols: name a column of var that holds the same kind of names in all "
+            "files with --gene_id_column."
         )
+    known = [{name.casefold() for name in names} for names in genes]
+    least = min(map(len, known)) / 2
+    if len(known[0] & known[1]) > least:
+        return (
+            "Their names differ in upper and lower case only, as mouse symbols differ from human ones: prepare species "
+            "apart; if it is one species, write all as one (var_names.str.upper())."
+        )
+    for one, other in either:
+        found = [re.match(r"[^_:|]+[_:|]+", name) for name in genes[one]]
+        prefixes = Counter(match[0] for match in found if match).most_common(1)
+        for prefix, _ in prefixes:
+            if len({name.removeprefix(prefix) for name in genes[one]} & set(genes[other])) > least:
+                return f"Names of one begin with {prefix!r}: remove it (var_names.str.removeprefix({prefix!r}))."
+    return (
+        "Name a column of var that holds the same kind of names in all files with --gene_id_column, or bring the files "
+        "to one naming first (Ensembl ids or symbols, one species, cells as rows)."
+    )
 
 
 def _given_genes(union: GenePanel, given: str, *, least_coverage: float) -> tuple[list[str], list[str], np.ndarray]:

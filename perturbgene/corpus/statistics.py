@@ -69,14 +69,16 @@ class GeneMoments:
         self.sum_squares_g += tensors["sum_squares_g"]
         self.num_expressed_g += tensors["num_expressed_g"]
 
-    def normalized_dispersion(self) -> np.ndarray:
+    def normalized_dispersion(self, num_cells_g: np.ndarray | None = None) -> np.ndarray:
         """Return Seurat's standardized log dispersion of each gene, NaN where it is undefined, shape (g,).
 
         Log of variance over mean, z-scored among genes of similar mean (Satija et al. 2015, Nat Biotechnol); a test
-        compares it gene by gene with the `flavor="seurat"` of scanpy's `highly_variable_genes`.
+        compares it gene by gene with the `flavor="seurat"` of scanpy's `highly_variable_genes`. `num_cells_g` is the
+        number of cells that measure each gene, by default all.
         """
-        mean_g = self.sum_g / max(1, self.num_cells)
-        variance_g = (self.sum_squares_g - self.num_cells * mean_g**2) / max(1, self.num_cells - 1)
+        num_cells = self.num_cells if num_cells_g is None else num_cells_g
+        mean_g = self.sum_g / np.maximum(1, num_cells)
+        variance_g = (self.sum_squares_g - num_cells * mean_g**2) / np.maximum(1, num_cells - 1)
         mean_g[mean_g == 0] = 1e-12
         with np.errstate(divide="ignore", invalid="ignore"):
             dispersion_g = np.log(np.where(variance_g > 0, variance_g / mean_g, np.nan))
@@ -132,22 +134,22 @@ class CountTable:
         self.times = np.zeros(len(self.keys), dtype=np.int64)
         np.add.at(self.times, place, times)
 
-    def normalized_variance(self, num_cells: int) -> np.ndarray:
+    def normalized_variance(self, num_cells: int | np.ndarray) -> np.ndarray:
         """Return each gene's variance over that expected from its mean, NaN where it is constant, shape (g,).
 
         The expected variance is a smooth curve; counts are clipped at sqrt(n) expected deviations above the mean
         (Stuart et al. 2019, Cell). A test compares it with `flavor="seurat_v3"` of scanpy's `highly_variable_genes`.
-        `num_cells` includes cells that do not express the gene.
+        `num_cells` (one number, or one for each gene) counts the cells that measure a gene, expressed or not.
         """
         sums_g, squares_g = self._sums(np.full(len(self.few_gk), np.inf))
-        mean_g = sums_g / max(1, num_cells)
-        variance_g = (squares_g - num_cells * mean_g**2) / max(1, num_cells - 1)
+        mean_g = sums_g / np.maximum(1, num_cells)
+        variance_g = (squares_g - num_cells * mean_g**2) / np.maximum(1, num_cells - 1)
         varies_g = variance_g > 1e-12 * np.maximum(mean_g, 1e-300) ** 2
         expected_g = np.ones(len(mean_g))
         expected_g[varies_g] = 10 ** smooth_curve(np.log10(mean_g[varies_g]), np.log10(variance_g[varies_g]))
         sums_g, squares_g = self._sums(np.sqrt(expected_g * num_cells) + mean_g)
         spread_g = num_cells * mean_g**2 + squares_g - 2 * sums_g * mean_g
-        return np.where(varies_g, spread_g / (max(1, num_cells - 1) * expected_g), np.nan)
+        return np.where(varies_g, spread_g / (np.maximum(1, num_cells - 1) * expected_g), np.nan)
 
     def _sums(self, highest_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sum counts and their squares per gene, each count taken as at most `highest_g`, float64 of shape (g,)."""
@@ -198,6 +200,7 @@ class Statistics:
         counts: Only for ranking by the variance of counts.
         labels: Phenotype -> split -> label -> cells, '' where missing.
         num_cells: Split -> cells.
+        cells_of_table: Training cells of each table of genes, int64 of shape (t,).
         first_of_part: Split -> how many of its cells come before each part, int64 of shape (parts,).
     """
 
@@ -206,6 +209,7 @@ class Statistics:
     counts: CountTable | None
     labels: dict[str, dict[str, Counter[str]]]
     num_cells: dict[str, int]
+    cells_of_table: np.ndarray
     first_of_part: dict[str, np.ndarray]
 
 
@@ -251,4 +255,8 @@ def merge_parts(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> Statistics:
                 labels[category][split].update(found)
     ends = {split: np.cumsum([0] + [entry[split] for entry in entries]) for split in SPLITS}
     num_cells = {split: int(ends[split][-1]) for split in SPLITS}
-    return Statistics(moments, histogram, counts, labels, num_cells, {split: ends[split][:-1] for split in SPLITS})
+    cells_of_table = np.zeros(plan.table_of_source.max() + 1, dtype=np.int64)
+    for part, entry in zip(plan.parts(), entries, strict=True):
+        cells_of_table[plan.table_of_source[part.source]] += entry["train"]
+    first_of_part = {split: ends[split][:-1] for split in SPLITS}
+    return Statistics(moments, histogram, counts, labels, num_cells, cells_of_table, first_of_part)

@@ -4,6 +4,7 @@ Owns the order of the files, the split, the cut into parts, and opening files in
 counting to `statistics` and writing to `spool`. Letters: n cells, l values.
 """
 
+import difflib
 import hashlib
 import logging
 import os
@@ -25,7 +26,7 @@ from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.workers import Workers
 from perturbgene.data_utils.chosen_cells import check_where
 from perturbgene.data_utils.genes import GenePanel, names_of
-from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text
+from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text, plain_spelling
 from perturbgene.data_utils.recognition import Scale, check_values
 from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard, ShardCache
@@ -89,7 +90,8 @@ class CellTable:
         units: What is kept whole by the split, such as donors; one empty text when cells are split one by one.
         labels: Labels of every phenotype; those that mean "not known" are ''.
         missing: Phenotype -> spelling -> cells, of labels that mean "not known".
-        lacks: Columns of obs that were asked for and that the file does not have: they are missing in all its cells.
+        lacks: Columns of obs that were asked for and that the file does not have (they are missing in all its cells),
+            each with the file's column of a similar name, or ''.
     """
 
     names_n: np.ndarray
@@ -97,12 +99,17 @@ class CellTable:
     units: Labels
     labels: dict[str, Labels]
     missing: dict[str, Counter[str]]
-    lacks: tuple[str, ...]
+    lacks: dict[str, str]
 
     @classmethod
     def of(cls, shard: Shard, config: PrepareConfig, split_by: str) -> "CellTable":
-        """Read the table of one file; refuse a phenotype that holds measurements."""
-        known = set(shard.source.columns_of("obs"))
+        """Read the table of one file; refuse repeated columns, and a phenotype that holds measurements."""
+        columns = shard.source.columns_of("obs")
+        known = set(columns)
+        if repeated := sorted(name for name in known if columns.count(name) > 1):
+            raise InputError(
+                f"{shard.path}: obs has more than one column {listed(repeated)}. Rename all but one, or drop them."
+            )
         names_n = np.asarray([str(name) for name in shard.source.obs_names], dtype=object)
         keys_n = pd.util.hash_array(names_n, hash_key=f"{config.seed:016d}"[-16:], categorize=False)
         units = Labels(np.zeros(len(shard), dtype=np.int32), ("",))
@@ -126,7 +133,16 @@ class CellTable:
             labels[category] = Labels(spelled.codes_n, tuple("" if text in unknown else text for text in spelled.texts))
             missing[category] = Counter({text: n for text, n in spelled.counts().items() if text in unknown})
         asked = {split_by, *config.column_of_phenotype.values()} - {BY_CELL}
-        return cls(names_n, keys_n, units, labels, missing, tuple(sorted(asked - known)))
+        lacks = {column: _alike(column, columns, is_donor=column == split_by) for column in sorted(asked - known)}
+        return cls(names_n, keys_n, units, labels, missing, lacks)
+
+
+def _alike(column: str, columns: Sequence[str], *, is_donor: bool) -> str:
+    """Return the column whose name is most like that of another file, or ''."""
+    spelled = {plain_spelling(name): name for name in reversed(columns)}
+    near = difflib.get_close_matches(plain_spelling(column), spelled, n=1, cutoff=0.8)
+    donors = [name for name in DONOR_COLUMNS if is_donor and name in columns]
+    return spelled[near[0]] if near else donors[0] if donors else ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +159,7 @@ class FileSurvey:
         units: Cells of each donor, '' where missing.
         units_of_label: Phenotype -> label -> donors that have a cell of that label; empty when cells are split.
         labels: Phenotype -> the labels that its cells have.
-        lacks: Columns of obs that were asked for and that the file does not have.
+        lacks: As in `CellTable`.
         cell_keys_n: Hash of each cell's name, uint64 of shape (n,); empty when donors are split.
     """
 
@@ -157,7 +173,7 @@ class FileSurvey:
     units: Counter[str]
     units_of_label: dict[str, dict[str, set[str]]]
     labels: dict[str, set[str]]
-    lacks: tuple[str, ...]
+    lacks: dict[str, str]
     cell_keys_n: np.ndarray
 
 

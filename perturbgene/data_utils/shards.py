@@ -135,15 +135,19 @@ class Shard:
         """
         alignment = self.alignment
         is_refused = alignment.coverage < minimum or not alignment.is_measured_g.any()
-        remedy = self._gene_remedy() if is_refused or alignment.coverage < 1 else ""
+        remedy = self.gene_remedy() if is_refused or alignment.coverage < 1 else ""
         alignment.check_coverage(minimum, source=self.path, remedy=remedy)
         if remedy:
             logger.warning("%s: %s. %s", self.path, alignment.describe(), remedy)
         elif alignment.coverage < 0.5:
             logger.warning("%s: %s; cells are scored by what it measures", self.path, alignment.describe())
 
-    def _gene_remedy(self) -> str:
-        """Say where more genes of the panel are: in .raw, in another column of var, or among the names of cells."""
+    def gene_remedy(self) -> str:
+        """Say where more genes of the panel are: in .raw, in another column of var, or among the names of cells.
+
+        Returns:
+            A sentence that names the flag to give; '' if nothing in the file has more of them.
+        """
 
         def coverage_of(names: np.ndarray) -> float:
             return self.panel.align(names).coverage

@@ -146,3 +146,12 @@ def test_genes_of_a_handful_of_cells_are_ranked_although_loess_cannot_fit_them()
     counts_ng = generator.poisson(np.exp(generator.normal(-1, 2, 2000)) * generator.gamma(0.8, 1.25, (5, 2000)))
     score_g = table_of(counts_ng.astype(float)).normalized_variance(5)
     assert np.isfinite(score_g[counts_ng.var(axis=0) > 0]).all()
+
+
+def test_cells_that_do_not_measure_a_gene_count_as_none_of_it() -> None:
+    counts_ng = np.random.default_rng(0).poisson(3.0, (50, 40)).astype(float)
+    padded_ng, measuring_g = np.vstack([counts_ng, np.zeros((30, 40))]), np.full(40, 50)
+    expected = moments_of(counts_ng).normalized_dispersion()
+    np.testing.assert_array_equal(moments_of(padded_ng).normalized_dispersion(measuring_g), expected)
+    expected = table_of(counts_ng).normalized_variance(50)
+    np.testing.assert_array_equal(table_of(padded_ng).normalized_variance(measuring_g), expected)
