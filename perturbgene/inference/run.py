@@ -26,7 +26,7 @@ from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBer
 
 logger = logging.getLogger(__name__)
 
-#: The file that training writes last into a run folder.
+#: What a run folder has, with weights, once training has ended.
 CONFIG_NAME = "config.json"
 
 
@@ -118,7 +118,7 @@ def choose_device(device: str) -> torch.device:
 
 def folder_to_read(run: Path) -> Path:
     """Return a finished run's own folder, or the newest whole checkpoint of a run that is not finished, with a line."""
-    if (run / CONFIG_NAME).exists():
+    if (run / CONFIG_NAME).exists() and any(run.glob("*.safetensors")):
         return run
     from perturbgene.training.checkpoints import checkpoints, damage_of  # imports the Trainer, which takes seconds
 
