@@ -10,11 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.options import Flag, check_flag, entries_of, named_values, own_flags
-from perturbgene.cli.parsing import known_flags
+from perturbgene.cli.parsing import KINDS, advice, known_flags, to_kind
 from perturbgene.cli.verbs import CONFIGS
-from perturbgene.errors import InputError, did_you_mean
+from perturbgene.errors import InputError, did_you_mean, listed
 
 #: Other names of parameters: those of the command line for what is positional here, and names of older versions.
 OTHER_NAMES = {
@@ -64,25 +66,21 @@ def _as_given(value: Any, flag: Flag, *, is_option: bool) -> Any:
     """Bring a value to the type of its option; `is_option` is False where a function has a mapping instead of text."""
     if isinstance(value, Mapping) and is_option:
         value = entries_of(value)
-    if isinstance(value, Mapping) or value is None:
-        return value
-    if flag.is_named and not is_option:
-        return named_values(_as_list(value), flag=flag.name)
-    value = str(value) if isinstance(value, Path) else value
-    if flag.is_list:
-        value = _as_list(value)
-    elif isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    for item in _as_list(value) if flag.choices else []:
-        if item not in flag.choices:
-            raise InputError(f"{flag.name} is {item!r}. {did_you_mean(str(item), flag.choices)}")
+    if isinstance(value, Mapping) or value is None or flag.is_positional or flag.is_path:
+        return str(value) if isinstance(value, Path) else value
+    items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if len(items) != 1 and not flag.is_list:
+        raise InputError(f"{flag.name} was given {listed(items) or 'nothing'}, but it takes one value. {advice(flag)}")
+    kind = flag.item if flag.is_list else next(kind for kind in KINDS if kind in flag.kinds)
     try:
-        check_flag(value, flag)
-    except TypeError as error:
-        raise InputError(f"{flag.name} is {value!r}, which is of a wrong type ({error}). {flag.help}") from error
+        items = [to_kind(item.item() if isinstance(item, np.generic) else item, kind, flag) for item in items]
+    except ValueError as error:
+        raise InputError(f"{flag.name} was given {value!r}, which {error}. {advice(flag)}") from error
+    if flag.is_named and not is_option:
+        labels = named_values(items, flag=flag.name)
+        if None in labels.values() and not flag.is_list:
+            raise InputError(f"{flag.name} was given {value!r}, which is no NAME=LABEL. {flag.help}")
+        return labels
+    value = items if flag.is_list else items[0]
+    check_flag(value, flag)
     return value
-
-
-def _as_list(value: Any) -> list[Any]:
-    """Return the items of an iterable, and anything else, text too, as the only item."""
-    return [value] if isinstance(value, str | Path) or not isinstance(value, Iterable) else list(value)

@@ -88,8 +88,10 @@ def test_the_names_of_the_command_line_are_known():
     ("options", "message"),
     [
         ({"top_k": 0}, r"top_k is 0, but it must be in \[1, inf\)"),
-        ({"top_k": "three"}, "top_k is 'three', which is of a wrong type"),
-        ({"normalization": "log1p"}, "normalization is 'log1p'. Did you mean 'log1p_cp10k'?"),
+        ({"top_k": "three"}, "top_k was given 'three', which is not a number. Give --top_k INTEGER"),
+        ({"top_k": 2.5}, "top_k was given 2.5, which is not a whole number"),
+        ({"top_k": [1, 2]}, "top_k was given 1, 2, but it takes one value"),
+        ({"normalization": "log1p"}, "normalization was given 'log1p', which .*did you mean 'log1p_cp10k'"),
     ],
 )
 def test_a_value_that_an_option_does_not_allow_is_refused_before_any_file_is_opened(options, message):
@@ -130,3 +132,21 @@ def test_a_script_without_a_main_guard_may_use_several_processes(small_folder: P
     command = [sys.executable, "script.py"] if way == "a script" else [sys.executable, "-"]
     subprocess.run(command, input=code, text=True, cwd=tmp_path, check=True)
     assert (tmp_path / "made/manifest.json").exists()
+
+
+@pytest.mark.parametrize("value", [3, 3.0, "3", np.int64(3), [3]], ids=["int", "float", "text", "numpy", "list of one"])
+def test_a_number_may_be_given_in_any_form(value):
+    assert keywords_of("predict", top_k=value)["top_k"] == 3
+
+
+def test_a_label_that_is_set_needs_its_name_and_value():
+    called = as_function(lambda adata, model, *, set: set, "counterfactual")
+    assert called("cells.h5ad", "runs/mlm", set="tissue=lung") == {"tissue": "lung"}
+    with pytest.raises(InputError, match="set was given 'tissue', which is no NAME=LABEL"):
+        called("cells.h5ad", "runs/mlm", set="tissue")
+
+
+@pytest.mark.parametrize("model", [None, 3, ("model", "tokenizer"), three_types])
+def test_what_is_no_run_is_refused_in_one_line(model):
+    with pytest.raises(InputError, match="is no run. Give the folder of an mlm or cls run"):
+        pg.load_run(model)

@@ -77,7 +77,7 @@ def test_a_run_and_its_tokenizer_show_what_they_are(small_folder: Path) -> None:
     run = pg.load_run(small_folder / "runs/mlm", device="cpu")
     tokenizer = "GeneTokenizer(200 genes, cell_type (3 labels), tissue (2 labels), 8 bins of expression)"
     assert repr(run.tokenizer) == tokenizer
-    assert repr(run) == f"Run({run.path!r}: mlm, 1 layers, 32 wide, on cpu; {tokenizer})"
+    assert repr(run) == f"Run({run.path!r}: mlm, 1 x 32, on cpu; {tokenizer})"
 
 
 def test_the_genes_of_a_run_on_the_hub_may_be_the_panel(hub_cache: Path, small_folder: Path) -> None:

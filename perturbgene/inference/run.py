@@ -47,7 +47,7 @@ class Run:
     def __repr__(self) -> str:
         config, kind = self.model.config, "cls" if self.is_classifier else "mlm"
         what = f" of {self.category} ({len(self.class_labels)} classes)" if self.is_classifier else ""
-        shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, on {self.model.device}"
+        shape = f"{config.num_hidden_layers} x {config.hidden_size}, on {self.model.device}"
         return f"Run({self.path!r}: {kind}{what}, {shape}; {self.tokenizer!r})"
 
     @property
@@ -147,6 +147,11 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     """
     if isinstance(run, Run):
         return run
+    if not isinstance(run, str | Path):
+        raise InputError(
+            f"{type(run).__name__} is no run. Give the folder of an mlm or cls run, its name on the Hugging Face Hub, "
+            "or what `load_run` returns."
+        )
     run = local_run(run)
     if not run.is_dir():
         reason = "is a file, not a folder" if run.exists() else "does not exist"
