@@ -17,6 +17,7 @@ register_when_imported()
 #: Function -> the module that has it, and the verb whose options it takes.
 _VERBS = {
     "prepare": ("perturbgene.corpus.prepare", "prepare"),
+    "check": ("perturbgene.inference.check", "check"),
     "mlm": ("perturbgene.training.train", "mlm"),
     "cls": ("perturbgene.training.train", "cls"),
     "evaluate": ("perturbgene.inference.evaluate", "evaluate"),

@@ -14,6 +14,19 @@ class InputError(ValueError):
     """
 
 
+class FilesRefusedError(InputError):
+    """Files that `check` looked at would be refused.
+
+    Args:
+        message: Why.
+        report: All that it found, which the command line prints all the same.
+    """
+
+    def __init__(self, message: str, *, report: str) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 class RunFailedError(RuntimeError):
     """A run cannot continue, and not because of its settings: the disk is full, or the loss is NaN.
 

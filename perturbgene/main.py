@@ -19,10 +19,11 @@ from typing import Any
 
 from perturbgene import __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
-from perturbgene.errors import InputError, RunFailedError, StoppedError
+from perturbgene.errors import FilesRefusedError, InputError, RunFailedError, StoppedError
 
 VERB_FUNCTIONS = {
     "prepare": "perturbgene.corpus.prepare:run_prepare",
+    "check": "perturbgene.inference.check:run_check",
     "mlm": "perturbgene.training.train:run_mlm",
     "cls": "perturbgene.training.train:run_cls",
     "evaluate": "perturbgene.inference.evaluate:run_evaluate",
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(tokens)
     except (InputError, RunFailedError) as error:
+        if isinstance(error, FilesRefusedError) and is_first_process():
+            print(error.report, flush=True)
         if len(tokens) < len(words):
             traceback.print_exc()
         report(f"error: {' '.join(str(error).split())}")

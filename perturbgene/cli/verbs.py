@@ -282,6 +282,33 @@ class PredictConfig(AnswerOptions, FileOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckConfig(ReadingConfig):
+    """Look at files before the work: what they hold and what would be done.
+
+    Reads all cells as the other commands do and reports what each matrix is, its scale, genes, library sizes, labels
+    and donors, what will be done with them, and what should be looked at. With --run it checks what a command that
+    asks the run would read; without, what prepare would. Ends with exit code 2 if they would refuse the files.
+    """
+
+    verb = "check"
+    example = "perturbgene check cells.h5ad --run runs/mlm"
+    group = IN_OUT
+
+    inputs: list[str] = option(
+        [], "Files of cells (.h5ad, .zarr, 10x .h5 or matrix folders): paths, globs or brace patterns.",
+        is_positional=True, is_path=True,
+    )  # fmt: skip
+    run: str | None = option(None, "Run that the cells are for: folder or hub id.", is_path=True, may_be_on_hub=True)
+    split_by: str | None = option(None, "Column of obs with the donors. Default: as prepare finds it.", group=TASK)
+    json: bool = option(False, "Print JSON for a program instead of a table for a person.")
+
+    def check(self) -> None:
+        super().check()
+        if self.run and self.split_by:
+            raise InputError("split_by is for files that become a corpus, not for a run. Remove --split_by or --run.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DownloadConfig(BaseConfig):
     """Download files, and resume interrupted downloads.
 
@@ -474,7 +501,7 @@ class AttributeConfig(ScoringOptions):
 
 
 _CLASSES: tuple[type[BaseConfig], ...] = (
-    PrepareConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, EmbedConfig, CounterfactualConfig,
+    PrepareConfig, CheckConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, EmbedConfig, CounterfactualConfig,
     PerturbConfig, AttributeConfig, DownloadConfig,
 )  # fmt: skip
 CONFIGS = {config_class.verb: config_class for config_class in _CLASSES}

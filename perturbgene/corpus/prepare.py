@@ -17,7 +17,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from perturbgene import __version__
 from perturbgene.cli.verbs import PrepareConfig
@@ -37,7 +39,7 @@ from perturbgene.corpus.survey import (
     path_of,
     survey_files,
 )  # fmt: skip
-from perturbgene.corpus.workers import JOURNAL_FILE, Journal, WorkStoppedError, open_workers
+from perturbgene.corpus.workers import JOURNAL_FILE, Journal, Workers, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.opening import FileList, as_sources
 from perturbgene.data_utils.recognition import COUNTS
@@ -128,28 +130,65 @@ def run_prepare(config: PrepareConfig) -> Path:
 # -- the steps ----------------------------------------------------------------------------------------------------
 
 
+class _Counted(NamedTuple):
+    """What the first steps found out: all that is decided before cells are dealt."""
+
+    survey: Survey
+    plan: Plan
+    journal: Journal
+    statistics: Statistics
+    genes: CorpusGenes
+    tokenizer: GeneTokenizer
+
+
+def _count(sources: Sequence[Any], config: PrepareConfig, work: Path, workers: Workers) -> _Counted:
+    """Survey the files, count the values of all cells, and choose genes, bins and labels."""
+    survey = survey_files(sources, config, workers)
+    plan = _plan(survey, config, work)
+    journal = _continue(work, plan.key)
+    entries = _run_parts(STATISTICS_FOLDER, count_part, plan, "genes and bins", plan, workers, journal)
+    statistics = merge_parts(plan, entries)
+    genes = choose_genes(plan, survey, statistics)
+    return _Counted(survey, plan, journal, statistics, genes, _tokenizer(statistics, genes, config))
+
+
+def _run_parts(
+    folder: str, task: Callable[..., Any], context: Any, text: str, plan: Plan, workers: Workers, journal: Journal
+) -> list[dict[str, Any]]:
+    """Let workers write one file for each part of the plan."""
+    items = {f"{folder}/{part.name}": part for part in plan.parts()}
+    cells = {file: part.stop - part.start for file, part in items.items()}
+    return workers.write_files(task, context, items, journal=journal, cells=cells, text=text)
+
+
+def rehearse(sources: Sequence[Any], config: PrepareConfig, work: Path) -> tuple[Survey, Plan, list[str]]:
+    """Do what `prepare` does before it deals the cells, and return its findings; nothing is left but `work`.
+
+    Raises:
+        InputError: As `prepare` would.
+    """
+    try:
+        counted = _count(sources, config, work, Workers())
+    finally:
+        close_files()
+    nothing = {split: np.zeros(0, dtype=np.uint64) for split in SPLITS}
+    findings = audit.find(
+        counted.plan, counted.survey, counted.statistics, counted.genes, nothing, dict.fromkeys(SPLITS, 0)
+    )
+    return counted.survey, counted.plan, findings
+
+
 def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num_processes: int) -> None:
     """Fill the folder `corpus` in the folder of unfinished work."""
     module = "perturbgene.corpus.spool"
     with open_workers(scheduler=config.scheduler, num_processes=num_processes, preload=module) as workers:
-        survey = survey_files(sources, config, workers)
-        plan = _plan(survey, config, work)
-        journal, parts = _continue(work, plan.key), plan.parts()
-
-        def run_parts(folder: str, task: Callable[..., Any], context: Any, text: str) -> list[dict[str, Any]]:
-            items = {f"{folder}/{part.name}": part for part in parts}
-            cells = {file: part.stop - part.start for file, part in items.items()}
-            return workers.write_files(task, context, items, journal=journal, cells=cells, text=text)
-
-        statistics = merge_parts(plan, run_parts(STATISTICS_FOLDER, count_part, plan, "genes and bins"))
-        genes = choose_genes(plan, survey, statistics)
-        tokenizer = _tokenizer(statistics, genes, config)
+        survey, plan, journal, statistics, genes, tokenizer = _count(sources, config, work, workers)
         texts = {name: sorted(set().union(*of.values()) - {""}) for name, of in statistics.labels.items()}
         if plan.split_by != BY_CELL:
             texts.setdefault(plan.split_by, sorted(set(survey.units) - {""}))
         num_shards = {split: -(-number // config.shard_size) for split, number in statistics.num_cells.items()}
         layout = Layout(plan, genes, texts, statistics.num_cells, num_shards, statistics.first_of_part)
-        spooled = run_parts(SPOOL_FOLDER, spool_part, layout, "dealing cells")
+        spooled = _run_parts(SPOOL_FOLDER, spool_part, layout, "dealing cells", plan, workers, journal)
         shards, hashes = read_spool(layout)
         items = {f"{_NEW}/{file}": shard for file, shard in shards.items()}
         cells = dict.fromkeys(items, config.shard_size)

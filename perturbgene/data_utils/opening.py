@@ -137,35 +137,34 @@ def identity(path: str) -> Any:
     return status.st_dev, status.st_ino
 
 
-def as_sources(data: Any) -> list[Any]:
+def as_sources(data: Any, *, is_one: bool = False) -> list[Any]:
     """Return the paths or the AnnData objects that a function was given, each of which `open_source` opens.
 
+    Args:
+        data: A path or pattern, an AnnData, or a list of either.
+        is_one: Only one file or AnnData can be read.
+
     Raises:
-        InputError: It is neither, or a path leads nowhere.
+        InputError: It is neither, a path leads nowhere, or there are several where one is read.
     """
-    if isinstance(data, str | Path | FileList):
-        return expand_paths(data)
     items = list(data) if isinstance(data, list | tuple) else [data]
     if all(isinstance(item, str | Path) for item in items):
-        return expand_paths(items)
+        files = expand_paths(data if isinstance(data, FileList) else items)
+        if is_one and len(files) > 1:
+            named = f"{shown_path(data)} names" if isinstance(data, str | Path) else "These are"
+            raise InputError(f"{named} {len(files):,} files, but one is read here. Name one file.")
+        return files
     for item in items:
         if not _is_adata(item):
             raise refused_object(item)
+    if is_one and len(items) > 1:
+        raise refused_object(items)
     return items
 
 
 def one_source(data: Any) -> Any:
-    """Return the one path or AnnData that a function was given.
-
-    Raises:
-        InputError: It is neither, there are several, or the path leads nowhere.
-    """
-    sources = as_sources(data)
-    if len(sources) == 1:
-        return sources[0]
-    if isinstance(data, str | Path):
-        raise InputError(f"{shown_path(data)} names {len(sources):,} files, but one is read here. Name one file.")
-    raise refused_object(sources)
+    """Return the one path or AnnData that a function was given; see `as_sources`."""
+    return as_sources(data, is_one=True)[0]
 
 
 def _is_adata(data: Any) -> bool:

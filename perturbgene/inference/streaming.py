@@ -30,7 +30,7 @@ from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import FileOptions
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, label_text
-from perturbgene.data_utils.opening import expand_paths, is_zarr, one_source, open_source
+from perturbgene.data_utils.opening import as_sources, expand_paths, is_zarr, one_source, open_source
 from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
@@ -221,7 +221,7 @@ def open_cells(
     options = {"batch_size": FileOptions.batch_size, **reading, "rank": ranks.rank, "world_size": ranks.size}
     options["constant_labels"] = constant_labels(run.tokenizer, given)
     dataset = IterableAnnDataset(
-        one_source(data), tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options
+        as_sources(data, is_one=True), tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options
     )
     for index in range(len(dataset.shards)):
         for name in [name for name, label in given.items() if label is None]:

@@ -1,0 +1,295 @@
+"""The verb `check`: what files hold, what would be done with them, and what should be looked at before the work.
+
+Owns the report; everything in it is found by the functions that the other verbs call, and their own messages are its
+lines. Letters: n cells, m rows of one block, l values.
+"""
+
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from perturbgene.cli.base import ReadingConfig
+from perturbgene.cli.verbs import CheckConfig, PrepareConfig
+from perturbgene.corpus.manifest import BY_CELL
+from perturbgene.corpus.prepare import rehearse
+from perturbgene.corpus.survey import MOST_NUMERIC_LABELS, open_files, path_of
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.labels import is_missing, label_text
+from perturbgene.data_utils.opening import FileList, as_sources, open_source
+from perturbgene.data_utils.shards import Shard
+from perturbgene.data_utils.sources import CellSource, MemoryFile, TenxFile, ZarrFile, sampled_spans
+from perturbgene.errors import FilesRefusedError, InputError
+from perturbgene.inference.run import Run, load_run
+
+_BLOCK_ROWS = 1024
+
+#: Columns of obs with more labels than this are names or measurements, which are not listed.
+MOST_LABELS = 200
+
+
+@dataclass
+class FileReport:
+    """What one file holds; None or empty where that could not be found out.
+
+    Args:
+        form: h5ad, zarr, 10x or memory.
+        matrix: Which matrix is read, and how it is stored.
+        library_size, genes_per_cell: Least, median and most; of all cells if a run is given, else of sampled ones.
+        genes: How the columns were matched to the panel, the line that all verbs print.
+        labels: Column of obs -> label -> cells; "" counts missing labels.
+        donors: Cells of each donor.
+    """
+
+    path: str
+    form: str
+    cells: int = 0
+    columns: int = 0
+    matrix: str = ""
+    layers: list[str] = field(default_factory=list)
+    scale: str = ""
+    library_size: list[float] | None = None
+    genes_per_cell: list[float] | None = None
+    genes: str = ""
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)
+    donors: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class CheckReport:
+    """What `check` found.
+
+    Args:
+        target: What the files were checked for: a run, or `prepare`.
+        files: A report of each file.
+        will: What would be done.
+        look_at: What should be looked at first.
+        refused: Why the files would be refused; None if they would not.
+    """
+
+    target: str
+    files: list[FileReport] = field(default_factory=list)
+    will: list[str] = field(default_factory=list)
+    look_at: list[str] = field(default_factory=list)
+    refused: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True if the files would be accepted."""
+        return self.refused is None
+
+    def to_json(self) -> str:
+        """Return the report for a program."""
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=1, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        """Return the report as a table for a person."""
+        lines = []
+        for file in self.files:
+            lines += [f"{file.path} ({file.form})", *(f"  {name:<15}{text}" for name, text in _rows_of(file) if text)]
+        for title, texts in (("Will be done", self.will), ("Should be looked at", self.look_at)):
+            lines += ["", f"{title}:", *(f"  - {text}" for text in texts)] if texts else []
+        verdict = f"REFUSED for {self.target}: {self.refused}" if self.refused else f"Accepted for {self.target}."
+        return "\n".join([*lines, "", verdict])
+
+
+def _rows_of(file: FileReport) -> Iterator[tuple[str, str]]:
+    """Yield the rows of the table about one file."""
+    yield "cells", f"{file.cells:,}" if file.matrix else ""
+    yield "columns", f"{file.columns:,}" if file.matrix else ""
+    yield "matrix", file.matrix + (f"; others: {', '.join(file.layers)}" if file.layers else "")
+    yield "scale", file.scale
+    for name, numbers in (("library size", file.library_size), ("genes per cell", file.genes_per_cell)):
+        yield name, "{:,.0f} to {:,.0f}, median {:,.0f}".format(*np.array(numbers)[[0, 2, 1]]) if numbers else ""
+    yield "genes", file.genes
+    for column, counts in file.labels.items():
+        yield f"obs {column}", _shown_counts(counts)
+    yield "donors", _shown_counts(file.donors)
+
+
+def _shown_counts(counts: dict[str, int], *, most: int = 4) -> str:
+    """Say which values there are, the most frequent first."""
+    known = sorted(((n, label) for label, n in counts.items() if label), key=lambda pair: (-pair[0], pair[1]))
+    shown = ", ".join(f"{label} {n:,}" for n, label in known[:most])
+    more = f" and {len(known) - most:,} more" if len(known) > most else ""
+    missing = f"; missing in {counts['']:,} cells" if counts.get("") else ""
+    return f"{len(known):,}: {shown}{more}{missing}" if counts else ""
+
+
+def check(
+    inputs: Any,
+    run: str | Path | Run | None = None,
+    *,
+    split_by: str | None = CheckConfig.split_by,
+    **reading: Any,
+) -> CheckReport:
+    """Return what files hold and what would be done with them; files that would be refused are no error here.
+
+    Args:
+        inputs: Paths, URLs, patterns or folders; or AnnData.
+        run: The run that will be asked; without one, the files are checked for `prepare`.
+        split_by: As in `prepare`.
+        reading: `layer`, `normalization`, `phenotypes`, `where` and the other options of `ReadingConfig`.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> report = pg.check("cells.h5ad", "runs/mlm")
+        >>> report.ok, report.files[0].cells, report.files[0].genes
+        (True, 255, '200 of 200 panel genes found (100.0%), 565 columns not in the panel')
+    """
+    report = CheckReport(f"the run {run.path if isinstance(run, Run) else run}" if run else "prepare")
+    with _messages() as (will, look_at):
+        try:
+            sources = as_sources(inputs)
+            if run is None:
+                _check_for_prepare(sources, report, split_by=split_by, reading=reading)
+            else:
+                loaded = load_run(run, device="cpu")
+                for source in sources:
+                    _check_for_run(source, loaded, report, reading)
+        except InputError as error:
+            report.refused = " ".join(str(error).split())
+    report.will += dict.fromkeys(will)
+    report.look_at += [line for line in dict.fromkeys(look_at) if line not in report.look_at]
+    return report
+
+
+def run_check(config: CheckConfig) -> str:
+    """Run the verb `check`.
+
+    Raises:
+        FilesRefusedError: The files would be refused.
+    """
+    reading = {it.name: getattr(config, it.name) for it in fields(ReadingConfig)}
+    found = check(config.inputs, config.run, split_by=config.split_by, **reading)
+    text = found.to_json() if config.json else str(found)
+    if found.refused:
+        raise FilesRefusedError(found.refused, report=text)
+    return text
+
+
+@contextmanager
+def _messages() -> Iterator[tuple[list[str], list[str]]]:
+    """Collect what the package says meanwhile, instead of printing it: what it does, and what it warns of."""
+    will, look_at = list[str](), list[str]()
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            (look_at if record.levelno >= logging.WARNING else will).append(record.getMessage().strip())
+
+    package = logging.getLogger("perturbgene")
+    handler, before = Collector(logging.INFO), (package.propagate, package.level)
+    package.addHandler(handler)
+    package.propagate = False
+    package.setLevel(logging.INFO)
+    try:
+        yield will, look_at
+    finally:
+        package.removeHandler(handler)
+        package.propagate = before[0]
+        package.setLevel(before[1])
+
+
+def _check_for_run(source: Any, run: Run, report: CheckReport, reading: dict[str, Any]) -> None:
+    """Read all cells of one file as `predict` does."""
+    file = _begun(source, report, reading.get("layer"))
+    sources = FileList([source]) if isinstance(source, str) else source
+    dataset = IterableAnnDataset(sources, run.tokenizer.reading([]), **{"batch_size": 256, **reading})
+    shard = dataset.shards[0]
+    columns = {name: shard.obs_columns.get(name, name) for name in run.tokenizer.phenotypes}
+    labels = {name: column for name, column in columns.items() if column in shard.source.columns_of("obs")}
+    for name in labels:
+        shard.label_ids(name)  # warns of labels that the run does not know
+    blocks = []
+    with tqdm(total=len(shard), desc="check", unit=" cells", unit_scale=True, disable=None) as bar:
+        for start in range(0, len(shard), _BLOCK_ROWS):
+            block = shard.read(np.arange(start, min(start + _BLOCK_ROWS, len(shard))))
+            dataset.tokenizer.tokenize_block(block)
+            blocks.append((block.library_size_n, np.diff(block.offsets_n1)))
+            bar.update(len(block))
+    _describe(file, shard, blocks, labels)
+    file.genes = shard.alignment.describe()
+
+
+def _check_for_prepare(
+    sources: list[Any], report: CheckReport, *, split_by: str | None, reading: dict[str, Any]
+) -> None:
+    """Do the first steps of `prepare` in a folder that is deleted."""
+    files = [_begun(source, report, reading.get("layer")) for source in sources]
+    with tempfile.TemporaryDirectory(prefix="perturbgene-check-") as folder:
+        config = PrepareConfig(
+            inputs=[path_of(source) for source in sources], output=folder, split_by=split_by, **reading
+        )  # fmt: skip
+        with closing(open_files(sources, config)) as cache:
+            for file, index in zip(files, range(len(cache)), strict=True):
+                shard = cache[index]
+                spans = [np.arange(*span) for span in sampled_spans(len(shard)) if len(shard)]
+                sampled = [shard.read(rows_m) for rows_m in spans]
+                blocks = [(block.library_size_n, np.diff(block.offsets_n1)) for block in sampled]
+                labels = {
+                    name: column
+                    for name, column in config.column_of_phenotype.items()
+                    if column in shard.source.columns_of("obs")
+                }
+                _describe(file, shard, blocks, labels or _candidates(shard.source))
+        survey, plan, findings = rehearse(sources, config, Path(folder) / "work")
+    for file, source in zip(files, sources, strict=True):
+        at = next(index for index, one in enumerate(survey.sources) if one is source)
+        file.donors = dict(survey.files[at].units) if survey.split_by != BY_CELL else {}
+    held_out = f"{len(plan.eval_units):,} of {len(survey.units):,} {survey.split_by}" if plan.eval_units else "cells"
+    report.will += [f"hold out {held_out} for evaluation", f"rank {len(plan.union):,} genes by {plan.flavor}"]
+    report.look_at += findings
+
+
+def _begun(source: Any, report: CheckReport, layer: str | None) -> FileReport:
+    """Add the report of a file, with what is known once it is open."""
+    opened = open_source(source, layer=layer)
+    form = {MemoryFile: "memory", TenxFile: "10x", ZarrFile: "zarr"}.get(type(opened), "h5ad")
+    file = FileReport(opened.path, form)
+    report.files.append(file)
+    with closing(opened):
+        file.layers = [it for it in opened.layers if it != layer]
+        file.cells, file.columns = opened.shape
+        file.matrix = f"{layer or 'X'}, {opened.format}"
+    return file
+
+
+def _describe(
+    file: FileReport, shard: Shard, blocks: list[tuple[np.ndarray | None, np.ndarray]], labels: dict[str, str]
+) -> None:
+    """Fill in what the cells of a file are like; of each block, the library sizes and the numbers of values."""
+    file.scale = shard.values.scale.name
+    file.cells = len(shard)  # those that --where has chosen
+    file.library_size = _quantiles([sizes_m for sizes_m, _ in blocks if sizes_m is not None])
+    file.genes_per_cell = _quantiles([num_m for _, num_m in blocks])
+    for name, column in labels.items():
+        counts = Counter[str]()
+        for value, count in shard.source.obs_column(column).value_counts(dropna=False).items():
+            text = label_text(value)
+            counts["" if is_missing(text, shard.missing_labels) else text] += int(count)
+        file.labels[name] = dict(+counts)
+
+
+def _quantiles(values: list[np.ndarray]) -> list[float] | None:
+    """Return the least, the median and the most."""
+    return [float(value) for value in np.quantile(np.concatenate(values), [0, 0.5, 1])] if values else None
+
+
+def _candidates(source: CellSource) -> dict[str, str]:
+    """Return the columns of obs that could be phenotypes: text or few numbers."""
+    found = {}
+    for column in source.columns_of("obs"):
+        values_n = source.obs_column(column)
+        is_number = pd.api.types.is_numeric_dtype(values_n) and not pd.api.types.is_bool_dtype(values_n)
+        if 1 < values_n.nunique() <= (MOST_NUMERIC_LABELS if is_number else MOST_LABELS):
+            found[column] = column
+    return found
