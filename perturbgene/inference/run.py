@@ -27,10 +27,7 @@ from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBer
 logger = logging.getLogger(__name__)
 
 #: What a run folder has, with weights, once training has ended.
-CONFIG_FILE = "config.json"
-
-#: File whose presence shows that a folder has weights.
-CONFIG_FILE = "config.json"
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
@@ -121,12 +118,12 @@ def choose_device(device: str) -> torch.device:
 
 def folder_to_read(run: Path) -> Path:
     """Return a finished run's own folder, or the newest whole checkpoint of a run that is not finished, with a line."""
-    if (run / CONFIG_FILE).exists() and any(run.glob("*.safetensors")):
+    if (run / CONFIG_NAME).exists() and any(run.glob("*.safetensors")):
         return run
     from perturbgene.training.checkpoints import checkpoints, damage_of  # imports the Trainer, which takes seconds
 
     for checkpoint in reversed(checkpoints(run)):
-        if damage_of(checkpoint, needed=(CONFIG_FILE,)) is None:
+        if damage_of(checkpoint, needed=(CONFIG_NAME,)) is None:
             logger.warning(
                 "%s is still in training or was stopped: reading its newest whole checkpoint, %s", run, checkpoint.name
             )
