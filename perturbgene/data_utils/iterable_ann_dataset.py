@@ -251,6 +251,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
         shard.check_genes(min_gene_coverage)
         shard.source.check_has_values()
         logger.info("%s: %d cells, %s", shard.path, len(shard), shard.alignment.describe())
+        if shard.coverage < shard.alignment.coverage:  # a shard of `prepare` holds cells of several files
+            logger.info("%s: some of its cells come from files that measure only %.1f%% of the panel",
+                        shard.path, 100 * shard.coverage)  # fmt: skip
         for note in shard.values.notes:
             logger.warning("%s: %s", shard.path, note)
         if shard.source.format != "csr":
@@ -286,8 +289,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     @property
     def coverage(self) -> float:
-        """Share of the panel's genes that the files have, in 0..1: of several files, the least."""
-        return min(shard.alignment.coverage for shard in self._all_shards())
+        """Share of the panel's genes that the files measure, in 0..1: of several files, the least."""
+        return min(shard.coverage for shard in self._all_shards())
 
     # -- the order ------------------------------------------------------------------------------------------------
 

@@ -128,6 +128,13 @@ class Shard:
             )
         return alignment
 
+    @property
+    def coverage(self) -> float:
+        """Share of the panel's genes that its cells were measured with, in 0..1; the least if they differ."""
+        assert self.measured is not None
+        tables = np.unique(self._table_n)
+        return float(self.measured.measured_tg[tables].mean(axis=1).min()) if len(tables) else self.alignment.coverage
+
     def check_genes(self, minimum: float) -> None:
         """Raise an InputError if the file has less than this share of the panel's genes, with the likely reason.
 

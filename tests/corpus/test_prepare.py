@@ -1014,6 +1014,13 @@ def test_a_gene_that_its_source_did_not_measure_is_never_shown_as_unexpressed(mi
     assert shown == {"x": {*GENES[:6]}, "y": {*GENES[2:]}}
 
 
+def test_coverage_is_what_the_file_of_a_cell_measured(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    dataset = IterableAnnDataset(Corpus.open(mixed).paths("train"), GeneTokenizer.from_pretrained(mixed))
+    assert dataset.coverage == 6 / 8
+    assert "some of its cells come from files that measure only 75.0% of the panel" in caplog.text
+
+
 def test_cells_of_all_shards_share_one_mask_per_source(mixed: Path) -> None:
     paths = Corpus.open(mixed).paths("train")
     stream = list(IterableAnnDataset(paths, GeneTokenizer.from_pretrained(mixed), shuffle=True))

@@ -211,6 +211,13 @@ def test_a_misspelt_column_names_the_nearest(write_h5ad: Write) -> None:
         H5adFile(write_h5ad(VALUES, obs={"cell_type": ["B", "T", "B"]})).obs_column("celltype")
 
 
+def test_one_of_two_columns_of_the_same_name_is_not_guessed() -> None:
+    adata = ad.AnnData(VALUES, obs=pd.DataFrame({"cell_type": ["B", "T", "B"], "other": "x"}, index=list("abc")))
+    adata.obs.columns = ["cell_type", "cell_type"]
+    with pytest.raises(InputError, match="more than one obs column 'cell_type'. Rename all but one"):
+        MemoryFile(adata).obs_column("cell_type")
+
+
 def _as_encoding_0_1(path: str) -> None:
     """Rewrite obs["label"] as anndata 0.7 kept categories: codes, and `__categories` next to them."""
     with h5py.File(path, "r+") as file:
