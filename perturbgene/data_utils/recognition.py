@@ -23,8 +23,13 @@ HIGHEST_LOG_VALUE = 20.0
 #: Totals that expression is usually divided to, besides the median of the file's library sizes (scanpy's default).
 USUAL_TOTALS = (1.0, 100.0, 1e3, 1e4, 1e5, 1e6)
 
+#: No library is larger: such sums are exponentials of values that are no logarithms.
+_HIGHEST_TOTAL = 1e9
 #: Totals of cells on one scale differ by less than this share: values may be stored with three decimals.
 _SAME_TOTAL = 1e-3
+#: A whole transcriptome has more genes; if a file with fewer was cut to them, sums of its rows are too small.
+FEWEST_GENES = 10_000
+
 #: Fewer sampled values than this prove nothing but whole numbers and usual totals.
 _FEWEST_VALUES = 50
 #: Fewer sampled cells than this may agree by chance.
@@ -88,7 +93,7 @@ class Scale:
     @property
     def note(self) -> str:
         """What a user should know about how the values are read, or ''."""
-        if self.kind in ("counts", "as_given") or (self.is_binned_as_is and self.kind != "assumed"):
+        if self in (COUNTS, AS_GIVEN) or (self.is_binned_as_is and self.kind != "assumed"):
             return ""
         if self.kind == "assumed":
             return (
@@ -97,6 +102,7 @@ class Scale:
             )
         text = f"holds {self.name} (such as {self.example:g}), recognized by "
         text += {
+            "counts": "the same smallest value in every cell",
             "fractional": "values that no logarithms of expression have",
             "per_total": "the same total in every cell",
             "cut": "values that are multiples of one count, though genes were cut away after normalizing",
@@ -115,7 +121,9 @@ AS_GIVEN = Scale("as_given")
 
 
 def _number(value: float) -> str:
-    """Write a number without an exponent, to a few places."""
+    """Write a number, if it is not huge without an exponent, to a few places."""
+    if value >= 1e12:
+        return f"{value:.3g}"
     return f"{value:,.0f}" if value >= 100 and is_near(value, round(value)) else f"{value:,.6g}"
 
 
@@ -191,8 +199,8 @@ def recognize(
     rows_n: np.ndarray,
     *,
     source: str,
+    num_genes: int,
     totals_n: np.ndarray | None = None,
-    may_be_cut: bool = True,
 ) -> Scale:
     """Return the scale of sampled cells; the one place where scales are recognized.
 
@@ -201,8 +209,8 @@ def recognize(
         offsets_n1: Where each cell starts, shape (n + 1,).
         rows_n: Row number of each cell, for messages.
         source: The matrix, for messages.
+        num_genes: Number of genes of the file.
         totals_n: Total counts of each cell as `obs` has them, shape (n,), or None.
-        may_be_cut: True if the file has so few genes that others may have been cut away.
 
     Raises:
         InputError: Values are negative or not finite, of several scales, or of none that is known.
@@ -214,7 +222,11 @@ def recognize(
     is_counts_n = np.zeros(len(sample.rows_n), dtype=bool)
     find_count_rows(sample.values_l, sample.offsets_n1, HIGHEST_LOG_VALUE, is_counts_n)
     others = sample.take(~is_counts_n)
-    scale = _per_total(others, source) or _by_multiples(others) or _by_size(others)
+    multiples = _by_multiples(others)
+    is_dense = len(others.values_l) > 0.95 * max(num_genes, _FEWEST_VALUES) * len(others.rows_n)
+    if is_dense and multiples is None:
+        raise _unknown(others, "nearly every gene of every cell has a value", source=source)
+    scale = _per_total(others, source) or multiples or _by_size(others)
     if is_counts_n.any():
         sums_n = sample.sums[""][is_counts_n]  # of values per million, those of a few cells are whole by chance
         if scale and not scale.transform and all(is_near(total, scale.total or total) for total in sums_n):
@@ -222,13 +234,14 @@ def recognize(
         what = scale.name if scale else f"fractional values such as {others.example:g}"
         raise _mixed(sample.rows_n, is_counts_n, "counts", what, source=source)
     is_per_cell = scale is not None and (scale.kind, scale.transform) == ("per_cell", "log1p")
-    if is_per_cell and may_be_cut and (sample.sums["log1p"] <= (1 + _SAME_TOTAL) * TARGET_SUM).all():
+    if is_per_cell and num_genes < FEWEST_GENES and (sample.sums["log1p"] <= (1 + _SAME_TOTAL) * TARGET_SUM).all():
         reason = "logarithms of few genes, from which the total that they were normalized to cannot be known"
         return Scale("assumed", "log1p", example=sample.example, reason=reason)
     if scale is None and len(sample.values_l) < _FEWEST_VALUES:
         return Scale("assumed", "log1p", example=sample.example)
     if scale is None:
-        raise _unknown(sample, source=source)
+        why = "neither they nor what they are the logarithms of add up to one total, or are multiples of one count"
+        raise _unknown(sample, why, source=source)
     return scale
 
 
@@ -239,21 +252,22 @@ def _per_total(sample: _Sample, source: str) -> Scale | None:
         InputError: Many cells have the same total, but not all.
     """
     num_cells, is_rich = len(sample.rows_n), len(sample.values_l) >= _FEWEST_VALUES and len(sample.rows_n) > 2
-    matches: dict[str, tuple[float, np.ndarray]] = {}
+    matches: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
     for name, sums_n in sample.sums.items():
         sorted_n = np.sort(sums_n)
         num_above_n = np.searchsorted(sorted_n, sorted_n * (1 + 2 * _SAME_TOTAL), side="right") - np.arange(num_cells)
         first = int(np.argmax(num_above_n))
         total = float(np.median(sorted_n[first : first + int(num_above_n[first])]))
         total = next((usual for usual in USUAL_TOTALS if is_near(total, usual)), total)
-        if np.isfinite(total) and (is_rich or total in USUAL_TOTALS):
-            matches[name] = (total, np.abs(sums_n - total) <= 1.5 * _SAME_TOTAL * total)
+        if total < _HIGHEST_TOTAL and (is_rich or total in USUAL_TOTALS):
+            matches[name] = (total, np.abs(sums_n - total) <= 1.5 * _SAME_TOTAL * total, sums_n)
     if not matches:
         return None
     name = max(matches, key=lambda key: int(matches[key][1].sum()))
-    total, is_equal_n = matches[name]
+    total, is_equal_n, _ = matches[name]
     scale = Scale("per_total", name, total, sample.example)
-    if is_equal_n.all():
+    is_common = total in USUAL_TOTALS or is_equal_n.sum() >= max(5, 0.2 * num_cells)
+    if is_equal_n.all() or (is_common and (np.abs(matches[name][2] - total) < 0.02 * total).all()):  # rounded values
         return scale
     if is_equal_n.sum() >= max(5, 0.2 * num_cells):
         rest = sample.take(~is_equal_n)
@@ -344,13 +358,12 @@ def _by_size(sample: _Sample) -> Scale | None:
     return scale if (sample.values_l % 1 == 0).mean() > 0.05 or high > 100 * low else None
 
 
-def _unknown(sample: _Sample, *, source: str) -> InputError:
+def _unknown(sample: _Sample, why: str, *, source: str) -> InputError:
     """Say that values may be counts, logarithms or neither."""
     return InputError(
-        f"{source} holds fractional values up to {sample.values_l.max():g} whose scale is not known: neither they nor "
-        "what they are the logarithms of add up to one total in all cells, or are multiples of one count. They may be "
-        "scaled, shifted, denoised or corrected. Choose a matrix of counts with --layer; or, if these are counts, give "
-        "--normalization log1p_cp10k; if they are on the scale of the run, --normalization none."
+        f"{source} holds fractional values up to {sample.values_l.max():g} whose scale is not known: {why}. They may "
+        "be scaled, shifted, denoised or corrected. Choose a matrix of counts with --layer; or, if these are counts, "
+        "give --normalization log1p_cp10k; if they are on the scale of the run, --normalization none."
     )
 
 
@@ -358,7 +371,7 @@ def _mixed(rows_n: np.ndarray, is_first_n: np.ndarray, first: str, other: str, *
     """Say which cells are on which scale."""
     rows = [listed(rows_n[is_kind_n].tolist(), most=3) or "elsewhere" for is_kind_n in (is_first_n, ~is_first_n)]
     return InputError(
-        f"{source} mixes scales: rows {rows[0]} hold {first}, rows {rows[1]} {other}. Bring all cells to one scale, or "
+        f"{source} mixes scales: rows {rows[0]} hold {first}, rows {rows[1]} hold {other}. Bring all to one scale, or "
         "give --normalization log1p_cp10k to take all values for counts, or none to take all as they are."
     )
 
@@ -410,7 +423,7 @@ def _have_other_total(values_l: np.ndarray, offsets_n1: np.ndarray, sums_n: np.n
     is_odd_n = (np.diff(offsets_n1) > 0) & ((sums_n < 0.94 * lowest) | (sums_n > 1.06 * highest))
     for row in np.flatnonzero(is_odd_n):
         total = TRANSFORMS[scale.transform](values_l[offsets_n1[row] : offsets_n1[row + 1]].astype(np.float64)).sum()
-        is_odd_n[row] = total != 0 and not 0.99 * lowest <= total <= 1.01 * highest
+        is_odd_n[row] = total != 0 and not 0.97 * lowest <= total <= 1.03 * highest
     return is_odd_n
 
 

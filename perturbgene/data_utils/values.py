@@ -15,7 +15,15 @@ import pandas as pd
 
 from perturbgene.data_utils.chosen_cells import read_runs
 from perturbgene.data_utils.genes import features_of
-from perturbgene.data_utils.recognition import AS_GIVEN, COUNTS, Scale, check_cells, check_values, recognize
+from perturbgene.data_utils.recognition import (
+    AS_GIVEN,
+    COUNTS,
+    FEWEST_GENES,
+    Scale,
+    check_cells,
+    check_values,
+    recognize,
+)
 from perturbgene.data_utils.scale import TARGET_SUM, Normalization, library_sizes
 from perturbgene.data_utils.sources import CellSource, sampled_spans
 from perturbgene.errors import InputError, listed
@@ -28,9 +36,6 @@ TOTAL_COLUMNS = (
     "total_counts", "n_counts", "ncount_rna", "n_umi", "n_umis", "numi", "numis", "total_umi", "total_umis",
     "umi_count", "umi_counts", "raw_sum", "ncounts",
 )  # fmt: skip
-
-#: A whole transcriptome has more genes; if a file with fewer was cut to them, sums of its rows are too small.
-FEWEST_GENES = 10_000
 
 #: Scale of a prepared shard that does not hold counts.
 _CP10K = Scale("cut", "log1p", TARGET_SUM)
@@ -129,7 +134,7 @@ class CellValues:
         totals_m = None if self._obs_totals is None else self._obs_totals[1][rows_m]
         return recognize(
             *(rows.values_l, rows.offsets_m1, rows_m),
-            totals_n=totals_m, may_be_cut=self.num_genes < FEWEST_GENES, source=self.name,
+            totals_n=totals_m, num_genes=self.num_genes, source=self.name,
         )  # fmt: skip
 
     # -- library sizes --------------------------------------------------------------------------------------------

@@ -60,19 +60,19 @@ def csr(values_ng: np.ndarray, dtype: Any = np.float32) -> tuple[np.ndarray, np.
 
 
 def found(values_ng: np.ndarray, **options: Any) -> Scale:
-    return recognize(*csr(values_ng), source="X", **options)
+    return recognize(*csr(values_ng), **{"source": "X", "num_genes": 3000, **options})
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_recognized_by_name(form: str) -> None:
     values_ng, name = FORMS[form]
-    assert found(values_ng, may_be_cut=False).name == name
+    assert found(values_ng, num_genes=20_000).name == name
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "counts minus 0.1"])
 def test_linear_values_of_every_form_give_the_same_log1p_cp10k_up_to_rounding(form: str) -> None:
     values_l, offsets, rows = csr(FORMS[form][0])
-    scale = recognize(values_l, offsets, rows, source="X", may_be_cut=False)
+    scale = recognize(values_l, offsets, rows, source="X", num_genes=20_000)
     linear_l = scale.linear(values_l)
     size_n = np.add.reduceat(linear_l.astype(np.float64), offsets[:-1])
     ours_l = log1p_cp10k(linear_l, np.repeat(size_n, np.diff(offsets)))
@@ -94,7 +94,7 @@ def test_the_total_of_rounded_and_cut_values_is_known_from_obs() -> None:
     assert (scale.kind, scale.total, scale.is_binned_as_is) == ("cut", 1e4, True)
 
 
-def test_a_total_that_nothing_tells_is_assumed_and_said() -> None:
+def test_a_total_that_cannot_be_known_is_assumed_with_a_note() -> None:
     scale = found(np.round(CP10K_NG[:, ::3], 3))
     assert scale.kind == "assumed"
     assert "cannot be known" in scale.note
@@ -134,7 +134,7 @@ def test_corrected_counts_are_known_from_totals_in_obs() -> None:
     ],
 )
 def test_few_values_are_counts_if_they_are_whole(values: np.ndarray, scale: Scale) -> None:
-    assert recognize(*cells(values), source="X") == scale
+    assert recognize(*cells(values), source="X", num_genes=9) == scale
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,35 @@ def test_few_values_are_counts_if_they_are_whole(values: np.ndarray, scale: Scal
 )
 def test_values_without_a_bin_are_refused_with_the_matrix_named(values: list[float], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        recognize(*cells(values), source="a.h5ad (X)")
+        recognize(*cells(values), source="a.h5ad (X)", num_genes=9)
 
 
-def test_shifted_z_scores_are_refused_with_what_to_do() -> None:
-    scaled_ng = (CP10K_NG - CP10K_NG.mean(axis=0)) / np.maximum(CP10K_NG.std(axis=0), 1e-9)
-    with pytest.raises(InputError, match="scale is not known.*scaled, shifted, denoised.*--layer.*--normalization"):
-        found(scaled_ng - scaled_ng.min())
+SCALED_NG = (CP10K_NG - CP10K_NG.mean(axis=0)) / np.maximum(CP10K_NG.std(axis=0), 1e-9)
+DENOISED_NG = (COUNTS_NG + RNG.uniform(0, 0.1, COUNTS_NG.shape)) * 10
+
+
+@pytest.mark.parametrize(
+    ("values_ng", "why"),
+    [
+        pytest.param(SCALED_NG - SCALED_NG.min(), "nearly every gene of every cell has a value", id="shifted z-scores"),
+        pytest.param(10 * (SCALED_NG - SCALED_NG.min()), "nearly every gene", id="large shifted z-scores"),
+        pytest.param(SCALED_NG - SCALED_NG.min(axis=0), "add up to one total", id="z-scores shifted by gene"),
+        pytest.param(np.clip(SCALED_NG, 0, 10), "add up to one total", id="positive z-scores"),
+        pytest.param(DENOISED_NG, "nearly every gene", id="denoised counts"),
+        pytest.param(DENOISED_NG / DENOISED_NG.sum(axis=1, keepdims=True), "nearly every gene", id="denoised shares"),
+    ],
+)
+def test_values_of_no_known_scale_are_refused_with_the_reason_and_what_to_do(values_ng: np.ndarray, why: str) -> None:
+    with pytest.raises(InputError, match=f"scale is not known: .*{why}.*shifted, denoised.*--layer.*--normalization"):
+        found(values_ng, num_genes=NUM_GENES)
+
+
+def test_rounded_values_have_one_scale() -> None:
+    assert found(np.round(CP10K_NG, 2)).name == "log1p of counts per 10,000"
+
+
+def test_logarithms_of_counts_that_were_not_normalized_are_said() -> None:
+    assert "holds log1p of counts (such as 1.09861), recognized by the same smallest" in found(np.log1p(COUNTS_NG)).note
 
 
 @pytest.mark.parametrize(
@@ -195,14 +217,14 @@ def test_logarithms_among_fractional_counts_are_found() -> None:
 
 def test_a_few_whole_values_among_logarithms_may_be_logarithms() -> None:
     check_cells(*cells([1.0, 2.0], [1.0, 1.0, 1.0], [0.0], []), scale=Scale("cut", "log1p", 1e4), source="X")
-    assert recognize(*cells([1.0, 2.0], [0.7, 1.1]), source="X").kind == "assumed"
+    assert recognize(*cells([1.0, 2.0], [0.7, 1.1]), source="X", num_genes=9).kind == "assumed"
 
 
 def test_empty_cells_and_stored_zeros_are_no_evidence() -> None:
     values_l, offsets, _ = csr(CP10K_NG)
     scale = recognize(
         np.concatenate([values_l, [0.0, 0.0]]), np.append(offsets, [offsets[-1], offsets[-1] + 2]), np.arange(42),
-        source="X",
+        source="X", num_genes=3000,
     )  # fmt: skip
     assert scale.name == "log1p of counts per 10,000"
 
