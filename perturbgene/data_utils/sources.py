@@ -144,10 +144,8 @@ class CellSource:
         if column not in known:
             name = "obs" if frame == "obs" else "var"
             raise InputError(f"{self.path} has no {name} column {column!r}. {did_you_mean(column, known)}")
-        if known.count(column) > 1:
-            raise InputError(
-                f"{self.path} has more than one {frame} column {column!r}. Rename all but one, or drop them."
-            )
+        if frame == "obs" and known.count(column) > 1:
+            raise InputError(f"{self.path} has more than one obs column {column!r}. Rename all but one, or drop them.")
         return self._column(frame, column).reset_index(drop=True)
 
 
