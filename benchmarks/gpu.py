@@ -143,7 +143,7 @@ def set_up(setting: Setting, _: list[Row]) -> Iterator[tuple[Any, ...]]:
         ["prepare", str(cells), "--output", corpus, "--phenotypes", "cell_type", "tissue", "--split_by", "donor_id"]
     )
     small = ["--model_arch", "tiny", "--use_cpu", "--no_bf16", "--report_to", "none", "--eval_strategy", "no"]
-    steps = ["--max_steps", "20" if setting.is_quick else "100"]
+    steps = ["--max_steps", "8" if setting.is_quick else "100"]
     command(["mlm", "--corpus", corpus, "--output_dir", str(setting.folder / "run"), *small, *steps])
     yield "cells, corpus and run", "made"
 
@@ -193,7 +193,7 @@ def agreement(setting: Setting, _: list[Row]) -> Iterator[tuple[Any, ...]]:
     for name, flags in (("cpu", ["--use_cpu"]), ("device", setting.flags + other)):
         command([*train, "--output_dir", str(setting.folder / f"agree_{name}"), *flags])
     pairs = {"training loss": [losses(setting.folder / f"agree_{name}") for name in ("cpu", "device")]}
-    cells = ad.read_h5ad(setting.folder / "cells.h5ad")[: 60 if setting.is_quick else 240]
+    cells = ad.read_h5ad(setting.folder / "cells.h5ad")[: 24 if setting.is_quick else 240]
     run = str(setting.folder / "run")
     label, lung = "predicted_cell_type_probability", {"tissue": "lung"}
     few, check = {"top_k": 4, "num_controls": 4}, {"num_check_cells": 2}
@@ -233,12 +233,22 @@ def resume(setting: Setting, _: list[Row]) -> Iterator[tuple[Any, ...]]:
     """Train undisturbed, and again from the middle checkpoint; compare the weights."""
     from safetensors.numpy import load_file
 
-    train = ["mlm", "--corpus", str(setting.folder / "corpus"), "--model_arch", "tiny", "--max_steps", "20"]
-    train += ["--save_steps", "10", "--report_to", "none", "--eval_strategy", "no", *setting.flags]
+    half_steps = 2 if setting.is_quick else 10
+    train = ["mlm", "--corpus", str(setting.folder / "corpus"), "--model_arch", "tiny", "--max_steps"]
+    train += [
+        str(2 * half_steps),
+        "--save_steps",
+        str(half_steps),
+        "--report_to",
+        "none",
+        "--eval_strategy",
+        "no",
+        *setting.flags,
+    ]
     whole, half = setting.folder / "resume_whole", setting.folder / "resume_half"
     command([*train, "--output_dir", str(whole)])
     half.mkdir()
-    shutil.copytree(whole / "checkpoint-10", half / "checkpoint-10")
+    shutil.copytree(whole / f"checkpoint-{half_steps}", half / f"checkpoint-{half_steps}")
     command([*train, "--output_dir", str(half), "--resume_from_checkpoint"])
     sums = [hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest() for run in (whole, half)]
     one, two = load_file(whole / "model.safetensors"), load_file(half / "model.safetensors")
@@ -271,7 +281,7 @@ def training(setting: Setting, _: list[Row]) -> Iterator[tuple[Any, ...]]:
     for name, peak in peaks.items():
         yield f"peak of a matrix product, {name}", peak / 1e12, "TFLOP/s"
     for size in sizes:
-        for lengths in ("~500", "full 1024"):
+        for lengths in ("~500",) if setting.is_quick else ("~500", "full 1024"):
             batches = draw_batches(lengths, cells=cells, batches=2, device=setting.device)
             found: dict[str, Any] = {}
             for name in training_recipes():
@@ -468,7 +478,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="keep cells, runs and logs there")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="file for all rows")
     options = parser.parse_args(arguments)
-    has_cuda = (
+    has_cuda = options.device != "cpu" and (
         subprocess.run(
             [sys.executable, "-c", "import torch, sys; sys.exit(not torch.cuda.is_available())"], check=False
         ).returncode
@@ -482,6 +492,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         setting, rows = Setting(folder.resolve(), device, options.quick), []
+        for module in ("training.train", "corpus.prepare", "inference.predict", "perturbation.perturb"):
+            importlib.import_module(f"perturbgene.{module}")  # once, for all parts that are forked from here
         for part in PARTS:
             if options.only and part.name not in ("set-up", *options.only):
                 continue

@@ -21,7 +21,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 #: Appended to commands that take long: the text is what is tested, not the patience.
 SHORT = "--max_steps 1 --max_length 60 --no_bf16 --report_to none --eval_strategy no"
-LESS = {"mlm": SHORT, "cls": SHORT, "counterfactual": "--num_null 5", "perturb": "--top_k 4 --num_controls 4"}
+LESS = {
+    "mlm": f"{SHORT} --num_hidden_layers 1",
+    "cls": SHORT,
+    "counterfactual": "--num_null 5",
+    "perturb": "--top_k 4 --num_controls 4",
+}
 
 
 def blocks(language: str) -> list[str]:
