@@ -95,7 +95,7 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
     if is_memory and config.scheduler:
         raise InputError("--scheduler needs files that its workers can read, but AnnData objects were given.")
     # One process for every core, if the files are worth it.
-    sizes = [0 if is_memory else os.path.getsize(x) if os.path.exists(x) else SMALL_INPUT for x in sources]
+    sizes = [0 if is_memory else _num_bytes(x) if os.path.exists(x) else SMALL_INPUT for x in sources]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_processes = 1 if is_memory else config.num_processes or (cores if sum(sizes) >= SMALL_INPUT else 1)
     folder = Path(output).expanduser()
@@ -119,6 +119,11 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
         _delete(_replaced(folder), _CORPUS_FILES)
     logger.info("corpus written to %s", folder)
     return folder
+
+
+def _num_bytes(path: str) -> int:
+    """Return the size of a file, or of all files of a zarr store or matrix folder."""
+    return sum(file.stat().st_size for file in ([Path(path)] if os.path.isfile(path) else Path(path).rglob("*")))
 
 
 def run_prepare(config: PrepareConfig) -> Path:
