@@ -56,6 +56,7 @@ def cells() -> ad.AnnData:
 def folder(cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     cells.write_h5ad(folder / "cells.h5ad")
+    cells[:150].write_h5ad(folder / "mine.h5ad")
     unlabelled = cells.copy()
     del unlabelled.obs["cell_type"]
     unlabelled.write_h5ad(folder / "new_cells.h5ad")

@@ -48,6 +48,11 @@ class PrepareConfig(BinOptions):
     eval_fraction: float = option(0.2, "Share of donors (or cells) held out for evaluation.", within="(0, 1)")
     eval_donors: list[str] = option([], "Donors to hold out, instead of a share.", keeps_commas=True, is_unique=True)
     seed: int = option(0, "Seed of the split and the shuffle.", within="[0, 4294967295]")
+    like: str | None = option(
+        None, "Run or corpus whose genes, bins and labels to keep, in their order; genes and labels that it lacks "
+        "follow behind (--num_top_genes counts all). Training that starts from it then keeps all that it has learned.",
+        group=GENES, is_path=True, may_be_on_hub=True, excludes=("panel", "bin_edges", "bin_edges_path"),
+    )  # fmt: skip
     num_bins: int = option(8, "Number of quantile bins of the expressed values.", group=GENES, within="[1, inf)")
     min_genes: int = option(1, "Drop cells that express fewer genes of the panel.", group=GENES, within="[0, inf)")
     shard_size: int = option(10000, "Number of cells per shard.", group=IN_OUT, within="[1, inf)")
@@ -65,6 +70,10 @@ class PrepareConfig(BinOptions):
 
     def check(self) -> None:
         super().check()
+        if self.like and self.num_bins != type(self).num_bins:
+            raise InputError(
+                f"num_bins is {self.num_bins}, but --like takes the bins of {self.like}. Remove --num_bins or --like."
+            )
         if self.eval_donors and self.split_by == "cell":
             raise InputError(
                 "eval_donors needs a split by donor, but split_by is cell. Give the donor column to --split_by."

@@ -49,9 +49,10 @@ def find(
 
 def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
     findings = []
+    given = plan.config.panel or plan.config.like
     if genes.num_given_missing:
         findings.append(
-            f"{genes.num_given_missing:,} of {len(genes.panel):,} genes of panel {plan.config.panel} are in no file, "
+            f"{genes.num_given_missing:,} of {len(genes.panel):,} genes of panel {given} are in no file, "
             "so nothing is learned about them; they stay in the panel, unmeasured. Check their names."
         )
     num_tables_g = genes.measured_tg.sum(axis=0)

@@ -105,10 +105,15 @@ class CorpusGenes:
 
 
 def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGenes:
-    """Choose the panel (a given one, or expressed genes by variability) and find its genes in every table."""
+    """Choose the panel (given genes, then expressed ones by variability) and find its genes in every table."""
     config, moments, union = plan.config, statistics.moments, plan.union
+    given, num_top = config.panel or config.like, config.num_top_genes
+    genes, symbols, given_g = list[str](), list[str](), np.zeros(0, dtype=np.int64)
+    if given:
+        genes, symbols, given_g = _given_genes(union, given, config)
+        num_top = max(num_top, len(genes)) if num_top and config.like else num_top
     if config.panel:
-        genes, symbols, union_g = _given_genes(union, config.panel, least_coverage=config.min_gene_coverage)
+        union_g = given_g
     else:
         # A gene varies among the cells that measure it: in the others it is unknown, not zero.
         num_cells_u = statistics.cells_of_table @ _measured(survey, union, config)
@@ -120,15 +125,17 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
         # Genes that most cells measure come first: of others, most cells would know nothing.
         is_common_g = 2 * num_cells_u[union_g] > moments.num_cells
         union_g = np.concatenate([union_g[is_common_g], union_g[~is_common_g]])
-        genes, symbols = ([names[g] for g in union_g] for names in (union.genes, union.symbols))
+        union_g = union_g[~np.isin(union_g, given_g)]
+        genes, symbols = (
+            [*first, *(names[g] for g in union_g)] for first, names in ((genes, union.genes), (symbols, union.symbols))
+        )
+        union_g = np.concatenate([given_g, union_g])
     if not len(genes):
         raise InputError("no training cell expresses any gene: is X empty? Choose the matrix with --layer.")
-    if config.num_top_genes and config.num_top_genes > len(genes):
-        raise InputError(
-            f"num_top_genes {config.num_top_genes:,} exceeds the {len(genes):,} expressed genes. Lower it."
-        )
-    union_g = union_g[: config.num_top_genes]
-    panel = GenePanel(tuple(genes[: config.num_top_genes]), tuple(symbols[: config.num_top_genes]))
+    if num_top and num_top > len(genes):
+        raise InputError(f"num_top_genes {num_top:,} exceeds the {len(genes):,} expressed genes. Lower it.")
+    union_g = union_g[:num_top]
+    panel = GenePanel(tuple(genes[:num_top]), tuple(symbols[:num_top]))
     panel_of_union = np.full(len(union), -1, dtype=np.int64)
     panel_of_union[union_g[union_g >= 0]] = np.flatnonzero(union_g >= 0)
     measured_tg, reports = np.zeros((len(survey.first_of_table), len(panel)), dtype=bool), []
@@ -151,8 +158,7 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
                     logger.info(
                         "  %s: %d %s (%s)", kind, found["count"], MEANING[kind], ", ".join(found["examples"][:3])
                     )
-    num_missing = int((union_g < 0).sum()) if config.panel else 0
-    return CorpusGenes(panel, panel_of_union, measured_tg, reports, remedies, num_missing)
+    return CorpusGenes(panel, panel_of_union, measured_tg, reports, remedies, int((union_g < 0).sum()))
 
 
 def _measured(survey: Survey, union: GenePanel, config: PrepareConfig) -> np.ndarray:
@@ -231,7 +237,7 @@ def why_none_is_shared(genes: Sequence[Sequence[str]], cells: Sequence[Sequence[
     )
 
 
-def _given_genes(union: GenePanel, given: str, *, least_coverage: float) -> tuple[list[str], list[str], np.ndarray]:
+def _given_genes(union: GenePanel, given: str, config: PrepareConfig) -> tuple[list[str], list[str], np.ndarray]:
     """Return a given panel's genes and symbols, whole and in its order, and the place of each among all genes or -1."""
     path, symbols = local_run(given), list[str]()
     try:
@@ -248,12 +254,16 @@ def _given_genes(union: GenePanel, given: str, *, least_coverage: float) -> tupl
     for i in np.flatnonzero(union_g < 0) if symbols else ():
         union_g[i] = union.find(symbols[i])
     num_missing = int((union_g < 0).sum())
-    if num_missing > (1 - least_coverage) * len(genes) or num_missing == len(genes):
+    if num_missing > (1 - config.min_gene_coverage) * len(genes) or num_missing == len(genes):
+        flag = "like" if config.like else "panel"
         raise InputError(
-            f"panel {given}: {num_missing:,} of {len(genes):,} genes are in no file, and --min_gene_coverage is "
-            f"{least_coverage:g}. Give another --panel, or lower --min_gene_coverage."
+            f"{flag} {given}: {num_missing:,} of {len(genes):,} genes are in no file, and --min_gene_coverage is "
+            f"{config.min_gene_coverage:g}. Give another --{flag}, lower --min_gene_coverage, or leave --{flag} out: "
+            "training that starts from a run (--pretrained_model_path) matches genes by name."
         )
     if not symbols:
         symbols = [union.symbols[g] if g >= 0 else gene for gene, g in zip(genes, union_g, strict=True)]
+        if config.like:  # a run's genes keep the names that its weights have
+            return genes, symbols, union_g
         genes = [union.genes[g] if g >= 0 else gene for gene, g in zip(genes, union_g, strict=True)]
     return genes, symbols, union_g

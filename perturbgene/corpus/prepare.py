@@ -41,11 +41,13 @@ from perturbgene.corpus.survey import (
 )  # fmt: skip
 from perturbgene.corpus.workers import JOURNAL_FILE, Journal, Workers, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
+from perturbgene.data_utils.labels import token_text
 from perturbgene.data_utils.opening import FileList, as_sources
 from perturbgene.data_utils.recognition import COUNTS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.files import claimed, sha256_of, write_json
+from perturbgene.hub import local_run
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +150,19 @@ class _Counted(NamedTuple):
 
 def _count(sources: Sequence[Any], config: PrepareConfig, work: Path, workers: Workers) -> _Counted:
     """Survey the files, count the values of all cells, and choose genes, bins and labels."""
+    like = GeneTokenizer.from_pretrained(local_run(config.like)) if config.like else None
+    if like and like.normalization != config.normalization and "none" in (like.normalization, config.normalization):
+        raise InputError(
+            f"like {config.like} was prepared with --normalization {like.normalization}, so its bins mean other values "
+            f"than with {config.normalization}. Give --normalization {like.normalization}."
+        )
     survey = survey_files(sources, config, workers)
     plan = _plan(survey, config, work)
     journal = _continue(work, plan.key)
     entries = _run_parts(STATISTICS_FOLDER, count_part, plan, "genes and bins", plan, workers, journal)
     statistics = merge_parts(plan, entries)
     genes = choose_genes(plan, survey, statistics)
-    return _Counted(survey, plan, journal, statistics, genes, _tokenizer(statistics, genes, config))
+    return _Counted(survey, plan, journal, statistics, genes, _tokenizer(statistics, genes, config, like=like))
 
 
 def _run_parts(
@@ -225,7 +233,7 @@ def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
     if flavor == "auto":
         flavor = "seurat_v3" if is_raw and not config.panel else "seurat"
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OPTIONS_OF_THE_RUN}
-    named = [Path(path) for path in (config.panel, config.bin_edges_path) if path]
+    named = [Path(path) for path in (config.panel, config.bin_edges_path, config.like) if path]
     named = [path / "tokenizer.json" if path.is_dir() else path for path in named]
     contents = [sha256_of(path) if path.is_file() else "" for path in named]
     files = [(file.key, file.state) for file in survey.files]
@@ -240,13 +248,30 @@ def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
     )  # fmt: skip
 
 
-def _tokenizer(statistics: Statistics, genes: CorpusGenes, config: PrepareConfig) -> GeneTokenizer:
-    """Return the tokenizer of the chosen genes, with the labels of training cells and the given or fitted bins."""
+def _tokenizer(
+    statistics: Statistics, genes: CorpusGenes, config: PrepareConfig, *, like: GeneTokenizer | None = None
+) -> GeneTokenizer:
+    """Return the tokenizer of the chosen genes, with the labels of training cells and the given or fitted bins.
+
+    Args:
+        like: The labels and bins of this one come first; new labels follow behind those of their phenotype.
+    """
     labels = {category: sorted(set(of["train"]) - {""}) for category, of in statistics.labels.items()}
     if empty := [category for category, seen in labels.items() if not seen]:
         raise InputError(f"no training cell has a {empty[0]!r}. Leave it out of --phenotypes, or choose its column.")
-    if config.bin_edges_path:
-        edges: Any = read_edges(config.bin_edges_path)
+    included = list(labels)
+    if like:
+        before = {category: list(known) for category, known in like.phenotypes.items()}
+        for category, found in labels.items():
+            known = {token_text(label): label for label in before.get(category, [])}
+            before[category] = [*known.values(), *(label for label in found if token_text(label) not in known)]
+        labels, edges_ge = before, like.bin_edges.edges_ge
+        edges: Any = edges_ge[0].tolist()
+        if not like.bin_edges.is_shared:  # a new gene gets the mean edges of the others
+            edges = {gene: edges_ge.mean(axis=0).tolist() for gene in genes.panel.genes}
+            edges |= like.bin_edges.to_json(like.genes)
+    elif config.bin_edges_path:
+        edges = read_edges(config.bin_edges_path)
     elif config.bin_edges:
         edges = list(config.bin_edges)
     elif config.normalization == "none":
@@ -255,7 +280,7 @@ def _tokenizer(statistics: Statistics, genes: CorpusGenes, config: PrepareConfig
         edges = statistics.histogram.quantile_edges(config.num_bins)
     return GeneTokenizer(
         genes=list(genes.panel.genes), gene_symbols=list(genes.panel.symbols), phenotypes=labels, bin_edges=edges,
-        included_phenotypes=list(labels), normalization=config.normalization,
+        included_phenotypes=included, normalization=like.normalization if like else config.normalization,
     )  # fmt: skip
 
 

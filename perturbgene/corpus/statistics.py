@@ -228,7 +228,7 @@ def count_part(plan: Plan, part: Part, path: Path) -> dict[str, Any]:
         moments.add(linear_l, matrix.indices, num_cells=len(block))
         if counts is not None:
             counts.add(matrix.data, matrix.indices)
-        if not (config.bin_edges or config.bin_edges_path):
+        if not (config.bin_edges or config.bin_edges_path or config.like):
             histogram.add(np.log1p(linear_l))
     at = np.flatnonzero(histogram.counts_r)
     tensors = {**moments.tensors(), "histogram_at": at, "histogram": histogram.counts_r[at]}

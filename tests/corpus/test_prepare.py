@@ -463,6 +463,45 @@ def test_the_panel_of_another_corpus_fixes_the_genes(tmp_path: Path, corpus: Pat
     assert GeneTokenizer.from_pretrained(made).genes == GeneTokenizer.from_pretrained(corpus).genes
 
 
+def test_a_corpus_like_another_has_its_genes_bins_and_labels(tmp_path: Path, corpus: Path) -> None:
+    again = cells(counts(40, seed=9), prefix="new", cell_type=np.resize(["T cell", "B cell"], 40))[:, ::-1].copy()
+    made = prepare(again, tmp_path / "corpus", phenotypes=["cell_type"], like=str(corpus))
+    ours, theirs = GeneTokenizer.from_pretrained(made), GeneTokenizer.from_pretrained(corpus)
+    assert ours.fingerprint == theirs.fingerprint
+
+
+def test_what_another_corpus_lacks_follows_behind_what_it_has(tmp_path: Path, corpus: Path) -> None:
+    more = cells(counts(40, 10, seed=9), genes=[*GENES, "N1", "N2"], cell_type=np.resize(["platelet", "B cell"], 40))
+    more.obs["tissue"] = np.resize(["lung", "blood"], 40)
+    made = prepare(more, tmp_path / "corpus", phenotypes=["cell_type", "tissue"], like=str(corpus), num_top_genes=9)
+    ours, theirs = GeneTokenizer.from_pretrained(made), GeneTokenizer.from_pretrained(corpus)
+    assert ours.genes[:8] == theirs.genes and len(ours.genes) == 9 and ours.genes[8] in ("N1", "N2")
+    assert ours.phenotypes == {"cell_type": ("B cell", "NK cell", "T cell", "platelet"), "tissue": ("blood", "lung")}
+    assert ours.bin_edges.edges_ge.tolist() == theirs.bin_edges.edges_ge.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "none"}, "--normalization auto"),
+        ({"num_bins": 5}, "Remove --num_bins or --like"),
+        ({"bin_edges": [1.0]}, "Remove --like or --bin_edges"),
+    ],
+    ids=["other scale", "other number of bins", "other edges"],
+)
+def test_options_against_the_corpus_to_be_like_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path, corpus: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(cells(counts(40)), tmp_path / "corpus", like=str(corpus), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_genes_that_no_file_shares_with_the_corpus_to_be_like_are_refused(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(InputError, match="like .*8 of 8 genes are in no file.*leave --like out"):
+        prepare(cells(counts(40), genes=[f"X{i}" for i in range(8)]), tmp_path / "corpus", like=str(corpus))
+
+
 def test_panel_genes_of_no_file_are_left_out_and_reported(tmp_path: Path) -> None:
     (tmp_path / "panel.txt").write_text("G5\nG1\nZ1\n")
     made = prepare(cells(counts(40)), tmp_path / "corpus", panel=str(tmp_path / "panel.txt"))
