@@ -122,3 +122,28 @@ def test_a_run_without_a_gene_in_common_is_refused(tmp_path: Path) -> None:
 def test_a_run_of_another_scale_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--normalization none"):
         started(a_run(), tmp_path, a_tokenizer(normalization="auto"))
+
+
+def test_a_smaller_panel_gives_the_same_answers_for_cells_of_its_genes(tmp_path: Path) -> None:
+    run, tokenizer = a_run(), a_tokenizer(genes=["G7", "G2", "G4"])
+    torch.nn.init.normal_(run.model.direct_labels.votes_tk)  # type: ignore[union-attr, arg-type]
+    model, report = started(run, tmp_path, tokenizer)
+    assert "genes: 3 kept, 0 fresh, 6 dropped" in report
+    cells = some_cells()[:, ["G2", "G4", "G7"]].copy()
+    question = run.tokenizer.vocabulary
+    for big, small in zip(run.tokenizer(cells), tokenizer(cells), strict=True):
+        answers = []
+        for model_of, cell in ((run.model, big), (model, small)):
+            ids = torch.where(cell["token_type_ids"] == question.token_type("cell_type"), 2, cell["input_ids"])
+            with torch.no_grad():
+                answers.append(model_of(input_ids=ids[None], token_type_ids=cell["token_type_ids"][None]).logits[0, 1])
+        torch.testing.assert_close(answers[1], answers[0], atol=1e-5, rtol=1e-6)
+
+
+def test_genes_match_by_symbol_but_never_two_to_one() -> None:
+    old = a_tokenizer(genes=["CD3E", "MS4A1", "LYZ"])
+    new = a_tokenizer(
+        genes=["ENSG00000000001", "ENSG00000000002", "ENSG00000000003"], gene_symbols=["LYZ", "CD3E", "CD3E"]
+    )
+    types = name_map(old, new, source="run").types_to.toarray()[new.first_gene_type :, old.first_gene_type :]
+    assert types.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
