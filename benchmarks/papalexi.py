@@ -87,7 +87,7 @@ def label_changes(run: Run, controls: ad.AnnData, labels: Iterable[str]) -> pd.D
 
 def label_effects(run: Run, controls: ad.AnnData, labels: Iterable[str]) -> pd.DataFrame:
     """Return how far `perturb`'s knock-out of each gene moves controls towards the label, in nats, genes x labels."""
-    asking: dict[str, Any] = {"away": f"{LABEL}={CONTROL}", "top_k": 0, "num_controls": 0}
+    asking: dict[str, Any] = {"from_": f"{LABEL}={CONTROL}", "top_k": 0, "num_controls": 0}
     tables = {label: perturb(controls, run, towards=f"{LABEL}={label}", **asking) for label in labels}
     effects = pd.DataFrame({label: table.set_index("perturbation")["effect"] for label, table in tables.items()})
     return effects.set_axis(
