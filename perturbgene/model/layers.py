@@ -167,16 +167,18 @@ class GeneBertLayer(GradientCheckpointingLayer):
         self, hidden_lh: Tensor, keys: Packing, queries: Packing | None = None, key_log_gate: Tensor | None = None
     ) -> Tensor:
         """Transform (l, h) -> (l, h), or -> (a, h) at the positions of ``queries`` only."""
-        h, heads, residual_ah = hidden_lh.shape[1], self.config.num_attention_heads, hidden_lh
+        h, heads = hidden_lh.shape[1], self.config.num_attention_heads
         if queries is None:
             q, k, v = self.qkv(hidden_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            residual_ah = hidden_lh.index_select(0, cast(Tensor, queries.positions))
-            q = linear(residual_ah, weight[:h], bias[:h]).view(-1, heads, h // heads)
+            asked_ah = hidden_lh.index_select(0, cast(Tensor, queries.positions))
+            q = linear(asked_ah, weight[:h], bias[:h]).view(-1, heads, h // heads)
             k, v = linear(hidden_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
         where = {"queries": queries or keys, "keys": keys, "kernel": self.config.attention_kernel}
         attended_ahd = self.attention(q, k, v, **where, key_log_gate_l=key_log_gate)
+        # Selected once more, and here: gradients are added in this order, which decides their last bits.
+        residual_ah = hidden_lh if queries is None else hidden_lh.index_select(0, cast(Tensor, queries.positions))
         hidden_ah = self._add(residual_ah, self.attention_out(attended_ahd.flatten(1)), norm=self.attention_norm)
         return self._add(hidden_ah, self.ffn_out(F.gelu(self.ffn_in(hidden_ah))), norm=self.ffn_norm)
 
