@@ -15,6 +15,15 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def in_folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder of its own, from which the small corpus, its cells and its run are seen."""
+    for name in ("corpus", "cells.h5ad", "runs"):
+        (tmp_path / name).symlink_to(small_folder / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def _in_folder_of_examples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a docstring example that names `cells.h5ad` where there is one; all others cost nothing."""

@@ -31,15 +31,6 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-@pytest.fixture
-def in_folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder from which the small corpus, its cells and its run are seen."""
-    for name in ("corpus", "cells.h5ad", "runs"):
-        (tmp_path / name).symlink_to(small_folder / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("command", "expected"),
     [

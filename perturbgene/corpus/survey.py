@@ -26,7 +26,7 @@ from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.workers import Workers
 from perturbgene.data_utils.chosen_cells import check_where
 from perturbgene.data_utils.genes import GenePanel, names_of
-from perturbgene.data_utils.labels import Vocabulary, is_missing, label_text, plain_spelling
+from perturbgene.data_utils.labels import Labels, Vocabulary, is_missing, label_text, plain_spelling
 from perturbgene.data_utils.recognition import Scale, check_values
 from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard, ShardCache
@@ -57,28 +57,6 @@ def open_files(sources: Sequence[Any], config: PrepareConfig, panel: GenePanel |
         sources, layer=config.layer, panel=panel or GenePanel(("none",)), vocabulary=Vocabulary({}),
         normalization=config.normalization, gene_id_column=config.gene_id_column, where=conditions(config.where),
     )  # fmt: skip
-
-
-class Labels(NamedTuple):
-    """One obs column: the number of each cell's text, int32 of shape (n,). The text of a missing label is ''."""
-
-    codes_n: np.ndarray
-    texts: tuple[str, ...]
-
-    @classmethod
-    def of(cls, values_n: pd.Series) -> "Labels":
-        """Spell the values of a column as labels."""
-        factor = pd.Categorical(values_n)
-        texts = (*map(label_text, factor.categories), "")
-        return cls(np.where(factor.codes < 0, len(texts) - 1, factor.codes).astype(np.int32), texts)
-
-    def counts(self, rows_n: np.ndarray | slice = slice(None)) -> Counter[str]:
-        """Count the cells of each text, in all rows or in some."""
-        counts = np.bincount(self.codes_n[rows_n], minlength=len(self.texts))
-        counted: Counter[str] = Counter()
-        for text, count in zip(self.texts, counts.tolist(), strict=True):
-            counted[text] += count
-        return +counted
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from perturbgene.data_utils.labels import label_text
+from perturbgene.data_utils.labels import Labels
 from perturbgene.data_utils.sources import CellSource
 from perturbgene.errors import InputError, did_you_mean, listed
 
@@ -40,32 +40,27 @@ class ChosenCells(CellSource):
         self.path, self.layer = base.path, base.layer
 
     @cached_property
-    def _texts(self) -> dict[str, tuple[np.ndarray, list[str]]]:
-        """Column of `where` -> number of each cell's value, and the values' texts with '' for a missing one at last."""
+    def _labels(self) -> dict[str, Labels]:
+        """Column of `where` -> the text of each cell of the file."""
         found = {}
         for column in self.where:
             try:
-                factor = pd.Categorical(self.base.obs_column(column))
+                found[column] = Labels.of(self.base.obs_column(column))
             except InputError as error:
                 raise InputError(f"{error} Change --where.") from error
-            found[column] = (factor.codes.astype(np.int64), [*map(label_text, factor.categories), ""])
         return found
 
     @cached_property
     def rows_n(self) -> np.ndarray:
         """Row of each chosen cell in the file, int64 of shape (n,)."""
         is_chosen_n = np.ones(self.base.shape[0], dtype=bool)
-        for column, (codes_n, texts) in self._texts.items():
-            is_chosen_n &= np.isin(texts, self.where[column])[codes_n]
+        for column, labels in self._labels.items():
+            is_chosen_n &= np.isin(labels.texts, self.where[column])[labels.codes_n]
         return np.flatnonzero(is_chosen_n)
 
     def counts(self, column: str) -> Counter[str]:
         """Count the cells of the whole file by their value in a column of `where`."""
-        codes_n, texts = self._texts[column]
-        counted: Counter[str] = Counter()
-        for text, count in zip(texts, np.bincount(codes_n % len(texts), minlength=len(texts)).tolist(), strict=True):
-            counted[text] += count
-        return +counted
+        return self._labels[column].counts()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -249,7 +249,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     @staticmethod
     def _check(shard: Shard, min_gene_coverage: float) -> int:
         shard.check_genes(min_gene_coverage)
-        shard.source.check_has_values()
+        shard.values.check_has_values()
         logger.info("%s: %d cells, %s", shard.path, len(shard), shard.alignment.describe())
         if shard.coverage < shard.alignment.coverage:  # a shard of `prepare` holds cells of several files
             logger.info("%s: some of its cells come from files that measure only %.1f%% of the panel",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,28 @@ def is_missing(label: str, missing_labels: Sequence[str] = ()) -> bool:
         (True, False, True)
     """
     return label.lower() in MISSING_LABELS or label.lower() in {label_text(one).lower() for one in missing_labels}
+
+
+class Labels(NamedTuple):
+    """One obs column: the number of each cell's text, int32 of shape (n,). The text of a missing label is ''."""
+
+    codes_n: np.ndarray
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, values_n: pd.Series) -> "Labels":
+        """Spell the values of a column as labels."""
+        factor = pd.Categorical(values_n)
+        texts = (*map(label_text, factor.categories), "")
+        return cls(np.where(factor.codes < 0, len(texts) - 1, factor.codes).astype(np.int32), texts)
+
+    def counts(self, rows_n: np.ndarray | slice = slice(None)) -> Counter[str]:
+        """Count the cells of each text, in all rows or in some."""
+        counts = np.bincount(self.codes_n[rows_n], minlength=len(self.texts))
+        counted: Counter[str] = Counter()
+        for text, count in zip(self.texts, counts.tolist(), strict=True):
+            counted[text] += count
+        return +counted
 
 
 def plain_spelling(text: str) -> str:

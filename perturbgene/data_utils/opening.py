@@ -117,12 +117,13 @@ def expand_paths(patterns: str | Path | Sequence[str | Path]) -> FileList:
     paths = [path for item in given for raw in expand_braces(str(item)) for path in _files_of(raw, given=str(item))]
     first_of: dict[Any, str] = {}
     for path in paths:
-        if (twin := first_of.get(identity(path))) is not None:
+        file = identity(path)
+        if (twin := first_of.get(file)) is not None:
             raise InputError(
                 f"{shown_path(path)} is the same file as {shown_path(twin)}: its cells would count twice. "
                 "Name each file once."
             )
-        first_of[identity(path)] = path
+        first_of[file] = path
     return FileList(paths)
 
 

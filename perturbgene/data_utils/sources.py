@@ -90,22 +90,6 @@ class CellSource:
         """Read scattered rows as CSR where that costs no more than neighboring ones, else return None."""
         return None
 
-    def check_has_values(self, *, num_rows: int = 1024) -> None:
-        """Refuse a matrix without a single value; usually its first rows show that it has some.
-
-        Raises:
-            InputError: Every value is 0; names the other matrices.
-        """
-        num_cells = self.shape[0]
-        for start in range(0, num_cells, num_rows):
-            if self.read_rows(start, min(num_cells, start + num_rows))[0].any():
-                return
-        if num_cells:
-            others = [layer for layer in self.layers if layer != self.layer]
-            advice = f"Choose another matrix with --layer: {listed(others)}" if others else "Add the counts to it"
-            name = self.layer or "X"
-            raise InputError(f"{self.path}: {name} holds no value other than 0, so no gene is expressed. {advice}.")
-
     def to_adata(self) -> Any:
         """Return all cells as an AnnData in memory.
 

@@ -100,6 +100,18 @@ class CellValues:
                 break
         return sample
 
+    def check_has_values(self) -> None:
+        """Refuse a matrix without a single value.
+
+        Raises:
+            InputError: Every value is 0; names the other matrices.
+        """
+        if len(self) and not self._sample.rows.values_l.any():
+            source, name = self.source, self.source.layer or "X"
+            others = [layer for layer in source.layers if layer != source.layer]
+            advice = f"Choose another matrix with --layer: {listed(others)}" if others else "Add the counts to it"
+            raise InputError(f"{source.path}: {name} holds no value other than 0, so no gene is expressed. {advice}.")
+
     @cached_property
     def scale(self) -> Scale:
         """What the values are; recognized on sampled rows, checked on every block that is read.

@@ -24,7 +24,7 @@ from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.prepare import rehearse
 from perturbgene.corpus.survey import MOST_NUMERIC_LABELS, open_files, path_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.labels import is_missing, label_text
+from perturbgene.data_utils.labels import Labels, is_missing
 from perturbgene.data_utils.opening import FileList, as_sources, open_source
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import CellSource, MemoryFile, TenxFile, ZarrFile, sampled_spans
@@ -273,10 +273,9 @@ def _describe(
     file.genes_per_cell = _quantiles([num_m for _, num_m in blocks])
     for name, column in labels.items():
         counts = Counter[str]()
-        for value, count in shard.source.obs_column(column).value_counts(dropna=False).items():
-            text = label_text(value)
-            counts["" if is_missing(text, shard.missing_labels) else text] += int(count)
-        file.labels[name] = dict(+counts)
+        for text, count in Labels.of(shard.source.obs_column(column)).counts().items():
+            counts["" if is_missing(text, shard.missing_labels) else text] += count
+        file.labels[name] = dict(counts)
 
 
 def _quantiles(values: list[np.ndarray]) -> list[float] | None:

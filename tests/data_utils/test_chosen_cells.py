@@ -35,15 +35,6 @@ def b_cells(cells: ad.AnnData) -> ad.AnnData:
     return cells[cells.obs["cell_type"] == "B cell"].copy()
 
 
-@pytest.fixture
-def in_folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder with the small corpus, its cells and its run."""
-    for name in ("corpus", "cells.h5ad", "runs"):
-        (tmp_path / name).symlink_to(small_folder / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # -- the conditions -----------------------------------------------------------------------------------------------
 
 
