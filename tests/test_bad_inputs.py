@@ -225,7 +225,7 @@ def _(b: Bench) -> None:
 
 
 no_case("B6-flipped-byte", "one flipped byte in uncompressed values", "no reader can see it in a file that carries no "
-        "checksums; `prepare` writes the SHA-256 of every shard into its manifest")  # fmt: skip
+        "checksums; `prepare` writes the SHA-256 of every shard, but nothing compares them yet")  # fmt: skip
 
 
 @case("B7-missing-plugin", "values compressed by a filter that this machine lacks", "refused")

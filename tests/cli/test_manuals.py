@@ -1,5 +1,6 @@
 """Every shell command of the manuals runs as it is written, on a small run and cells that have what it names."""
 
+import json
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ from perturbgene.main import main
 DOCS = Path(__file__).parents[2] / "docs"
 
 #: Page -> how many commands it shows; a block that is not found would leave nothing to run.
-PAGES = {"asking.md": 9, "embedding.md": 4, "perturbation.md": 5}
+PAGES = {"asking.md": 9, "embedding.md": 4, "formats.md": 3, "perturbation.md": 5}
 
 #: What the small run was not trained on -> what takes its place.
 KNOWN = {"disease=normal": "tissue=lung", "disease=asthma": "tissue=blood", "GATA1": "CD79B", "SPI1": "CD74"}
@@ -44,6 +45,8 @@ def folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.copytree(small_folder / "runs", tmp_path / "runs")
     for name in ("cells", "labelled", "patients"):
         shutil.copy(small_folder / "cells.h5ad", tmp_path / f"{name}.h5ad")
+    (tmp_path / "data").mkdir()
+    shutil.copy(small_folder / "cells.h5ad", tmp_path / "data/cells.h5ad")
     unlabelled = ad.read_h5ad(small_folder / "cells.h5ad")
     unlabelled.obs = unlabelled.obs[[]]
     unlabelled.write_h5ad(tmp_path / "new_cells.h5ad")
@@ -59,7 +62,13 @@ def test_every_command_of_a_manual_runs_and_writes_its_output(
     assert len(commands) == PAGES[page]
     for command in commands:
         known = [KNOWN.get(word, word) for word in command]
-        assert main(known) == 0, f"{shlex.join(command)}\n{capsys.readouterr().err}"
+        is_to_file = ">" in known
+        known = known[: known.index(">")] if is_to_file else known
+        code, printed = main(known), capsys.readouterr()
+        assert code == 0, f"{shlex.join(command)}\n{printed.err}"
         outputs = [known[at + 1] for at, word in enumerate(known) if word == "--output"]
+        if known[0] == "check":
+            assert json.loads(printed.out)["ok"] if is_to_file else "Accepted for" in printed.out
+            continue
         assert all((folder / output).stat().st_size for output in outputs), command
         assert outputs or (folder / "runs/mlm/evaluation/metrics.json").is_file()
