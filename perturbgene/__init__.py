@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 register_when_imported()
 
-#: Function -> the module that has it, and the verb whose options it takes.
-_VERBS = {
+#: Function -> the module that has it, and the verb whose options it takes. `main` calls `run_VERB` of the same module.
+VERBS = {
     "prepare": ("perturbgene.corpus.prepare", "prepare"),
     "check": ("perturbgene.inference.check", "check"),
     "mlm": ("perturbgene.training.train", "mlm"),
@@ -47,15 +47,15 @@ _OTHERS = {
     "GeneBertForClassification": "perturbgene.model",
     "PositionlessEmbeddings": "perturbgene.model",
 }
-__all__ = [*_VERBS, *_OTHERS]
+__all__ = [*VERBS, *_OTHERS]
 
 
 def __getattr__(name: str) -> Any:
     place = {"prepare_corpus": "prepare"}.get(name, name)  # its older name
-    if place in _VERBS:
+    if place in VERBS:
         from perturbgene.functions import as_function
 
-        module, verb = _VERBS[place]
+        module, verb = VERBS[place]
         value = as_function(getattr(importlib.import_module(module), place), verb)
     elif place in _OTHERS:
         value = getattr(importlib.import_module(_OTHERS[place]), place)

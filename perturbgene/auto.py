@@ -14,12 +14,6 @@ from types import ModuleType
 MODELS, TOKENIZERS = "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"
 
 
-def register_models() -> None:
-    """Import the models, which register themselves; nothing is left to do if they are being imported."""
-    if "perturbgene.model" not in sys.modules:
-        importlib.import_module("perturbgene.model")
-
-
 def register_tokenizer() -> None:
     """Register the tokenizer for the models' configuration."""
     from transformers import AutoTokenizer
@@ -33,7 +27,7 @@ def register_tokenizer() -> None:
 class After(MetaPathFinder):
     """Calls a function as soon as a module has been imported, at once if it is there already."""
 
-    def __init__(self, module: str, call: Callable[[], None]) -> None:
+    def __init__(self, module: str, call: Callable[[], object]) -> None:
         self.module, self.call = module, call
         if module in sys.modules:
             call()
@@ -61,5 +55,5 @@ class After(MetaPathFinder):
 
 def register_when_imported() -> None:
     """Register our classes when transformers' Auto classes are imported."""
-    After(MODELS, register_models)
+    After(MODELS, lambda: importlib.import_module("perturbgene.model"))  # they register themselves
     After(TOKENIZERS, register_tokenizer)

@@ -17,23 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from perturbgene import __version__
+from perturbgene import VERBS, __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
 from perturbgene.errors import FilesRefusedError, InputError, RunFailedError, StoppedError
 
-VERB_FUNCTIONS = {
-    "prepare": "perturbgene.corpus.prepare:run_prepare",
-    "check": "perturbgene.inference.check:run_check",
-    "mlm": "perturbgene.training.train:run_mlm",
-    "cls": "perturbgene.training.train:run_cls",
-    "evaluate": "perturbgene.inference.evaluate:run_evaluate",
-    "predict": "perturbgene.inference.predict:run_predict",
-    "embed": "perturbgene.embedding.cells:run_embed",
-    "counterfactual": "perturbgene.counterfactuals.counterfactual:run_counterfactual",
-    "attribute": "perturbgene.perturbation.attribute:run_attribute",
-    "perturb": "perturbgene.perturbation.perturb:run_perturb",
-    "download": "perturbgene.data_utils.download:run_download",
-}
 TRAINING_VERBS = ("mlm", "cls")
 #: Verbs that ask a model about any number of cells; their memory must not grow with this number.
 ASKING_VERBS = ("evaluate", "predict", "embed", "counterfactual", "attribute", "perturb")
@@ -121,9 +108,8 @@ def run(tokens: Sequence[str]) -> int:
 
 
 def verb_function(verb: str) -> Callable[[BaseConfig], object]:
-    """Import the function of a verb; only now, so that help pages need no torch."""
-    module_name, function_name = VERB_FUNCTIONS[verb].split(":")
-    return getattr(importlib.import_module(module_name), function_name)
+    """Import `run_VERB` from the verb's module; only now, so that help pages need no torch."""
+    return getattr(importlib.import_module(VERBS[verb][0]), f"run_{verb}")
 
 
 class FewOfAKind(logging.Filter):

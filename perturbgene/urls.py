@@ -83,15 +83,10 @@ def shown_url(url: str) -> str:
 
 
 def shown_path(path: object) -> str:
-    """Return a path or URL for a message."""
-    return shown_url(str(path)) if is_url(path) else str(path)
-
-
-def shown_text(text: str) -> str:
-    """Return a text for a message; from its first URL on it is shown as by `shown_url`.
+    """Return a path or any text for a message; from its first URL on it is shown as by `shown_url`.
 
     Example:
-        >>> shown_text("{https://host/a.h5ad?token=1,https://host/b.h5ad?token=2}")
+        >>> shown_path("{https://host/a.h5ad?token=1,https://host/b.h5ad?token=2}")
         '{https://host/a.h5ad?***'
     """
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://.*", lambda url: shown_url(url[0]), text, flags=re.DOTALL)
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://.*", lambda url: shown_url(url[0]), str(path), flags=re.DOTALL)

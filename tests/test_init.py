@@ -15,7 +15,7 @@ def test_verbs_are_functions_of_the_package() -> None:
     assert perturbgene.predict is perturbgene.predict
 
 
-@pytest.mark.parametrize("name", [*(name for name in perturbgene._VERBS if name != "download"), "load_run"])
+@pytest.mark.parametrize("name", [*(name for name in perturbgene.VERBS if name != "download"), "load_run"])
 def test_every_verb_has_an_example_that_runs_as_a_doctest(name: str) -> None:
     examples = doctest.DocTestParser().get_examples(getattr(perturbgene, name).__doc__)
     assert any(f"pg.{name}(" in example.source and not example.options for example in examples)

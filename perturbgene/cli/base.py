@@ -4,6 +4,7 @@ Owns checking at construction and writing to YAML; reading is in `parsing`, the 
 """
 
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from perturbgene.cli.options import DATA, GENES, check_exists, check_flag, conditions, entries_of, option, own_flags
+from perturbgene.cli.options import DATA, GENES, check_flag, conditions, entries_of, option, own_flags
 from perturbgene.errors import InputError
 from perturbgene.files import write_text
-from perturbgene.urls import shown_text
+from perturbgene.hub import is_hub_name
+from perturbgene.urls import shown_path
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]
 
@@ -58,7 +60,13 @@ class BaseConfig:
         for flag in own_flags(type(self)).values():
             value = getattr(self, flag.name)
             for path in (value if isinstance(value, list) else [value]) if flag.is_path else []:
-                check_exists(path, flag)
+                is_checked_later = not path or "://" in path or re.search(r"[*?\[{]", path)  # a URL or pattern
+                if is_checked_later or Path(path).exists() or (flag.may_be_on_hub and is_hub_name(path)):
+                    continue
+                raise InputError(
+                    f"{flag.name} is {path!r}, but there is no such file or folder. Correct the path given to "
+                    f"--{flag.name}."
+                )
             if flag.suffixes and str(value).endswith(".parquet") and not importlib.util.find_spec("pyarrow"):
                 raise InputError("a .parquet file needs pyarrow. Write .csv, or pip install 'perturbgene[parquet]'.")
 
@@ -83,7 +91,7 @@ def _without_secrets(value: Any) -> Any:
         return [_without_secrets(item) for item in value]
     if isinstance(value, dict):
         return {name: _without_secrets(item) for name, item in value.items()}
-    return shown_text(value) if isinstance(value, str) else value
+    return shown_path(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)

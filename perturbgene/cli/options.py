@@ -5,7 +5,6 @@ Letters: e edges.
 """
 
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from perturbgene.errors import InputError, listed
-from perturbgene.hub import is_hub_name
 
 IN_OUT, TASK, DATA, GENES = "Input and output", "Task", "Data", "Genes and bins"
 MODEL, TRAINING, RUNNING, ARGUMENTS = "Model", "Training", "Running", "transformers.TrainingArguments"
@@ -117,29 +115,19 @@ def check_flag(value: Any, flag: Flag) -> None:
         check_edges(values)
 
 
-def check_edges(edges_e: Sequence[float]) -> None:
+def check_edges(edges_e: Sequence[float], *, owner: str = "bin_edges") -> None:
     """Refuse bin edges that are not finite, positive and increasing."""
     for i, edge in enumerate(edges_e):
         if not 0 < edge < float("inf"):
             raise InputError(
-                f"bin_edges must be finite and above 0, but edge {i} is {edge:g}; bin 0 means not expressed. "
+                f"{owner} must be finite and above 0, but edge {i} is {edge:g}; bin 0 means not expressed. "
                 "Remove it from --bin_edges."
             )
         if i and edge <= edges_e[i - 1]:
             raise InputError(
-                f"bin_edges must increase, but edge {i} ({edge:g}) does not exceed edge {i - 1} "
+                f"{owner} must increase, but edge {i} ({edge:g}) does not exceed edge {i - 1} "
                 f"({edges_e[i - 1]:g}). Sort and deduplicate --bin_edges."
             )
-
-
-def check_exists(path: str | None, flag: Flag) -> None:
-    """Refuse a local path that does not exist; URLs and patterns are checked when they are opened."""
-    if not path or "://" in path or re.search(r"[*?\[{]", path) or Path(path).exists():
-        return
-    if flag.may_be_on_hub and is_hub_name(path):
-        return
-    name = flag.name
-    raise InputError(f"{name} is {path!r}, but there is no such file or folder. Correct the path given to --{name}.")
 
 
 def check_no_repeats(names: Sequence[str], *, flag: str) -> None:
@@ -197,8 +185,8 @@ def conditions(where: Mapping[str, Any] | Sequence[str]) -> dict[str, list[str]]
     return found
 
 
-def check_question(ask: Sequence[str], given: Sequence[str]) -> None:
+def check_question(ask: Sequence[str], given: Iterable[str], *, flag: str = "ask") -> None:
     """Refuse a phenotype that is asked twice, or both asked and given."""
-    check_no_repeats(ask, flag="ask")
+    check_no_repeats(ask, flag=flag)
     if both := sorted(set(ask) & set(given)):
-        raise InputError(f"{listed(both)} cannot be both asked and given. Remove it from --ask or --given.")
+        raise InputError(f"{listed(both)} cannot be both asked and given. Remove it from --{flag} or --given.")

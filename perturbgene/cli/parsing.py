@@ -291,7 +291,7 @@ def parse_args(argv: Sequence[str] | None = None) -> BaseConfig:
         )
     given |= after
     path = given.pop("config", None)
-    from_file = yaml_values(path, config_class) if path is not None else {}
+    from_file = read_yaml(path, config_class)[1] if path is not None else {}
     return build_config(config_class, {**from_file, **given})
 
 
@@ -303,38 +303,34 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping of settings."""
+def read_yaml(path: str | Path, expected: type[BaseConfig] | None = None) -> tuple[type[BaseConfig], dict[str, Any]]:
+    """Return the class and the typed settings of a YAML file, which must name its verb if no class is expected."""
     try:
-        settings = _UniqueKeyLoader(Path(path).read_text(encoding="utf-8")).get_single_data()
+        settings = _UniqueKeyLoader(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
     except OSError as error:
         raise InputError(
             f"config is {str(path)!r}, which cannot be read ({error.strerror}). Correct --config."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config is {str(path)!r}, which is not plain YAML: {error}. Correct the file.") from error
-    if not isinstance(settings, dict | None):
+    if not isinstance(settings, dict):
         raise InputError(f"config is {str(path)!r}, which has no `name: value` lines. Correct the file.")
-    return settings or {}
-
-
-def yaml_values(path: str | Path, config_class: type[BaseConfig]) -> dict[str, Any]:
-    """Return the settings of a verb's YAML file, of the right types."""
-    settings = read_yaml(path)
-    verb = settings.pop("verb", config_class.verb)
-    if verb != config_class.verb:
+    verb = settings.pop("verb", expected.verb if expected else None)
+    if expected and verb != expected.verb:
         raise InputError(
-            f"config {str(path)!r} is for the verb {verb!r}, not for {config_class.verb!r}. "
+            f"config {str(path)!r} is for the verb {verb!r}, not for {expected.verb!r}. "
             "Call that verb, or remove the line `verb:` and what does not fit."
         )
+    if verb not in CONFIGS:
+        raise InputError(f"{str(path)!r} does not name its verb. Add a line such as `verb: mlm`.")
     values = {}
     for key, value in settings.items():
         where = f"{key} in {path}"
-        flag = find_flag(str(key), config_class, where=where)
+        flag = find_flag(str(key), CONFIGS[verb], where=where)
         if flag is CONFIG_FLAG:
             raise InputError(f"{where} would make one file name another. Put all settings into one file.")
         values[flag.name] = convert(value, flag, where=where)
-    return values
+    return CONFIGS[verb], values
 
 
 def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -364,10 +360,7 @@ def config_of(config_class: type[ConfigT], settings: Mapping[str, Any]) -> Confi
 
 def load_config(path: str | Path) -> BaseConfig:
     """Read what `BaseConfig.save` wrote; the file must name its verb."""
-    verb = read_yaml(path).get("verb")
-    if verb not in CONFIGS:
-        raise InputError(f"{str(path)!r} does not name its verb. Add a line such as `verb: mlm`.")
-    return build_config(CONFIGS[verb], yaml_values(path, CONFIGS[verb]))
+    return build_config(*read_yaml(path))
 
 
 def metavar(flag: Flag) -> str:

@@ -287,7 +287,7 @@ class PredictConfig(AnswerOptions, FileOptions):
 
     def check(self) -> None:
         super().check()
-        check_question(self.ask, list(self.given_labels))
+        check_question(self.ask, self.given_labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,8 +375,7 @@ class EmbedConfig(FileOptions):
                 "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
                 "--genes and --phenotype, or run a second command for them."
             )
-        if both := sorted(set(self.phenotype) & set(self.given_labels)):
-            raise InputError(f"{both[0]!r} cannot be asked and given at once. Remove it from --phenotype or --given.")
+        check_question(self.phenotype, self.given_labels, flag="phenotype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,7 +505,7 @@ class AttributeConfig(ScoringOptions):
 
     def check(self) -> None:
         super().check()
-        check_question([self.ask], list(self.given_labels))
+        check_question([self.ask], self.given_labels)
 
 
 _CLASSES: tuple[type[BaseConfig], ...] = (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from perturbgene.cli.options import check_edges
 from perturbgene.errors import InputError, listed
 
 #: log1p counts per 10,000 of one read in a hundred million: below any expressed value, above rounding.
@@ -27,20 +28,12 @@ def checked_edges(edges_e: Sequence[float] | np.ndarray, *, owner: str = "bin_ed
         edges = np.asarray(edges_e)
     except ValueError:  # lists of unequal length
         edges = np.asarray([""])
-    if (
-        edges.size and edges.dtype.kind not in "iuf"
-    ):  # text, null and true are no numbers, though numpy would convert them
+    if edges.size and edges.dtype.kind not in "iuf":  # text, null and true, which numpy would convert
         raise InputError(f"{owner} must be numbers, but got {edges_e!r}. Give e.g. --bin_edges 0.5 1 2.")
     edges = edges.astype(np.float64)
     if edges.ndim != 1 or edges.size == 0:
         raise InputError(f"{owner} must be a non-empty list of numbers, but got {edges_e!r}. Give at least one edge.")
-    if not np.isfinite(edges).all() or edges[0] <= 0:
-        raise InputError(f"{owner} must be finite and above 0 (bin 0 means not expressed), but got {edges.tolist()}.")
-    for at in np.flatnonzero(np.diff(edges) <= 0)[:1]:
-        raise InputError(
-            f"{owner} must increase, but edge {at + 1} ({edges[at + 1]:g}) does not exceed edge {at} "
-            f"({edges[at]:g}). Sort and deduplicate --bin_edges."
-        )
+    check_edges(edges.tolist(), owner=owner)
     return edges
 
 

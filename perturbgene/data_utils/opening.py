@@ -17,7 +17,7 @@ from perturbgene.data_utils.foreign import refused_object
 from perturbgene.data_utils.remote import expand_url, local_path
 from perturbgene.data_utils.sources import CellSource, H5adFile, MemoryFile, TenxFile, ZarrFile, mtx_prefix
 from perturbgene.errors import InputError, listed
-from perturbgene.urls import is_url, shown_path, shown_text, url_identity
+from perturbgene.urls import is_url, shown_path, url_identity
 
 MOST_PATHS = 100_000
 ZARR_FILES = ("zarr.json", ".zgroup", ".zmetadata", ".zattrs")
@@ -36,7 +36,7 @@ def expand_braces(pattern: str) -> list[str]:
         bounds = re.fullmatch(r"(\d+)\.\.(\d+)", piece) if index % 2 else None
         num_paths *= abs(int(bounds[2]) - int(bounds[1])) + 1 if bounds else 1
         if num_paths > MOST_PATHS:
-            raise InputError(f"pattern {shown_text(pattern)!r} names more than {MOST_PATHS:,} files. Narrow it.")
+            raise InputError(f"pattern {shown_path(pattern)!r} names more than {MOST_PATHS:,} files. Narrow it.")
         if bounds:
             width = len(bounds[1]) if bounds[1].startswith("0") else 0
             step = 1 if int(bounds[2]) >= int(bounds[1]) else -1

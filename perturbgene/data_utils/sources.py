@@ -21,7 +21,7 @@ from perturbgene.data_utils.decode import ChunkReader, SpanReader
 from perturbgene.data_utils.foreign import EXPECTED, kind_of, kind_of_store
 from perturbgene.data_utils.remote import local_path
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.urls import is_url, parts_of, shown_path, shown_text
+from perturbgene.urls import is_url, parts_of, shown_path
 
 #: A compressor cannot shrink zeros by more than about this (deflate: 1,032), so a file that claims more holds nothing.
 MOST_COMPRESSION = 5_000
@@ -507,7 +507,7 @@ def _known_encodings() -> set[tuple[str, str]]:
 def _reason(error: Exception) -> str:
     """Return the first line of an error, without secrets."""
     lines = str(error).strip().splitlines()
-    return shown_text(lines[0]) if lines else type(error).__name__
+    return shown_path(lines[0]) if lines else type(error).__name__
 
 
 def _refusal(path: str, local: str, error: Exception) -> InputError:

@@ -61,7 +61,13 @@ def attention(
 
         out_ahd = cast(Tensor, flash_attn_varlen_func(q_ahd, k_lhd, v_lhd, *bounds, softmax_scale=scale))
     elif kernel == "sdpa":
-        out_ahd = _sdpa(q_ahd, k_lhd, v_lhd, queries=queries, keys=keys, scale=scale)
+        outs = []
+        for of_q, of_k in _cell_slices(queries, keys):  # cell by cell: no padded batch was faster on a CPU
+            q_1had, k_1hld, v_1hld = (x.transpose(0, 1)[None] for x in (q_ahd[of_q], k_lhd[of_k], v_lhd[of_k]))
+            out_1had = F.scaled_dot_product_attention(q_1had, k_1hld, v_1hld, scale=scale)
+            outs.append(out_1had[0].transpose(0, 1))
+        outs.append(q_ahd.new_zeros(len(q_ahd) - sum(queries.lengths), *q_ahd.shape[1:]))  # rows outside of any cell
+        out_ahd = torch.cat(outs)
     else:
         with torch.autocast(q_ahd.device.type, enabled=False):  # the softmax keeps the precision of its input
             out_ahd = cast(Tensor, _MatmulAttention.apply(q_ahd, k_lhd, v_lhd, queries, keys, scale))
@@ -107,17 +113,6 @@ def _cell_slices(*packings: Packing) -> Iterator[tuple[slice, ...]]:
     """Yield the rows of each cell in each packing."""
     bounds = [[0, *accumulate(packing.lengths)] for packing in packings]
     return zip(*(map(slice, ends, ends[1:]) for ends in bounds), strict=True)
-
-
-def _sdpa(q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, *, queries: Packing, keys: Packing, scale: float) -> Tensor:
-    """Attend with PyTorch's own kernel, one cell after the other: no padded batch was faster on a CPU."""
-    outs = []
-    for of_q, of_k in _cell_slices(queries, keys):
-        q_1had, k_1hld, v_1hld = (x.transpose(0, 1)[None] for x in (q_ahd[of_q], k_lhd[of_k], v_lhd[of_k]))
-        out_1had = F.scaled_dot_product_attention(q_1had, k_1hld, v_1hld, scale=scale)
-        outs.append(out_1had[0].transpose(0, 1))
-    outs.append(q_ahd.new_zeros(len(q_ahd) - sum(queries.lengths), *q_ahd.shape[1:]))  # rows outside of any cell
-    return torch.cat(outs)
 
 
 class _MatmulAttention(torch.autograd.Function):

@@ -178,7 +178,7 @@ def test_genes_are_found_by_id_version_and_symbol() -> None:
             {"given": {"tissue": "splen"}},
             "tissue=splen is not in the run's vocabulary. Choose one of: 'blood', 'spleen'",
         ),
-        ({"given": {"tissue": None}, "phenotype": ["tissue"]}, "cannot be asked and given at once"),
+        ({"given": {"tissue": None}, "phenotype": ["tissue"]}, "both asked and given. Remove it from --phenotype"),
     ],
 )
 def test_what_the_run_does_not_know_is_refused(run: Run, cells: ad.AnnData, question: dict, message: str) -> None:
