@@ -1,138 +1,79 @@
 """`ShardedTrainer`: transformers' Trainer, except that each process reads its own rows and counts its own tokens.
 
-Owns the few overrides that streaming, two-part losses and resuming without replay need; leaves whole checkpoints and
-signals to `SafeTrainer`, and the loop and the optimizer to transformers and accelerate.
+Owns the overrides that streaming, two-part losses, whole checkpoints and resuming without replay need; leaves the files
+of checkpoints to `training.checkpoints`, signals and the terminal to `training.callbacks`, and the loop and the
+optimizer to transformers and accelerate.
 """
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableAnnDataset
-from perturbgene.errors import InputError, did_you_mean
+from perturbgene.errors import InputError, RunFailedError, did_you_mean, listed
 from perturbgene.eval_utils import Evaluator, run_evaluator
-from perturbgene.training.callbacks import WithCells, outlive_signals
-from perturbgene.training.checkpoints import SafeTrainer
+from perturbgene.files import partial_path
+from perturbgene.training import checkpoints
+from perturbgene.training.callbacks import (
+    POSITION_KEY,
+    KeepPosition,
+    Progress,
+    Speed,
+    StopEarly,
+    StopOnSignal,
+    WithCells,
+    outlive_signals,
+)
 
 logger = logging.getLogger(__name__)
 
 _PARTS = ("loss_phenotypes", "loss_genes")
-#: Entry of `trainer_state.json` that says which cells of the epoch are done.
-POSITION_KEY = "StreamPosition"
 
 
-class _KeepPosition(TrainerCallback):
-    """Counts the batches of the current epoch, so that every checkpoint says which cells are done.
+class _Resumed(NamedTuple):
+    """Where a checkpoint was saved: states of the trainer and of the data set, and the batches left in its epoch."""
 
-    The number of steps would not do: it means other cells once ranks, batch size or accumulation have changed.
-    """
-
-    def __init__(self, cells: IterableAnnDataset) -> None:
-        self.cells, self.num_batches = cells, 0
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.num_batches = 0
-
-    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
-        self.num_batches += 1
-
-    def on_step_end(self, args: Any, state: TrainerState, *others: Any, **kwargs: Any) -> None:
-        self.num_batches += 1
-        position = self.cells.state_after(self.num_batches)
-        cast(dict[str, Any], state.stateful_callbacks)[POSITION_KEY] = position  # a dict, whatever its annotation says
-        # Trainer takes the batches of a resumed epoch for a whole epoch.
-        left, whole = self.cells.num_batches(position["consumed"]), self.cells.num_batches()
-        state.epoch = position["epoch"] + (whole - left) / whole
-
-
-class StopEarly(EarlyStoppingCallback):
-    """Ends training when the metric has not improved for some evaluations; a resumed run goes on counting.
-
-    The count is an entry of `trainer_state.json` from the evaluation on, whatever is saved when.
-    """
-
-    KEY = "StopEarly"
-
-    def _count(self, state: TrainerState) -> int:
-        """Return how many evaluations in a row have not improved, from a state that was saved."""
-        kept = cast(dict[str, Any], state.stateful_callbacks).get(self.KEY, {"attributes": {}})
-        return int(kept["attributes"].get("early_stopping_patience_counter", 0))
-
-    def has_stopped(self, state: TrainerState) -> bool:
-        """Return whether a run with this state ended because it no longer improved."""
-        return self._count(state) >= self.early_stopping_patience
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.early_stopping_patience_counter, self.is_training = self._count(state), True
-        cast(dict[str, Any], state.stateful_callbacks)[self.KEY] = self.state()
-        if not args.load_best_model_at_end:
-            logger.warning(
-                "--early_stopping_patience: the weights of the last step are kept, not the best ones. Save when "
-                "evaluating to keep the best (--load_best_model_at_end)."
-            )
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if not self.is_training:  # the final scores
-            return
-        super().on_evaluate(args, state, control, metrics, **kwargs)
-        cast(dict[str, Any], state.stateful_callbacks)[self.KEY] = self.state()
-        if control.should_training_stop and self.early_stopping_patience_counter >= self.early_stopping_patience:
-            logger.info(
-                "training ends at step %d: %s has not improved for %d evaluations", state.global_step,
-                args.metric_for_best_model, self.early_stopping_patience_counter,
-            )  # fmt: skip
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.is_training = False
-
-
-@dataclass(frozen=True)
-class _Resumed:
-    """Where a checkpoint was saved.
-
-    Args:
-        state: Of the data set; see `IterableAnnDataset.state_dict`.
-        step: Optimizer steps done.
-        batches_left: Batches of this process that are left in the epoch, more than none.
-        epoch: The one that continues.
-        has_stopped: Whether the run ended there because it no longer improved.
-    """
-
-    state: Mapping[str, Any]
-    step: int
+    trained: TrainerState
+    position: Mapping[str, Any]
     batches_left: int
-    epoch: int
-    has_stopped: bool
 
 
-class ShardedTrainer(SafeTrainer):
-    """A Trainer for `IterableAnnDataset`s that already hold the share of one process.
+class ShardedTrainer(Trainer):
+    """A Trainer for `IterableAnnDataset`s that already hold the share of one process; it can be killed and resumed.
 
-    A resumed run does not read cells that are done, and continues with the cells that are left when the number of
-    loader workers, ranks, cells or tokens per batch or accumulated batches has changed.
+    Checkpoints are whole or not there. A resumed run does not read cells that are done. It continues with the cells
+    that are left, also when the number of loader workers, ranks, cells or tokens per batch, or accumulated batches has
+    changed.
 
     Args:
         evaluator: Counts scores batch by batch; its sums are added over ranks.
         final_evaluator: Scores the last step and the delivered weights; `evaluator` by default.
         early_stopping: Ends training when the metric no longer improves; None never does.
+        *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
+
+    Attributes:
+        cells: The training cells.
+        stop: Knows the signal that ended training, if one did.
 
     Raises:
         InputError: `--metric_for_best_model` is no score of the evaluator.
-        *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
     """
 
     def __init__(
@@ -151,22 +92,30 @@ class ShardedTrainer(SafeTrainer):
             if f"eval_{metric.removeprefix('eval_')}" not in names:
                 hint = f"{did_you_mean(metric, names)} Change --metric_for_best_model."
                 raise InputError(f"metric_for_best_model is {metric!r}, which is no score of this run. {hint}")
-        self.early_stopping = early_stopping
-        if early_stopping is not None:
-            self.add_callback(early_stopping)
+        self.folder, self.cells = Path(str(self.args.output_dir)), cast(IterableAnnDataset, self.train_dataset)
+        # `checkpoints.rotate` deletes, not Trainer.
+        self._num_kept, self.args.save_total_limit = self.args.save_total_limit, None
+        self._partial: Path | None = None  # where a checkpoint is being written
+        self._unchecked: tuple[Any, int, list[np.ndarray]] | None = None  # norm, step and cells of the last step
         self._is_over = False  # True once nothing is left but to score the delivered weights
         self._scored_step: int | None = None  # the step that `final_evaluator` has scored
         self._parts: dict[str, torch.Tensor] = {}
         self._step_of_last_parts = 0
         self._resumed: _Resumed | None = None
-        if isinstance(self.train_dataset, IterableAnnDataset):
-            self.add_callback(_KeepPosition(self.train_dataset))
+        self.stop, self.progress, self.speed = StopOnSignal(), Progress(), Speed(self._sum_over_ranks)
+        self.early_stopping = early_stopping
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        for callback in (self.stop, self.progress, early_stopping, KeepPosition(self.cells)):
+            if callback is not None:
+                self.add_callback(callback)
 
-    @property
-    def cells(self) -> IterableAnnDataset:
-        """The training cells."""
-        assert isinstance(self.train_dataset, IterableAnnDataset)
-        return self.train_dataset
+    def _sum_over_ranks(self, numbers: Sequence[Any]) -> list[Any]:
+        """Add numbers or arrays over all processes."""
+        if self.args.world_size == 1:
+            return list(numbers)
+        tensors = [torch.as_tensor(np.asarray(number, dtype=np.float64)).to(self.args.device) for number in numbers]
+        return [self.accelerator.reduce(tensor, reduction="sum").cpu().numpy() for tensor in tensors]
 
     # -- steps and resuming ---------------------------------------------------------------------------------------
 
@@ -174,20 +123,23 @@ class ShardedTrainer(SafeTrainer):
         """Let the data set continue where a checkpoint was saved."""
         path = Path(checkpoint) / TRAINER_STATE_NAME
         trained = TrainerState.load_from_json(str(path)) if path.exists() else TrainerState()
-        state = cast(dict[str, Any], trained.stateful_callbacks).get(POSITION_KEY)
-        if state is None:
+        position = cast(dict[str, Any], trained.stateful_callbacks).get(POSITION_KEY)
+        if position is None:
             raise InputError(f"checkpoint {checkpoint} does not say which cells are done. Give an older one.")
-        self.cells.load_state_dict(state)
-        left = self.cells.num_batches(state["consumed"])
+        self.cells.load_state_dict(position)
+        left = self.cells.num_batches(position["consumed"])
         if left == 0:
-            self.cells.set_epoch(state["epoch"] + 1)
-            state, left = self.cells.state_dict(), self.cells.num_batches()
-        has_stopped = self.early_stopping is not None and self.early_stopping.has_stopped(trained)
-        return _Resumed(state, trained.global_step, left, int(state["epoch"]), has_stopped)
+            self.cells.set_epoch(position["epoch"] + 1)
+            position, left = self.cells.state_dict(), self.cells.num_batches()
+        return _Resumed(trained, position, left)
 
-    def is_over(self, state: TrainerState) -> bool:
+    def _has_stopped_early(self, state: TrainerState) -> bool:
+        return self.early_stopping is not None and self.early_stopping.has_stopped(state)
+
+    def _is_last(self, state: TrainerState) -> bool:
         """True if the run of a saved state has no step left to do."""
-        return super().is_over(state) or (self.early_stopping is not None and self.early_stopping.has_stopped(state))
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return state.global_step >= max_steps or self._has_stopped_early(state)
 
     def is_finished(self, checkpoint: str) -> bool:
         """True when a checkpoint has as many steps as this run wants, or stopped early.
@@ -196,22 +148,44 @@ class ShardedTrainer(SafeTrainer):
             InputError: The checkpoint is not complete, or was trained on other cells.
         """
         self._resumed = self._resumed_at(checkpoint)
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return self._resumed.has_stopped or self._resumed.step >= max_steps
+        return self._is_last(self._resumed.trained)
+
+    def is_delivered(self) -> bool:
+        """True when the run folder already holds the weights after all steps of this run."""
+        if not all((self.folder / name).is_file() for name in checkpoints.LAST_FILES):
+            return False
+        return self._is_last(TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME)))
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train, from a checkpoint on if one is named, after one batch of evaluation that shows whether it works.
 
+        The terminal and the signal handlers are restored whatever happens.
+
         Raises:
-            InputError: The checkpoint is not complete, or was trained on other cells.
+            InputError: The checkpoint is not complete, or was trained on other cells; or memory runs out.
             RunFailedError: A checkpoint cannot be written, or a step is not a number.
         """
         self._resumed = self._resumed_at(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._step_of_last_parts = 0 if self._resumed is None else self._resumed.step
+        self._step_of_last_parts = 0 if self._resumed is None else self._resumed.trained.global_step
         if self.args.eval_strategy != "no" and self._resumed is None and self.evaluator is not None:
             first_batch = islice(self.get_eval_dataloader(), 1)
             run_evaluator(self.evaluator, self.accelerator.unwrap_model(self.model), first_batch)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            wanted = sum(int(cells_2n[1].sum()) for cells_2n in self.speed.cells) // max(1, len(self.speed.cells))
+            most, newest = self.speed.most_tokens, checkpoints.checkpoints(self.folder)[-1:]
+            fits = f"the largest that fitted had {most:,}" if most else "none has fitted yet"
+            advice = f"Give --tokens_per_batch {most}" if most else "Lower --tokens_per_batch"
+            resume = f" Continue from {newest[0]} with --resume_from_checkpoint --allow_changed." if newest else ""
+            raise InputError(
+                f"the memory of {self.args.device} does not hold a batch of {wanted:,} tokens; {fits}. {advice}, or a "
+                f"smaller --per_device_train_batch_size with more --gradient_accumulation_steps.{resume}"
+            ) from error
+        finally:
+            self.progress.close()
+            self.stop.give_back()
 
     def _num_steps(self, num_batches: int) -> int:
         """Count the optimizer steps that some batches make."""
@@ -225,7 +199,8 @@ class ShardedTrainer(SafeTrainer):
         _, per_epoch, *others, _ = super().set_initial_training_values(args, dataloader)
         epochs, steps = 0, 0  # whole epochs, and the steps when they are done
         if self._resumed is not None:
-            epochs, steps = self._resumed.epoch + 1, self._resumed.step + self._num_steps(self._resumed.batches_left)
+            epochs = self._resumed.position["epoch"] + 1
+            steps = self._resumed.trained.global_step + self._num_steps(self._resumed.batches_left)
         is_enough = (lambda: steps >= args.max_steps) if args.max_steps > 0 else lambda: epochs >= args.num_train_epochs
         while not is_enough():
             steps += self._num_steps(self.cells.num_batches(epoch=epochs))
@@ -241,18 +216,30 @@ class ShardedTrainer(SafeTrainer):
         epoch, batches = super()._init_training_state(max_steps, *args, **kwargs)
         if self._resumed is None:
             return epoch, batches
-        is_over = self._resumed.has_stopped or self._resumed.step >= max_steps  # then no epoch is left to run
-        return (self.state.num_train_epochs if is_over else self._resumed.epoch), 0
+        trained = self._resumed.trained
+        is_over = self._has_stopped_early(trained) or trained.global_step >= max_steps  # then no epoch is left to run
+        return (self.state.num_train_epochs if is_over else int(self._resumed.position["epoch"])), 0
 
     def _run_epoch(self, **parts: Any) -> None:  # type: ignore[override]
         """Run an epoch, or what is left of the one in which the checkpoint was saved; Trainer assumes equal epochs."""
         self.cells.set_epoch(parts["epoch"])
         num_batches = len(parts["train_dataloader"])
-        if self._resumed is not None and parts["epoch"] == self._resumed.epoch:
-            self.cells.load_state_dict(self._resumed.state)
+        if self._resumed is not None and parts["epoch"] == self._resumed.position["epoch"]:
+            self.cells.load_state_dict(self._resumed.position)
             num_batches = self._resumed.batches_left
         parts |= {"steps_in_epoch": num_batches, "num_update_steps_per_epoch": self._num_steps(num_batches)}
         super()._run_epoch(**parts)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them, but keep the learning rate and its kin of now, where --allow_changed has changed them."""
+        optimizer: Any = self.optimizer
+        wanted = [] if checkpoint is None else [dict(group) for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, now in zip(optimizer.param_groups, wanted, strict=bool(wanted)):
+            checkpoints.take_settings(group, now)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if wanted and hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [now["initial_lr"] for now in wanted]
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -282,12 +269,12 @@ class ShardedTrainer(SafeTrainer):
         assert isinstance(dataset, IterableAnnDataset)
         return DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=list, generator=self._own_generator())
 
-    def places_of(self, cells_n: np.ndarray) -> list[str]:
-        """Return the file and the row of each training cell, as text."""
-        starts_f = np.concatenate([[0], np.cumsum(self.cells.sizes)])
-        files_n = np.searchsorted(starts_f, cells_n, side="right") - 1
-        rows_n = cells_n - starts_f[files_n]
-        return [f"{self.cells.paths[file]} row {row}" for file, row in zip(files_n, rows_n, strict=True)]
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Fetch the batches of a step, and count their cells before the model sees them."""
+        self.speed.start()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.speed.count(batches)
+        return batches, num_items
 
     # -- loss and scores ------------------------------------------------------------------------------------------
 
@@ -321,13 +308,41 @@ class ShardedTrainer(SafeTrainer):
                 self._parts[name] = self._parts.get(name, torch.zeros_like(part)) + part
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm, and keep it: it is looked at one step later, so that nobody waits for a GPU."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._check_last_step()
+        if not self.args.fp16:  # there, the gradient scaler expects such steps and leaves them out
+            self._unchecked = (norm, self.state.global_step + 1, self.speed.cells)
+        return norm
+
+    def _check_last_step(self) -> None:
+        """Stop before anything is built on a step whose gradient was not a number."""
+        (norm, step, cells), self._unchecked = self._unchecked or (0.0, 0, []), None
+        if np.isfinite(float(norm)):
+            return
+        cells_n = np.concatenate([cells_2n[0] for cells_2n in cells]).astype(np.int64)
+        starts_f = np.concatenate([[0], np.cumsum(self.cells.sizes)])
+        files_n = np.searchsorted(starts_f, cells_n, side="right") - 1
+        rows_n = cells_n - starts_f[files_n]
+        places = [f"{self.cells.paths[file]} row {row}" for file, row in zip(files_n, rows_n, strict=True)]
+        newest = checkpoints.checkpoints(self.folder)[-1:]
+        raise RunFailedError(
+            f"step {step} gave a gradient of norm {float(norm)}, so training stopped. Its {len(places)} cells: "
+            f"{listed(places, most=3)}. Last good checkpoint: {newest[0] if newest else 'none'}. Look at these "
+            "cells, or lower --learning_rate."
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss part since the last log, over all processes."""
+        """Add to what is logged of training the mean of each loss part since the last log, speed and memory."""
+        self._check_last_step()
         if "loss" in logs and self._parts:
             steps = max(1, self.state.global_step - self._step_of_last_parts)
             totals = self._sum_over_ranks([float(total) for total in self._parts.values()])
             logs |= {name: round(float(total) / steps, 4) for name, total in zip(self._parts, totals, strict=True)}
             self._parts, self._step_of_last_parts = {}, self.state.global_step
+        if "loss" in logs:
+            logs |= self.speed.rates()
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(
@@ -364,3 +379,74 @@ class ShardedTrainer(SafeTrainer):
             self._is_over = True
             self.evaluate()
         return self.final_evaluator.results()
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where checkpoints are written: while one is, under another name."""
+        return str(self._partial) if self._partial else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint under another name, seal it and rename it, since Trainer writes in place."""
+        self._check_last_step()
+        name = f"checkpoint-{self.state.global_step}"
+        self._partial, final = partial_path(self.folder / name), self.folder / name
+        written = self._partial / name
+        try:
+            with self.speed.paused():
+                if self.args.should_save:
+                    checkpoints.mark(self._partial)
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(written):
+                    self.state.best_model_checkpoint = str(final)
+                self.accelerator.wait_for_everyone()  # each process has written its random states
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                    (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that may hold an access token
+                    checkpoints.share(written)
+                    checkpoints.seal(written, step=self.state.global_step, world_size=self.args.world_size)
+                    checkpoints.commit(written, final)
+                    checkpoints.rotate(self.folder, keep=self._num_kept, best=self.state.best_model_checkpoint)
+                self.accelerator.wait_for_everyone()
+        except Exception as error:  # of the system, torch or safetensors: a full disk has many names
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise RunFailedError(
+                f"checkpoint {final} could not be written ({self._reason(error)}). Older checkpoints are complete: "
+                "make room and continue with --resume_from_checkpoint."
+            ) from error
+        finally:
+            self._partial = None
+
+    def deliver(self, write_more: Callable[[Path], None]) -> None:
+        """Write final weights, settings, tokenizer and state into the run folder, each file whole.
+
+        Args:
+            write_more: Called on the first process with the folder in which files wait for their rename, to add some.
+
+        Raises:
+            RunFailedError: They cannot be written.
+        """
+        waiting = partial_path(self.folder / "final")
+        try:
+            if self.args.should_save:
+                checkpoints.mark(waiting)
+            self.save_model(str(waiting), _internal_call=True)  # by all processes, over which weights may be sharded
+            if self.args.should_save:
+                (waiting / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+                self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
+                write_more(waiting)
+                checkpoints.share(waiting)
+                checkpoints.move_files(waiting, self.folder, last=checkpoints.LAST_FILES)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(waiting, ignore_errors=True)
+            raise RunFailedError(
+                f"the final weights could not be written to {self.folder} ({self._reason(error)}). Make room and "
+                "finish with --resume_from_checkpoint."
+            ) from error
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _reason(self, error: Exception) -> str:
+        """Return the first line of an error, and the free space on the disk of the run."""
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"{line}; {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB free"

@@ -14,10 +14,10 @@ from unittest.mock import patch
 
 #: Phase -> (module, attribute) of the function at whose start the fault acts.
 PHASES = {
-    "step": ("perturbgene.training.checkpoints.SafeTrainer", "training_step"),
-    "save:model": ("perturbgene.training.checkpoints.SafeTrainer", "_save"),
-    "save:optimizer": ("perturbgene.training.checkpoints.SafeTrainer", "_save_optimizer_and_scheduler"),
-    "save:rng": ("perturbgene.training.checkpoints.SafeTrainer", "_save_rng_state"),
+    "step": ("perturbgene.sharded_trainer.ShardedTrainer", "training_step"),
+    "save:model": ("perturbgene.sharded_trainer.ShardedTrainer", "_save"),
+    "save:optimizer": ("perturbgene.sharded_trainer.ShardedTrainer", "_save_optimizer_and_scheduler"),
+    "save:rng": ("perturbgene.sharded_trainer.ShardedTrainer", "_save_rng_state"),
     "save:manifest": ("perturbgene.training.checkpoints", "seal"),
     "commit": ("perturbgene.training.checkpoints", "commit"),
     "rotate": ("perturbgene.training.checkpoints", "rotate"),
@@ -47,7 +47,8 @@ def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
     """Let `action` happen at a phase once `step` steps are done."""
     import importlib
 
-    from perturbgene.training.checkpoints import SafeTrainer, checkpoints
+    from perturbgene.sharded_trainer import ShardedTrainer
+    from perturbgene.training.checkpoints import checkpoints
 
     owner_name, name = PHASES[phase]
     module, _, kind = owner_name.rpartition(".")
@@ -68,8 +69,8 @@ def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
             action()
         return whole(*args, **kwargs)
 
-    inner = SafeTrainer.get_batch_samples
-    with patch.object(SafeTrainer, "get_batch_samples", note), patch.object(owner, name, faulty):
+    inner = ShardedTrainer.get_batch_samples
+    with patch.object(ShardedTrainer, "get_batch_samples", note), patch.object(owner, name, faulty):
         yield
 
 

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
-from perturbgene.data_utils.iterable_ann_dataset import BlockCollator
+from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
 
 logger = logging.getLogger(__name__)
@@ -302,3 +302,74 @@ class StopOnSignal(TrainerCallback):
 
 def _is_whole(epoch: float | None) -> bool:
     return epoch is not None and float(epoch).is_integer()
+
+
+# -- which cells are done, and when it is enough ------------------------------------------------------------------
+
+#: Entry of `trainer_state.json` that says which cells of the epoch are done.
+POSITION_KEY = "StreamPosition"
+
+
+class KeepPosition(TrainerCallback):
+    """Counts the batches of the current epoch, so that every checkpoint says which cells are done.
+
+    The number of steps would not do: it means other cells once ranks, batch size or accumulation have changed.
+    """
+
+    def __init__(self, cells: IterableAnnDataset) -> None:
+        self.cells, self.num_batches = cells, 0
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.num_batches = 0
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.num_batches += 1
+
+    def on_step_end(self, args: Any, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        self.num_batches += 1
+        position = self.cells.state_after(self.num_batches)
+        cast(dict[str, Any], state.stateful_callbacks)[POSITION_KEY] = position  # a dict, whatever its annotation says
+        # Trainer takes the batches of a resumed epoch for a whole epoch.
+        left, whole = self.cells.num_batches(position["consumed"]), self.cells.num_batches()
+        state.epoch = position["epoch"] + (whole - left) / whole
+
+
+class StopEarly(EarlyStoppingCallback):
+    """Ends training when the metric has not improved for some evaluations; a resumed run goes on counting.
+
+    The count is an entry of `trainer_state.json` from the evaluation on, whatever is saved when.
+    """
+
+    KEY = "StopEarly"
+
+    def _count(self, state: TrainerState) -> int:
+        """Return how many evaluations in a row have not improved, from a state that was saved."""
+        kept = cast(dict[str, Any], state.stateful_callbacks).get(self.KEY, {"attributes": {}})
+        return int(kept["attributes"].get("early_stopping_patience_counter", 0))
+
+    def has_stopped(self, state: TrainerState) -> bool:
+        """Return whether a run with this state ended because it no longer improved."""
+        return self._count(state) >= self.early_stopping_patience
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.early_stopping_patience_counter, self.is_training = self._count(state), True
+        cast(dict[str, Any], state.stateful_callbacks)[self.KEY] = self.state()
+        if not args.load_best_model_at_end:
+            logger.warning(
+                "--early_stopping_patience: the weights of the last step are kept, not the best ones. Save when "
+                "evaluating to keep the best (--load_best_model_at_end)."
+            )
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if not self.is_training:  # the final scores
+            return
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        cast(dict[str, Any], state.stateful_callbacks)[self.KEY] = self.state()
+        if control.should_training_stop and self.early_stopping_patience_counter >= self.early_stopping_patience:
+            logger.info(
+                "training ends at step %d: %s has not improved for %d evaluations", state.global_step,
+                args.metric_for_best_model, self.early_stopping_patience_counter,
+            )  # fmt: skip
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.is_training = False

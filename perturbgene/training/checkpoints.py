@@ -15,21 +15,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
-from perturbgene.errors import InputError, RunFailedError, listed
-from perturbgene.files import partial_path, sha256_of, write_json
-from perturbgene.training.callbacks import Progress, Speed, StopOnSignal
+from perturbgene.errors import InputError
+from perturbgene.files import sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +31,7 @@ MANIFEST_VERSION = 1
 #: What a run needs to continue; other files (weights, optimizer) have names that depend on how the model is sharded.
 _NEEDED = (TRAINER_STATE_NAME, "scheduler.pt")
 #: Final files whose presence shows other programs that a run is finished, in the order in which they appear.
-_LAST_FILES = ("config.json", "model.safetensors", TRAINER_STATE_NAME)
+LAST_FILES = ("config.json", "model.safetensors", TRAINER_STATE_NAME)
 
 
 # -- whole or not -------------------------------------------------------------------------------------------------
@@ -242,199 +235,6 @@ def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any], *, ranks: 
     return [f"{name} was {then[name]}, is {now[name]}" for name in names]
 
 
-# -- the trainer --------------------------------------------------------------------------------------------------
-
-
-class SafeTrainer(Trainer):
-    """A Trainer that can be killed and resumed: checkpoints are whole or not there, and it stops in good order.
-
-    Args:
-        *args, **kwargs: As for `transformers.Trainer`.
-
-    Attributes:
-        stop: Knows the signal that ended training, if one did.
-        speed: Counts what goes through the model.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._num_kept, self.args.save_total_limit = self.args.save_total_limit, None  # `rotate` deletes, not Trainer
-        self._partial: Path | None = None
-        self._unchecked: tuple[Any, int, list[np.ndarray]] | None = None  # norm, step and cells of the last step
-        self.stop, self.progress, self.speed = StopOnSignal(), Progress(), Speed(self._sum_over_ranks)
-        for printer in (PrinterCallback, ProgressCallback):
-            self.remove_callback(printer)
-        for callback in (self.stop, self.progress):
-            self.add_callback(callback)
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(str(self.args.output_dir))
-
-    def _sum_over_ranks(self, numbers: Sequence[Any]) -> list[Any]:
-        """Add numbers or arrays over all processes."""
-        if self.args.world_size == 1:
-            return list(numbers)
-        tensors = [torch.as_tensor(np.asarray(number, dtype=np.float64)).to(self.args.device) for number in numbers]
-        return [self.accelerator.reduce(tensor, reduction="sum").cpu().numpy() for tensor in tensors]
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; advise when memory runs out, and restore the terminal and the signal handlers whatever happens."""
-        try:
-            with nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm():
-                return super().train(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise InputError(self._memory_advice()) from error
-        finally:
-            self.progress.close()
-            self.stop.give_back()
-
-    def _memory_advice(self) -> str:
-        wanted = sum(int(cells_2n[1].sum()) for cells_2n in self.speed.cells) // max(1, len(self.speed.cells))
-        most, newest = self.speed.most_tokens, checkpoints(self.folder)[-1:]
-        fits = f"the largest that fitted had {most:,}" if most else "none has fitted yet"
-        advice = f"Give --tokens_per_batch {most}" if most else "Lower --tokens_per_batch"
-        resume = f" Continue from {newest[0]} with --resume_from_checkpoint --allow_changed." if newest else ""
-        return (
-            f"the memory of {self.args.device} does not hold a batch of {wanted:,} tokens; {fits}. {advice}, or a "
-            f"smaller --per_device_train_batch_size with more --gradient_accumulation_steps.{resume}"
-        )
-
-    # -- every step -----------------------------------------------------------------------------------------------
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """Fetch the batches of a step, and count their cells before the model sees them."""
-        self.speed.start()
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self.speed.count(batches)
-        return batches, num_items
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm, and keep it: it is looked at one step later, so that nobody waits for a GPU."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self._check_last_step()
-        if not self.args.fp16:  # there, the gradient scaler expects such steps and leaves them out
-            self._unchecked = (norm, self.state.global_step + 1, self.speed.cells)
-        return norm
-
-    def _check_last_step(self) -> None:
-        """Stop before anything is built on a step whose gradient was not a number."""
-        (norm, step, cells), self._unchecked = self._unchecked or (0.0, 0, []), None
-        if np.isfinite(float(norm)):
-            return
-        places = self.places_of(np.concatenate([cells_2n[0] for cells_2n in cells]).astype(np.int64))
-        newest = checkpoints(self.folder)[-1:]
-        raise RunFailedError(
-            f"step {step} gave a gradient of norm {float(norm)}, so training stopped. Its {len(places)} cells: "
-            f"{listed(places, most=3)}. Last good checkpoint: {newest[0] if newest else 'none'}. Look at these "
-            "cells, or lower --learning_rate."
-        )
-
-    def places_of(self, cells_n: np.ndarray) -> list[str]:
-        """Return where cells are, as text; a subclass that knows the files says more."""
-        return [f"cell {number}" for number in cells_n]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add speed and memory to what is logged of training."""
-        self._check_last_step()
-        if "loss" in logs:
-            logs |= self.speed.rates()
-        super().log(logs, *args, **kwargs)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them, but keep the learning rate and its kin of now, where --allow_changed has changed them."""
-        optimizer: Any = self.optimizer
-        wanted = [] if checkpoint is None else [dict(group) for group in optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        for group, now in zip(optimizer.param_groups, wanted, strict=bool(wanted)):
-            take_settings(group, now)
-        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        if wanted and hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [now["initial_lr"] for now in wanted]
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Return where checkpoints are written: while one is, under another name."""
-        return str(self._partial) if self._partial else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint under another name, seal it and rename it, since Trainer writes in place."""
-        self._check_last_step()
-        name = f"checkpoint-{self.state.global_step}"
-        self._partial, final = partial_path(self.folder / name), self.folder / name
-        try:
-            with self.speed.paused():
-                if self.args.should_save:
-                    mark(self._partial)
-                super()._save_checkpoint(model, trial)
-                self._finish_checkpoint(self._partial / name, final)
-        except Exception as error:  # of the system, torch or safetensors: a full disk has many names
-            shutil.rmtree(self._partial, ignore_errors=True)
-            raise RunFailedError(
-                f"checkpoint {final} could not be written ({_reason(error, self.folder)}). Older checkpoints are "
-                "complete: make room and continue with --resume_from_checkpoint."
-            ) from error
-        finally:
-            self._partial = None
-
-    def _finish_checkpoint(self, written: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
-        self.accelerator.wait_for_everyone()  # each process has written its random states
-        if self.args.should_save:
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that may hold an access token
-            share(written)
-            seal(written, step=self.state.global_step, world_size=self.args.world_size)
-            commit(written, final)
-            rotate(self.folder, keep=self._num_kept, best=self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    # -- the finished run -----------------------------------------------------------------------------------------
-
-    def is_delivered(self) -> bool:
-        """True when the run folder already holds the weights after all steps of this run."""
-        if not all((self.folder / name).is_file() for name in _LAST_FILES):
-            return False
-        return self.is_over(TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME)))
-
-    def is_over(self, state: TrainerState) -> bool:
-        """True if the run of a saved state has no step left to do."""
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return state.global_step >= max_steps
-
-    def deliver(self, write_more: Callable[[Path], None]) -> None:
-        """Write final weights, settings, tokenizer and state into the run folder, each file whole.
-
-        Args:
-            write_more: Called on the first process with the folder in which files wait for their rename, to add some.
-
-        Raises:
-            RunFailedError: They cannot be written.
-        """
-        waiting = partial_path(self.folder / "final")
-        try:
-            if self.args.should_save:
-                mark(waiting)
-            self.save_model(str(waiting), _internal_call=True)  # by all processes, over which weights may be sharded
-            if self.args.should_save:
-                (waiting / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-                self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
-                write_more(waiting)
-                share(waiting)
-                move_files(waiting, self.folder, last=_LAST_FILES)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(waiting, ignore_errors=True)
-            raise RunFailedError(
-                f"the final weights could not be written to {self.folder} ({_reason(error, self.folder)}). Make room "
-                "and finish with --resume_from_checkpoint."
-            ) from error
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-
 def take_settings(group: dict[str, Any], now: dict[str, Any]) -> None:
     """Give a loaded group of parameters the settings of now: a checkpoint brings its own.
 
@@ -446,9 +246,3 @@ def take_settings(group: dict[str, Any], now: dict[str, Any]) -> None:
     then, wanted = group.get("initial_lr"), now.get("initial_lr")
     if then != wanted and then and wanted is not None:
         group |= {"lr": group["lr"] * wanted / then, "initial_lr": wanted}
-
-
-def _reason(error: Exception, folder: Path) -> str:
-    """Return the first line of an error, and the free space on the disk of a folder."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{line}; {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"

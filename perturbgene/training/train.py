@@ -34,8 +34,9 @@ from perturbgene.eval_utils import ClassEvaluator, MlmEvaluator, Question, stand
 from perturbgene.files import claimed, write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.plots import loss_figure, save_figure
-from perturbgene.sharded_trainer import ShardedTrainer, StopEarly
+from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
+from perturbgene.training.callbacks import StopEarly
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.transfer import run_config, start_from
 from perturbgene.urls import shown_path
