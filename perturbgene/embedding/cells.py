@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from perturbgene.cli.options import check_question
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import ask, pack
 from perturbgene.data_utils.h5ad_writing import write_copy
@@ -20,7 +21,6 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
-from perturbgene.errors import InputError, listed
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -86,10 +86,7 @@ class CellEmbedder:
             self.run.require_mlm("phenotypes")
         for category in self.phenotypes:
             self.run.tokenizer.vocabulary.check_category(category)
-        if both := sorted(set(self.phenotypes) & set(self.given)):
-            raise InputError(
-                f"{listed(both)} cannot be asked and given at once. Remove it from --phenotype or --given."
-            )
+        check_question(self.phenotypes, self.given, flag="phenotype")
         self.run.tokenizer.panel.find_all(self.genes, flag="genes")
 
     @property
