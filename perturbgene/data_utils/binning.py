@@ -5,6 +5,7 @@ nothing of tokens or AnnData. Letters: g genes, e edges.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from perturbgene.cli.options import check_edges
+from perturbgene.data_utils.genes import clean_gene
 from perturbgene.errors import InputError, listed
 
 #: log1p counts per 10,000 of one read in a hundred million: below any expressed value, above rounding.
@@ -51,6 +53,12 @@ class BinEdges:
     @classmethod
     def per_gene(cls, edges_of_gene: Mapping[str, Sequence[float]], *, genes: Sequence[str]) -> "BinEdges":
         """One list of edges per gene, in panel order; all genes need one, all of the same length."""
+        names = Counter(map(clean_gene, edges_of_gene))
+        if repeated := [gene for gene, count in names.items() if count > 1]:
+            raise InputError(
+                f"bin_edges name {listed(repeated)} more than once (in several versions). Keep one of each."
+            )
+        edges_of_gene = dict(zip(names, edges_of_gene.values(), strict=True))
         missing = [gene for gene in genes if gene not in edges_of_gene]
         if missing:
             raise InputError(

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from perturbgene.data_utils.labels import Labels
-from perturbgene.data_utils.sources import CellSource
+from perturbgene.data_utils.sources import CellSource, Rows
 from perturbgene.errors import InputError, did_you_mean, listed
 
 logger = logging.getLogger(__name__)
@@ -64,15 +64,12 @@ class ChosenCells(CellSource):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Chosen cells, and columns of the matrix."""
         return len(self.rows_n), self.base.shape[1]
 
-    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read chosen cells, in a row, as CSR."""
+    def read_rows(self, start: int, stop: int) -> Rows:
         return read_runs(self.base, self.rows_n[start:stop])
 
-    def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Read scattered cells as CSR where that costs no more than neighboring ones, else return None."""
+    def gather_rows(self, rows_m: np.ndarray) -> Rows | None:
         return self.base.gather_rows(self.rows_n[rows_m])
 
     def _column(self, frame: str, column: str) -> pd.Series:
@@ -87,72 +84,61 @@ class ChosenCells(CellSource):
         return names[self.rows_n] if frame == "obs" else names
 
     def to_adata(self) -> Any:
-        """Return the chosen cells as an AnnData in memory."""
         return self.base.to_adata()[self.rows_n].copy()
 
     def with_layer(self, layer: str | None) -> "ChosenCells":
-        """Return the same cells with another matrix."""
         return ChosenCells(self.base.with_layer(layer), self.where)
 
     # what is the same for all cells
 
     def columns_of(self, frame: str) -> list[str]:
-        """Return the names of the columns of `obs`, `var` or `raw/var`."""
         return self.base.columns_of(frame)
 
     def varm_array(self, name: str) -> np.ndarray | None:
-        """Return one array of `varm`, or None where there is none of that name."""
         return self.base.varm_array(name)
 
     @property
     def layers(self) -> list[str]:
-        """Names of all matrices other than `X`, as --layer takes them."""
         return self.base.layers
 
     @property
     def var_frame(self) -> str:
-        """Where the columns of the chosen matrix are named."""
         return self.base.var_frame
 
     @property
     def format(self) -> str:  # type: ignore[override]
-        """How the matrix is stored."""
         return self.base.format
 
     @property
     def is_held_whole(self) -> bool:  # type: ignore[override]
-        """True if the file is kept in memory as a whole while it is open."""
         return self.base.is_held_whole
 
     def close(self) -> None:
-        """Close the file; the next access opens it again."""
         self.base.close()
 
 
-def read_runs(source: CellSource, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read rows of a source, sorted ascending: values and columns, (l,) each, and offsets, (m + 1,)."""
+def read_runs(source: CellSource, rows_m: np.ndarray) -> Rows:
+    """Read rows of a source, sorted ascending."""
     if (gathered := source.gather_rows(rows_m)) is not None:
         return gathered
     if isinstance(source, ChosenCells):
         return read_runs(source.base, source.rows_n[rows_m])
-    values, columns, lengths = [], [], []
-    for run in np.split(rows_m, np.flatnonzero(np.diff(rows_m) > READ_GAP_ROWS) + 1) if len(rows_m) else ():
-        run_values, run_columns, offsets = source.read_rows(int(run[0]), int(run[-1]) + 1)
-        wanted = run - run[0]
-        if len(wanted) < len(offsets) - 1:
-            keep = np.zeros(len(offsets) - 1, dtype=bool)
-            keep[wanted] = True
-            is_kept = np.repeat(keep, np.diff(offsets))
-            run_values, run_columns = run_values[is_kept], run_columns[is_kept]
-        values.append(run_values)
-        columns.append(run_columns)
-        lengths.append(np.diff(offsets)[wanted])
-    if not values:
-        return np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    offsets_m1 = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    if len(values) == 1:
-        return values[0], columns[0], offsets_m1
-    return np.concatenate(values), np.concatenate(columns), offsets_m1
+    if not len(rows_m):
+        return Rows(np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    runs = []
+    for run in np.split(rows_m, np.flatnonzero(np.diff(rows_m) > READ_GAP_ROWS) + 1):
+        rows = source.read_rows(int(run[0]), int(run[-1]) + 1)
+        if len(run) < len(rows.offsets_m1) - 1:
+            is_wanted_m = np.zeros(len(rows.offsets_m1) - 1, dtype=bool)
+            is_wanted_m[run - run[0]] = True
+            rows = rows.keep(np.repeat(is_wanted_m, np.diff(rows.offsets_m1)))
+            rows = rows._replace(offsets_m1=rows.offsets_m1[np.append(run - run[0], -1)])
+        runs.append(rows)
+    if len(runs) == 1:
+        return runs[0]
+    lengths_m = np.concatenate([np.diff(rows.offsets_m1) for rows in runs])
+    values_l, columns_l = (np.concatenate([rows[part] for rows in runs]) for part in range(2))
+    return Rows(values_l, columns_l, np.concatenate([[0], np.cumsum(lengths_m)]))
 
 
 def check_where(

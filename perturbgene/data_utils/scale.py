@@ -75,15 +75,20 @@ def log1p_cp10k(counts_l: np.ndarray, library_size_l: np.ndarray) -> np.ndarray:
     return np.log1p(counts_l * (TARGET_SUM / library_size_l)).astype(np.float32)
 
 
+def panel_matrix(block: ExpressionBlock) -> sparse.csr_matrix:
+    """Return the values of a block's panel genes, columns of one gene summed, as float64 CSR of shape (n, g)."""
+    gene_l = block.alignment.gene_of_column_c[block.columns_l]
+    is_known_l = gene_l >= 0
+    offsets = np.concatenate([[0], np.cumsum(is_known_l)])[block.offsets_n1]
+    parts = (block.values_l[is_known_l].astype(np.float64), gene_l[is_known_l], offsets)
+    matrix = sparse.csr_matrix(parts, shape=(len(block), block.alignment.num_genes))
+    matrix.sum_duplicates()
+    return matrix
+
+
 def log_matrix(block: ExpressionBlock) -> sparse.csr_matrix:
     """Return a block's panel genes as log1p counts per 10,000 (log values as they are), CSR of shape (n, g)."""
-    genes_l = block.alignment.gene_of_column_c[block.columns_l]
-    is_kept_l = genes_l >= 0
-    offsets = np.concatenate([[0], np.cumsum(is_kept_l)])[block.offsets_n1]
-    shape = (len(block), block.alignment.num_genes)
-    parts = (block.values_l[is_kept_l].astype(np.float64), genes_l[is_kept_l], offsets)
-    matrix = sparse.csr_matrix(parts, shape=shape)
-    matrix.sum_duplicates()
+    matrix = panel_matrix(block)
     if block.is_linear and block.library_size_n is not None:
         library_l = np.repeat(np.maximum(block.library_size_n, 1e-300), np.diff(matrix.indptr))
         matrix.data = log1p_cp10k(matrix.data, library_l)

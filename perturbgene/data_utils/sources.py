@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -30,6 +30,19 @@ MOST_COMPRESSION = 5_000
 _BLOCK_ROWS = 4096
 
 
+class Rows(NamedTuple):
+    """Rows in CSR form: values and columns of shape (l,), offsets from 0 of shape (m + 1,)."""
+
+    values_l: np.ndarray
+    columns_l: np.ndarray
+    offsets_m1: np.ndarray
+
+    def keep(self, is_kept_l: np.ndarray) -> "Rows":
+        """Return the rows with some of their values."""
+        offsets_m1 = np.concatenate([[0], np.cumsum(is_kept_l)])[self.offsets_m1]
+        return Rows(self.values_l[is_kept_l], self.columns_l[is_kept_l], offsets_m1)
+
+
 class CellSource:
     """What all sources of cells have in common: a matrix by rows, and columns that are found by name.
 
@@ -45,15 +58,19 @@ class CellSource:
     format: str = "csr"
     is_held_whole: bool = False
 
+    def _frame(self, frame: str) -> pd.DataFrame:
+        """Return `obs`, `var` or `raw/var`."""
+        raise NotImplementedError
+
     def columns_of(self, frame: str) -> list[str]:
         """Return the names of the columns of `obs`, `var` or `raw/var`."""
-        raise NotImplementedError
+        return [str(name) for name in self._frame(frame).columns]
 
     def _column(self, frame: str, column: str) -> pd.Series:
-        raise NotImplementedError
+        return self._frame(frame)[column]
 
     def _index_of(self, frame: str) -> np.ndarray:
-        raise NotImplementedError
+        return np.asarray(self._frame(frame).index, dtype=object)
 
     def varm_array(self, name: str) -> np.ndarray | None:
         """Return one array of `varm`, or None where there is none of that name."""
@@ -82,12 +99,12 @@ class CellSource:
         """
         raise NotImplementedError
 
-    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read neighboring rows as CSR: values (l,), columns (l,), offsets from 0 (stop - start + 1,)."""
+    def read_rows(self, start: int, stop: int) -> Rows:
+        """Read the neighboring rows from `start` to `stop` - 1."""
         raise NotImplementedError
 
-    def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Read scattered rows as CSR where that costs no more than neighboring ones, else return None."""
+    def gather_rows(self, rows_m: np.ndarray) -> Rows | None:
+        """Read scattered rows where that costs no more than neighboring ones, else return None."""
         return None
 
     def to_adata(self) -> Any:
@@ -112,11 +129,7 @@ class CellSource:
         return self._index_of(self.var_frame)
 
     def obs_column(self, column: str) -> pd.Series:
-        """Return one column of `obs`, positional index.
-
-        Raises:
-            InputError: No such column, with the nearest name.
-        """
+        """Return one column of `obs`, positional index; an InputError if there is none suggests the nearest name."""
         return self._known_column("obs", column)
 
     def var_column(self, column: str) -> pd.Series:
@@ -172,11 +185,7 @@ class StoredCells(CellSource):
         """Open the root group and check it."""
         raise NotImplementedError
 
-    def _reader(self, array: Any) -> Any:
-        """Return what reads spans of an array."""
-        raise NotImplementedError
-
-    def _num_stored_bytes(self, array: Any) -> int:
+    def _read_whole(self) -> Any:
         raise NotImplementedError
 
     @property
@@ -192,7 +201,6 @@ class StoredCells(CellSource):
         return self._file
 
     def close(self) -> None:
-        """Close the file; the next access opens it again."""
         if isinstance(self._file, h5py.File) and self._pid == os.getpid():
             self._file.close()
         self._forget()
@@ -231,13 +239,11 @@ class StoredCells(CellSource):
 
     @property
     def format(self) -> str:  # type: ignore[override]
-        """How the matrix is stored: csr, csc or dense."""
         return self._checked_matrix()[1]
 
     @property
     def is_held_whole(self) -> bool:  # type: ignore[override]
-        """True for a matrix that is compressed by columns, which is converted in memory."""
-        return self.format == "csc"
+        return self.format == "csc"  # it is converted in memory
 
     def _checked_matrix(self) -> tuple[Any, str]:
         """Return the matrix and how it is stored, looked at once each time the file is opened."""
@@ -249,27 +255,33 @@ class StoredCells(CellSource):
             found = [*(["X"] if "X" in file else []), *self.layers]
             found_text = f"but has: {listed(found)}. Choose with --layer" if found else "nor any other. Add one"
             raise InputError(f"{self.path} has no matrix {name!r}, {found_text}.")
-        node, format_ = file[name], _format_of(file[name])
-        if format_ == "unknown":
+        node, keys = file[name], ("data", "indices", "indptr")
+        if _is_array(node):
+            format_, is_known = "dense", node.ndim == 2 and node.dtype.kind in "biuf"
+        else:
+            encoding = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+            format_ = encoding.removesuffix("_matrix")
+            is_known = format_ in ("csr", "csc") and set(keys) <= set(node)
+        if not is_known:
             raise InputError(f"{self.path}: {name} is stored in a form that is no matrix. Re-save it with anndata.")
-        for part in [node] if format_ == "dense" else [node[key] for key in ("data", "indices", "indptr")]:
+        for part in [node] if format_ == "dense" else [node[key] for key in keys]:
             num_bytes = int(np.prod(part.shape, dtype=object)) * part.dtype.itemsize
-            is_huge = num_bytes > psutil.virtual_memory().total
-            if is_huge and num_bytes > MOST_COMPRESSION * max(1, self._num_stored_bytes(part)):
-                raise InputError(
-                    f"{self.path}: {name} claims {num_bytes / 1e9:,.0f} GB, but the file holds next to nothing. It "
-                    "is damaged or made to fill the memory. Write it again."
-                )
+            if num_bytes > psutil.virtual_memory().total:
+                is_hdf5 = isinstance(part, h5py.Dataset)
+                num_stored = part.id.get_storage_size() if is_hdf5 else part.nbytes_stored()
+                if num_bytes > MOST_COMPRESSION * max(1, num_stored):
+                    raise InputError(
+                        f"{self.path}: {name} claims {num_bytes / 1e9:,.0f} GB, but the file holds next to nothing. It "
+                        "is damaged or made to fill the memory. Write it again."
+                    )
         self._matrix = (node, format_)
         return self._matrix
 
     @property
     def layers(self) -> list[str]:
-        """Names of all matrices other than `X`, as --layer takes them."""
         return [*(["raw"] if "raw/X" in self.file else []), *self.file.get("layers", {})]
 
     def with_layer(self, layer: str | None) -> "StoredCells":
-        """Return the same file with another matrix."""
         return type(self)(self._place, layer=layer)
 
     @property
@@ -279,7 +291,6 @@ class StoredCells(CellSource):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Cells and columns of the chosen matrix."""
         matrix = self.matrix
         shape = matrix.shape if _is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
         if shape is None or len(shape) != 2:
@@ -316,32 +327,31 @@ class StoredCells(CellSource):
         """Return readers of the values and columns of a CSR matrix, or of the rows of a dense one."""
         matrix, format_ = self._checked_matrix()
         if not self._readers:
-            arrays = [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]
-            self._readers = [self._reader(array) for array in arrays]
+            for array in [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]:
+                is_span = isinstance(array, h5py.Dataset) and array.ndim == 1
+                self._readers.append(SpanReader(array, path=self.file.filename) if is_span else ChunkReader(array))
         return self._readers
 
-    def gather_rows(self, rows_m: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Read scattered rows as CSR where that costs no more than neighboring ones, else return None."""
+    def gather_rows(self, rows_m: np.ndarray) -> Rows | None:
         if self.format != "csr" or not all(span.is_mapped for span in self._spans()):
             return None
         starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
         values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
-        return values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)])
+        return Rows(values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)]))
 
-    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read neighboring rows as CSR.
-
-        CSR is read straight from disk, dense rows are compressed as they are read. CSC is converted once, in memory.
-        """
+    def read_rows(self, start: int, stop: int) -> Rows:
         try:
             if self.format == "dense":
-                return _compress(self._spans()[0].read(start, stop))
-            if self.format == "csc":
+                dense_mc = self._spans()[0].read(start, stop)
+                is_stored_mc = dense_mc != 0
+                offsets = np.concatenate([[0], np.cumsum(is_stored_mc.sum(axis=1))]).astype(np.int64)
+                return Rows(dense_mc[is_stored_mc], np.nonzero(is_stored_mc)[1].astype(np.int32), offsets)
+            if self.format == "csc":  # converted once, in memory
                 rows = self._whole_csr()[start:stop]
-                return rows.data, rows.indices, rows.indptr.astype(np.int64)
+                return Rows(rows.data, rows.indices, rows.indptr.astype(np.int64))
             offsets = self.offsets[start : stop + 1]
             data, indices = (span.read(int(offsets[0]), int(offsets[-1])) for span in self._spans())
-            return data, indices, offsets - offsets[0]
+            return Rows(data, indices, offsets - offsets[0])
         except InputError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
@@ -354,7 +364,6 @@ class StoredCells(CellSource):
 
     @property
     def var_frame(self) -> str:
-        """Where the columns of the chosen matrix are named."""
         if self.layer != "raw":
             return "var"
         if "raw/var" not in self.file:
@@ -362,11 +371,10 @@ class StoredCells(CellSource):
         return "raw/var"
 
     def columns_of(self, frame: str) -> list[str]:
-        """Return the names of the columns of `obs`, `var` or `raw/var`."""
         node = self.file[frame]
         if "column-order" in node.attrs and not _is_array(node):
             return [_text(name) for name in node.attrs["column-order"]]
-        return [str(name) for name in self._frame(frame).columns]
+        return super().columns_of(frame)
 
     def _column(self, frame: str, column: str) -> pd.Series:
         node = self.file[frame]
@@ -374,7 +382,7 @@ class StoredCells(CellSource):
         is_self_contained = not _is_array(node) and node.attrs.get("encoding-version") == "0.2.0"
         if is_self_contained and column in node:
             return pd.Series(self._read_elem(f"{frame}/{column}"))
-        return self._frame(frame)[column]
+        return super()._column(frame, column)
 
     def _frame(self, frame: str) -> pd.DataFrame:
         node = self.file[frame]
@@ -394,15 +402,13 @@ class StoredCells(CellSource):
         node = self.file[frame]
         if not _is_array(node) and "_index" in node.attrs and node.attrs["_index"] in node:
             return np.asarray(self._read_elem(f"{frame}/{node.attrs['_index']}"), dtype=object)
-        return np.asarray(self._frame(frame).index, dtype=object)
+        return super()._index_of(frame)
 
     def varm_array(self, name: str) -> np.ndarray | None:
-        """Return one array of `varm`, or None where there is none of that name."""
         node = self.file.get(f"varm/{name}")
         return np.asarray(node[...]) if node is not None and _is_array(node) and node.shape else None
 
     def to_adata(self) -> Any:
-        """Return all cells as an AnnData in memory."""
         node = self.file.get("X")
         num_bytes = int(np.prod(node.shape, dtype=object)) * node.dtype.itemsize if _is_array(node) else 0
         if num_bytes > (free := psutil.virtual_memory().available):
@@ -414,9 +420,6 @@ class StoredCells(CellSource):
             return self._read_whole()
         except Exception as error:  # as above
             raise InputError(f"{self.path} cannot be read ({_reason(error)}). Re-save it with anndata.") from error
-
-    def _read_whole(self) -> Any:
-        raise NotImplementedError
 
 
 class H5adFile(StoredCells):
@@ -443,12 +446,6 @@ class H5adFile(StoredCells):
                     f"{self.path} keeps {node.name[1:]} in another file, which is refused. Copy the data in."
                 )
 
-    def _reader(self, array: h5py.Dataset) -> Any:
-        return SpanReader(array, path=self.file.filename) if array.ndim == 1 else ChunkReader(array)
-
-    def _num_stored_bytes(self, array: h5py.Dataset) -> int:
-        return int(array.id.get_storage_size())
-
     def _read_whole(self) -> Any:
         import anndata
 
@@ -473,12 +470,6 @@ class ZarrFile(StoredCells):
         except Exception as error:  # of zarr, fsspec and the stores behind it
             raise InputError(f"{self.path} cannot be read as zarr ({_reason(error)}). {EXPECTED}") from error
         return file
-
-    def _reader(self, array: Any) -> Any:
-        return ChunkReader(array)
-
-    def _num_stored_bytes(self, array: Any) -> int:
-        return int(array.nbytes_stored())
 
     def _read_whole(self) -> Any:
         import anndata
@@ -552,7 +543,7 @@ class MemoryFile(CellSource):
         if self._csr is None:
             layers = self.adata.layers
             if self.layer == "raw":
-                chosen = self.adata.raw.X if len(self._var) else None
+                chosen = self.adata.raw.X if self.shape[1] else None
             elif self.layer is not None and self.layer not in layers:
                 raise InputError(f"{self.path} has no layer {self.layer!r}. {did_you_mean(self.layer, [*layers])}")
             else:
@@ -562,52 +553,34 @@ class MemoryFile(CellSource):
 
     @property
     def layers(self) -> list[str]:
-        """Names of all matrices other than `X`, as --layer takes them."""
         return [*(["raw"] if self.adata.raw is not None else []), *self.adata.layers]
 
     def with_layer(self, layer: str | None) -> "MemoryFile":
-        """Return the same cells with another matrix."""
         return MemoryFile(self.adata, layer, self.path)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Cells and columns of the chosen matrix."""
-        return self.adata.n_obs, len(self._var)
+        return self.adata.n_obs, len(self._frame(self.var_frame))
 
-    def read_rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return neighboring rows as CSR: values, columns, offsets from 0."""
+    def read_rows(self, start: int, stop: int) -> Rows:
         offsets = self._matrix.indptr[start : stop + 1].astype(np.int64)
         span = slice(int(offsets[0]), int(offsets[-1]))
-        return self._matrix.data[span], self._matrix.indices[span], offsets - offsets[0]
-
-    @property
-    def _var(self) -> pd.DataFrame:
-        if self.layer == "raw" and self.adata.raw is None:
-            raise InputError(f"{self.path} has no .raw. Choose another matrix with --layer.")
-        return self.adata.raw.var if self.layer == "raw" else self.adata.var
+        return Rows(self._matrix.data[span], self._matrix.indices[span], offsets - offsets[0])
 
     @property
     def var_frame(self) -> str:
-        """Where the columns of the chosen matrix are named."""
         return "raw/var" if self.layer == "raw" else "var"
 
-    def columns_of(self, frame: str) -> list[str]:
-        """Return the names of the columns of `obs` or `var`."""
-        return [str(name) for name in (self.adata.obs if frame == "obs" else self._var).columns]
-
-    def _column(self, frame: str, column: str) -> pd.Series:
-        return (self.adata.obs if frame == "obs" else self._var)[column]
-
-    def _index_of(self, frame: str) -> np.ndarray:
-        return np.asarray((self.adata.obs if frame == "obs" else self._var).index, dtype=object)
+    def _frame(self, frame: str) -> pd.DataFrame:
+        if frame == "raw/var" and self.adata.raw is None:
+            raise InputError(f"{self.path} has no .raw. Choose another matrix with --layer.")
+        return self.adata.raw.var if frame == "raw/var" else getattr(self.adata, frame)
 
     def varm_array(self, name: str) -> np.ndarray | None:
-        """Return one array of `varm`, or None where there is none of that name."""
         found = self.adata.varm.get(name)
         return found if isinstance(found, np.ndarray) and found.shape else None
 
     def to_adata(self) -> Any:
-        """Return the cells themselves."""
         return self.adata
 
 
@@ -681,12 +654,6 @@ def read_mtx_folder(folder: Path) -> Any:
 # -- matrices -----------------------------------------------------------------------------------------------------
 
 
-def _compress(dense_nc: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    is_stored_nc = dense_nc != 0
-    offsets = np.concatenate([[0], np.cumsum(is_stored_nc.sum(axis=1))]).astype(np.int64)
-    return dense_nc[is_stored_nc], np.nonzero(is_stored_nc)[1].astype(np.int32), offsets
-
-
 def csr_of(matrix: Any, *, source: str = "AnnData") -> sparse.csr_matrix:
     """Turn any in-memory or backed matrix (sparse, dense, HDF5, or Dask) into CSR without changing its values."""
     if matrix is None:
@@ -698,25 +665,23 @@ def csr_of(matrix: Any, *, source: str = "AnnData") -> sparse.csr_matrix:
             return _checked_csr(matrix)
         matrix = np.atleast_2d(matrix) if isinstance(matrix, np.ndarray) else matrix
         num_rows, is_lazy = matrix.shape[0], hasattr(matrix, "compute")
-        bounds = (
-            np.cumsum([0, *matrix.chunks[0]]) if is_lazy else np.array([*range(0, num_rows, _BLOCK_ROWS), num_rows])
-        )
-        blocks = [matrix[start:stop] for start, stop in itertools.pairwise(bounds)] or [matrix]
-        return sparse.vstack([_csr_of_block(block, source=source) for block in blocks], format="csr")
+        bounds = np.cumsum([0, *matrix.chunks[0]]) if is_lazy else [*range(0, num_rows, _BLOCK_ROWS), num_rows]
+        blocks = []
+        for start, stop in list(itertools.pairwise(bounds)) or [(0, 0)]:
+            block = matrix[start:stop].compute() if is_lazy else matrix[start:stop]
+            if not sparse.issparse(block):
+                block = np.asarray(block)
+                if block.dtype.kind not in "biuf":
+                    raise InputError(
+                        f"{source} holds {block.dtype} instead of numbers. Choose another matrix with --layer."
+                    )
+                block = _supported(block)
+            blocks.append(_checked_csr(block))
+        return sparse.vstack(blocks, format="csr")
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source} is damaged ({error}). Build the matrix again.") from error
-
-
-def _csr_of_block(block: Any, *, source: str) -> sparse.csr_matrix:
-    block = block.compute() if hasattr(block, "compute") else block
-    if not sparse.issparse(block):
-        block = np.asarray(block)
-        if block.dtype.kind not in "biuf":
-            raise InputError(f"{source} holds {block.dtype} instead of numbers. Choose another matrix with --layer.")
-        block = _supported(block)
-    return _checked_csr(block)
 
 
 def _supported(values: np.ndarray) -> np.ndarray:
@@ -747,15 +712,6 @@ def _checked_csr(matrix: Any) -> sparse.csr_matrix:
 def _is_array(node: Any) -> bool:
     """True for an array of HDF5 or zarr, False for a group."""
     return hasattr(node, "dtype")
-
-
-def _format_of(node: Any) -> str:
-    """Say how a matrix is stored: csr, csc, dense or unknown."""
-    if _is_array(node):
-        return "dense" if node.ndim == 2 and node.dtype.kind in "biuf" else "unknown"
-    kind = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-    kind = kind.removesuffix("_matrix") if {"data", "indices", "indptr"} <= set(node) else "unknown"
-    return kind if kind in ("csr", "csc") else "unknown"
 
 
 def _text(name: Any) -> str:

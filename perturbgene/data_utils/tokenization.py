@@ -10,7 +10,6 @@ Token types: 0 special, 1..P phenotype categories sorted by name, 1 + P + i gene
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from perturbgene.data_utils.binning import BinEdges
-from perturbgene.data_utils.genes import GeneAlignment, GenePanel, clean_gene
+from perturbgene.data_utils.genes import GeneAlignment, GenePanel
 from perturbgene.data_utils.kernels import (
     BAD_COLUMN,
     INFINITE,
@@ -51,6 +49,7 @@ from perturbgene.data_utils.scale import (
     count_thresholds,
     library_sizes,
     native,
+    panel_matrix,
 )
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import CellSource, MemoryFile
@@ -165,14 +164,8 @@ def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
     for at in np.flatnonzero(is_outside_l)[:1]:
         row = int(np.searchsorted(block.offsets_n1, at, side="right")) - 1
         raise _fault_of(block, row, int(at - block.offsets_n1[row]), BAD_COLUMN)
-    gene_l = block.alignment.gene_of_column_c[block.columns_l]
-    is_known_l = gene_l >= 0
-    known_before = np.concatenate([[0], np.cumsum(is_known_l)])
-    shape = (len(block), block.alignment.num_genes)
-    parts = (block.values_l[is_known_l].astype(np.float64), gene_l[is_known_l], known_before[block.offsets_n1])
-    summed = sparse.csr_matrix(parts, shape=shape)
-    summed.sum_duplicates()
-    identity = GeneAlignment(np.arange(shape[1], dtype=np.int32), shape[1])
+    summed, num_genes = panel_matrix(block), block.alignment.num_genes
+    identity = GeneAlignment(np.arange(num_genes, dtype=np.int32), num_genes)
     offsets = summed.indptr.astype(np.int64)
     return replace(block, values_l=summed.data, columns_l=summed.indices, offsets_n1=offsets, alignment=identity)
 
@@ -226,7 +219,7 @@ class GeneTokenizer:
         self.panel = GenePanel(tuple(genes), tuple(gene_symbols or ()))
         self.vocabulary = Vocabulary(dict(phenotypes))
         if isinstance(bin_edges, Mapping):
-            self.bin_edges = BinEdges.per_gene(_clean_keys(bin_edges), genes=self.panel.genes)
+            self.bin_edges = BinEdges.per_gene(bin_edges, genes=self.panel.genes)
         else:
             self.bin_edges = BinEdges.shared(bin_edges)
         self.included_phenotypes = tuple(included_phenotypes)
@@ -381,16 +374,6 @@ class GeneTokenizer:
             "normalization": self.normalization,
         }
 
-    def _thresholds(self, *, is_linear: bool, dtype: np.dtype) -> np.ndarray:
-        """Return what values are compared with, float64 of shape (g or 1, e).
-
-        Logarithms kept in float32 meet the edges in float32: 0.7 in a file reaches the edge 0.7 in either precision.
-        """
-        if is_linear:
-            return count_thresholds(self.bin_edges.edges_ge)
-        is_narrow = dtype.kind == "f" and dtype.itemsize < 8
-        return self.bin_edges.edges_ge.astype(dtype if is_narrow else np.float64).astype(np.float64)
-
     @cached_property
     def _dtype(self) -> type:
         return np.uint16 if max(self.vocab_size, self.type_vocab_size) <= 1 << 16 else np.int32
@@ -406,30 +389,26 @@ class GeneTokenizer:
             library_size = library_sizes(block.values_l, block.offsets_n1)
         if block.alignment.duplicated:
             block = _sum_duplicates(block)
-        values_l = native(block.values_l)
-        scale_n = library_size if block.is_linear and library_size is not None else np.ones(len(block))
+        thresholds_ge, scale_n = self.bin_edges.edges_ge, np.ones(len(block))
+        if block.is_linear and library_size is not None:
+            thresholds_ge, scale_n = count_thresholds(thresholds_ge), library_size
+        elif block.values_l.dtype.kind == "f":
+            # Logarithms in float32 are compared in float32: 0.7 in a file reaches the edge 0.7 in either precision.
+            thresholds_ge = thresholds_ge.astype(block.values_l.dtype).astype(np.float64)
         room = len(block.values_l) + len(block) * (2 + len(self.included_phenotypes))
         ids: np.ndarray = np.empty(room, dtype=self._dtype)
         types: np.ndarray = np.empty(room, dtype=self._dtype)
         offsets = np.zeros(len(block) + 1, dtype=np.int64)
         label_types = np.array([self.vocabulary.token_type(c) for c in self.included_phenotypes], dtype=np.int64)
         row, at, fault = tokenize_rows(
-            values_l, block.columns_l, block.offsets_n1, block.alignment.gene_of_column_c, len(self.panel),
-            self._thresholds(is_linear=block.is_linear, dtype=block.values_l.dtype), scale_n,
-            block.label_ids_np, label_types, self.first_gene_type, self.first_bin_id, self.max_length, ids, types,
-            offsets,
+            native(block.values_l), block.columns_l, block.offsets_n1, block.alignment.gene_of_column_c,
+            len(self.panel), thresholds_ge, scale_n, block.label_ids_np, label_types, self.first_gene_type,
+            self.first_bin_id, self.max_length, ids, types, offsets,
         )  # fmt: skip
         if fault != NO_FAULT:
             raise _fault_of(block, row, at, fault)
-        return TokenBlock(
-            ids[: offsets[-1]],
-            types[: offsets[-1]],
-            offsets,
-            block.cells_n,
-            block.measured_tg,
-            block.table_n,
-            np.full(len(block), epoch),
-        )
+        ids_l, types_l, epochs_n = ids[: offsets[-1]], types[: offsets[-1]], np.full(len(block), epoch)
+        return TokenBlock(ids_l, types_l, offsets, block.cells_n, block.measured_tg, block.table_n, epochs_n)
 
     def __call__(
         self, adata: Any, *, layer: str | None = None
@@ -558,12 +537,3 @@ class GeneTokenizer:
         changes = {"max_length": max_length, "included_phenotypes": included}
         content.update({key: value for key, value in changes.items() if value is not None})
         return self.from_dict(content, source="tokenizer")
-
-
-def _clean_keys(edges_of_gene: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
-    cleaned = {clean_gene(gene): edges for gene, edges in edges_of_gene.items()}
-    if len(cleaned) < len(edges_of_gene):
-        names = Counter(map(clean_gene, edges_of_gene))
-        repeated = [gene for gene, count in names.items() if count > 1]
-        raise InputError(f"bin_edges name {listed(repeated)} more than once (in several versions). Keep one of each.")
-    return cleaned

@@ -8,7 +8,6 @@ Letters: n cells, m rows asked for, c columns, l values.
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,7 +24,7 @@ from perturbgene.data_utils.recognition import (
     recognize,
 )
 from perturbgene.data_utils.scale import TARGET_SUM, Normalization, library_sizes
-from perturbgene.data_utils.sources import CellSource, sampled_spans
+from perturbgene.data_utils.sources import CellSource, Rows, sampled_spans
 from perturbgene.errors import InputError, listed
 
 #: Column of obs in which `prepare` keeps each cell's total counts over all genes of its source file.
@@ -41,19 +40,6 @@ TOTAL_COLUMNS = (
 _CP10K = Scale("cut", "log1p", TARGET_SUM)
 
 _SEARCH_ROWS = 1024
-
-
-class Rows(NamedTuple):
-    """Rows in CSR form: values and columns of shape (l,), offsets of shape (m + 1,)."""
-
-    values_l: np.ndarray
-    columns_l: np.ndarray
-    offsets_m1: np.ndarray
-
-
-class _Sample(NamedTuple):
-    rows: Rows
-    rows_m: np.ndarray
 
 
 @dataclass
@@ -88,25 +74,20 @@ class CellValues:
         return self.source.shape[1] if self._features is None else int(self._features[0].sum())
 
     @cached_property
-    def _sample(self) -> _Sample:
-        """Sampled rows, or the first rows that hold values."""
+    def _sample(self) -> tuple[Rows, np.ndarray]:
+        """Sampled rows, or the first rows that hold values, and their numbers."""
         num_rows = len(self)
-        spans = [np.arange(*span) for span in sampled_spans(num_rows)]
+        spans = np.unique(np.concatenate([np.arange(*span) for span in sampled_spans(num_rows)]))
         searched = (np.arange(start, min(num_rows, start + _SEARCH_ROWS)) for start in range(0, num_rows, _SEARCH_ROWS))
-        sample = _Sample(Rows(np.zeros(0), np.zeros(0, np.int32), np.zeros(1, np.int64)), np.zeros(0, np.int64))
-        for rows_m in (np.unique(np.concatenate(spans)), *searched) if num_rows else ():
-            sample = _Sample(self._read_genes(rows_m), rows_m)
-            if sample.rows.values_l.any():
+        for rows_m in (spans, *searched):
+            rows = self._read_genes(rows_m)
+            if rows.values_l.any():
                 break
-        return sample
+        return rows, rows_m
 
     def check_has_values(self) -> None:
-        """Refuse a matrix without a single value.
-
-        Raises:
-            InputError: Every value is 0; names the other matrices.
-        """
-        if len(self) and not self._sample.rows.values_l.any():
+        """Raise an InputError that names the other matrices if every value is 0."""
+        if len(self) and not self._sample[0].values_l.any():
             source, name = self.source, self.source.layer or "X"
             others = [layer for layer in source.layers if layer != source.layer]
             advice = f"Choose another matrix with --layer: {listed(others)}" if others else "Add the counts to it"
@@ -134,7 +115,7 @@ class CellValues:
     @property
     def can_be_summed(self) -> bool:
         """True if values can be brought to a linear scale, on which columns of one gene are summed."""
-        return self.scale.kind not in ("as_given", "assumed") or not (self._sample.rows.values_l % 1).any()
+        return self.scale.kind not in ("as_given", "assumed") or not (self._sample[0].values_l % 1).any()
 
     def _recognized(self) -> Scale:
         rows, rows_m = self._sample
@@ -144,10 +125,8 @@ class CellValues:
         if self._prepared_size_n is not None:
             return _CP10K if (rows.values_l % 1 != 0).any() else COUNTS
         totals_m = None if self._obs_totals is None else self._obs_totals[1][rows_m]
-        return recognize(
-            *(rows.values_l, rows.offsets_m1, rows_m),
-            totals_n=totals_m, num_genes=self.num_genes, source=self.name,
-        )  # fmt: skip
+        sampled = (rows.values_l, rows.offsets_m1, rows_m)
+        return recognize(*sampled, totals_n=totals_m, num_genes=self.num_genes, source=self.name)
 
     # -- library sizes --------------------------------------------------------------------------------------------
 
@@ -171,12 +150,8 @@ class CellValues:
     @property
     def _may_be_cut(self) -> bool:
         """True if library sizes are sums over few genes."""
-        is_summed = self._prepared_size_n is None and self.scale.kind in (
-            "counts",
-            "fractional",
-            "per_total",
-            "per_cell",
-        )
+        kinds = ("counts", "fractional", "per_total", "per_cell")
+        is_summed = self._prepared_size_n is None and self.scale.kind in kinds
         return is_summed and len(self) > 0 and self.num_genes < FEWEST_GENES
 
     @cached_property
@@ -258,13 +233,11 @@ class CellValues:
 
     def _read_genes(self, rows_m: np.ndarray) -> Rows:
         """Read rows without the columns that are not gene expression."""
-        rows = Rows(*read_runs(self.source, rows_m))
+        rows = read_runs(self.source, rows_m)
         if self._features is None or not len(rows.columns_l):
             return rows
         is_gene_c = self._features[0]
-        is_gene_l = is_gene_c[np.clip(rows.columns_l, 0, len(is_gene_c) - 1)]  # one outside the matrix is found later
-        offsets = np.concatenate([[0], np.cumsum(is_gene_l)])[rows.offsets_m1]
-        return Rows(rows.values_l[is_gene_l], rows.columns_l[is_gene_l], offsets)
+        return rows.keep(is_gene_c[np.clip(rows.columns_l, 0, len(is_gene_c) - 1)])  # one outside is found later
 
 
 def one_per_cell(values_n: np.ndarray, cells: CellValues) -> np.ndarray:
