@@ -17,14 +17,12 @@ from scipy import stats
 
 from perturbgene.cli.options import conditions
 from perturbgene.cli.verbs import CounterfactualConfig
-from perturbgene.configs import load_config
-from perturbgene.corpus.manifest import Corpus
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
 from perturbgene.counterfactuals.statistics import change_table
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, columns_of
 from perturbgene.data_utils.labels import ABSENT
-from perturbgene.data_utils.opening import FileList, expand_paths, one_source, open_source
+from perturbgene.data_utils.opening import FileList, one_source, open_source
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_new, whole_files
@@ -67,12 +65,11 @@ def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray:
         InputError: The run does not say which cells it was trained on, or they are no longer there.
     """
     try:
-        settings: Any = load_config(Path(run.path) / "run.yaml")
-        paths = (
-            Corpus.open(settings.corpus).paths("train") if settings.corpus else expand_paths(settings.train_data_paths)
-        )
+        settings: Any = run.settings
+        if settings is None:
+            raise InputError("it has no run.yaml")
         shards = ShardCache(
-            paths, where=conditions(settings.where), missing_labels=settings.missing_labels,
+            run.own_files("train"), where=conditions(settings.where), missing_labels=settings.missing_labels,
             obs_columns=columns_of(settings.phenotypes), **run.tokenizer.shard_options(),
         )  # fmt: skip
         found = []
@@ -81,8 +78,9 @@ def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray:
             found.append(np.unique(ids_nc, axis=0))
         shards.close()
     except (InputError, OSError, AttributeError) as error:
+        reason = error.__cause__ or error
         raise InputError(
-            f"{run.path} does not say which cells it was trained on, or they cannot be read ({error}), so these "
+            f"{run.path} does not say which cells it was trained on, or they cannot be read ({reason}), so these "
             "combinations of phenotypes cannot be checked. Put its corpus back in its place, or pass --force."
         ) from error
     return np.unique(np.concatenate(found), axis=0)

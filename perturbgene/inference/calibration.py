@@ -41,12 +41,7 @@ def energy(logits_nk: np.ndarray) -> np.ndarray:
 
 
 def log_loss(logits_nk: np.ndarray, labels_n: np.ndarray, *, temperature: float = 1.0) -> float:
-    """Return the mean negative log-probability of the true label, in nats.
-
-    Example:
-        >>> round(log_loss(np.zeros((1, 2)), np.array([0])), 4)
-        0.6931
-    """
+    """Return the mean negative log-probability of the true label, in nats."""
     log_probability_nk = log_softmax(logits_nk / temperature, axis=-1)
     return float(-log_probability_nk[np.arange(len(labels_n)), labels_n].mean())
 
@@ -55,10 +50,9 @@ def calibration_error(logits_nk: np.ndarray, labels_n: np.ndarray, *, temperatur
     """Return the expected calibration error of the chosen labels, in 0..1, over 15 bins of equal width.
 
     Example:
-        >>> logits_nk = np.log(np.array([[0.8, 0.2]] * 5))  # says 80 % five times
-        >>> round(calibration_error(logits_nk, np.array([0, 0, 0, 0, 1])), 6), round(
-        ...     calibration_error(logits_nk, np.array([0, 0, 0, 0, 0])), 6)
-        (0.0, 0.2)
+        >>> logits_nk = np.log(np.array([[0.8, 0.2]] * 5))  # says 80 % five times, and is right five times
+        >>> round(calibration_error(logits_nk, np.zeros(5, dtype=int)), 6)
+        0.2
     """
     probability_nk = softmax(logits_nk / temperature, axis=-1)
     confidence_n, is_right_n = probability_nk.max(axis=1), probability_nk.argmax(axis=1) == labels_n
@@ -68,14 +62,7 @@ def calibration_error(logits_nk: np.ndarray, labels_n: np.ndarray, *, temperatur
 
 
 def fit_temperature(logits_nk: np.ndarray, labels_n: np.ndarray) -> float:
-    """Return the temperature with the lowest log loss, within exp(-3)..exp(3).
-
-    Example:
-        >>> logits_nk = np.log(np.array([[0.99, 0.01]] * 10))  # says 99 %, is right 8 times of 10
-        >>> sure = fit_temperature(logits_nk, np.array([0] * 8 + [1] * 2))
-        >>> bool(np.isclose(1 / (1 + 99 ** (-1 / sure)), 0.8, atol=1e-4))
-        True
-    """
+    """Return the temperature with the lowest log loss, within exp(-3)..exp(3)."""
     result = minimize_scalar(
         lambda log_t: log_loss(logits_nk, labels_n, temperature=float(np.exp(log_t))),
         bounds=_LOG_BOUNDS,
@@ -109,7 +96,7 @@ class Temperature:
     is_at_limit: bool = False
 
     def distance(self, asked: Sequence[str], given: Sequence[str]) -> int:
-        """Count the phenotypes that differ between this question and another."""
+        """Return how many phenotypes differ between this question and another."""
         return len(set(self.asked) ^ set(asked)) + len(set(self.given) ^ set(given))
 
     def describe(self) -> str:
@@ -148,18 +135,16 @@ def split_halves(donors_n: np.ndarray | None, *, num_cells: int) -> tuple[np.nda
     Returns:
         True for cells to fit on, shape (n,), and "donors" or "cells". The split depends on the donors' names alone.
     """
-    names, donor_n = np.unique((np.zeros(num_cells) if donors_n is None else donors_n).astype(str), return_inverse=True)
-    if len(names) < 2:
-        order = np.argsort([hashlib.sha256(b"%d" % cell).digest()[:8] for cell in range(num_cells)], kind="stable")
-        is_fitted_n = np.zeros(num_cells, dtype=bool)
-        is_fitted_n[order[: num_cells // 2]] = True
-        return is_fitted_n, "cells"
+    names, unit_n = np.unique((np.zeros(num_cells) if donors_n is None else donors_n).astype(str), return_inverse=True)
+    is_by_donor = len(names) > 1
+    if not is_by_donor:
+        names, unit_n = np.arange(num_cells), np.arange(num_cells)
     order = np.argsort([hashlib.sha256(str(name).encode()).digest() for name in names], kind="stable")
-    before_d = np.concatenate([[0], np.cumsum(np.bincount(donor_n)[order])])[:-1]
-    is_fitted_d = np.zeros(len(names), dtype=bool)
-    is_fitted_d[order] = before_d < num_cells / 2
-    is_fitted_d[order[-1]] = False  # at least one donor on either side
-    return is_fitted_d[donor_n], "donors"
+    before_u = np.concatenate([[0], np.cumsum(np.bincount(unit_n)[order])])[:-1]
+    is_fitted_u = np.zeros(len(names), dtype=bool)
+    is_fitted_u[order] = before_u < (num_cells / 2 if is_by_donor else num_cells // 2)
+    is_fitted_u[order[-1:]] = False  # at least one donor on either side
+    return is_fitted_u[unit_n], "donors" if is_by_donor else "cells"
 
 
 def fit(
@@ -173,11 +158,7 @@ def fit(
 ) -> Temperature:
     """Fit one phenotype under one question, and score it on the cells that it was not fitted on.
 
-    Args:
-        logits_nk: Over the phenotype's labels.
-        labels_n: Index of the true label; -1 where there is none.
-        is_fitted_n: True for cells to fit on.
-        phenotype, asked, given: The question.
+    A label of -1 is unknown. A temperature at the limit of its range is reported.
     """
     is_known_n = labels_n >= 0
     first, second = is_known_n & is_fitted_n, is_known_n & ~is_fitted_n
@@ -187,10 +168,8 @@ def fit(
     for name, t in (("before", 1.0), ("after", temperature)) if second.any() else ():
         scores[f"log_loss_{name}"] = log_loss(logits_nk[second], labels_n[second], temperature=t)
         scores[f"ece_{name}"] = calibration_error(logits_nk[second], labels_n[second], temperature=t)
-    fitted = Temperature(
-        phenotype, tuple(asked), tuple(given), temperature, int(first.sum()), scores, quantiles(energy(logits_nk)),
-        is_at_limit,
-    )  # fmt: skip
+    question, energies_q = (phenotype, tuple(asked), tuple(given)), quantiles(energy(logits_nk))
+    fitted = Temperature(*question, temperature, int(first.sum()), scores, energies_q, is_at_limit)
     if is_at_limit:
         logger.warning(
             "%s. The logits of these cells say %s about the labels, so the probabilities are not to be trusted.",
@@ -221,21 +200,16 @@ class Calibration:
         own = [entry for entry in self.temperatures if entry.phenotype == phenotype]
         return min(own, key=lambda entry: entry.distance(asked, given), default=None)
 
-    def joined(self, newer: "Calibration") -> "Calibration":
-        """Return the newer one, plus the temperatures that only this one has if both are of the same weights."""
-        if self.weights != newer.weights:
-            return newer
-        entries = {
-            (t.phenotype, frozenset(t.asked), frozenset(t.given)): t for t in (*self.temperatures, *newer.temperatures)
-        }
-        return replace(
-            newer, temperatures=tuple(entries.values()), gene_quantiles=newer.gene_quantiles or self.gene_quantiles
-        )
-
     def save(self, run: str | Path) -> Path:
-        """Write `calibration.json` into a run folder, whole or not at all."""
+        """Write `calibration.json` into a run folder; what only an older one of the same weights has, stays in it."""
+        older = read_calibration(run) or Calibration()
+        entries = {
+            (t.phenotype, frozenset(t.asked), frozenset(t.given)): t for t in (*older.temperatures, *self.temperatures)
+        }
+        genes_q = self.gene_quantiles or older.gene_quantiles
+        joined = replace(self, temperatures=tuple(entries.values()), gene_quantiles=genes_q)
         path = Path(run) / CALIBRATION_FILE
-        write_json(path, {"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        write_json(path, {"format_version": FORMAT_VERSION, **asdict(joined)}, indent=1)
         return path
 
 

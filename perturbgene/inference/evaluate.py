@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,13 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
-from perturbgene.data_utils.opening import FileList, expand_paths
+from perturbgene.data_utils.opening import expand_paths
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
     ClassEvaluator,
     Evaluator,
     LogitCollector,
     MlmEvaluator,
-    Question,
     content_hash,
     gene_log_likelihood,
     standard_questions,
@@ -45,11 +44,10 @@ from perturbgene.inference.calibration import (
     Calibration,
     fit,
     quantiles,
-    read_calibration,
     split_halves,
     weights_hash,
 )
-from perturbgene.inference.predict import question_of_classifier
+from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
 from perturbgene.inference.streaming import FEW_GENES, Ranks, num_genes, stream_batches
 
@@ -74,56 +72,29 @@ LEGEND = (
 # -- what is scored -----------------------------------------------------------------------------------------------
 
 
-def _questions(run: Run, ask: Sequence[str], given: Sequence[str]) -> list[Question]:
-    """Return the standard questions, or the one that is described by `ask` and `given`."""
-    check_question(list(ask), list(given))
+def _evaluator(run: Run, ask: Sequence[str], given: Sequence[str], mask_rates: Mapping[str, float]) -> Evaluator:
+    """Return what counts the scores of the standard questions, or of the one that `ask` and `given` describe.
+
+    Genes are masked as in the run's own evaluation, except for the given rates.
+    """
     if run.is_classifier:
-        return [question_of_classifier(run, ask, given)]
+        if mask_rates:
+            raise InputError(f"{run.path} is a classifier, which masks nothing. Remove {listed(mask_rates)}.")
+        questions_of(run, ask, given, joint=True)  # raises
+        return ClassEvaluator(run.class_labels, tokenizer=run.tokenizer, category=run.category)
     known = run.tokenizer.included_phenotypes
     for name in [*ask, *given]:
         if name not in known:
             choice = f"Choose from: {listed(known, most=12)}." if known else "It knows none."
             raise InputError(f"{name!r} is no phenotype of {run.path}. {choice}")
-    if not given:
-        return [question for question in standard_questions(known) if not ask or set(question.asked) <= set(ask)]
-    asked = tuple(ask or [name for name in known if name not in given])
-    if not asked:
-        raise InputError("nothing is asked: every phenotype of the run is given. Name one with --ask.")
-    return [Question("asked", asked, tuple(given))]
-
-
-def _evaluator(run: Run, questions: Sequence[Question], mask_rates: Mapping[str, float]) -> Evaluator:
-    """Return what counts the scores; genes are masked as in the run's own evaluation, except for the given rates."""
-    if run.is_classifier:
-        if mask_rates:
-            raise InputError(f"{run.path} is a classifier, which masks nothing. Remove {listed(mask_rates)}.")
-        return ClassEvaluator(run.class_labels, tokenizer=run.tokenizer, category=run.category)
+    check_question(ask, given)
+    questions = [question for question in standard_questions(known) if not ask or set(question.asked) <= set(ask)]
+    if given:
+        questions = questions_of(run, ask, given, joint=True)
     seed = run.settings.seed if isinstance(run.settings, MlmConfig) else 0
     rates = {**run.mask_rates, **mask_rates}
     collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True, seed=seed, **rates)  # type: ignore[arg-type]
     return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
-
-
-def own_files(run: Run, split: str) -> FileList:
-    """Return the files of the run's own "train" or "eval" cells.
-
-    Raises:
-        InputError: The run does not say where they are, or they are not there.
-    """
-    settings = run.settings
-    corpus, patterns = (getattr(settings, name, None) for name in ("corpus", f"{split}_data_paths"))
-    if not corpus and not patterns:
-        raise InputError(f"{run.path} does not say which {split} cells it has. Give --corpus or --{split}_data_paths.")
-    try:
-        return expand_paths(patterns) if patterns else Corpus.open(str(corpus)).paths(split)
-    except InputError as error:
-        if patterns:
-            flag = f"--{split}_data_paths"
-            raise InputError(f"{error} (run.yaml names these {split} cells; give them with {flag}.)") from error
-        raise InputError(
-            f"{run.path} has its {split} cells in its corpus {corpus!r}, as run.yaml says, but they are not there. "
-            f"Give --corpus, or --{split}_data_paths."
-        ) from error
 
 
 def _is_own(run: Run, eval_paths: Any) -> bool:
@@ -131,13 +102,12 @@ def _is_own(run: Run, eval_paths: Any) -> bool:
     if not isinstance(eval_paths, str | Path | list | tuple):
         return False
     names = {os.path.realpath(path) for path in ([eval_paths] if isinstance(eval_paths, str | Path) else eval_paths)}
-    try:
-        corpus, patterns = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
-        own = {os.path.realpath(path) for path in expand_paths(patterns)} if patterns else set()
-    except InputError:
-        return False
-    folder = os.path.join(os.path.realpath(corpus), "eval") if corpus and not patterns else ""
-    return all(path in own or os.path.dirname(path) == folder for path in names)
+    corpus, patterns = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
+    if not patterns:
+        return bool(corpus) and {os.path.dirname(name) for name in names} == {os.path.realpath(f"{corpus}/eval")}
+    with suppress(InputError):
+        return names <= {os.path.realpath(path) for path in expand_paths(patterns)}
+    return False
 
 
 def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading: Any) -> np.ndarray:
@@ -158,28 +128,28 @@ def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading
         InputError: The training cells are not there.
     """
     try:
-        trained, settings = own_files(run, "train"), run.settings
-        is_corpus = bool(getattr(settings, "corpus", None))
-        names = ["where"] if is_corpus else [one.name for one in dataclasses.fields(ReadingConfig)]
-        as_trained = {name: getattr(settings, name) for name in names} | {"has_all_values": False}
+        trained = run.own_files("train")
+        names = [one.name for one in dataclasses.fields(ReadingConfig)]
+        if getattr(run.settings, "corpus", None):
+            names = ["where"]
+        as_trained = {name: getattr(run.settings, name) for name in names} | {"has_all_values": False}
     except InputError:
         if train_paths is None:
             raise
         trained, as_trained = train_paths, {**reading, "where": ()}
     tokenizer, size = run.tokenizer.reading([], num_slots=0), EvaluateConfig.batch_size
     cells = IterableAnnDataset(eval_paths, tokenizer, batch_size=size, **reading)
-    measured = [cells.shards[index].alignment.is_measured_g for index in range(len(cells.shards))]
-    is_counted_g = np.all(measured, axis=0)
-    hashes, has_many = [], []
-    for block in stream_batches(cells, text="evaluate: hash cells"):
-        hashes.append(content_hash(block, tokenizer, is_counted_g=is_counted_g))
-        has_many.append(num_genes(block, tokenizer) >= FEW_GENES)
     training = IterableAnnDataset(trained, tokenizer, batch_size=size, **as_trained)
-    seen = [
-        content_hash(block, tokenizer, is_counted_g=is_counted_g)
-        for block in stream_batches(training, text="evaluate: hash training cells")
-    ]
-    return np.isin(np.concatenate(hashes), np.concatenate(seen)) & np.concatenate(has_many)
+    is_counted_g = np.all([cells.shards[index].alignment.is_measured_g for index in range(len(cells.shards))], axis=0)
+    found = []
+    for dataset, text in ((cells, "cells"), (training, "training cells")):
+        parts = [
+            (content_hash(block, tokenizer, is_counted_g=is_counted_g), num_genes(block, tokenizer) >= FEW_GENES)
+            for block in stream_batches(dataset, text=f"evaluate: hash {text}")
+        ]
+        found.append([np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
+    (hash_n, has_many_n), (hash_of_training_n, _) = found
+    return np.isin(hash_n, hash_of_training_n) & has_many_n
 
 
 def _seen_in_training(run: Run, eval_paths: Any, train_paths: Any, *, calibrates: bool, **reading: Any) -> np.ndarray:
@@ -271,8 +241,7 @@ def _calibrate(
             "scored on the other half, from the same donors."
         )
     gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
-    calibration = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path))
-    path = (read_calibration(run.path) or Calibration()).joined(calibration).save(run.path)
+    path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)
     logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
 
 
@@ -335,14 +304,14 @@ def evaluate(
     as_trained = conditions(reading.get("where", ())) == conditions(getattr(run.settings, "where", ()))
     calibrates = is_own and as_trained if calibrate is None else calibrate
     _check_writable(run, output, calibrates=calibrates)
-    evaluator = _evaluator(run, _questions(run, ask, given), mask_rates or {})
+    evaluator = _evaluator(run, ask, given, mask_rates or {})
     with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
         options = {"batch_size": batch_size, **reading}
         dataset = IterableAnnDataset(
             eval_paths, run.tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
         )
         if labeled := labeled_phenotypes(dataset, evaluator, is_named=bool(ask)):
-            evaluator = _evaluator(run, _questions(run, labeled, given), mask_rates or {})
+            evaluator = _evaluator(run, labeled, given, mask_rates or {})
         is_seen_n = np.zeros(sum(dataset.sizes), dtype=bool)
         if not is_own:  # their copies among the training cells are a finding of `prepare`
             is_seen_n |= _seen_in_training(run, eval_paths, train_paths, calibrates=calibrates, **reading)
@@ -354,8 +323,7 @@ def evaluate(
         for block in stream_batches(dataset, text="evaluate", most_tokens=batch_tokens):
             evaluator.add(run.model, block)
             if calibrates and not run.is_classifier:
-                scores_n = gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=run.mask_rates)
-                gene_scores.append(scores_n)
+                gene_scores.append(gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=run.mask_rates))
         results = evaluator.results()
         if evaluator.collector is not None:
             _calibrate(
@@ -407,31 +375,22 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     if corpus:
         eval_paths = corpus.paths("eval")
     else:
-        eval_paths = expand_paths(config.eval_data_paths) if config.eval_data_paths else own_files(run, "eval")
-    patterns = config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", []))
-    train_paths: Any = None
+        eval_paths = expand_paths(config.eval_data_paths) if config.eval_data_paths else run.own_files("eval")
+    train_paths, patterns = (
+        None,
+        config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", [])),
+    )
     if config.baselines and (patterns or corpus):
-        train_paths = expand_paths(patterns) if patterns or not corpus else corpus.paths("train")
+        train_paths = corpus.paths("train") if corpus and not patterns else expand_paths(patterns)
     reading = {}
     for declared in dataclasses.fields(ReadingConfig):  # those of training, unless given or the corpus has its own
-        value = getattr(config, declared.name)
-        if declared.name == "where":
-            reading["where"] = value or (getattr(trained, "where", []) if _is_own(run, eval_paths) else [])
-            continue
-        is_default = value in (declared.default, [])
-        reading[declared.name] = getattr(trained, declared.name, value) if is_default and not corpus else value
+        name, value = declared.name, getattr(config, declared.name)
+        if value in (declared.default, []) and (_is_own(run, eval_paths) if name == "where" else not corpus):
+            value = getattr(trained, name, value)
+        reading[name] = value
     results = evaluate(
-        run,
-        eval_paths,
-        train_paths=train_paths,
-        ask=config.ask,
-        given=config.given,
-        mask_rates=config.mask_rates,
-        calibrate=config.calibrate,
-        donor_column=(corpus.split_by if corpus else None) or "donor_id",
-        batch_size=config.batch_size,
-        batch_tokens=config.batch_tokens,
-        output=output,
-        **reading,
-    )
+        run, eval_paths, train_paths=train_paths, ask=config.ask, given=config.given, mask_rates=config.mask_rates,
+        calibrate=config.calibrate, donor_column=(corpus.split_by if corpus else None) or "donor_id",
+        batch_size=config.batch_size, batch_tokens=config.batch_tokens, output=output, **reading,
+    )  # fmt: skip
     return f"{_table(results)}\n{LEGEND}\nwritten to {output}"

@@ -17,7 +17,9 @@ import torch
 from perturbgene import __version__
 from perturbgene.cli.verbs import MASK_RATES, MlmConfig
 from perturbgene.configs import BaseConfig, load_config
+from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import Batch
+from perturbgene.data_utils.opening import FileList, expand_paths
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, to_device
@@ -87,6 +89,26 @@ class Run:
         settings = self.settings
         rates = settings.mask_rates if isinstance(settings, MlmConfig) else {}
         return {name: rates.get(name, getattr(MlmConfig, name)) for name in MASK_RATES}
+
+    def own_files(self, split: str) -> FileList:
+        """Return the files of the run's own "train" or "eval" cells.
+
+        Raises:
+            InputError: The run does not say where they are, or they are not there.
+        """
+        flag = f"--{split}_data_paths"
+        corpus, patterns = (getattr(self.settings, name, None) for name in ("corpus", f"{split}_data_paths"))
+        if not corpus and not patterns:
+            raise InputError(f"{self.path} does not say which {split} cells it has. Give --corpus or {flag}.")
+        try:
+            return expand_paths(patterns) if patterns else Corpus.open(str(corpus)).paths(split)
+        except InputError as error:
+            if patterns:
+                raise InputError(f"{error} (run.yaml names these {split} cells; give them with {flag}.)") from error
+            raise InputError(
+                f"{self.path} has its {split} cells in its corpus {corpus!r}, as run.yaml says, but they are not "
+                f"there. Give --corpus, or {flag}."
+            ) from error
 
     def require_mlm(self, what: str) -> None:
         """Raise an InputError when this is a classifier, which cannot be asked for `what`."""

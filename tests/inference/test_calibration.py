@@ -137,15 +137,6 @@ def test_a_phenotype_that_was_not_fitted_has_no_temperature() -> None:
     assert Calibration((ALONE,)).nearest("b", asked=["b"], given=[]) is None
 
 
-def test_a_newer_fit_replaces_the_same_question_and_keeps_others() -> None:
-    older = Calibration((ALONE, GIVEN), (1.0,), "cells", "w")
-    newer = Calibration((entry(["a"], [], temperature=2.0),), (), "donors", "w")
-    joined = older.joined(newer)
-    assert joined.nearest("a", asked=["a"], given=[]).temperature == 2.0
-    assert (len(joined.temperatures), joined.gene_quantiles, joined.split) == (2, (1.0,), "donors")
-    assert older.joined(Calibration((), (), "cells", "other weights")).temperatures == ()
-
-
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
@@ -162,6 +153,22 @@ def test_a_saved_calibration_is_read_again(run_folder: Path) -> None:
     expected = saved(run_folder)
     assert read_calibration(run_folder) == expected
     assert sorted(path.name for path in run_folder.iterdir()) == ["calibration.json", "model.safetensors"]
+
+
+def test_a_newer_fit_replaces_the_same_question_and_keeps_others(run_folder: Path) -> None:
+    weights = weights_hash(run_folder)
+    Calibration((ALONE, GIVEN), (1.0,), "cells", weights).save(run_folder)
+    Calibration((entry(["a"], [], temperature=2.0),), (), "donors", weights).save(run_folder)
+    found = read_calibration(run_folder)
+    assert found.nearest("a", asked=["a"], given=[]).temperature == 2.0
+    assert (len(found.temperatures), found.gene_quantiles, found.split) == (2, (1.0,), "donors")
+
+
+def test_temperatures_of_other_weights_are_not_kept(run_folder: Path) -> None:
+    Calibration((ALONE, GIVEN), (1.0,), "cells", "other weights").save(run_folder)
+    newer = Calibration((), (), "cells", weights_hash(run_folder))
+    newer.save(run_folder)
+    assert read_calibration(run_folder) == newer
 
 
 def test_a_run_without_calibration_has_none(run_folder: Path) -> None:
