@@ -6,7 +6,7 @@ Owns how keywords are read and how mistakes in them are reported; leaves the wor
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.options import Flag, check_flag, entries_of, named_values, own_flags
-from perturbgene.cli.parsing import KINDS, advice, known_flags, to_kind
+from perturbgene.cli.parsing import CONFIG_FLAG, advice, convert, known_flags
 from perturbgene.cli.verbs import CONFIGS
 from perturbgene.errors import InputError, did_you_mean, listed
 
@@ -45,14 +45,16 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        values = {}
-        accepted = takes | (known_flags(CONFIGS[verb]).keys() - {"config"} if rest == "settings" else set())
+        values, has_settings = {}, rest == "settings"
+        known = known_flags(CONFIGS[verb]) if has_settings else flags
+        accepted = takes | (known.keys() - {CONFIG_FLAG.name} if has_settings else set())
         for given, value in kwargs.items():
             name = given if given in accepted else OTHER_NAMES.get(given, given)
             if name not in accepted:
                 hint = did_you_mean(given, sorted(accepted))
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {given!r}. {hint}")
-            values[name] = _as_given(value, flags[name], is_option=name not in named) if name in flags else value
+            is_plain = name not in known or (value is None and not has_settings)
+            values[name] = value if is_plain else _as_given(value, known[name], is_option=name not in named)
         return function(*args, **values)
 
     more = [inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default) for flag in options]
@@ -64,23 +66,22 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
 
 def _as_given(value: Any, flag: Flag, *, is_option: bool) -> Any:
     """Bring a value to the type of its option; `is_option` is False where a function has a mapping instead of text."""
-    if isinstance(value, Mapping) and is_option:
+    if isinstance(value, Mapping) and is_option and dict not in flag.kinds:
         value = entries_of(value)
-    if isinstance(value, Mapping) or value is None or flag.is_positional or flag.is_path:
+    if not is_option and (isinstance(value, Mapping) or flag.is_positional or flag.is_path):
         return str(value) if isinstance(value, Path) else value
-    items = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    is_one = isinstance(value, str | Mapping) or not isinstance(value, Iterable)
+    items = [item.item() if isinstance(item, np.generic) else item for item in ([value] if is_one else value)]
+    items = [getattr(item, "path", item) if flag.is_path else item for item in items]  # a loaded run gives its own
+    items = [str(item) if isinstance(item, Path) else item for item in items]
     if len(items) != 1 and not flag.is_list:
         raise InputError(f"{flag.name} was given {listed(items) or 'nothing'}, but it takes one value. {advice(flag)}")
-    kind = flag.item if flag.is_list else next(kind for kind in KINDS if kind in flag.kinds)
-    try:
-        items = [to_kind(item.item() if isinstance(item, np.generic) else item, kind, flag) for item in items]
-    except ValueError as error:
-        raise InputError(f"{flag.name} was given {value!r}, which {error}. {advice(flag)}") from error
+    exact = replace(flag, keeps_commas=flag.keeps_commas or not isinstance(value, str))
+    converted = convert(items if flag.is_list and value is not None else items[0], exact, where=flag.name)
     if flag.is_named and not is_option:
-        labels = named_values(items, flag=flag.name)
+        labels = named_values(converted if flag.is_list else [converted], flag=flag.name)
         if None in labels.values() and not flag.is_list:
             raise InputError(f"{flag.name} was given {value!r}, which is no NAME=LABEL. {flag.help}")
         return labels
-    value = items if flag.is_list else items[0]
-    check_flag(value, flag)
-    return value
+    check_flag(converted, flag)
+    return converted

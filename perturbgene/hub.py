@@ -1,6 +1,6 @@
 """Runs on the Hugging Face Hub: a name OWNER/NAME becomes a local folder.
 
-Owns telling such a name from a path, and fetching what a run folder holds; loading is in `inference.run`.
+Owns recognizing such a name, and fetching what a run folder holds; loading is in `inference.run`.
 """
 
 import re

@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -137,6 +138,16 @@ def test_a_script_without_a_main_guard_may_use_several_processes(small_folder: P
 @pytest.mark.parametrize("value", [3, 3.0, "3", np.int64(3), [3]], ids=["int", "float", "text", "numpy", "list of one"])
 def test_a_number_may_be_given_in_any_form(value):
     assert keywords_of("predict", top_k=value)["top_k"] == 3
+
+
+def test_settings_of_training_may_be_paths_loaded_runs_and_a_bare_flag():
+    called = as_function(lambda **settings: settings, "mlm")
+    run = SimpleNamespace(path=Path("runs/mlm"))
+    given = {"output_dir": Path("new"), "train_data_paths": [Path("a.h5ad")], "pretrained_model_path": run}
+    assert called(**given, resume_from_checkpoint=True, adam_beta2="0.9") == {
+        "output_dir": "new", "train_data_paths": ["a.h5ad"], "pretrained_model_path": "runs/mlm",
+        "resume_from_checkpoint": "latest", "adam_beta2": 0.9,
+    }  # fmt: skip
 
 
 def test_a_label_that_is_set_needs_its_name_and_value():

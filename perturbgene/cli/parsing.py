@@ -342,18 +342,8 @@ def build_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> Conf
 
 
 def config_of(config_class: type[ConfigT], settings: Mapping[str, Any]) -> ConfigT:
-    """Make the settings of a verb from Python values, as from its YAML file, and check them against this machine.
-
-    Where a path is meant, a loaded run gives its own.
-    """
-    values = {}
-    for name, value in settings.items():
-        flag = find_flag(name, config_class, where=name)
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        items = [str(getattr(item, "path", item)) if flag.is_path and item is not None else item for item in items]
-        value = items if isinstance(value, list | tuple) else items[0]
-        values[flag.name] = convert(str(value) if isinstance(value, Path) else value, flag, where=name)
-    config = build_config(config_class, values)
+    """Make the settings of a verb from values that have their types, and check them against this machine."""
+    config = build_config(config_class, settings)
     config.check_machine()
     return config
 

@@ -1,5 +1,5 @@
 """The verbs `mlm` and `cls`: from a corpus to a run folder.
 
 Read `train` first, then `perturbgene.sharded_trainer` (the loop's data loading), `checkpoints` (whole or not there) and
-`callbacks` (progress, signals).
+`callbacks` (progress bar, log lines, signals).
 """
