@@ -11,7 +11,7 @@
 9. `data_collators`                    cells -> a batch, padded or packed, masked for mlm
 
 To open a file (2): `foreign` names what cannot be read, `decode` reads its arrays, `chosen_cells` shows only the cells
-that `--where` names. To read it (5): `values` has the genes and library sizes of one file, `recognition` finds its scale,
-`scale` brings it to ours. `binning` has the bins of 6, and `kernels` the compiled loops of 5 to 9. `h5ad_writing` writes
-shards and copies; `download` is the verb.
+that `--where` names. To read it (5): `values` has the genes and library sizes of one file, `recognition` finds its
+scale, `scale` brings it to ours. `binning` has the bins of 6, and `kernels` the compiled loops of 5 to 9.
+`h5ad_writing` writes shards and copies; `download` is the verb.
 """
