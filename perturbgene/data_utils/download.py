@@ -7,8 +7,7 @@ import hashlib
 import logging
 import os
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -33,7 +32,7 @@ def run_download(config: DownloadConfig) -> list[Path]:
 def download(
     sources: str | Sequence[str], *, output_dir: str | Path = DownloadConfig.output_dir,
     checksums: str | Path | None = DownloadConfig.checksums, retries: int = DownloadConfig.retries,
-    overwrite: bool = DownloadConfig.overwrite, sleep: Callable[[float], None] = time.sleep,
+    overwrite: bool = DownloadConfig.overwrite,
 ) -> list[Path]:  # fmt: skip
     """Fetch files into a folder, resuming where an earlier call stopped.
 
@@ -43,7 +42,6 @@ def download(
         checksums: File with lines `<sha256>  <name>`.
         retries: How many times in a row a try may fail without a new byte.
         overwrite: Fetch files again that are there already.
-        sleep: Waits between tries.
 
     Returns:
         The files, in the order of the sources.
@@ -54,7 +52,7 @@ def download(
     urls = expand_paths(sources)
     if not_urls := [url for url in urls if not is_url(url)]:
         raise InputError(f"{not_urls[0]} is not the URL of one file. Write it as https://host/file.h5ad.")
-    names = [_name_of(url, retries=retries, sleep=sleep) for url in urls]
+    names = [_name_of(url, retries=retries) for url in urls]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"Two sources would be written to {repeated[0]!r}. Download them into different folders.")
     digests = read_checksums(Path(checksums)) if checksums else {}
@@ -63,19 +61,17 @@ def download(
     targets = [Path(output_dir) / name for name in names]
     for url, target in zip(urls, targets, strict=True):
         with claimed(target, flag="output_dir"):
-            if target.exists() and not overwrite:
-                _check_complete(url, target, digest=digests.get(target.name), retries=retries, sleep=sleep)
-            else:
-                _download(url, target, digest=digests.get(target.name), retries=retries, sleep=sleep)
+            check_or_fetch = _check_complete if target.exists() and not overwrite else _download
+            check_or_fetch(url, target, digest=digests.get(target.name), retries=retries)
         logger.info("%s is complete (%s bytes)", target, f"{target.stat().st_size:,}")
     return targets
 
 
-def _name_of(url: str, *, retries: int, sleep: Callable[[float], None]) -> str:
+def _name_of(url: str, *, retries: int) -> str:
     """Return the last part of the URL, or what its server calls the file if that is no file name, as at figshare."""
     last = name = unquote(urlsplit(url).path.rpartition("/")[2])
     if re.fullmatch(r"[\w-]+(\.(php|aspx|cgi))?", last) and is_http(parts_of(url)):
-        version, _ = receive(url, lambda version: None, retries=retries, sleep=sleep)
+        version, _ = receive(url, lambda version: None, retries=retries)
         name = re.split(r"[/\\]", version.name)[-1] or last
         logger.info("%s is called %s by its server", shown_url(url), name)
     if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name):
@@ -83,9 +79,7 @@ def _name_of(url: str, *, retries: int, sleep: Callable[[float], None]) -> str:
     return name
 
 
-def _download(
-    url: str, target: Path, *, digest: str | None, retries: int, sleep: Callable[[float], None]
-) -> None:  # fmt: skip
+def _download(url: str, target: Path, *, digest: str | None, retries: int) -> None:
     # Without the query, since the signature of a signed link changes from day to day.
     place = url_identity(url).partition("?")[0]
 
@@ -93,7 +87,7 @@ def _download(
         key = hashlib.sha256(f"{place}\n{version.size}\n{version.tag}".encode()).hexdigest()[:12]
         return target.with_name(f".{target.name}.{key}.part")
 
-    _, part = receive(url, part_of, retries=retries, sleep=sleep)
+    _, part = receive(url, part_of, retries=retries)
     assert part is not None
     if digest is not None and (found := sha256_of(part)) != digest:
         part.unlink()
@@ -107,9 +101,7 @@ def _download(
             leftover.unlink()
 
 
-def _check_complete(
-    url: str, target: Path, *, digest: str | None, retries: int, sleep: Callable[[float], None]
-) -> None:  # fmt: skip
+def _check_complete(url: str, target: Path, *, digest: str | None, retries: int) -> None:
     """Raise unless the file that is there is the remote one, by its checksum or else by its size."""
     advice = "Pass --overwrite to fetch it again, or another --output_dir."
     if not target.is_file():
@@ -118,7 +110,7 @@ def _check_complete(
         if sha256_of(target) != digest:
             raise InputError(f"{target} exists and its sha256 is not {digest}. {advice}")
         return
-    version, _ = receive(url, lambda version: None, retries=retries, sleep=sleep)
+    version, _ = receive(url, lambda version: None, retries=retries)
     if version.size is not None and version.size != target.stat().st_size:
         found = target.stat().st_size
         raise InputError(f"{target} exists with {found:,} bytes, but the remote file has {version.size:,}. {advice}")

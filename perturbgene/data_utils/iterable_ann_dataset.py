@@ -195,8 +195,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": columns_of(phenotypes)}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
         options |= {"missing_labels": tuple(missing_labels)}
-        if normalization != "auto":
-            options["normalization"] = normalization
+        options |= {} if normalization == "auto" else {"normalization": normalization}
         sources = as_sources(paths)
         self.where = conditions(where)
         self.shards = ShardCache(sources, layer=layer, where=self.where, **options)
@@ -236,16 +235,6 @@ class IterableAnnDataset(IterableDataset[Cell]):
             logger.info("%d files of one corpus, %d cells", len(known_sizes), sum(known_sizes))
         return tuple(known_sizes)
 
-    def _shard(self, file: int) -> Shard:
-        """Return an open file, if it still holds the cells that the order was made for."""
-        shard = self.shards[file]
-        if len(shard) != self.sizes[file]:
-            raise InputError(
-                f"{shard.path} holds {len(shard):,} cells, not {self.sizes[file]:,}: it was changed after it was "
-                "listed or during the run. Prepare the corpus again, or start a new run."
-            )
-        return shard
-
     @staticmethod
     def _check(shard: Shard, min_gene_coverage: float) -> int:
         shard.check_genes(min_gene_coverage)
@@ -265,10 +254,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
         category = self.phenotype_category
         assert category is not None
         start, _ = self.tokenizer.vocabulary.id_range(category)
-        ids = []
-        for shard in self._all_shards():
-            ids.append(replace(shard, optional_labels=False).label_ids(category))
-        ids_n = np.concatenate(ids)
+        shards = (replace(shard, optional_labels=False) for shard in self._all_shards())
+        ids_n = np.concatenate([shard.label_ids(category) for shard in shards])
         if (ids_n == ABSENT).all():
             raise self.shards[0].no_known_label(category)
         if (ids_n == ABSENT).any():
@@ -515,7 +502,12 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """
         chunks: list[tuple[Shard, int, np.ndarray]] = []
         for number, (file, rows) in enumerate(split_rows(rows_m, starts_f=self._starts_f), start=1):
-            shard, first_cell = self._shard(file), int(self._starts_f[file])
+            shard, first_cell = self.shards[file], int(self._starts_f[file])
+            if len(shard) != self.sizes[file]:
+                raise InputError(
+                    f"{shard.path} holds {len(shard):,} cells, not {self.sizes[file]:,}: it was changed after it was "
+                    "listed or during the run. Prepare the corpus again, or start a new run."
+                )
             chunks += [(shard, first_cell, rows[at : at + CHUNK_ROWS]) for at in range(0, len(rows), CHUNK_ROWS)]
             if number % FILES_AT_ONCE == 0 or shard.source.format == "csc":
                 yield chunks
@@ -571,22 +563,15 @@ class IterableAnnDataset(IterableDataset[Cell]):
         rest: list[TokenBlock] = []
         for block, place, sizes_b in self._rounds(begin, epoch):
             num_empty += int((block.token_type_ids_l[block.offsets_n1[1:] - 2] < self.tokenizer.first_gene_type).sum())
-            if sizes_b is not None:
-                yield from map(block.take, np.split(place, np.cumsum(sizes_b)[:-1]))
-                continue
-            first = min(self.batch_size - sum(map(len, rest)), len(place)) if rest else 0
-            if rest:
-                rest.append(block.take(place[:first]))
-                if sum(map(len, rest)) < self.batch_size:
-                    continue
-                yield TokenBlock.join(rest)
-                rest = []
-            for start in range(first, len(place), self.batch_size):
-                piece = block.take(place[start : start + self.batch_size])
-                if len(piece) == self.batch_size:
-                    yield piece
-                else:
-                    rest = [piece]
+            if sizes_b is None:
+                cuts = np.arange(self.batch_size - sum(map(len, rest)), len(place), self.batch_size)
+            else:
+                cuts = np.cumsum(sizes_b)[:-1]
+            for piece in np.split(place, cuts):
+                rest.append(block.take(piece))
+                if sizes_b is not None or sum(map(len, rest)) == self.batch_size:
+                    yield TokenBlock.join(rest)
+                    rest = []
         if rest:
             yield TokenBlock.join(rest)
         if num_empty and epoch == 0:

@@ -141,10 +141,8 @@ class Vocabulary:
                 f"vocabulary {path} cannot be read as JSON ({error}). Give a file like "
                 '{"cell_type": ["B cell", "T cell"]}.'
             ) from error
-        lists = list(content.values()) if isinstance(content, dict) else [None]
-        if not all(
-            isinstance(labels, list) and not any(isinstance(x, list | dict) for x in labels) for labels in lists
-        ):
+        lists = content.values() if isinstance(content, dict) else [None]
+        if any(not isinstance(one, list) or any(isinstance(label, list | dict) for label in one) for one in lists):
             raise InputError(
                 f"vocabulary {path} must map each phenotype to a list of labels, like "
                 '{"cell_type": ["B cell", "T cell"]}. Rewrite it in that form.'
@@ -220,14 +218,8 @@ class Vocabulary:
             Input ids, int32 of shape (n,), -1 if the label is missing or not in the vocabulary; and how many cells have
             each label that is not in the vocabulary and not missing.
         """
-        factor = pd.Categorical(pd.Series(values_n))
-        texts = [label_text(value) for value in factor.categories]
-        named = {label_text(label).lower() for label in missing_labels}
-        ids = [ABSENT if text.lower() in named else self.label_id(category, text) for text in texts]
-        ids_of_codes = np.array([*ids, ABSENT], dtype=np.int32)
-        count_of_codes = np.bincount(factor.codes[factor.codes >= 0], minlength=len(texts))
-        unknown: Counter[str] = Counter()
-        for text, id_, count in zip(texts, ids_of_codes[:-1], count_of_codes, strict=True):
-            if id_ == ABSENT and count and not is_missing(text, missing_labels):
-                unknown[text] += int(count)
-        return ids_of_codes[factor.codes], dict(unknown)
+        labels, named = Labels.of(pd.Series(values_n)), {label_text(label).lower() for label in missing_labels}
+        id_of = {text: self.label_id(category, text) for text in labels.texts}
+        ids = np.array([ABSENT if text.lower() in named else id_of[text] for text in labels.texts], dtype=np.int32)
+        counts = {text: count for text, count in labels.counts().items() if id_of[text] == ABSENT}
+        return ids[labels.codes_n], {text: n for text, n in counts.items() if not is_missing(text, missing_labels)}

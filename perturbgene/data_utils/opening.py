@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,40 +55,34 @@ def _natural_key(path: str) -> list[tuple[int, str]]:
 def is_zarr(path: str) -> bool:
     """True for a zarr store: a folder that has the files of one, or a URL that ends in `.zarr`."""
     path = path.rstrip("/")
-    return (
-        path.partition("?")[0].endswith(".zarr")
-        if is_url(path)
-        else any(os.path.exists(os.path.join(path, name)) for name in ZARR_FILES)
-    )
+    if is_url(path):
+        return path.partition("?")[0].endswith(".zarr")
+    return any(os.path.exists(os.path.join(path, name)) for name in ZARR_FILES)
 
 
 def _files_of(path: str, *, given: str) -> list[str]:
+    """Return the files that one path, glob, folder or URL names."""
     if is_url(path):
         is_store = is_zarr(path) and not re.search(r"[*?\[]", path)
         return [path.rstrip("/")] if is_store else sorted(expand_url(path), key=_natural_key)
     path = os.path.expanduser(path)
     if os.path.isdir(path) and not is_zarr(path) and mtx_prefix(Path(path)) is None:
         found = [file for end in ("h5ad", "zarr") for file in glob.glob(os.path.join(glob.escape(path), f"*.{end}"))]
-        if not found:
-            raise _empty_folder(path, given)
-        return sorted(found, key=_natural_key)
+        if found:
+            return sorted(found, key=_natural_key)
+        names = sorted(os.listdir(path))
+        advice = ". Point to the folder of the shards."
+        if tenx := [name for name in names if name.endswith((".h5", "_bc_matrix"))]:
+            advice = f", but {listed(tenx, most=3)}. Name the file or folder that you mean."
+        elif any("matrix.mtx" in name for name in names):
+            advice = ", but several 10x matrices. Put each into a folder of its own, and name one."
+        raise InputError(f"folder {path} (from {given!r}) holds no .h5ad file and no .zarr store{advice}")
     if os.path.exists(path):
         return [path]
     found = sorted(glob.glob(path), key=_natural_key)
     if not found:
         raise InputError(f"{path} (from {given!r}) does not exist. Check the path and the pattern's bounds.")
     return [file for one in found for file in _files_of(one, given=given)]
-
-
-def _empty_folder(path: str, given: str) -> InputError:
-    """Say what a folder without cells holds."""
-    names = sorted(os.listdir(path))
-    text = f"folder {path} (from {given!r}) holds no .h5ad file and no .zarr store"
-    if tenx := [name for name in names if name.endswith(".h5") or name.endswith("_bc_matrix")]:
-        return InputError(f"{text}, but {listed(tenx, most=3)}. Name the file or folder that you mean.")
-    if any("matrix.mtx" in name for name in names):
-        return InputError(f"{text}, but several 10x matrices. Put each into a folder of its own, and name one.")
-    return InputError(f"{text}. Point to the folder of the shards.")
 
 
 class FileList(list[str]):
@@ -156,7 +151,7 @@ def as_sources(data: Any, *, is_one: bool = False) -> list[Any]:
             raise InputError(f"{named} {len(files):,} files, but one is read here. Name one file.")
         return files
     for item in items:
-        if not _is_adata(item):
+        if not (hasattr(item, "obs_names") and hasattr(item, "var_names") and not hasattr(item, "mod")):
             raise refused_object(item)
     if is_one and len(items) > 1:
         raise refused_object(items)
@@ -166,10 +161,6 @@ def as_sources(data: Any, *, is_one: bool = False) -> list[Any]:
 def one_source(data: Any) -> Any:
     """Return the one path or AnnData that a function was given; see `as_sources`."""
     return as_sources(data, is_one=True)[0]
-
-
-def _is_adata(data: Any) -> bool:
-    return hasattr(data, "obs_names") and hasattr(data, "var_names") and not hasattr(data, "mod")
 
 
 def open_source(given: Any, *, layer: str | None = None) -> CellSource:
@@ -186,15 +177,11 @@ def open_source(given: Any, *, layer: str | None = None) -> CellSource:
         return ZarrFile(path, layer)
     if os.path.isdir(path):
         return TenxFile(path, layer)
-    is_h5ad = path.partition("?")[0].endswith(".h5ad")
-    return H5adFile(path, layer) if is_h5ad or not _is_tenx(local_path(path)) else TenxFile(path, layer)
-
-
-def _is_tenx(path: str) -> bool:
-    """True for an HDF5 file with the groups of Cell Ranger 3 and later, or of Cell Ranger 2."""
-    try:
-        with h5py.File(path, "r") as file:
+    if not path.partition("?")[0].endswith(".h5ad"):
+        local = local_path(path)
+        with suppress(OSError), h5py.File(local, "r") as file:  # `H5adFile` says what a damaged file is
             groups = [node for node in file.values() if isinstance(node, h5py.Group)]
-            return "obs" not in file and any({"barcodes", "data", "indices", "indptr"} <= set(node) for node in groups)
-    except OSError:  # whoever opens it says what it is
-        return False
+            # the groups of Cell Ranger 3 and later, or of Cell Ranger 2
+            if "obs" not in file and any({"barcodes", "data", "indices", "indptr"} <= set(node) for node in groups):
+                return TenxFile(path, layer)
+    return H5adFile(path, layer)

@@ -79,13 +79,6 @@ class CellSampler:
         positions = (blocks[:, None] * self._rows_of_block + np.arange(self._rows_of_block)).ravel()
         return positions[positions < len(self)]
 
-    def _shuffled(self, blocks: np.ndarray, number: int) -> np.ndarray:
-        """Return the positions of a round: each lane permuted, one cell from each lane in turn."""
-        rng = np.random.default_rng((self.seed, self.epoch, 1 + number))
-        lanes = [rng.permutation(self._positions_of(blocks[lane::NUM_LANES])) for lane in range(NUM_LANES)]
-        turn = np.concatenate([np.arange(len(lane)) * NUM_LANES + index for index, lane in enumerate(lanes)])
-        return np.concatenate(lanes)[np.argsort(turn, kind="stable")]
-
     def rounds(self, *, skip: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (position of the first cell, row numbers of the round in order), without whole rounds before `skip`.
 
@@ -101,7 +94,12 @@ class CellSampler:
             if short and (blocks == len(self) // rows_of_block).any():
                 length -= rows_of_block - short
             if start + length > skip:
-                order = self._shuffled(blocks, number) if self.is_shuffled else self._positions_of(blocks)
+                order = self._positions_of(blocks)
+                if self.is_shuffled:  # each lane is permuted, then one cell of each lane comes in turn
+                    rng = np.random.default_rng((self.seed, self.epoch, 1 + number))
+                    lanes = [rng.permutation(self._positions_of(blocks[lane::NUM_LANES])) for lane in range(NUM_LANES)]
+                    turn = np.concatenate([np.arange(len(lane)) * NUM_LANES + at for at, lane in enumerate(lanes)])
+                    order = np.concatenate(lanes)[np.argsort(turn, kind="stable")]
                 yield start, order if self.rows_n is None else self.rows_n[order]
             start += length
 

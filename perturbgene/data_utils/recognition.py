@@ -157,17 +157,6 @@ class _Sample:
     rows_n: np.ndarray
     totals_n: np.ndarray | None
 
-    @classmethod
-    def of(
-        cls, values_l: np.ndarray, offsets_n1: np.ndarray, rows_n: np.ndarray, totals_n: np.ndarray | None
-    ) -> "_Sample":
-        is_expressed_l = values_l != 0
-        lengths_n = np.diff(np.concatenate([[0], np.cumsum(is_expressed_l)])[offsets_n1])
-        has_values_n = lengths_n > 0
-        offsets = np.concatenate([[0], np.cumsum(lengths_n[has_values_n])])
-        totals = None if totals_n is None else totals_n[has_values_n]
-        return cls(values_l[is_expressed_l].astype(np.float64), offsets, rows_n[has_values_n], totals)
-
     def take(self, is_kept_n: np.ndarray) -> "_Sample":
         """Return some of the cells."""
         is_kept_l, lengths_n = np.repeat(is_kept_n, np.diff(self.offsets_n1)), np.diff(self.offsets_n1)[is_kept_n]
@@ -218,7 +207,9 @@ def recognize(
     check_values(values_l, source=source)
     if values_l.dtype.kind in "bui" or not values_l.any() or scan_values(native(values_l))[1]:
         return COUNTS
-    sample = _Sample.of(values_l, offsets_n1, rows_n, totals_n)
+    expressed_before = np.concatenate([[0], np.cumsum(values_l != 0)])[offsets_n1]
+    sample = _Sample(values_l[values_l != 0].astype(np.float64), expressed_before, rows_n, totals_n)
+    sample = sample.take(np.diff(expressed_before) > 0)
     is_counts_n = np.zeros(len(sample.rows_n), dtype=bool)
     find_count_rows(sample.values_l, sample.offsets_n1, HIGHEST_LOG_VALUE, is_counts_n)
     others = sample.take(~is_counts_n)
@@ -397,7 +388,7 @@ def check_cells(
     else:
         are_sound, are_whole = scan_rows(values_l, offsets_n1, sums_n)
         if scale == COUNTS and not are_whole:
-            is_odd_n = _are_fractional(values_l, offsets_n1)
+            is_odd_n = np.diff(np.concatenate([[0], np.cumsum(values_l % 1 != 0)])[offsets_n1]) > 0
         elif scale.kind == "fractional":
             is_odd_n = _are_usual_logs(values_l, offsets_n1)
     if not are_sound:
@@ -410,10 +401,6 @@ def check_cells(
         what = f"values of another scale, such as {fractional_l[0]:g}" if len(fractional_l) else "counts"
         raise _mixed(rows_n, ~is_odd_n, scale.name, what, source=source)
     return None if scale.transform else sums_n
-
-
-def _are_fractional(values_l: np.ndarray, offsets_n1: np.ndarray) -> np.ndarray:
-    return np.diff(np.concatenate([[0], np.cumsum(values_l % 1 != 0)])[offsets_n1]) > 0
 
 
 def _have_other_total(values_l: np.ndarray, offsets_n1: np.ndarray, sums_n: np.ndarray, scale: Scale) -> np.ndarray:

@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from functools import cache
 from pathlib import Path
@@ -268,16 +268,14 @@ def _num_bytes(part: Path | None) -> int:
 
 
 def receive(
-    url: str, part_of: Callable[[Version], Path | None], *, retries: int = DEFAULT_RETRIES,
-    sleep: Callable[[float], None] = time.sleep,
-) -> tuple[Version, Path | None]:  # fmt: skip
+    url: str, part_of: Callable[[Version], Path | None], *, retries: int = DEFAULT_RETRIES
+) -> tuple[Version, Path | None]:
     """Fetch a remote file; what has arrived of it is kept, and a later call with the same `part_of` resumes there.
 
     Args:
         url: The file.
         part_of: Returns where the bytes of a version go; None where they are not needed.
         retries: How many times in a row a try may fail without a new byte.
-        sleep: Waits between tries.
 
     Returns:
         The version, and the path with all of its bytes.
@@ -318,21 +316,18 @@ def receive(
                 part.unlink(missing_ok=True)
                 known = part = None
             if failures > retries:
-                raise _given_up(url, fault, failures, _num_bytes(part)) from fault
+                tries = f"{failures} {'try' if failures == 1 else 'tries in a row'}"
+                num_kept = _num_bytes(part)
+                kept = f" {num_kept:,} bytes are kept, so that the same command goes on from there." if num_kept else ""
+                raise InputError(
+                    f"{shown_url(url)} could not be fetched in {tries}: {fault}. Check the network and the server, "
+                    f"then run it again.{kept}"
+                ) from fault
             # Exponential back-off with jitter, so that many clients do not return at the same moment.
             wait = FIRST_WAIT_SECONDS * 2.0 ** (failures - 1) * _jitter.uniform(0.5, 1.0)
             wait = min(max(wait, fault.wait), LONGEST_WAIT_SECONDS)
             logger.warning("%s: %s; trying again in %.1f s", shown_url(url), fault, wait)
-            sleep(wait)
-
-
-def _given_up(url: str, fault: Exception, failures: int, num_kept: int) -> InputError:
-    tries = f"{failures} {'try' if failures == 1 else 'tries in a row'}"
-    kept = f" {num_kept:,} bytes are kept, so that the same command goes on from there." if num_kept else ""
-    return InputError(
-        f"{shown_url(url)} could not be fetched in {tries}: {fault}. Check the network and the server, then run it "
-        f"again.{kept}"
-    )
+            time.sleep(wait)
 
 
 def _write(answer: _Answer, part: Path, *, url: str) -> None:
@@ -366,6 +361,8 @@ def _write(answer: _Answer, part: Path, *, url: str) -> None:
 
 @dataclass(frozen=True)
 class _Copy:
+    """A fetched file of this process, and when its server was last asked about it."""
+
     version: Version
     path: Path
     checked_at: float
@@ -426,10 +423,7 @@ def _held(folder: Path, name: str) -> Iterator[Path]:
         lock.release()
 
 
-def fetch(
-    url: str, cache_dir: str | Path | None = None, *, retries: int = DEFAULT_RETRIES,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Path:  # fmt: skip
+def fetch(url: str, cache_dir: str | Path | None = None, *, retries: int = DEFAULT_RETRIES) -> Path:
     """Return the path of a remote file on this machine; it is fetched unless the cache has the server's version.
 
     A file whose server states neither ETag nor date could be mistaken for an older one in a later run. It is kept until
@@ -439,7 +433,6 @@ def fetch(
         url: `https://`, `http://`, `s3://` or `gs://`.
         cache_dir: Folder of the cache; the user's own by default.
         retries: How many times in a row a try may fail without a new byte.
-        sleep: Waits between tries.
 
     Raises:
         InputError: The file cannot be fetched, or it is another version than before in this run.
@@ -447,7 +440,14 @@ def fetch(
     key = url_identity(url)
     copy = _fetched.get(key)
     if copy is not None and copy.path.exists():
-        return _checked(url, copy).path
+        if time.monotonic() >= copy.checked_at + RECHECK_SECONDS:
+            try:
+                with _ask(url) as answer:
+                    _check_same(url, copy, answer.version)
+            except _TransientError as fault:  # a server that is away changes nothing
+                logger.info("%s: %s; the copy that was fetched is used", shown_url(url), fault)
+            _fetched[key] = replace(copy, checked_at=time.monotonic())
+        return copy.path
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     with _held(Path(cache_dir or default_cache_dir()), name) as folder:
         place = folder
@@ -467,7 +467,7 @@ def fetch(
             place = _folder_of_process() / place.name
             return None if place.exists() else place.with_name(f"{place.name}.part")
 
-        version, part = receive(url, part_of, retries=retries, sleep=sleep)
+        version, part = receive(url, part_of, retries=retries)
         if part is not None:
             os.replace(part, place)
             logger.info("%s: %s bytes fetched to %s", shown_url(url), f"{place.stat().st_size:,}", place)
@@ -481,19 +481,6 @@ def _check_same(url: str, copy: _Copy | None, version: Version) -> None:
             f"{shown_url(url)} changed during the run (from {copy.version.size} to {version.size} bytes, or its ETag): "
             "cells of two versions would mix. Start again with files that stay as they are."
         )
-
-
-def _checked(url: str, copy: _Copy) -> _Copy:
-    """Return a copy after a look at the server from time to time; a server that is away changes nothing."""
-    if time.monotonic() < copy.checked_at + RECHECK_SECONDS:
-        return copy
-    try:
-        with _ask(url) as answer:
-            _check_same(url, copy, answer.version)
-    except _TransientError as fault:
-        logger.info("%s: %s; the copy that was fetched is used", shown_url(url), fault)
-    _fetched[url_identity(url)] = renewed = _Copy(copy.version, copy.path, time.monotonic())
-    return renewed
 
 
 def local_path(path: str | Path) -> str:

@@ -111,7 +111,7 @@ class Shard:
         """
         names, ids, symbols = names_of(self.source, self.gene_id_column)
         others = [*ids, *symbols]
-        key = _hash_of_names([names, *others])
+        key = hashlib.blake2b(repr([names_c.tolist() for names_c in (names, *others)]).encode()).digest()
         if key not in self.alignments:
             self.alignments[key] = self.panel.align(names, other_names_c=others, can_be_summed=True)
         alignment = self.alignments[key]
@@ -281,20 +281,6 @@ class Shard:
         )
 
 
-def _hash_of_names(names: Sequence[np.ndarray]) -> bytes:
-    """Hash what a file calls its columns; a name that is no text counts by its text."""
-    digest = hashlib.blake2b(digest_size=16)
-    for names_c in names:
-        digest.update(f"{len(names_c)}\0".encode())
-        digest.update("\0".join(map(str, names_c.tolist())).encode("utf-8", "surrogatepass"))
-    return digest.digest()
-
-
-def _weight(shard: Shard) -> int:
-    """How many ordinary files a file counts as: one compressed by columns is kept in memory as a whole."""
-    return MOST_OPEN_FILES // MOST_WHOLE_FILES if shard.source.is_held_whole else 1
-
-
 class ShardCache:
     """Keeps the last used shards of a list open, at most `MOST_OPEN_FILES`, of those kept whole `MOST_WHOLE_FILES`.
 
@@ -325,7 +311,10 @@ class ShardCache:
             source = open_source(self.sources[index], layer=self.layer)
             self._open[index] = Shard(ChosenCells(source, self.where) if self.where else source, **self.options)
         self._open.move_to_end(index)
-        while sum(map(_weight, self._open.values())) > MOST_OPEN_FILES and len(self._open) > 1:
+        while len(self._open) > 1:
+            are_whole = [shard.source.is_held_whole for shard in self._open.values()]  # such a one counts as many
+            if sum(MOST_OPEN_FILES // MOST_WHOLE_FILES if is_whole else 1 for is_whole in are_whole) <= MOST_OPEN_FILES:
+                break
             self._open.popitem(last=False)[1].source.close()
         return self._open[index]
 

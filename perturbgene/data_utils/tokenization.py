@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -312,32 +312,24 @@ class GeneTokenizer:
             InputError: A token is unknown, or also the text of a label of another category.
         """
         if isinstance(tokens, list):
-            return [self._id_of(token) for token in tokens]
-        return self._id_of(tokens)
-
-    def _id_of(self, token: Any) -> int:
-        if isinstance(token, tuple):
-            category, label = token
+            return [cast(int, self.convert_tokens_to_ids(token)) for token in tokens]
+        if isinstance(tokens, tuple):
+            category, label = tokens
             self.vocabulary.check_category(category)
-            found = [self.vocabulary.label_id(category, label)]
+            found = {self.vocabulary.label_id(category, label)}
         else:
-            found = [self.vocabulary.label_id(category, token) for category in self.vocabulary.categories]
-            found += [SPECIAL_TOKENS.index(token)] if token in SPECIAL_TOKENS else []
-            found += [self.first_bin_id + self._bin_tokens.index(token)] if token in self._bin_tokens else []
-        found = [id_ for id_ in found if id_ != ABSENT]
+            found = {self.vocabulary.label_id(category, tokens) for category in self.vocabulary.categories}
+            found |= {id_ for id_, text in enumerate(self._tokens) if text == tokens}
+        found -= {ABSENT}
         if len(found) == 1:
-            return found[0]
+            return found.pop()
         why = "has several meanings" if found else "is not in the vocabulary"
-        raise InputError(f"token {token!r} {why}. Give (category, label), e.g. ('cell_type', 'B cell').")
-
-    @cached_property
-    def _bin_tokens(self) -> list[str]:
-        return [f"bin_{b}" for b in range(self.bin_edges.num_edges + 1)]
+        raise InputError(f"token {tokens!r} {why}. Give (category, label), e.g. ('cell_type', 'B cell').")
 
     @cached_property
     def _tokens(self) -> list[str]:
         labels = [token_text(label) for labels in self.phenotypes.values() for label in labels]
-        return [*SPECIAL_TOKENS, *labels, *self._bin_tokens]
+        return [*SPECIAL_TOKENS, *labels, *(f"bin_{b}" for b in range(self.bin_edges.num_edges + 1))]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int] | torch.Tensor) -> str | list[str]:
         """Return token texts of ids.
@@ -494,13 +486,9 @@ class GeneTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        max_length: int | None = None,
-        included_phenotypes: Sequence[str] | None = None,
+        cls, path: str | Path, *, max_length: int | None = None, included_phenotypes: Sequence[str] | None = None,
         **_: Any,
-    ) -> "GeneTokenizer":
+    ) -> "GeneTokenizer":  # fmt: skip
         """Read `tokenizer.json` from a run, corpus or tokenizer folder, or from a run on the Hugging Face Hub.
 
         Args:
@@ -526,12 +514,7 @@ class GeneTokenizer:
             return tokenizer
         return tokenizer.with_settings(max_length=max_length, included=included_phenotypes)
 
-    def with_settings(
-        self,
-        *,
-        max_length: int | None = None,
-        included: Sequence[str] | None = None,
-    ) -> "GeneTokenizer":
+    def with_settings(self, *, max_length: int | None = None, included: Sequence[str] | None = None) -> "GeneTokenizer":
         """Return a copy that means the same ids but lays sequences out differently."""
         content = self.to_dict()
         changes = {"max_length": max_length, "included_phenotypes": included}

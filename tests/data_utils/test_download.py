@@ -88,14 +88,13 @@ class BadHandler(Handler):
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     with serving(BadHandler, content=CONTENT) as running:
         yield running
 
 
-def fetch(web: Web, manner: str, folder: Path, *, waits: list[float] | None = None, **options: object) -> Path:
-    """Download `manner/a.h5ad` without really waiting."""
-    sleep = (waits if waits is not None else []).append
-    return download([f"{web.url}/{manner}/a.h5ad"], output_dir=folder, sleep=sleep, **options)[0]  # type: ignore[arg-type]
+def fetch(web: Web, manner: str, folder: Path, **options: object) -> Path:
+    return download([f"{web.url}/{manner}/a.h5ad"], output_dir=folder, **options)[0]  # type: ignore[arg-type]
 
 
 def names_in(folder: Path) -> list[str]:

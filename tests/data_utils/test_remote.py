@@ -172,8 +172,9 @@ def test_a_fetch_that_was_cut_short_is_resumed_by_the_next_run(web: Web, cache: 
 def test_waits_grow_and_honour_the_server(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 4.0)
     waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(InputError, match="status 503"):
-        fetch(f"{web.url}/busy/a.h5ad", retries=5, sleep=waits.append)
+        fetch(f"{web.url}/busy/a.h5ad", retries=5)
     assert waits[0] == 7 and 16 <= waits[3] <= 32 and 32 <= waits[4] <= 60
 
 
@@ -198,10 +199,13 @@ def test_nobody_at_home_is_named_with_the_address() -> None:
         pytest.param("rangeless/empty.h5ad", "is empty", id="empty file without ranges"),
     ],
 )
-def test_what_another_try_cannot_mend_is_refused_at_once(web: Web, place: str, message: str) -> None:
+def test_what_another_try_cannot_mend_is_refused_at_once(
+    web: Web, place: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited"))
     web.files |= {"empty.h5ad": b"", "page.h5ad": b"<!DOCTYPE html><html>Log in", "unpacked.h5ad": b"\x1f\x8b..."}
     with pytest.raises(InputError, match=message):
-        fetch(f"{web.url}/{place}", sleep=lambda seconds: pytest.fail("waited"))
+        fetch(f"{web.url}/{place}")
 
 
 def test_passwords_in_a_url_open_the_door(web: Web) -> None:
