@@ -34,7 +34,7 @@ IMPOSSIBLE = {
     "neftune_noise_alpha": "it adds noise to padded batches of words, and cells are packed without padding",
     **dict.fromkeys(
         ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-        "batches are packed to ever other lengths, which torch.compile cannot follow",
+        "every batch is packed to another length, which torch.compile cannot follow",
     ),
     "use_liger_kernel": "its kernels are for language models of words",
 }
@@ -346,7 +346,7 @@ def _check_parts(arguments: "TrainingArguments") -> None:
 
     model = torch.nn.Linear(1, 1)
     schedule, settings = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs or {}
-    assert isinstance(settings, dict) and isinstance(arguments.report_to, list)  # TrainingArguments sees to it
+    assert isinstance(settings, dict) and isinstance(arguments.report_to, list)  # TrainingArguments ensures it
     schedule_name, optimizer_name = getattr(schedule, "value", schedule), getattr(arguments.optim, "value", "")
     flag, advice = f"--lr_scheduler_type {schedule_name}", "Correct --lr_scheduler_kwargs"
     if example := SCHEDULE_ARGUMENTS.get(schedule_name):

@@ -131,7 +131,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         )
 
     def _linear_term(self, batch: PackedCells, token_types_a: Tensor, positions_a: Tensor | None) -> Tensor:
-        """Return what the direct path adds to logits, (a, v): 0 but for labels at phenotype slots."""
+        """Return what the direct path adds to logits, (a, v): 0 except for labels at phenotype slots."""
         assert self.direct_labels is not None
         term_nk = self.direct_labels(batch, self.genebert.embeddings.expression(batch))
         if positions_a is None:
