@@ -269,12 +269,18 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         Raises:
             InputError: transformers refuses the combination.
         """
+        import torch
         from transformers import TrainingArguments
 
         known = {declared.name for declared in fields(TrainingArguments)}
         own = {name: getattr(self, name) for name in own_flags(type(self)) if name in known}
         own = own if self.learning_rate else own | {"learning_rate": TrainingArguments.learning_rate}
-        use_cpu, bf16 = self._device_settings()
+        use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+        has_fp16 = bool(self.training_overrides.get("fp16"))
+        if self.bf16 and not has_fp16:
+            check_bfloat16(device_type, flag="--bf16")
+        bf16 = (not has_fp16 and has_fast_bfloat16(device_type)) if self.bf16 is None else self.bf16
         settings = {
             **own,
             **self._schedule_settings(),
@@ -319,18 +325,6 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             "load_best_model_at_end": evaluates != "no" and is_together,
             "metric_for_best_model": self.best_metric if evaluates != "no" else None,
         }
-
-    def _device_settings(self) -> tuple[bool, bool]:
-        """Whether to use the CPU, and whether to compute in bfloat16; decided by the hardware if not given."""
-        import torch
-
-        use_cpu = self.training_overrides.get("use_cpu", self.use_cpu) or not torch.accelerator.is_available()
-        device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
-        if self.training_overrides.get("fp16"):
-            return use_cpu, bool(self.bf16)
-        if self.bf16:
-            check_bfloat16(device_type, flag="--bf16")
-        return use_cpu, has_fast_bfloat16(device_type) if self.bf16 is None else self.bf16
 
 
 def _check_parts(arguments: "TrainingArguments") -> None:

@@ -508,8 +508,7 @@ class AttributeConfig(ScoringOptions):
         check_question([self.ask], self.given_labels)
 
 
-_CLASSES: tuple[type[BaseConfig], ...] = (
+CONFIGS: dict[str, type[BaseConfig]] = {config_class.verb: config_class for config_class in (
     PrepareConfig, CheckConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, EmbedConfig, CounterfactualConfig,
     PerturbConfig, AttributeConfig, DownloadConfig,
-)  # fmt: skip
-CONFIGS = {config_class.verb: config_class for config_class in _CLASSES}
+)}  # fmt: skip

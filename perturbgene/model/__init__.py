@@ -12,15 +12,3 @@ from perturbgene.model.config import GeneBertConfig, load_preset
 from perturbgene.model.heads import DirectPath, GeneBertForClassification, GeneBertForPhenotypicMLM
 from perturbgene.model.layers import GeneBertModel, PositionlessEmbeddings
 from perturbgene.model.packing import PackedCells, Packing
-
-__all__ = [
-    "DirectPath",
-    "GeneBertConfig",
-    "GeneBertForClassification",
-    "GeneBertForPhenotypicMLM",
-    "GeneBertModel",
-    "PackedCells",
-    "Packing",
-    "PositionlessEmbeddings",
-    "load_preset",
-]
