@@ -29,17 +29,16 @@ from perturbgene.files import check_new, whole_files
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALONE,
-    CellResults,
     Given,
     Ranks,
-    cell_results,
     claimed_output,
     given_labels,
-    has_genes,
+    num_genes,
     open_cells,
     read_groups,
     reading_options,
     stream_batches,
+    sum_over_ranks,
 )
 from perturbgene.plots import changes_figure, save_figure
 
@@ -203,8 +202,8 @@ class CounterfactualTask:
 # -- prediction -------------------------------------------------------------------------------------------------------
 
 
-def expected_changes(task: CounterfactualTask, results: CellResults) -> pd.DataFrame:
-    """Predict the changes of all cells; only rank 0 gets those of all ranks."""
+def expected_changes(task: CounterfactualTask, *, target: Path | None = None, ranks: Ranks = ALONE) -> pd.DataFrame:
+    """Predict the changes of all cells; only rank 0 gets those of all ranks, which meet next to `target`."""
     dataset, selection, contrast = task.dataset, task.selection, task.contrast
     tokenizer = dataset.tokenizer
     predictor = GenePredictor(task.run, contrast, tokenizer=tokenizer)
@@ -212,9 +211,9 @@ def expected_changes(task: CounterfactualTask, results: CellResults) -> pd.DataF
     sums = Sums.zeros(num_groups=len(selection.groups), num_genes=len(tokenizer.panel), num_null=contrast.num_null)
     values_gb, num_empty = tokenizer.bin_edges.values(), 0
     batch_tokens = task.config.batch_tokens
-    for whole in stream_batches(dataset, text="counterfactual", ranks=results.ranks, most_tokens=batch_tokens):
+    for whole in stream_batches(dataset, text="counterfactual", ranks=ranks, most_tokens=batch_tokens):
         is_used_n = selection.is_changed_n[whole.cells_n] | selection.has_label_n[whole.cells_n]
-        has_genes_n = has_genes(whole, tokenizer)
+        has_genes_n = num_genes(whole, tokenizer) > 0
         num_empty += int((is_used_n & ~has_genes_n).sum())
         block = whole.take(np.flatnonzero(is_used_n & has_genes_n))
         if not len(block):
@@ -225,8 +224,9 @@ def expected_changes(task: CounterfactualTask, results: CellResults) -> pd.DataF
         if len(rows):
             is_null_n = selection.is_null_n[block.cells_n[rows]]
             add_block(sums, predictor, collator, block.take(rows), group_n=group_n[rows], is_null_n=is_null_n)
-    *arrays, empty = results.sum_over_ranks([*vars(sums).values(), np.array(num_empty)])
-    if empty and results.ranks.is_main:
+    own = [*vars(sums).values(), np.array(num_empty)]
+    *arrays, empty = sum_over_ranks(own, target=target, ranks=ranks)
+    if empty and ranks.is_main:
         logger.warning("%d cells express no gene of the panel and are left out", empty)
     return change_table(Sums(*arrays), tokenizer.panel, groups=selection.groups)
 
@@ -307,7 +307,7 @@ def counterfactual(
     )  # fmt: skip
     others = None if given is None else given_labels(given)
     task = CounterfactualTask.open(adata, load_run(model, device=device), config, others)
-    return expected_changes(task, CellResults(task.dataset.num_cells))
+    return expected_changes(task)
 
 
 def run_counterfactual(config: CounterfactualConfig) -> str | None:
@@ -320,8 +320,7 @@ def run_counterfactual(config: CounterfactualConfig) -> str | None:
         check_new(target, csv, png, overwrite=config.overwrite)
         run = load_run(config.run, device=ranks.device(config.device))
         task = CounterfactualTask.open(FileList([source]), run, config, config.given_labels, ranks=ranks)
-        with cell_results(target, num_cells=task.dataset.num_cells, ranks=ranks) as results:
-            table = expected_changes(task, results)
+        table = expected_changes(task, target=target, ranks=ranks)
         if not ranks.is_main:
             return None
         names = ("groupby", "num_passes", "num_null", "gene_mask_prob", "force", "seed")

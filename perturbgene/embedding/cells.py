@@ -24,21 +24,17 @@ from perturbgene.embedding.genes import run_gene_means
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
-    CellResults,
     GeneTokens,
     Given,
     Ranks,
-    cell_results,
+    answered,
     claimed_output,
-    collect_results,
     given_labels,
-    has_genes,
     num_genes,
     open_cells,
     read_cells,
     reading_options,
-    report_few_genes,
-    stream_batches,
+    with_results,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +97,6 @@ class CellEmbedder:
         Returns:
             `obsm` key -> float32 (n, h), rows in the order of the cells. A cell that expresses no gene of the panel is
             NaN throughout, as it gets no label from `predict`; a named gene is NaN in cells that do not express it.
-            And `GENES_COLUMN`, the number of genes of each cell.
         """
         run, tokens = self.run, GeneTokens.of(block, self.run.tokenizer)
         named = run.tokenizer.panel.find_all(self.genes, flag="genes")
@@ -111,7 +106,10 @@ class CellEmbedder:
             read_m = np.union1d(block.offsets_n1[:-1], tokens.position_m[np.isin(tokens.gene_m, named)])
         hidden_mh = run.hidden_at(pack(block), read_m)
         if self.pooling == "genes":
-            cells_nh = _mean_by(hidden_mh, tokens.cell_m, len(block))
+            sums = torch.zeros((len(block), hidden_mh.shape[1]), dtype=torch.float64)
+            sums.index_add_(0, torch.from_numpy(tokens.cell_m), torch.from_numpy(hidden_mh).double())
+            count_n1 = num_genes(block, run.tokenizer)[:, None]
+            cells_nh = (sums.numpy() / np.maximum(count_n1, 1)).astype(np.float32)
         else:
             cells_nh = hidden_mh[np.searchsorted(read_m, block.offsets_n1[:-1])]
         found = [cells_nh]
@@ -119,13 +117,13 @@ class CellEmbedder:
             batch = ask(block, run.tokenizer, asked=[category], given=list(self.given))
             found.append(run.hidden_at(batch, batch.pop("label_positions").numpy()))
         for states_nh in found:
-            states_nh[~has_genes(block, run.tokenizer)] = np.nan
+            states_nh[num_genes(block, run.tokenizer) == 0] = np.nan
         for gene in named:
             is_gene_m = tokens.gene_m == gene
             states_nh = np.full_like(cells_nh, np.nan)
             states_nh[tokens.cell_m[is_gene_m]] = hidden_mh[np.searchsorted(read_m, tokens.position_m[is_gene_m])]
             found.append(states_nh)
-        return dict(zip(self.keys, found, strict=True)) | {GENES_COLUMN: num_genes(block, run.tokenizer)}
+        return dict(zip(self.keys, found, strict=True))
 
     def columns(self, found: dict[str, np.ndarray], dataset: IterableAnnDataset) -> dict[str, Any]:
         """Take the columns of `obs` out of what was found: the number of genes, and who expresses each named gene.
@@ -133,7 +131,6 @@ class CellEmbedder:
         In cells that `where` leaves out, the number is -1 and the others are missing.
         """
         columns: dict[str, Any] = {GENES_COLUMN: found.pop(GENES_COLUMN)}
-        report_few_genes(columns[GENES_COLUMN])
         for name, key in zip(self.genes, self.keys[len(self.keys) - len(self.genes) :], strict=True):
             has_gene_n = np.isfinite(found[key][:, 0])
             columns[f"perturbgene_has_{name}"] = has_gene_n
@@ -144,26 +141,14 @@ class CellEmbedder:
 
     def facts(self, dataset: IterableAnnDataset) -> dict[str, Any]:
         """Return where the embeddings came from, with the static embedding of every label of asked phenotypes."""
-        question: dict[str, Any] = {
-            "pooling": self.pooling,
-            "phenotypes": list(self.phenotypes),
-            "genes": list(self.genes),
-        }
-        question |= {"verb": "embed", "given": dict(self.given)}
+        question: dict[str, Any] = {"pooling": self.pooling, "phenotypes": list(self.phenotypes)}
+        question |= {"genes": list(self.genes), "verb": "embed", "given": dict(self.given)}
         if dataset.where:
             question["where"] = dataset.where
         facts = provenance(self.run, question, coverage=dataset.coverage)
         if self.phenotypes:
             facts["label_embeddings"] = {name: label_embeddings(self.run, name) for name in self.phenotypes}
         return facts
-
-
-def _mean_by(values_mh: np.ndarray, group_m: np.ndarray, num_groups: int) -> np.ndarray:
-    """Average rows by group, summed in float64, float32 (groups, h); NaN for a group without rows."""
-    sums = torch.zeros((num_groups, values_mh.shape[1]), dtype=torch.float64)
-    sums.index_add_(0, torch.from_numpy(group_m), torch.from_numpy(values_mh).double())
-    count_n1 = np.bincount(group_m, minlength=num_groups)[:, None]
-    return np.where(count_n1 > 0, sums.numpy() / np.maximum(count_n1, 1), np.nan).astype(np.float32)
 
 
 def embed(
@@ -208,14 +193,9 @@ def embed(
     embedder = CellEmbedder(load_run(model, device=device), pooling, phenotype, genes, given_labels(given))
     cells = read_cells(adata)
     dataset = open_cells(cells, embedder.run, embedder.given, **reading)
-    batches = stream_batches(dataset, text="embed", most_tokens=batch_tokens)
-    found = collect_results(CellResults(dataset.num_cells, rows=dataset.chosen_rows), batches, embedder.embed)
-    result = cells.to_memory() if cells.isbacked else cells.copy()
-    for name, column in embedder.columns(found, dataset).items():
-        result.obs[name] = column
-    result.obsm.update(found)
-    result.uns["perturbgene"] = embedder.facts(dataset)
-    return result
+    with answered(dataset, embedder.embed, text="embed", most_tokens=batch_tokens) as found:
+        obs = embedder.columns(found, dataset)
+        return with_results(cells, obs=obs, obsm=found, uns=embedder.facts(dataset))
 
 
 def run_embed(config: EmbedConfig) -> str | None:
@@ -227,15 +207,13 @@ def run_embed(config: EmbedConfig) -> str | None:
             return run_gene_means(config, run, source=source, target=target, ranks=ranks)
         embedder = CellEmbedder(run, config.pooling, config.phenotype, config.genes, config.given_labels)
         dataset = open_cells(FileList([source]), run, embedder.given, ranks=ranks, **reading_options(config))
-        num_cells, rows = dataset.num_cells, dataset.chosen_rows
-        with cell_results(target, num_cells=num_cells, ranks=ranks, rows=rows) as results:
-            batches = stream_batches(dataset, text="embed", ranks=ranks, most_tokens=config.batch_tokens)
-            found = collect_results(results, batches, embedder.embed)
+        options: dict[str, Any] = {"text": "embed", "most_tokens": config.batch_tokens}
+        with answered(dataset, embedder.embed, target=target, ranks=ranks, **options) as found:
             if not ranks.is_main:
                 return None
             facts, columns = embedder.facts(dataset), embedder.columns(found, dataset)
             write_copy(source, target, uns=facts, obs=columns, obsm=found, layer=config.layer)
-            num_empty = num_cells - int(np.isfinite(found[KEY][:, 0]).sum())
+            num_cells, num_empty = dataset.num_cells, dataset.num_cells - int(np.isfinite(found[KEY][:, 0]).sum())
     empty = f"; {num_empty:,} cells express no gene of the run and are NaN" if num_empty else ""
     keys = ", ".join(embedder.keys)
     return f"{num_cells:,} cells embedded by {config.run} (obsm: {keys}), written to {target}{empty}"

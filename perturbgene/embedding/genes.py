@@ -7,7 +7,6 @@ groups, r rows of the table, p pairs of groups, h hidden size, e links.
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from sklearn.neighbors import NearestNeighbors
 
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import pack
-from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.kernels import cell_key
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, did_you_mean, listed
@@ -29,16 +27,15 @@ from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALL,
     ALONE,
-    CellResults,
     GeneTokens,
     Given,
     Ranks,
-    cell_results,
     given_labels,
     open_cells,
     read_groups,
     reading_options,
     stream_batches,
+    sum_over_ranks,
 )
 
 if TYPE_CHECKING:
@@ -92,26 +89,23 @@ class GeneSums:
         sums.index_add_(0, torch.from_numpy(place_m), torch.from_numpy(hidden_mh).double())
         self.counts_2kg += np.bincount(place_m, minlength=self.counts_2kg.size).reshape(shape)
 
-    def split_half_distances(self) -> np.ndarray:
-        """Return the cosine distance between centered means of both halves, (k, g); NaN where a half has no cell."""
-        means_2kgh = self.sums_2kgh / np.maximum(self.counts_2kg, 1)[..., None]
-        first_kgh, second_kgh = (
-            np.stack([unit_rows(centered(*group)) for group in zip(means_kgh, counts_kg, strict=True)])
-            for means_kgh, counts_kg in zip(means_2kgh, self.counts_2kg, strict=True)
-        )
-        distance_kg = 1.0 - (first_kgh * second_kgh).sum(axis=-1)
-        return np.where((self.counts_2kg > 0).all(axis=0), distance_kg, np.nan)
-
     def table(self, groups: Sequence[str]) -> "AnnData":
         """Return mean embeddings, one row for each gene of each group that expresses it.
 
         Returns:
             `X` float32; `obs`: `gene`, `symbol`, `group`, `n_cells` and `split_half_distance`, the cosine distance
-            between the centered means of two halves of the cells.
+            between the centered means of two halves of the cells, NaN where one half has no cell.
         """
         import anndata
 
         panel, counts_kg = self.run.tokenizer.panel, self.counts_2kg.sum(axis=0)
+        means_2kgh = self.sums_2kgh / np.maximum(self.counts_2kg, 1)[..., None]
+        first_kgh, second_kgh = (
+            np.stack([unit_rows(centered(*group)) for group in zip(means_kgh, counts, strict=True)])
+            for means_kgh, counts in zip(means_2kgh, self.counts_2kg, strict=True)
+        )
+        distance_kg = 1.0 - (first_kgh * second_kgh).sum(axis=-1)
+        distance_kg[~(self.counts_2kg > 0).all(axis=0)] = np.nan
         group_r, gene_r = np.nonzero(counts_kg)
         gene_names, group_names = np.array(panel.genes, dtype=object)[gene_r], np.array(groups, dtype=object)[group_r]
         columns = {
@@ -119,7 +113,7 @@ class GeneSums:
             "symbol": pd.Categorical([panel.display_name(int(gene)) for gene in gene_r]),
             "group": pd.Categorical(group_names, categories=list(groups)),
             "n_cells": counts_kg[group_r, gene_r],
-            "split_half_distance": self.split_half_distances()[group_r, gene_r],
+            "split_half_distance": distance_kg[group_r, gene_r],
         }
         means_kgh = self.sums_2kgh.sum(axis=0) / np.maximum(counts_kg, 1)[..., None]
         means_rh = means_kgh[group_r, gene_r].astype(np.float32)
@@ -130,23 +124,6 @@ class GeneSums:
 def halves(cells_n: np.ndarray) -> np.ndarray:
     """Deal cells to two halves by a hash of their number, int64 of shape (n,) in 0..1: the same for any ranks."""
     return np.array([int(cell_key(0, 0, int(cell))) & 1 for cell in cells_n], dtype=np.int64)
-
-
-def sum_genes(
-    run: Run,
-    dataset: IterableAnnDataset,
-    *,
-    groups: Sequence[str],
-    group_n: np.ndarray,
-    results: CellResults,
-    batch_tokens: int = EmbedConfig.batch_tokens,
-) -> GeneSums:
-    """Stream the cells of all ranks into sums; only rank 0 gets those of all."""
-    sums = GeneSums(run, num_groups=len(groups))
-    for block in stream_batches(dataset, text="embed genes", ranks=results.ranks, most_tokens=batch_tokens):
-        sums.add(block, group_n[block.cells_n])
-    sums.sums_2kgh, sums.counts_2kg = results.sum_over_ranks([sums.sums_2kgh, sums.counts_2kg])
-    return sums
 
 
 # -- what the means say -----------------------------------------------------------------------------------------------
@@ -294,30 +271,24 @@ def gene_embeddings(
         >>> table.n_vars, table.obs["group"].cat.categories.tolist()
         (32, ['B cell', 'NK cell', 'monocyte'])
     """
-    return _embed_genes(
-        adata, load_run(model, device=device), groupby, given_labels(given), batch_tokens=batch_tokens, **reading
-    )
+    run = load_run(model, device=device)
+    table = mean_embeddings(adata, run, groupby, given_labels(given), batch_tokens=batch_tokens, **reading)
+    assert table is not None  # a single process
+    return table
 
 
-def _embed_genes(
-    source: Any,
-    run: Run,
-    groupby: str | None,
-    given: Mapping[str, str | None],
-    *,
-    batch_tokens: int,
-    target: Path | None = None,
-    ranks: Ranks = ALONE,
-    **reading: Any,
-) -> "AnnData | None":
+def mean_embeddings(
+    source: Any, run: Run, groupby: str | None, given: Mapping[str, str | None], *,
+    batch_tokens: int = EmbedConfig.batch_tokens, target: Path | None = None, ranks: Ranks = ALONE, **reading: Any,
+) -> "AnnData | None":  # fmt: skip
     """Return the table of all ranks, None on other ranks than the first; several ranks meet next to `target`."""
     dataset = open_cells(source, run, given, ranks=ranks, **reading)
     groups, group_n = read_groups(dataset, groupby)
-    with ExitStack() as stack:
-        results = CellResults(dataset.num_cells)
-        if target is not None:
-            results = stack.enter_context(cell_results(target, num_cells=dataset.num_cells, ranks=ranks))
-        sums = sum_genes(run, dataset, groups=groups, group_n=group_n, results=results, batch_tokens=batch_tokens)
+    sums = GeneSums(run, num_groups=len(groups))
+    for block in stream_batches(dataset, text="embed genes", ranks=ranks, most_tokens=batch_tokens):
+        sums.add(block, group_n[block.cells_n])
+    own = [sums.sums_2kgh, sums.counts_2kg]
+    sums.sums_2kgh, sums.counts_2kg = sum_over_ranks(own, target=target, ranks=ranks)
     if not ranks.is_main:
         return None
     if not sums.counts_2kg.any():
@@ -328,10 +299,12 @@ def _embed_genes(
     return table
 
 
-def _links(
+def _network(
     table: "AnnData", group: str | None, *, top_k: int, min_similarity: float, min_cells: int
-) -> tuple[np.ndarray, sparse.csr_array]:
-    """Return the rows of a group's genes with enough cells, and the links among them."""
+) -> tuple["networkx.Graph", np.ndarray, sparse.csr_array]:
+    """Return a group's network, the rows of its genes (those with enough cells), and the links among them."""
+    import networkx
+
     groups = list(table.obs["group"].cat.categories)
     if group is None and len(groups) > 1:
         raise InputError(f"the genes were averaged in {len(groups)} groups. Name one of: {listed(groups, most=12)}.")
@@ -340,23 +313,16 @@ def _links(
         raise InputError(f"{name!r} is no group of these genes. {did_you_mean(name, groups)}")
     rows = np.flatnonzero(table.obs["group"] == name)
     counts_g = table.obs["n_cells"].to_numpy()[rows]
-    is_kept_g = counts_g >= min_cells
-    vectors_gh = centered(table.X[rows], counts_g)[is_kept_g]
-    return rows[is_kept_g], nearest_genes(vectors_gh, top_k=top_k, min_similarity=min_similarity)
-
-
-def _graph(table: "AnnData", rows: np.ndarray, links_gg: sparse.csr_array) -> "networkx.Graph":
-    """Return links as a graph: genes as nodes, similarities as `weight` of the edges."""
-    import networkx
-
+    vectors_gh = centered(table.X[rows], counts_g)[counts_g >= min_cells]
+    rows, links_gg = rows[counts_g >= min_cells], nearest_genes(vectors_gh, top_k=top_k, min_similarity=min_similarity)
     graph, obs = networkx.Graph(), table.obs.iloc[rows]
     names = obs["gene"].astype(str).tolist()
-    for name, symbol, n_cells in zip(names, obs["symbol"].astype(str), obs["n_cells"].tolist(), strict=True):
-        graph.add_node(name, symbol=symbol, n_cells=n_cells)
+    for gene, symbol, n_cells in zip(names, obs["symbol"].astype(str), obs["n_cells"].tolist(), strict=True):
+        graph.add_node(gene, symbol=symbol, n_cells=n_cells)
     upper = sparse.triu(links_gg).tocoo()
     for a, b, weight in zip(*upper.coords, upper.data, strict=True):
         graph.add_edge(names[a], names[b], weight=round(float(weight), 6))
-    return graph
+    return graph, rows, links_gg
 
 
 def gene_network(
@@ -386,8 +352,7 @@ def gene_network(
         >>> "NKG7" in network, min(weight for _, _, weight in network.edges(data="weight")) >= 0.5
         (True, True)
     """
-    rows, links_gg = _links(table, group, top_k=top_k, min_similarity=min_similarity, min_cells=min_cells)
-    return _graph(table, rows, links_gg)
+    return _network(table, group, top_k=top_k, min_similarity=min_similarity, min_cells=min_cells)[0]
 
 
 def gene_roles(table: "AnnData", *, min_cells: int = EmbedConfig.min_cells) -> pd.DataFrame:
@@ -423,7 +388,7 @@ def gene_roles(table: "AnnData", *, min_cells: int = EmbedConfig.min_cells) -> p
 
 def run_gene_means(config: EmbedConfig, run: Run, *, source: str, target: Path, ranks: Ranks) -> str | None:
     """Write what `embed --groupby` or `embed --network` asks for; the target is renamed last, when all is there."""
-    table = _embed_genes(
+    table = mean_embeddings(
         source, run, config.groupby, config.given_labels, batch_tokens=config.batch_tokens, target=target, ranks=ranks,
         **reading_options(config),
     )  # fmt: skip
@@ -456,8 +421,7 @@ def _write_networks(table: "AnnData", paths: Mapping[str, Path], config: EmbedCo
     lines, places, weights = [], [np.zeros((0, 2), dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
     options = {name: getattr(config, name) for name in ("top_k", "min_similarity", "min_cells")}
     for group, path in paths.items():
-        rows, links_gg = _links(table, group, **options)
-        graph = _graph(table, rows, links_gg)
+        graph, rows, links_gg = _network(table, group, **options)
         networkx.write_graphml(graph, path)
         lines.append(f"{group}: {graph.number_of_nodes():,} genes, {graph.number_of_edges():,} links, in {path.name}")
         links = links_gg.tocoo()

@@ -5,7 +5,8 @@ temperatures to `calibration`, and batches and files to `streaming`. Letters: n 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,19 +29,16 @@ from perturbgene.inference.calibration import Calibration, Temperature, energy, 
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
-    CellResults,
     Given,
     Ranks,
-    cell_results,
+    answered,
     claimed_output,
-    collect_results,
     given_labels,
     num_genes,
     open_cells,
     read_cells,
     reading_options,
-    report_few_genes,
-    stream_batches,
+    with_results,
 )
 
 if TYPE_CHECKING:
@@ -56,37 +54,27 @@ Columns = dict[str, Any]
 # -- questions ----------------------------------------------------------------------------------------------------
 
 
-def question_of_classifier(run: Run, ask: Sequence[str], given: Sequence[str]) -> Question:
-    """Return the one question that a classifier answers: its own phenotype, given those it was trained with.
-
-    Raises:
-        InputError: Something else is asked or given.
-    """
-    known = run.tokenizer.included_phenotypes
-    wrong = [name for name in ask if name != run.category]
-    if wrong:
-        raise InputError(
-            f"{run.path} classifies {run.category!r} only, not {listed(wrong)}. Ask an mlm run, or drop --ask."
-        )
-    strange = [name for name in given if name not in known]
-    if strange:
-        raise InputError(
-            f"{run.path} classifies {run.category!r} only and was trained without {listed(strange)}, which cannot be "
-            f"given. Give {listed(known) or 'nothing'}, or ask an mlm run."
-        )
-    return Question("asked", (run.category,), known)
-
-
 def questions_of(run: Run, ask: Sequence[str], given: Sequence[str], *, joint: bool) -> list[Question]:
     """Return one question for each asked phenotype, or with `joint` one question for all of them.
 
+    A classifier answers one question: its own phenotype, given those that it was trained with.
+
     Raises:
-        InputError: A phenotype is unknown, asked twice, or asked and given; nothing is asked; or the run knows none.
+        InputError: A phenotype is unknown, asked twice, or asked and given; nothing is asked; the run knows none; or a
+            classifier is asked or given something else.
     """
-    check_question(list(ask), list(given))
-    if run.is_classifier:
-        return [question_of_classifier(run, ask, given)]
+    check_question(ask, given)
     known = run.tokenizer.included_phenotypes
+    if run.is_classifier:
+        only = f"{run.path} classifies {run.category!r} only"
+        if wrong := [name for name in ask if name != run.category]:
+            raise InputError(f"{only}, not {listed(wrong)}. Ask an mlm run, or drop --ask.")
+        if strange := [name for name in given if name not in known]:
+            raise InputError(
+                f"{only} and was trained without {listed(strange)}, which cannot be given. Give "
+                f"{listed(known) or 'nothing'}, or ask an mlm run."
+            )
+        return [Question("asked", (run.category,), known)]
     if not known:
         raise InputError(
             f"{run.path} knows no phenotypes, so there is nothing to predict. Use `perturbgene embed`, or train on a "
@@ -152,32 +140,39 @@ class Predictor:
             InputError: The column of a phenotype that is given from `obs`, or audited, is missing.
         """
         dataset = open_cells(data, self.run, self.given, tokenizer=self.tokenizer, **reading)
-        for audit in self.audits:
-            self._own_label_n[audit.asked[0]] = _own_labels(dataset, self.run, audit.asked[0])
+        for (name,) in [audit.asked for audit in self.audits]:
+            ids = []
+            for index in range(len(dataset.shards)):
+                dataset.shards[index].label_column(name)  # raises where it is missing
+                ids.append(dataset.shards[index].label_ids(name))
+            ids_n, vocabulary = np.concatenate(ids), self.run.tokenizer.vocabulary
+            own_n = ids_n - vocabulary.id_range(name)[0]
+            if self.run.binary_label is not None:
+                own_n = (ids_n == vocabulary.label_id(name, self.run.binary_label)).astype(np.int32)
+            self._own_label_n[name] = np.where(ids_n == ABSENT, ABSENT, own_n)
         return dataset
 
     # -- answers --------------------------------------------------------------------------------------------------
-
-    def _logits(self, block: TokenBlock, question: Question) -> dict[str, np.ndarray]:
-        if self.run.is_classifier:
-            return {question.asked[0]: class_logits(self.run.model, block, self.collate)}
-        return question_logits(self.run.model, block, self.run.tokenizer, question)
 
     def temperature(self, phenotype: str, question: Question) -> Temperature | None:
         """Return the temperature of this question or the most similar one; None without calibration."""
         return self.calibration.nearest(phenotype, asked=question.asked, given=question.given)
 
-    def _probabilities(self, logits_nk: np.ndarray, phenotype: str, question: Question) -> np.ndarray:
-        fitted = self.temperature(phenotype, question)
-        return softmax(logits_nk / np.float32(fitted.temperature if fitted else 1.0), axis=-1)
+    def _asked(self, block: TokenBlock, question: Question) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield each asked phenotype with the logits and the calibrated probabilities of its labels, (n, k)."""
+        if self.run.is_classifier:
+            found = {question.asked[0]: class_logits(self.run.model, block, self.collate)}
+        else:
+            found = question_logits(self.run.model, block, self.run.tokenizer, question)
+        for name, logits_nk in found.items():
+            fitted = self.temperature(name, question)
+            yield name, logits_nk, softmax(logits_nk / np.float32(fitted.temperature if fitted else 1.0), axis=-1)
 
     def answer(self, block: TokenBlock) -> dict[str, np.ndarray]:
         """Answer one batch: named arrays with a row per cell, -1 and NaN for cells without genes."""
-        num_genes_n = num_genes(block, self.run.tokenizer)
-        has_genes_n, answers = num_genes_n > 0, {GENES_COLUMN: num_genes_n}
+        has_genes_n, answers = num_genes(block, self.run.tokenizer) > 0, dict[str, np.ndarray]()
         for question in self.questions:
-            for name, logits_nk in self._logits(block, question).items():
-                probability_nk = self._probabilities(logits_nk, name, question)
+            for name, logits_nk, probability_nk in self._asked(block, question):
                 order_nt = np.argsort(-probability_nk, axis=1, kind="stable")[:, : self.options.top_k]
                 best_nt = np.take_along_axis(probability_nk, order_nt, axis=1)
                 entropy_n = -(probability_nk * np.log(np.maximum(probability_nk, 1e-30))).sum(axis=1)
@@ -191,25 +186,11 @@ class Predictor:
         if self.options.ood and not self.run.is_classifier:
             answers["genes"] = gene_log_likelihood(self.run.model, block, self.tokenizer, mask_rates=self.mask_rates)
         for question in self.audits:
-            (name,) = question.asked
-            probability_nk = self._probabilities(self._logits(block, question)[name], name, question)
+            [(name, _, probability_nk)] = self._asked(block, question)
             own_n = self._own_label_n[name][block.cells_n]
             of_own_n = probability_nk[np.arange(len(block)), np.maximum(own_n, 0)]
             answers[f"audit:{name}"] = _where(of_own_n, has_genes_n & (own_n >= 0))
         return answers
-
-    def answer_all(
-        self, dataset: IterableAnnDataset, results: CellResults, *, most_tokens: int
-    ) -> tuple[Columns, dict[str, np.ndarray]]:
-        """Answer every cell of this rank; rank 0 gets what goes to `obs` and `obsm`, the others nothing."""
-        batches = stream_batches(dataset, text="predict", ranks=results.ranks, most_tokens=most_tokens)
-        merged = collect_results(results, batches, self.answer)
-        if not merged:
-            return {}, {}
-        report_few_genes(merged[GENES_COLUMN])
-        names = self.asked if self.options.probabilities else []
-        columns = {**self.columns(merged), GENES_COLUMN: merged[GENES_COLUMN]}
-        return columns, {matrix_key(name): merged[f"probabilities:{name}"] for name in names}
 
     # -- columns --------------------------------------------------------------------------------------------------
 
@@ -231,7 +212,12 @@ class Predictor:
             columns[f"audit_{question.asked[0]}_probability"] = own_n
             ranks_n = pd.Series(own_n).rank(method="first").fillna(0)  # 1: the least probable; 0: no label
             columns[f"audit_{question.asked[0]}_rank"] = ranks_n.to_numpy(dtype=np.int32)
-        return columns
+        return {**columns, GENES_COLUMN: merged[GENES_COLUMN]}
+
+    def matrices(self, merged: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the matrices of `obsm` that the answers become."""
+        names = self.asked if self.options.probabilities else []
+        return {matrix_key(name): merged[f"probabilities:{name}"] for name in names}
 
     def labels_of(self, name: str) -> list[str]:
         """Return the labels that an answer may be, in the order of the probabilities."""
@@ -259,16 +245,6 @@ class Predictor:
 
     # -- reports --------------------------------------------------------------------------------------------------
 
-    def unknown_labels(self, dataset: IterableAnnDataset) -> dict[str, dict[str, int]]:
-        """Count the values of given columns that the vocabulary lacks; these cells are asked without that phenotype."""
-        found: dict[str, dict[str, int]] = {}
-        for index in range(len(dataset.shards)):
-            for name in [name for name, label in self.given.items() if label is None]:
-                column = dataset.shards[index].label_column(name)
-                for label, count in self.run.tokenizer.vocabulary.encode(name, column)[1].items():
-                    found.setdefault(name, {})[label] = found.get(name, {}).get(label, 0) + count
-        return found
-
     def facts(self, dataset: IterableAnnDataset) -> dict[str, Any]:
         """Return what was asked and how, for `uns["perturbgene"]`."""
         options = self.options
@@ -282,7 +258,13 @@ class Predictor:
             facts |= {matrix_key(name): self.labels_of(name) for name in self.asked}
         if options.ood:
             facts["ood_percentile"] = "among the run's evaluation cells; high means unusual"
-        if unknown := self.unknown_labels(dataset):
+        unknown: dict[str, Counter[str]] = {}  # cells that are asked without a phenotype, by the label that obs has
+        for index in range(len(dataset.shards)):
+            for name in [name for name, label in self.given.items() if label is None]:
+                column = dataset.shards[index].label_column(name)
+                if counts := self.run.tokenizer.vocabulary.encode(name, column)[1]:
+                    unknown.setdefault(name, Counter()).update(counts)
+        if unknown:
             facts["unknown_labels_count_as_absent"] = json.dumps(unknown)
         return provenance(self.run, facts, coverage=dataset.coverage)
 
@@ -316,20 +298,6 @@ class Predictor:
             f"predicted_{phenotype}: {', '.join([*shown, *more])}; mean probability {mean:.2f} "
             f"({self.describe_calibration()[phenotype]}){empty}"
         )
-
-
-def _own_labels(dataset: IterableAnnDataset, run: Run, phenotype: str) -> np.ndarray:
-    """Return the index of each cell's own label among those of the answer, int32 of shape (n,); -1 without one."""
-    start, _ = run.tokenizer.vocabulary.id_range(phenotype)
-    ids = []
-    for index in range(len(dataset.shards)):
-        dataset.shards[index].label_column(phenotype)  # raises where it is missing
-        ids.append(dataset.shards[index].label_ids(phenotype))
-    ids_n = np.concatenate(ids)
-    if run.binary_label is None:
-        return np.where(ids_n == ABSENT, ABSENT, ids_n - start)
-    wanted = run.tokenizer.vocabulary.label_id(phenotype, run.binary_label)
-    return np.where(ids_n == ABSENT, ABSENT, (ids_n == wanted).astype(np.int32))
 
 
 def matrix_key(phenotype: str) -> str:
@@ -387,21 +355,12 @@ def predict_table(
         >>> table.shape, list(table.columns[:3])
         ((255, 8), ['predicted_cell_type', 'predicted_cell_type_probability', 'predicted_cell_type_entropy'])
     """
-    return _answer(data, run, ask, given, options or AnswerOptions(), batch_tokens=batch_tokens, **reading)[0]
-
-
-def _answer(
-    data: Any, run: str | Path | Run, ask: Sequence[str], given: Given | None, options: AnswerOptions, *,
-    batch_tokens: int, **reading: Any,
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # fmt: skip
-    """Return the table of answers, and the matrices that go to `obsm`."""
-    predictor = Predictor(load_run(run), ask, given, options)
+    predictor = Predictor(load_run(run), ask, given, options or AnswerOptions())
     dataset = predictor.open(data, **reading)
-    results = CellResults(dataset.num_cells, rows=dataset.chosen_rows)
-    columns, matrices = predictor.answer_all(dataset, results, most_tokens=batch_tokens)
-    table = pd.DataFrame(columns)
+    with answered(dataset, predictor.answer, text="predict", most_tokens=batch_tokens) as merged:
+        table = pd.DataFrame(predictor.columns(merged))
     table.attrs = predictor.facts(dataset)
-    return table, matrices
+    return table
 
 
 def predict(
@@ -446,14 +405,12 @@ def predict(
         top_k=top_k, probabilities=probabilities, joint=joint, abstain=abstain, ood=ood, audit=audit,
         calibrate=calibrate,
     )  # fmt: skip
-    run, cells = load_run(model, device=device), read_cells(adata)
-    table, matrices = _answer(cells, run, ask, given, options, batch_tokens=batch_tokens, **reading)
-    result = cells.to_memory() if cells.isbacked else cells.copy()
-    for name in table:
-        result.obs[name] = table[name].array
-    result.obsm.update(matrices)
-    result.uns["perturbgene"] = dict(table.attrs)
-    return result
+    predictor = Predictor(load_run(model, device=device), ask, given, options)
+    cells = read_cells(adata)
+    dataset = predictor.open(cells, **reading)
+    with answered(dataset, predictor.answer, text="predict", most_tokens=batch_tokens) as merged:
+        obs, obsm = predictor.columns(merged), predictor.matrices(merged)
+        return with_results(cells, obs=obs, obsm=obsm, uns=predictor.facts(dataset))
 
 
 def run_predict(config: PredictConfig) -> str | None:
@@ -463,13 +420,12 @@ def run_predict(config: PredictConfig) -> str | None:
         run = load_run(config.run, device=ranks.device(config.device))
         predictor = Predictor(run, config.ask, config.given_labels, config)
         dataset = predictor.open(FileList([source]), ranks=ranks, **reading_options(config))
-        num_cells, rows = dataset.num_cells, dataset.chosen_rows
-        with cell_results(target, num_cells=num_cells, ranks=ranks, rows=rows) as results:
-            columns, matrices = predictor.answer_all(dataset, results, most_tokens=config.batch_tokens)
+        options: dict[str, Any] = {"text": "predict", "most_tokens": config.batch_tokens}
+        with answered(dataset, predictor.answer, target=target, ranks=ranks, **options) as merged:
             if not ranks.is_main:
                 return None
-            facts = predictor.facts(dataset)
-            write_copy(source, target, obs=columns, obsm=matrices, uns=facts, layer=config.layer)
-            first = f"{num_cells:,} cells predicted by {config.run}, written to {target}"
-            summaries = [predictor.summary(name, columns, num_cells=num_cells) for name in predictor.asked]
-            return "\n".join([first, *summaries])
+            obs, obsm = predictor.columns(merged), predictor.matrices(merged)
+            write_copy(source, target, obs=obs, obsm=obsm, uns=predictor.facts(dataset), layer=config.layer)
+        first = f"{dataset.num_cells:,} cells predicted by {config.run}, written to {target}"
+        summaries = [predictor.summary(name, obs, num_cells=dataset.num_cells) for name in predictor.asked]
+        return "\n".join([first, *summaries])

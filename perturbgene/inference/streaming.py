@@ -3,12 +3,8 @@
 Owns processes (ranks), token-limited batches, per-cell results on disk and the claim on the output; leaves reading to
 `data_utils` and what the model is asked to the verbs. Letters: n cells (m of one block), l tokens.
 
-How a command uses it:
-
-1. `Ranks.join(device)`: this process's share of the cells. `claimed_output(config, ranks)`: one file in, one file out.
-2. `open_cells(...)` -> `IterableAnnDataset`; `stream_batches(dataset, ...)` -> `TokenBlock`s of this rank's cells.
-3. `CellResults.write(block.cells_n, {"name": values_mx})`: an array per name and rank, on disk next to the output.
-4. `CellResults.merge()` waits for all ranks; rank 0 gets the arrays of all cells and writes.
+How a command uses it: `Ranks.join` and `claimed_output` (one file in, one file out), `open_cells`, then `answered`,
+which yields the results of all cells to rank 0, or `stream_batches` and `sum_over_ranks`.
 """
 
 import dataclasses
@@ -112,35 +108,29 @@ ALONE = Ranks()
 # -- input and output files ---------------------------------------------------------------------------------------
 
 
-def check_target(source: str, target: str | Path, *, overwrite: bool, verb: str) -> tuple[str, Path]:
-    """Return the one file to read and the path to write.
-
-    Raises:
-        InputError: The target exists, is a folder or the input itself, or the input names no file or several.
-    """
-    target = Path(target).expanduser()
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
-    if target.is_dir() and not (target.suffix == ".zarr" and is_zarr(str(target))):
-        raise InputError(f"{target} cannot be written (it is a folder). Choose another --output.")
-    paths = expand_paths([source])
-    if len(paths) > 1:
-        raise InputError(f"{shown_path(source)} names {len(paths):,} files, but {verb} writes one file. Name one file.")
-    if target.exists() and not is_url(paths[0]) and os.path.samefile(paths[0], target):
-        raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
-    return paths[0], target
-
-
 @contextmanager
 def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[str, Path]]:
     """Yield the file to read and the file to write, which no other command may write in the meantime.
 
     Raises:
-        InputError: See `check_target`; or another process is writing the output, or it cannot be written.
+        InputError: The output exists, is a folder or the input itself, is being written by another process or cannot be
+            written, or the input names no file or several.
     """
     target = Path(config.output).expanduser()
     with claimed(target, flag="output") if ranks.is_main else nullcontext():
-        yield check_target(config.input, target, overwrite=config.overwrite, verb=config.verb)
+        if target.exists() and not config.overwrite:
+            raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
+        if target.is_dir() and not (target.suffix == ".zarr" and is_zarr(str(target))):
+            raise InputError(f"{target} cannot be written (it is a folder). Choose another --output.")
+        source, *more = expand_paths([config.input])
+        if more:
+            raise InputError(
+                f"{shown_path(config.input)} names {1 + len(more):,} files, but {config.verb} writes one file. "
+                "Name one file."
+            )
+        if target.exists() and not is_url(source) and os.path.samefile(source, target):
+            raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
+        yield source, target
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
@@ -156,6 +146,18 @@ def read_cells(cells: Any) -> "AnnData":
     """
     with closing(open_source(one_source(cells))) as source:
         return source.to_adata()
+
+
+def with_results(
+    cells: "AnnData", *, obs: Mapping[str, Any], obsm: Mapping[str, np.ndarray], uns: Mapping[str, Any]
+) -> "AnnData":
+    """Return a copy in memory with further columns and matrices, and where they came from."""
+    result = cells.to_memory() if cells.isbacked else cells.copy()
+    for name, column in obs.items():
+        result.obs[name] = column
+    result.obsm.update(obsm)
+    result.uns["perturbgene"] = dict(uns)
+    return result
 
 
 # -- opening cells ------------------------------------------------------------------------------------------------
@@ -177,23 +179,6 @@ def given_labels(given: Given | None) -> dict[str, str | None]:
     if isinstance(given, str):
         return {given: None}
     return dict(given) if isinstance(given, Mapping) else dict.fromkeys(given or ())
-
-
-def constant_labels(tokenizer: GeneTokenizer, given: Mapping[str, str | None]) -> dict[str, int]:
-    """Return the input id of each label that is given for all cells.
-
-    Raises:
-        InputError: A phenotype or label is not in the vocabulary.
-    """
-    constants = {}
-    for name, label in given.items():
-        tokenizer.vocabulary.check_category(name)
-        if label is not None:
-            constants[name] = tokenizer.vocabulary.label_id(name, label)
-        if constants.get(name) == ABSENT:
-            known = listed(tokenizer.phenotypes[name], most=12)
-            raise InputError(f"{name}={label} is not in the run's vocabulary. Choose one of: {known}.")
-    return constants
 
 
 def open_cells(
@@ -218,8 +203,16 @@ def open_cells(
     Raises:
         InputError: A phenotype or label is unknown, or `obs` lacks the column of one that is read from it.
     """
-    options = {"batch_size": FileOptions.batch_size, **reading, "rank": ranks.rank, "world_size": ranks.size}
-    options["constant_labels"] = constant_labels(run.tokenizer, given)
+    constants = {}
+    for name, label in given.items():
+        run.tokenizer.vocabulary.check_category(name)
+        if label is not None:
+            constants[name] = run.tokenizer.vocabulary.label_id(name, label)
+        if constants.get(name) == ABSENT:
+            known = listed(run.tokenizer.phenotypes[name], most=12)
+            raise InputError(f"{name}={label} is not in the run's vocabulary. Choose one of: {known}.")
+    options = {"batch_size": FileOptions.batch_size, **reading, "constant_labels": constants}
+    options |= {"rank": ranks.rank, "world_size": ranks.size}
     dataset = IterableAnnDataset(
         as_sources(data, is_one=True), tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options
     )
@@ -273,24 +266,9 @@ def stream_batches(
 
 
 def num_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
-    """Return how many genes of the panel each cell's sequence has, int32 of shape (n,)."""
+    """Return how many genes of the panel each cell's sequence has, int32 of shape (n,); 0 means no answer."""
     is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
     return np.add.reduceat(is_gene_l, block.offsets_n1[:-1], dtype=np.int32)
-
-
-def report_few_genes(num_genes_n: np.ndarray) -> None:
-    """Warn of cells that express so few genes that answers about them say little."""
-    num_genes_n = num_genes_n[num_genes_n >= 0]  # without cells that were left out
-    if num_few := int((num_genes_n < FEW_GENES).sum()):
-        logger.warning(
-            "%s of %s cells have few genes of the run (fewer than %d), so answers about them say little; see obs[%r]",
-            f"{num_few:,}", f"{len(num_genes_n):,}", FEW_GENES, GENES_COLUMN,
-        )  # fmt: skip
-
-
-def has_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
-    """True for cells that express a gene of the panel, shape (n,): genes come last, before [EOS]."""
-    return block.token_type_ids_l[block.offsets_n1[1:] - 2] >= tokenizer.first_gene_type
 
 
 @dataclass(frozen=True)
@@ -388,34 +366,22 @@ class CellResults:
             merged[name] = np.asarray(whole)
         return merged
 
-    def sum_over_ranks(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Add arrays over all ranks, in the order of the ranks; ranks other than the first get their own back."""
-        if self.ranks.size == 1:
-            return list(arrays)
-        assert self.folder is not None  # several processes meet on disk
-        for number, array in enumerate(arrays):
-            np.save(self.folder / f"sum{number:03d}.{self.ranks.rank:05d}.npy", array)
-        self.ranks.barrier()
-        if not self.ranks.is_main:
-            return list(arrays)
-        added = []
-        for number, own in enumerate(arrays):
-            paths = [self.folder / f"sum{number:03d}.{rank:05d}.npy" for rank in range(self.ranks.size)]
-            added.append(sum((np.load(path) for path in paths), start=np.zeros_like(own)))
-        return added
-
 
 @contextmanager
 def cell_results(
-    target: str | Path, *, num_cells: int, ranks: Ranks = ALONE, rows: tuple[np.ndarray, int] | None = None
+    target: str | Path | None, *, num_cells: int, ranks: Ranks = ALONE, rows: tuple[np.ndarray, int] | None = None
 ) -> Iterator[CellResults]:
     """Keep per-cell results in a hidden folder next to the claimed output, which is removed at the end.
 
-    What a killed process left there is removed first; `claimed_output` keeps out processes that are alive.
+    What a killed process left there is removed first; `claimed_output` keeps out processes that are alive. Without a
+    target, which a single process may do, they are in memory.
 
     Raises:
         InputError: The folder cannot be written.
     """
+    if target is None:
+        yield CellResults(num_cells, ranks, rows=rows)
+        return
     folder = partial_path(f"{target}.cells")
     try:
         if ranks.is_main:
@@ -432,10 +398,55 @@ def cell_results(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def collect_results(
-    results: CellResults, batches: Iterator[TokenBlock], compute: Callable[[TokenBlock], Mapping[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Compute results of every batch, keep them and merge them over ranks."""
-    for block in batches:
-        results.write(block.cells_n, compute(block))
-    return results.merge()
+@contextmanager
+def answered(
+    dataset: IterableAnnDataset,
+    compute: Callable[[TokenBlock], Mapping[str, np.ndarray]],
+    *,
+    text: str,
+    most_tokens: int = FileOptions.batch_tokens,
+    target: str | Path | None = None,
+    ranks: Ranks = ALONE,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Compute results batch by batch, and yield those of all cells, (n, ...) each; ranks but the first get none.
+
+    `GENES_COLUMN` is added: the number of genes of the panel that each cell has, with a warning of cells that express
+    so few that answers about them say little.
+
+    Args:
+        dataset: This rank's cells.
+        compute: Returns named arrays with a row for each cell of a batch.
+        text: Name of the progress bar.
+        most_tokens: Most tokens in a batch.
+        target, ranks: See `cell_results`.
+    """
+    with cell_results(target, num_cells=dataset.num_cells, ranks=ranks, rows=dataset.chosen_rows) as results:
+        for block in stream_batches(dataset, text=text, ranks=ranks, most_tokens=most_tokens):
+            results.write(block.cells_n, {**compute(block), GENES_COLUMN: num_genes(block, dataset.tokenizer)})
+        merged = results.merge()
+        if merged:
+            num_genes_n = merged[GENES_COLUMN][merged[GENES_COLUMN] >= 0]  # without cells that were left out
+            if num_few := int((num_genes_n < FEW_GENES).sum()):
+                logger.warning(
+                    "%s of %s cells have few genes of the run (fewer than %d), so answers about them say little; see "
+                    "obs[%r]", f"{num_few:,}", f"{len(num_genes_n):,}", FEW_GENES, GENES_COLUMN,
+                )  # fmt: skip
+        yield merged
+
+
+def sum_over_ranks(arrays: Sequence[np.ndarray], *, target: str | Path | None, ranks: Ranks) -> list[np.ndarray]:
+    """Add arrays over all ranks, in the order of the ranks; ranks other than the first get their own back."""
+    if ranks.size == 1:
+        return list(arrays)
+    with cell_results(target, num_cells=0, ranks=ranks) as results:
+        assert results.folder is not None  # several processes meet on disk
+        for number, array in enumerate(arrays):
+            np.save(results.folder / f"{number:03d}.{ranks.rank:05d}.npy", array)
+        ranks.barrier()
+        if not ranks.is_main:
+            return list(arrays)
+        added = []
+        for number, own in enumerate(arrays):
+            paths = [results.folder / f"{number:03d}.{rank:05d}.npy" for rank in range(ranks.size)]
+            added.append(sum((np.load(path) for path in paths), start=np.zeros_like(own)))
+        return added

@@ -30,7 +30,7 @@ from perturbgene.inference.streaming import (
     Ranks,
     claimed_output,
     given_labels,
-    has_genes,
+    num_genes,
     reading_options,
 )
 from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects
@@ -75,13 +75,11 @@ def support_by_label(
     """
     cells = sequences(block, run.tokenizer, readout)
     label_n, support_l = support(run, cells, readout, budget=budget)
-    tokens, num_genes = GeneTokens.of(cells, run.tokenizer), len(run.tokenizer.panel)
-    counted = np.flatnonzero(has_genes(cells, run.tokenizer))
+    tokens, size = GeneTokens.of(cells, run.tokenizer), len(run.tokenizer.panel)
+    counted = np.flatnonzero(num_genes(cells, run.tokenizer))
     return (
         np.concatenate([tokens.cell_m, counted]),
-        np.concatenate(
-            [label_n[tokens.cell_m] * num_genes + tokens.gene_m, readout.num_labels * num_genes + label_n[counted]]
-        ),
+        np.concatenate([label_n[tokens.cell_m] * size + tokens.gene_m, readout.num_labels * size + label_n[counted]]),
         np.concatenate([support_l[tokens.position_m], np.ones(len(counted), dtype=np.float32)]),
     )
 
@@ -93,12 +91,12 @@ def marker_table(sums: EffectSums, run: Run, labels: list[str]) -> pd.DataFrame:
         `label`, `rank`, `gene`, `gene_id`, `support` (mean over all cells of the label, 0 where the gene is not
         expressed; nats), `support_where_expressed`, `share_expressed`, `num_cells`.
     """
-    panel, num_genes = run.tokenizer.panel, len(run.tokenizer.panel)
+    panel, size = run.tokenizer.panel, len(run.tokenizer.panel)
     sums_e2 = sum(sums.sums.values(), np.zeros((sums.num_effects, 2)))
     tables = []
     for index, label in enumerate(labels):
-        counts_g, sums_g = sums_e2[index * num_genes : (index + 1) * num_genes].T
-        num_cells = sums_e2[len(labels) * num_genes + index, 0]
+        counts_g, sums_g = sums_e2[index * size : (index + 1) * size].T
+        num_cells = sums_e2[len(labels) * size + index, 0]
         rows = np.flatnonzero(counts_g)
         rows = rows[np.argsort(-sums_g[rows], kind="stable")]
         columns = {
@@ -134,7 +132,7 @@ def deletion_curves(
     """
 
     def with_genes(block: TokenBlock) -> TokenBlock:
-        return block.take(np.flatnonzero(has_genes(block, run.tokenizer)))
+        return block.take(np.flatnonzero(num_genes(block, run.tokenizer)))
 
     rows = np.unique(np.linspace(0, len(cells) - 1, min(num_cells, len(cells))).astype(np.int64))
     block = with_genes(cells.read(rows))

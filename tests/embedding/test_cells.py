@@ -229,7 +229,7 @@ NONSENSE = {
     "--genes g3": "'g3' is not among",
     "--genes G1 G1": "more than once",
     "--phenotype age": "'age' is not in the vocabulary",
-    "--phenotype tissue --given tissue": "cannot be asked and given",
+    "--phenotype tissue --given tissue": "cannot be both asked and given",
     "--given tissue=nowhere": "tissue=nowhere",
     "--groupby nothing": "'nothing'",
     "--groupby tissue --genes G1": "Remove --genes",

@@ -12,7 +12,7 @@ from perturbgene.errors import InputError
 from perturbgene.inference.calibration import Calibration, Temperature
 from perturbgene.inference.predict import Predictor, questions_of
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import CellResults
+from perturbgene.inference.streaming import GENES_COLUMN, answered
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.training.train import tokenizer_facts
 
@@ -30,14 +30,14 @@ def asked(run: Run, data, *, ask=(), given=None, **options) -> pd.DataFrame:
     """Return all columns of an answer."""
     predictor = Predictor(run, ask, given or {}, AnswerOptions(**options))
     dataset = predictor.open(data, batch_size=3)
-    parts = CellResults(dataset.num_cells)
-    for block in dataset.blocks():
-        parts.write(block.cells_n, predictor.answer(block))
-    return pd.DataFrame(predictor.columns(parts.merge()))
+    with answered(dataset, predictor.answer, text="test") as merged:
+        return pd.DataFrame(predictor.columns(merged))
 
 
 def row_arrays(answers: dict[str, list]) -> dict[str, np.ndarray]:
-    return {
+    """Return answers as arrays, with the number of genes of each cell."""
+    num_genes_n = np.full(len(next(iter(answers.values()))), 20)
+    return {GENES_COLUMN: num_genes_n} | {
         name: np.array(values, dtype=np.int32 if "code" in name else np.float32) for name, values in answers.items()
     }
 
@@ -70,7 +70,6 @@ def test_values_that_the_vocabulary_lacks_are_counted_by_phenotype(run, make_ada
     cells = make_adata(CELLS, obs={"sex": ["male", "?", "f", "?"]})
     predictor = Predictor(run, ["cell_type"], {"sex": None}, AnswerOptions())
     dataset = predictor.open(cells)
-    assert predictor.unknown_labels(dataset) == {"sex": {"?": 2, "f": 1}}
     assert json.loads(predictor.facts(dataset)["unknown_labels_count_as_absent"]) == {"sex": {"?": 2, "f": 1}}
 
 
@@ -81,7 +80,7 @@ def test_columns_say_label_probability_entropy_and_the_next_labels(run, make_ada
     table = asked(run, make_adata(CELLS), ask=["sex"])
     assert list(table) == [
         "predicted_sex", "predicted_sex_probability", "predicted_sex_entropy",
-        "predicted_sex_2", "predicted_sex_2_probability",
+        "predicted_sex_2", "predicted_sex_2_probability", GENES_COLUMN,
     ]  # fmt: skip
     probability_nt = table[["predicted_sex_probability", "predicted_sex_2_probability"]].to_numpy()
     np.testing.assert_allclose(probability_nt.sum(axis=1), [1, 1, np.nan, 1], atol=1e-6)

@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perturbgene.configs import PredictConfig
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.inference.streaming import (
     CellResults,
     Ranks,
+    answered,
     cell_results,
-    check_target,
-    collect_results,
-    has_genes,
+    claimed_output,
+    num_genes,
     stream_batches,
 )
 
@@ -55,9 +56,9 @@ def test_batches_hold_at_most_so_many_tokens_and_a_longer_cell_goes_alone(most: 
     np.testing.assert_array_equal(np.concatenate([batch.input_ids_l for batch in batches]), np.arange(9))
 
 
-def test_cells_without_genes_are_told_apart(make_adata, four_gene_tokenizer) -> None:
+def test_genes_of_each_cell_are_counted(make_adata, four_gene_tokenizer) -> None:
     (block,) = IterableAnnDataset(make_adata(CELLS), four_gene_tokenizer, batch_size=5).blocks()
-    assert has_genes(block, four_gene_tokenizer).tolist() == [True, True, False, True, True]
+    assert num_genes(block, four_gene_tokenizer).tolist() == [1, 1, 0, 3, 1]
 
 
 def answer(block: TokenBlock) -> dict[str, np.ndarray]:
@@ -68,8 +69,7 @@ def answer(block: TokenBlock) -> dict[str, np.ndarray]:
 
 def of_rank(path: str, target: Path, tokenizer, ranks: Ranks) -> dict[str, np.ndarray]:
     dataset = IterableAnnDataset(path, tokenizer, batch_size=2, rank=ranks.rank, world_size=ranks.size)
-    with cell_results(target, num_cells=dataset.num_cells, ranks=ranks) as parts:
-        merged = collect_results(parts, stream_batches(dataset, text="test", ranks=ranks), answer)
+    with answered(dataset, answer, text="test", target=target, ranks=ranks) as merged:
         return {name: np.array(array[:]) for name, array in merged.items()}
 
 
@@ -157,13 +157,21 @@ def test_a_target_that_exists_or_is_the_input_or_several_inputs_are_refused(tmp_
     source, other = tmp_path / "in.h5ad", tmp_path / "out.h5ad"
     source.touch()
     other.touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/link.h5ad").symlink_to(source)
+
+    def found(source: Path, target: Path, *, overwrite: bool) -> tuple[str, Path]:
+        config = PredictConfig(run="run", input=str(source), output=str(target), overwrite=overwrite)
+        with claimed_output(config) as paths:
+            return paths
+
     with pytest.raises(InputError, match="exists. Choose another --output, or pass --overwrite"):
-        check_target(str(source), other, overwrite=False, verb="predict")
+        found(source, other, overwrite=False)
     with pytest.raises(InputError, match="the input itself"):
-        check_target(str(source), source, overwrite=True, verb="predict")
+        found(source, tmp_path / "other/link.h5ad", overwrite=True)
     with pytest.raises(InputError, match="2 files, but predict writes one"):
-        check_target(str(tmp_path / "*.h5ad"), tmp_path / "new", overwrite=False, verb="predict")
-    assert check_target(str(source), other, overwrite=True, verb="predict") == (str(source), other)
+        found(tmp_path / "*.h5ad", tmp_path / "new.h5ad", overwrite=False)
+    assert found(source, other, overwrite=True) == (str(source), other)
 
 
 def test_a_matrix_of_zeros_is_refused_with_the_layers_that_hold_counts(make_adata, four_gene_tokenizer, tmp_path):
