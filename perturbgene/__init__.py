@@ -4,11 +4,11 @@ Every verb is a function here: `import perturbgene as pg; pg.predict(adata, mode
 is imported when the name is used, which keeps `import perturbgene` and the help pages free of torch.
 """
 
-import difflib
 import importlib
 from typing import Any
 
 from perturbgene.auto import register_when_imported
+from perturbgene.errors import did_you_mean
 
 __version__ = "0.1.0"
 
@@ -60,9 +60,7 @@ def __getattr__(name: str) -> Any:
     elif place in _OTHERS:
         value = getattr(importlib.import_module(_OTHERS[place]), place)
     else:
-        near = difflib.get_close_matches(name, __all__, n=1)
-        hint = f". Did you mean {near[0]!r}?" if near else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. {did_you_mean(name, __all__)}")
     globals()[name] = value
     return value
 

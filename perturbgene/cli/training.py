@@ -28,7 +28,7 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
     "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay", "reduce_lr_on_plateau",
 ]  # fmt: skip
-#: Fields of `TrainingArguments` that cannot do anything here -> why.
+#: Fields of `TrainingArguments` that can have no other value here than their default -> why.
 IMPOSSIBLE = {
     "label_smoothing_factor": "the losses of phenotypes and genes are computed by the model, which smooths no labels",
     "neftune_noise_alpha": "it adds noise to padded batches of words, and cells are packed without padding",
@@ -37,6 +37,7 @@ IMPOSSIBLE = {
         "every batch is packed to another length, which torch.compile cannot follow",
     ),
     "use_liger_kernel": "its kernels are for language models of words",
+    "train_sampling_strategy": "cells are read in random order",
 }
 #: Schedules that need arguments -> an example for --lr_scheduler_kwargs.
 SCHEDULE_ARGUMENTS = {
@@ -231,11 +232,6 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
                     f"tokens_per_batch {budget} and {name} {value} are both given, but batches of --tokens_per_batch "
                     f"have as many cells as fit and are packed without padding. Remove --tokens_per_batch or --{name}."
                 )
-        if (order := self.training_overrides.get("train_sampling_strategy", "random")) != "random":
-            raise InputError(
-                f"train_sampling_strategy is {order}, but cells are read in random order. "
-                "Remove --train_sampling_strategy."
-            )
         if self.eval_strategy not in ("auto", "no") and not self.has_eval_data:
             raise InputError(
                 f"eval_strategy is {self.eval_strategy}, but there is nothing to evaluate on. "
@@ -248,7 +244,7 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             )
         for name, reason in IMPOSSIBLE.items():
             value = self.training_overrides.get(name)
-            if value is not None and (value or name == "neftune_noise_alpha"):  # 0 switches the hook on, too
+            if value not in (None, "random") and (value or name == "neftune_noise_alpha"):  # 0 adds its hook, too
                 raise InputError(f"{name} is {value}, but {reason}. Remove --{name}.")
         if not (self.corpus or self.pretrained_model_path or self.bin_edges or self.bin_edges_path):
             raise InputError(
