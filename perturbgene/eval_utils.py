@@ -68,13 +68,9 @@ def inference_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Question:
-    """Which phenotypes are asked together, and which are given.
+    """Which phenotypes are asked together, and which are given."""
 
-    Args:
-        name: Its name in reports: "alone", "given_others", "together", "asked" or "classifier".
-    """
-
-    name: str
+    name: str  #: In reports: "alone", "given_others", "together", "asked" or "classifier".
     asked: tuple[str, ...]
     given: tuple[str, ...] = ()
 
@@ -104,11 +100,7 @@ def standard_questions(categories: Sequence[str]) -> list[Question]:
 def question_logits(
     model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, question: Question
 ) -> dict[str, np.ndarray]:
-    """Ask an MLM model one question about every cell.
-
-    Returns:
-        For each asked phenotype the logits of its labels alone, float32 of shape (n, k).
-    """
+    """Ask an MLM model one question about every cell: for each phenotype the logits of its labels, float32 (n, k)."""
     batch = to_device(ask(block, tokenizer, asked=question.asked, given=question.given), model_device(model))
     with inference_mode(model):
         logits = model(**batch).logits.float().view(len(block), len(question.asked), -1)  # (n, a, v)
@@ -151,11 +143,7 @@ def gene_log_likelihood(
 
 
 def content_hash(block: TokenBlock, tokenizer: GeneTokenizer, *, is_counted_g: np.ndarray | None = None) -> np.ndarray:
-    """Return a number that depends on a cell's genes and bins alone, int64 >= 0 of shape (n,).
-
-    Args:
-        is_counted_g: True for the genes to look at, shape (g,); None for all.
-    """
+    """Return a number that depends on a cell's genes (all, or those counted) and bins alone, int64 >= 0, shape (n,)."""
     types_l, gene_l = block.token_type_ids_l.astype(np.uint64), block.token_type_ids_l.astype(np.int64)
     gene_l -= tokenizer.first_gene_type
     is_gene_l = (gene_l >= 0) if is_counted_g is None else (gene_l >= 0) & is_counted_g[np.maximum(gene_l, 0)]
@@ -199,12 +187,7 @@ class Confusion:
         assert self.counts_kk.shape == shape, f"counts of shape {self.counts_kk.shape} for {len(self.labels)} labels"
 
     def add(self, true_n: ArrayLike, predicted_n: ArrayLike) -> None:
-        """Count more cells; a cell whose true label is negative (unknown) is left out.
-
-        Args:
-            true_n: True class of each cell, shape (n,), in -inf..k-1.
-            predicted_n: Predicted class of each cell, shape (n,), in 0..k-1 wherever the truth is known.
-        """
+        """Count true and predicted classes (0..k-1) of more cells; those with a negative true class are left out."""
         assert np.shape(true_n) == np.shape(predicted_n), "as many predictions as true labels"
         pairs_2n = np.array([true_n, predicted_n], dtype=np.int64).reshape(2, -1)
         pairs_2n = pairs_2n[:, pairs_2n[0] >= 0]
@@ -213,8 +196,29 @@ class Confusion:
         np.add.at(self.counts_kk, tuple(pairs_2n), 1)
 
     def scores(self) -> Scores:
-        """Return the scores of `classification_scores` for the cells counted so far."""
-        return classification_scores(self.counts_kk)
+        """Return `n`, `accuracy`, `macro_precision`, `macro_recall`, `macro_f1` and `balanced_accuracy`.
+
+        The macro scores are plain means over the classes that occur among the true or the predicted labels
+        (scikit-learn's default); macro F1 is the mean of per-class F1. Balanced accuracy is the mean recall over
+        classes with true cells. All but `n` are NaN when no cell was counted.
+
+        Example:
+            >>> confusion = Confusion(["B", "T"], counts_kk=np.array([[3, 1], [0, 4]]))
+            >>> {name: round(value, 3) for name, value in confusion.scores().items()}
+            ... # doctest: +NORMALIZE_WHITESPACE
+            {'n': 8, 'accuracy': 0.875, 'macro_precision': 0.9, 'macro_recall': 0.875, 'macro_f1': 0.873,
+             'balanced_accuracy': 0.875}
+        """
+        num_cells = int(self.counts_kk.sum())
+        if not num_cells:
+            names = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "balanced_accuracy")
+            return {"n": 0, **dict.fromkeys(names, float("nan"))}
+        of_class = {name: values.to_numpy() for name, values in self.per_class().items()}
+        occurs_k = (self.counts_kk.sum(axis=0) + self.counts_kk.sum(axis=1)) > 0
+        macro = {f"macro_{name}": float(of_class[name][occurs_k].mean()) for name in ("precision", "recall", "f1")}
+        balanced = float(of_class["recall"][of_class["n"] > 0].mean())
+        accuracy = float(np.trace(self.counts_kk) / num_cells)
+        return {"n": num_cells, "accuracy": accuracy, **macro, "balanced_accuracy": balanced}
 
     def table(self) -> pd.DataFrame:
         """Return the counts with the true classes as named rows and the predicted ones as columns, shape (k, k)."""
@@ -223,57 +227,15 @@ class Confusion:
 
     def per_class(self) -> pd.DataFrame:
         """Return precision, recall, F1 (0 where undefined) and the number of true cells, one row per label."""
-        scores_4k = _class_scores(self.counts_kk)
+        true_c, predicted_c = np.nonzero(self.counts_kk)  # every pair of classes once, weighted by its count
+        scores_4k: Iterable[np.ndarray] = np.zeros((4, len(self.labels)))
+        if len(true_c):
+            times_c = self.counts_kk[true_c, predicted_c].astype(np.float64)
+            scores_4k = precision_recall_fscore_support(
+                true_c, predicted_c, labels=range(len(self.labels)), sample_weight=times_c, zero_division=0
+            )
         table = pd.DataFrame(dict(zip(("precision", "recall", "f1", "n"), scores_4k, strict=True)))
         return table.astype({"n": np.int64}).set_index(pd.Index(self.labels, name="label"))
-
-
-def _class_scores(counts_kk: ArrayLike) -> tuple[NDArray[np.float64], ...]:
-    """Return precision, recall, F1 and true cells of each class, (k,) each; undefined scores are 0."""
-    counts = np.asarray(counts_kk, dtype=np.float64)
-    if not counts.any():
-        return tuple(np.zeros((4, len(counts))))
-    true_c, predicted_c = np.nonzero(counts)  # every pair of classes once, weighted by its count
-    scores: tuple[NDArray[np.float64], ...] = precision_recall_fscore_support(
-        true_c, predicted_c, labels=range(len(counts)), sample_weight=counts[true_c, predicted_c], zero_division=0
-    )
-    return scores
-
-
-def classification_scores(counts_kk: ArrayLike) -> Scores:
-    """Compute the usual scores from a confusion matrix.
-
-    The macro scores are plain means over the classes that occur among the true or the predicted labels (scikit-learn's
-    default); macro F1 is the mean of per-class F1. Balanced accuracy is the mean recall over classes with true cells.
-
-    Args:
-        counts_kk: Cells by true class (rows) and predicted class (columns), shape (k, k).
-
-    Returns:
-        `n`, `accuracy`, `macro_precision`, `macro_recall`, `macro_f1`, `balanced_accuracy`; all but `n` are NaN
-        when no cell was counted.
-
-    Example:
-        >>> {name: round(value, 3) for name, value in classification_scores([[3, 1], [0, 4]]).items()}
-        ... # doctest: +NORMALIZE_WHITESPACE
-        {'n': 8, 'accuracy': 0.875, 'macro_precision': 0.9, 'macro_recall': 0.875, 'macro_f1': 0.873,
-         'balanced_accuracy': 0.875}
-    """
-    counts = np.asarray(counts_kk)
-    num_cells = int(counts.sum())
-    if not num_cells:
-        names = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "balanced_accuracy")
-        return {"n": 0, **dict.fromkeys(names, float("nan"))}
-    precision_k, recall_k, f1_k, true_k = _class_scores(counts)
-    occurs_k = (counts.sum(axis=0) + counts.sum(axis=1)) > 0
-    return {
-        "n": num_cells,
-        "accuracy": float(np.trace(counts) / num_cells),
-        "macro_precision": float(precision_k[occurs_k].mean()),
-        "macro_recall": float(recall_k[occurs_k].mean()),
-        "macro_f1": float(f1_k[occurs_k].mean()),
-        "balanced_accuracy": float(recall_k[true_k > 0].mean()),
-    }
 
 
 @dataclass
@@ -290,7 +252,7 @@ class PhenotypeTally:
         self.log_loss_sum -= float(np.log(np.maximum(probability_nk[known, true_n[known]], 1e-12)).sum())
 
     def scores(self) -> Scores:
-        """Return `classification_scores`, and `log_loss`: mean negative log-probability of the true label (nats)."""
+        """Return scores, and `log_loss`: mean negative log-probability of the true label (nats)."""
         scores = self.confusion.scores()
         return {**scores, "log_loss": float(self.log_loss_sum[0]) / scores["n"] if scores["n"] else float("nan")}
 
@@ -341,12 +303,7 @@ class LogitCollector:
 
 
 class Evaluator:
-    """Scores a model batch by batch; a subclass asks the model.
-
-    Args:
-        questions: What is asked.
-        labels: Phenotype -> labels that an answer may have.
-    """
+    """Scores a model batch by batch; a subclass asks the model. `labels` of a phenotype are the possible answers."""
 
     def __init__(self, questions: Sequence[Question], labels: Mapping[str, Sequence[str]]) -> None:
         self.questions, self.labels = list(questions), labels
@@ -412,10 +369,7 @@ class Evaluator:
 class MlmEvaluator(Evaluator):
     """Scores an MLM model: masked tokens as in training, and phenotypes under each question.
 
-    Args:
-        tokenizer: Of the model.
-        collator: The training collator, whose masks at epoch 0 are used; None leaves scores of masked tokens out.
-        questions: See `standard_questions`.
+    Masks are those of the training collator at epoch 0; without a collator, masked tokens are not scored.
     """
 
     def __init__(
@@ -470,13 +424,7 @@ class MlmEvaluator(Evaluator):
 
 
 class ClassEvaluator(Evaluator):
-    """Scores a classifier on labeled cells.
-
-    Args:
-        labels: Name of each class.
-        tokenizer: Of the model.
-        category: The phenotype that it predicts.
-    """
+    """Scores a classifier of a phenotype on labeled cells; `labels` are the names of its classes."""
 
     def __init__(self, labels: Sequence[str], *, tokenizer: GeneTokenizer, category: str) -> None:
         self.collate = collate_fn_wrapper(tokenizer, packed=True)
@@ -519,12 +467,9 @@ def without_nan(value: Any) -> Any:
 
 
 def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion], folder: Path, *, text: str) -> None:
-    """Write each confusion as CSV and PNG with its per-class scores, and at last `metrics.json`.
+    """Write each confusion by name as CSV and PNG with its per-class scores, and at last `metrics.json`.
 
     Args:
-        results: Scores by name.
-        confusions: Confusions by name.
-        folder: Made if missing.
         text: What was scored on which cells; becomes part of each title.
 
     Raises:
@@ -534,11 +479,8 @@ def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion
         folder.mkdir(parents=True, exist_ok=True)
         for title, confusion in confusions.items():
             name = title.replace("/", "_")  # a phenotype may be named "cell/type"
-            for file, table in (
-                (f"confusion.{name}.csv", confusion.table()),
-                (f"per_class.{name}.csv", confusion.per_class()),
-            ):
-                with whole_file(folder / file) as temporary:
+            for kind, table in (("confusion", confusion.table()), ("per_class", confusion.per_class())):
+                with whole_file(folder / f"{kind}.{name}.csv") as temporary:
                     table.to_csv(temporary)
             figure = confusion_figure(confusion.table(), title=f"{title.replace('.', ', ')} ({text})")
             save_figure(figure, folder / f"confusion.{name}.png")

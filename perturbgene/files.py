@@ -45,18 +45,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path, *, may_replace: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `path`; rename it to `path` at the end.
-
-    Args:
-        path: The folder; it must not exist, unless `may_replace` says that what is there can go.
-    """
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder next to `path`; put it in the place of `path` at the end."""
     temporary, replaced = partial_path(path), Path(path).with_name(f".{Path(path).name}.replaced")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if may_replace and os.path.isdir(path):
+        if os.path.isdir(path):
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(path, replaced)
         os.rename(temporary, path)
@@ -123,6 +119,11 @@ def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sums_of(path: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a file, by which it is known to be as it was written."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ LARGEST_SIDE_INCHES = 42.0
 MOST_LETTERS_IN_A_LABEL = 40
 MOST_GROUPS = 6  # that get a panel; the title counts the others
 MOST_NAMES = 12  # of the strongest perturbations in a panel
+MOST_CHANGES = 15  # largest rises, and largest falls, in a panel
 # Okabe & Ito (2008), "Color Universal Design": eight hues that color-blind people can tell apart.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
@@ -185,7 +186,7 @@ def deletion_figure(curves: pd.DataFrame, *, title: str) -> Figure:
     return figure
 
 
-def changes_figure(table: pd.DataFrame, *, title: str, value: str, most_genes: int = 15) -> Figure:
+def changes_figure(table: pd.DataFrame, *, title: str, value: str) -> Figure:
     """Draw the genes that rise and fall most as bars, with what chance would do and what was observed.
 
     Args:
@@ -193,17 +194,16 @@ def changes_figure(table: pd.DataFrame, *, title: str, value: str, most_genes: i
             `counterfactual` returns.
         title: First line of the title.
         value: What a change is, with its unit.
-        most_genes: Number of largest rises, and of largest falls, in each panel.
     """
 
     def draw(axes: Axes, name: str, part: pd.DataFrame) -> None:
         part = part.sort_values("change")
-        is_many = len(part) > 2 * most_genes
-        _draw_changes(axes, pd.concat([part.head(most_genes), part.tail(most_genes)]) if is_many else part)
+        is_many = len(part) > 2 * MOST_CHANGES
+        _draw_changes(axes, pd.concat([part.head(MOST_CHANGES), part.tail(MOST_CHANGES)]) if is_many else part)
         axes.set_title(f"{_shortened(name)}, n = {len(part):,} genes", fontsize=9)
         axes.set_xlabel(value, fontsize=9)
 
-    panel = (4.6, 0.19 * 2 * most_genes)
+    panel = (4.6, 0.19 * 2 * MOST_CHANGES)
     return _panel_figure(table, draw, title=title, base=(1.0, 1.6), panel=panel, legend_columns=1)
 
 

@@ -142,11 +142,7 @@ class ShardedTrainer(Trainer):
         return state.global_step >= max_steps or self._has_stopped_early(state)
 
     def is_finished(self, checkpoint: str) -> bool:
-        """True when a checkpoint has as many steps as this run wants, or stopped early.
-
-        Raises:
-            InputError: The checkpoint is not complete, or was trained on other cells.
-        """
+        """True when a checkpoint has as many steps as this run wants, or stopped early; refuses what `train` does."""
         self._resumed = self._resumed_at(checkpoint)
         return self._is_last(self._resumed.trained)
 

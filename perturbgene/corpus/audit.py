@@ -81,11 +81,8 @@ def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
 def _about_files(plan: Plan, survey: Survey) -> list[str]:
     """Return what files lack or mix, and what is known of the units that the split keeps whole."""
     findings = []
-    lacking: dict[str, list[int]] = {}
-    for index, file in enumerate(survey.files):
-        for column in file.lacks:
-            lacking.setdefault(column, []).append(index)
-    for column, indices in lacking.items():
+    for column in dict.fromkeys(column for file in survey.files for column in file.lacks):
+        indices = [index for index, file in enumerate(survey.files) if column in file.lacks]
         files = listed(sorted(path_of(survey.sources[index]) for index in indices), most=3)
         num_cells = sum(survey.files[index].num_cells for index in indices)
         alike = sorted({survey.files[index].lacks[column] for index in indices} - {""})
@@ -141,7 +138,9 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
             f"{category}: every labeled training cell is {labels[0]!r}, so there is nothing to tell apart and its "
             "scores mean nothing; add cells of other labels, or leave it out of --phenotypes."
         )
-    alone = sorted(label for label, units in survey.units_of_label[category].items() if len(units) == 1)
+    alone = list[str]()
+    if survey.split_by != BY_CELL:
+        alone = sorted(label for label, units in survey.units_of_label[category].items() if len(units) == 1)
     if unscored := [label for label in labels if label not in of_split["eval"] and label not in alone]:
         remedy = "raise --eval_fraction, or give another --seed"
         if survey.split_by != BY_CELL:
@@ -157,7 +156,7 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
     ]
     numbers, names = set[str](), set[str]()
     for source, file in zip(survey.sources, survey.files, strict=True):
-        kinds = {label.replace(".", "", 1).isdecimal() for label in file.labels[category]}
+        kinds = {label.replace(".", "", 1).isdecimal() for label in file.units_of_label[category]}
         if kinds:
             (numbers if kinds == {True} else names).add(path_of(source))
     if numbers and names:

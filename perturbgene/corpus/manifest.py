@@ -47,10 +47,6 @@ class Corpus:
             raise InputError(f"{listed(missing)} of corpus {self.folder} does not exist. Run prepare again.")
         return files
 
-    def sizes(self, split: str) -> list[int]:
-        """Return the number of cells in each of `paths`."""
-        return [int(shard["cells"]) for shard in self.manifest["shards"][split]]
-
     @property
     def split_by(self) -> str | None:
         """The obs column that the split keeps whole, such as the donor; None where cells were split one by one."""

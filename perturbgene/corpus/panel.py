@@ -36,6 +36,9 @@ from perturbgene.hub import local_run
 
 logger = logging.getLogger(__name__)
 
+#: Column of `var` with the rank by variability.
+RANK_COLUMN = "highly_variable_rank"
+
 #: Two files that share no more than this part of the smaller set of genes name their genes differently.
 LEAST_SHARED = 0.02
 
@@ -50,8 +53,14 @@ MEANING = {
 }
 
 
-def join_genes(survey: Survey, config: PrepareConfig) -> GenePanel:
-    """Return the genes of all files, in order of first appearance; a gene known by id and by symbol is one gene."""
+def join_genes(survey: Survey, config: PrepareConfig) -> tuple[GenePanel, np.ndarray]:
+    """Return the genes of all files, in order of first appearance; a gene known by id and by symbol is one gene.
+
+    The second result is True where a table of genes has a gene, shape (t, u).
+
+    Raises:
+        InputError: There is no gene, or files share (nearly) none with the rest of the corpus.
+    """
     symbol_of: dict[str, str] = {}
     kept_apart: set[str] = set()
     with closing(open_files(survey.sources, config)) as cache:
@@ -71,7 +80,11 @@ def join_genes(survey: Survey, config: PrepareConfig) -> GenePanel:
     times = Counter(symbol for gene, symbol in symbol_of.items() if symbol != gene)
     aliases = {symbol for symbol, count in times.items() if count == 1 and not is_ensembl(symbol)} - kept_apart
     kept = {gene: symbol for gene, symbol in symbol_of.items() if gene not in aliases}
-    return GenePanel(tuple(kept), tuple(kept.values()))
+    union = GenePanel(tuple(kept), tuple(kept.values()))
+    with closing(open_files(survey.sources, config, union)) as cache:
+        measured_tu = np.stack([cache[index].alignment.is_measured_g for index in survey.first_of_table])
+    _check_shared(survey, union, config, measured_tu=measured_tu)
+    return union, measured_tu
 
 
 def _id_and_symbol(name: object, id_: object, symbol: object) -> tuple[str, str]:
@@ -104,50 +117,43 @@ class CorpusGenes:
     num_given_missing: int
 
 
-def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGenes:
+def choose_genes(plan: Plan, survey: Survey, statistics: Statistics, *, measured_tu: np.ndarray) -> CorpusGenes:
     """Choose the panel (given genes, then expressed ones by variability) and find its genes in every table."""
     config, moments, union = plan.config, statistics.moments, plan.union
     given, num_top = config.panel or config.like, config.num_top_genes
-    genes, symbols, given_g = list[str](), list[str](), np.zeros(0, dtype=np.int64)
+    genes, symbols, union_g = list[str](), list[str](), np.zeros(0, dtype=np.int64)
     if given:
-        genes, symbols, given_g = _given_genes(union, given, config)
+        genes, symbols, union_g = _given_genes(union, given, config)
         num_top = max(num_top, len(genes)) if num_top and config.like else num_top
-    if config.panel:
-        union_g = given_g
-    else:
+    if not config.panel:
         # A gene varies among the cells that measure it: in the others it is unknown, not zero.
-        num_cells_u = statistics.cells_of_table @ _measured(survey, union, config)
+        num_cells_u = statistics.cells_of_table @ measured_tu
         if statistics.counts:
             ranked = moments.rank(statistics.counts.normalized_variance(num_cells_u))
         else:
             ranked = moments.rank(moments.normalized_dispersion(num_cells_u))
-        union_g = ranked[moments.num_expressed_g[ranked] > 0]
+        ranked = ranked[(moments.num_expressed_g[ranked] > 0) & ~np.isin(ranked, union_g)]
         # Genes that most cells measure come first: of others, most cells would know nothing.
-        is_common_g = 2 * num_cells_u[union_g] > moments.num_cells
-        union_g = np.concatenate([union_g[is_common_g], union_g[~is_common_g]])
-        union_g = union_g[~np.isin(union_g, given_g)]
-        genes, symbols = (
-            [*first, *(names[g] for g in union_g)] for first, names in ((genes, union.genes), (symbols, union.symbols))
-        )
-        union_g = np.concatenate([given_g, union_g])
+        is_common_g = 2 * num_cells_u[ranked] > moments.num_cells
+        ranked = np.concatenate([ranked[is_common_g], ranked[~is_common_g]])
+        genes, symbols = [*genes, *(union.genes[g] for g in ranked)], [*symbols, *(union.symbols[g] for g in ranked)]
+        union_g = np.concatenate([union_g, ranked])
     if not len(genes):
         raise InputError("no training cell expresses any gene: is X empty? Choose the matrix with --layer.")
     if num_top and num_top > len(genes):
         raise InputError(f"num_top_genes {num_top:,} exceeds the {len(genes):,} expressed genes. Lower it.")
     union_g = union_g[:num_top]
     panel = GenePanel(tuple(genes[:num_top]), tuple(symbols[:num_top]))
-    panel_of_union = np.full(len(union), -1, dtype=np.int64)
-    panel_of_union[union_g[union_g >= 0]] = np.flatnonzero(union_g >= 0)
-    measured_tg, reports = np.zeros((len(survey.first_of_table), len(panel)), dtype=bool), []
-    remedies = [""] * len(measured_tg)
+    is_known_g, panel_of_union = union_g >= 0, np.full(len(union), -1, dtype=np.int64)
+    panel_of_union[union_g[is_known_g]] = np.flatnonzero(is_known_g)
+    measured_tg = measured_tu[:, union_g] & is_known_g
+    reports, remedies = [], [""] * len(measured_tg)
     with (
         closing(open_files(plan.sources, config, union)) as cache,
         closing(open_files(plan.sources, config, panel)) as panel_cache,
     ):
         for table, index in enumerate(survey.first_of_table):
             shard = cache[index]
-            places = panel_of_union[shard.alignment.is_measured_g]
-            measured_tg[table, places[places >= 0]] = True
             if not measured_tg[table].all():
                 remedies[table] = panel_cache[index].gene_remedy()
             names = names_of(shard.source, config.gene_id_column).own_c
@@ -155,23 +161,13 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics) -> CorpusGe
             logger.info("genes of %s:", shard.path)
             for kind, found in reports[-1].items():
                 if found["count"]:
-                    logger.info(
-                        "  %s: %d %s (%s)", kind, found["count"], MEANING[kind], ", ".join(found["examples"][:3])
-                    )
-    return CorpusGenes(panel, panel_of_union, measured_tg, reports, remedies, int((union_g < 0).sum()))
+                    examples = ", ".join(found["examples"][:3])
+                    logger.info("  %s: %d %s (%s)", kind, found["count"], MEANING[kind], examples)
+    return CorpusGenes(panel, panel_of_union, measured_tg, reports, remedies, int((~is_known_g).sum()))
 
 
-def _measured(survey: Survey, union: GenePanel, config: PrepareConfig) -> np.ndarray:
-    """Return True where a table has a gene of all files, shape (t, u)."""
-    with closing(open_files(survey.sources, config, union)) as cache:
-        return np.stack([cache[index].alignment.is_measured_g for index in survey.first_of_table])
-
-
-def check_shared(survey: Survey, union: GenePanel, config: PrepareConfig) -> None:
+def _check_shared(survey: Survey, union: GenePanel, config: PrepareConfig, *, measured_tu: np.ndarray) -> None:
     """Raise an InputError if files share (nearly) no gene with the rest of the corpus, with the likely reason."""
-    if len(survey.first_of_table) < 2:
-        return
-    measured_tu = _measured(survey, union, config)
     shared_tt = measured_tu.astype(np.float32) @ measured_tu.T.astype(np.float32)
     num_genes_t = shared_tt.diagonal()
     are_linked_tt = shared_tt > LEAST_SHARED * np.minimum(num_genes_t[:, None], num_genes_t)
@@ -195,11 +191,7 @@ def check_shared(survey: Survey, union: GenePanel, config: PrepareConfig) -> Non
 
 
 def why_none_is_shared(genes: Sequence[Sequence[str]], cells: Sequence[Sequence[str]]) -> str:
-    """Return the likely reason why two files share no gene, and what to do.
-
-    Args:
-        genes: Names of genes, of either file.
-        cells: Names of cells, of either file.
+    """Return the likely reason why two files, with these names of genes and cells, share no gene, and what to do.
 
     Example:
         >>> why_none_is_shared([["Cd3d", "Cd19"], ["CD3D", "CD19"]], [["c1"], ["c2"]])[:56]
@@ -237,19 +229,18 @@ def why_none_is_shared(genes: Sequence[Sequence[str]], cells: Sequence[Sequence[
     )
 
 
+def given_panel(given: str) -> tuple[list[str], list[str]]:
+    """Read the genes of a run, a tokenizer or a text file, and their symbols; none where these are not known."""
+    path = local_run(given)
+    if not path.is_dir() and path.suffix != ".json":
+        return list(read_panel(path)), []
+    tokenizer = GeneTokenizer.from_pretrained(path)
+    return list(tokenizer.genes), list(tokenizer.gene_symbols)
+
+
 def _given_genes(union: GenePanel, given: str, config: PrepareConfig) -> tuple[list[str], list[str], np.ndarray]:
     """Return a given panel's genes and symbols, whole and in its order, and the place of each among all genes or -1."""
-    path, symbols = local_run(given), list[str]()
-    try:
-        if path.is_dir() or path.suffix == ".json":
-            tokenizer = GeneTokenizer.from_pretrained(path)
-            genes, symbols = list(tokenizer.genes), list(tokenizer.gene_symbols)
-        else:
-            genes = list(read_panel(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"panel {given} cannot be read ({error}). Give a text file of genes, or a run's folder."
-        ) from error
+    genes, symbols = given_panel(given)
     union_g = np.array([union.find(gene) for gene in genes], dtype=np.int64)
     for i in np.flatnonzero(union_g < 0) if symbols else ():
         union_g[i] = union.find(symbols[i])

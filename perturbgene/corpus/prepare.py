@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from perturbgene import __version__
 from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus import audit
 from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE
-from perturbgene.corpus.panel import CorpusGenes, check_shared, choose_genes, join_genes
+from perturbgene.corpus.panel import CorpusGenes, choose_genes, join_genes
 from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, read_spool, spool_part, write_shuffled
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_part, merge_parts
 from perturbgene.corpus.survey import (
@@ -41,13 +41,13 @@ from perturbgene.corpus.survey import (
 )  # fmt: skip
 from perturbgene.corpus.workers import JOURNAL_FILE, Journal, Workers, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
+from perturbgene.data_utils.genes import GenePanel
 from perturbgene.data_utils.labels import token_text
 from perturbgene.data_utils.opening import FileList, as_sources
 from perturbgene.data_utils.recognition import COUNTS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.files import claimed, sha256_of, write_json
-from perturbgene.hub import local_run
 
 logger = logging.getLogger(__name__)
 
@@ -137,32 +137,24 @@ def run_prepare(config: PrepareConfig) -> Path:
 # -- the steps ----------------------------------------------------------------------------------------------------
 
 
-class _Counted(NamedTuple):
-    """What the first steps found out: all that is decided before cells are dealt."""
-
-    survey: Survey
-    plan: Plan
-    journal: Journal
-    statistics: Statistics
-    genes: CorpusGenes
-    tokenizer: GeneTokenizer
-
-
-def _count(sources: Sequence[Any], config: PrepareConfig, work: Path, workers: Workers) -> _Counted:
-    """Survey the files, count the values of all cells, and choose genes, bins and labels."""
-    like = GeneTokenizer.from_pretrained(local_run(config.like)) if config.like else None
+def _count(
+    sources: Sequence[Any], config: PrepareConfig, work: Path, workers: Workers
+) -> tuple[Survey, Plan, Journal, Statistics, CorpusGenes, GeneTokenizer]:
+    """Do all that is decided before cells are dealt: survey, count the values of all cells, choose genes and bins."""
+    like = GeneTokenizer.from_pretrained(config.like) if config.like else None
     if like and like.normalization != config.normalization and "none" in (like.normalization, config.normalization):
         raise InputError(
             f"like {config.like} was prepared with --normalization {like.normalization}, so its bins mean other values "
             f"than with {config.normalization}. Give --normalization {like.normalization}."
         )
     survey = survey_files(sources, config, workers)
-    plan = _plan(survey, config, work)
+    union, measured_tu = join_genes(survey, config)
+    plan = _plan(survey, union, config, work)
     journal = _continue(work, plan.key)
     entries = _run_parts(STATISTICS_FOLDER, count_part, plan, "genes and bins", plan, workers, journal)
     statistics = merge_parts(plan, entries)
-    genes = choose_genes(plan, survey, statistics)
-    return _Counted(survey, plan, journal, statistics, genes, _tokenizer(statistics, genes, config, like=like))
+    genes = choose_genes(plan, survey, statistics, measured_tu=measured_tu)
+    return survey, plan, journal, statistics, genes, _tokenizer(statistics, genes, config, like=like)
 
 
 def _run_parts(
@@ -175,20 +167,13 @@ def _run_parts(
 
 
 def rehearse(sources: Sequence[Any], config: PrepareConfig, work: Path) -> tuple[Survey, Plan, list[str]]:
-    """Do what `prepare` does before it deals the cells, and return its findings; nothing is left but `work`.
-
-    Raises:
-        InputError: As `prepare` would.
-    """
+    """Do what `prepare` does before it deals the cells, and return its findings; nothing is left but `work`."""
     try:
-        counted = _count(sources, config, work, Workers())
+        survey, plan, _, statistics, genes, _ = _count(sources, config, work, Workers())
     finally:
         close_files()
     nothing = {split: np.zeros(0, dtype=np.uint64) for split in SPLITS}
-    findings = audit.find(
-        counted.plan, counted.survey, counted.statistics, counted.genes, nothing, dict.fromkeys(SPLITS, 0)
-    )
-    return counted.survey, counted.plan, findings
+    return survey, plan, audit.find(plan, survey, statistics, genes, nothing, dict.fromkeys(SPLITS, 0))
 
 
 def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num_processes: int) -> None:
@@ -220,8 +205,8 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
     write_json(work / _NEW / MANIFEST_FILE, manifest, indent=1)
 
 
-def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
-    """Decide what must be known before any value is read: the genes of all files, the split, how genes are ranked."""
+def _plan(survey: Survey, union: GenePanel, config: PrepareConfig, work: Path) -> Plan:
+    """Decide what must be known before any value is read: the split, and how genes are ranked."""
     # `seurat_v3` needs raw counts, kept one by one.
     as_counts, flavor = all(file.scale == COUNTS for file in survey.files), config.hvg_flavor
     is_raw = as_counts and config.normalization == "auto"
@@ -237,8 +222,6 @@ def _plan(survey: Survey, config: PrepareConfig, work: Path) -> Plan:
     named = [path / "tokenizer.json" if path.is_dir() else path for path in named]
     contents = [sha256_of(path) if path.is_file() else "" for path in named]
     files = [(file.key, file.state) for file in survey.files]
-    union = join_genes(survey, config)
-    check_shared(survey, union, config)
     eval_units, highest_eval_key = hold_out(survey, config)
     return Plan(
         key=digest_of(PART_ROWS, __version__, json.dumps(settings, default=list, sort_keys=True), contents, files),
@@ -253,8 +236,7 @@ def _tokenizer(
 ) -> GeneTokenizer:
     """Return the tokenizer of the chosen genes, with the labels of training cells and the given or fitted bins.
 
-    Args:
-        like: The labels and bins of this one come first; new labels follow behind those of their phenotype.
+    It has the bins of `like` and first its labels; new labels follow those of their phenotype.
     """
     labels = {category: sorted(set(of["train"]) - {""}) for category, of in statistics.labels.items()}
     if empty := [category for category, seen in labels.items() if not seen]:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from scipy import sparse
 
-from perturbgene.corpus.panel import CorpusGenes
+from perturbgene.corpus.panel import RANK_COLUMN, CorpusGenes
 from perturbgene.corpus.statistics import by_gene, per_10_000
 from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of
 from perturbgene.data_utils.h5ad_writing import write_shard
@@ -28,9 +28,6 @@ from perturbgene.data_utils.shards import SOURCE_COLUMN
 from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 
 SPOOL_FOLDER = "spool"
-
-#: Column of `var` with the rank by variability.
-RANK_COLUMN = "highly_variable_rank"
 
 _ROUNDS = 6
 

@@ -35,19 +35,12 @@ _LOESS_SPAN = 0.3
 _FEWEST_MEANS = 20
 
 
-@dataclass
 class GeneMoments:
     """Sums over cells of counts per 10,000 (x): cells seen, sums of x and of x^2, and cells with x > 0 of each gene."""
 
-    num_cells: int
-    sum_g: np.ndarray
-    sum_squares_g: np.ndarray
-    num_expressed_g: np.ndarray
-
-    @classmethod
-    def zeros(cls, num_genes: int) -> "GeneMoments":
-        """Moments of no cell."""
-        return cls(0, np.zeros(num_genes), np.zeros(num_genes), np.zeros(num_genes, dtype=np.int64))
+    def __init__(self, num_genes: int) -> None:
+        self.num_cells, self.num_expressed_g = 0, np.zeros(num_genes, dtype=np.int64)
+        self.sum_g, self.sum_squares_g = np.zeros((2, num_genes))
 
     def add(self, values_l: np.ndarray, genes_l: np.ndarray, *, num_cells: int) -> None:
         """Add the stored values (counts per 10,000, linear scale) of `num_cells` cells."""
@@ -217,7 +210,7 @@ def count_part(plan: Plan, part: Part, path: Path) -> dict[str, Any]:
     """Write the statistics of one part; return its cells and its label counts in both splits."""
     config, (table, is_eval_n) = plan.config, cells_of(plan, part)
     rows = {"train": part.start + np.flatnonzero(~is_eval_n), "eval": part.start + np.flatnonzero(is_eval_n)}
-    moments, histogram = GeneMoments.zeros(len(plan.union)), ValueHistogram()
+    moments, histogram = GeneMoments(len(plan.union)), ValueHistogram()
     counts = CountTable(len(plan.union)) if plan.flavor == "seurat_v3" else None
     for block in blocks_of(plan, part, rows["train"]):
         matrix = by_gene(block)
@@ -241,7 +234,7 @@ def count_part(plan: Plan, part: Part, path: Path) -> dict[str, Any]:
 
 def merge_parts(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> Statistics:
     """Add up all parts in their order, so that rounding does not depend on who counted them."""
-    moments, histogram = GeneMoments.zeros(len(plan.union)), ValueHistogram()
+    moments, histogram = GeneMoments(len(plan.union)), ValueHistogram()
     counts = CountTable(len(plan.union)) if plan.flavor == "seurat_v3" else None
     labels = {name: {split: Counter[str]() for split in SPLITS} for name in plan.config.column_of_phenotype}
     for entry in entries:

@@ -134,9 +134,8 @@ class FileSurvey:
         scale: What its values are.
         notes: What a user should know about how they are read.
         missing: Phenotype -> spelling -> cells, of labels that mean "not known".
-        units: Cells of each donor, '' where missing.
-        units_of_label: Phenotype -> label -> donors that have a cell of that label; empty when cells are split.
-        labels: Phenotype -> the labels that its cells have.
+        units: Cells of each donor, '' where missing, and for all cells when cells are split.
+        units_of_label: Phenotype -> label -> donors that have a cell of that label.
         lacks: As in `CellTable`.
         cell_keys_n: Hash of each cell's name, uint64 of shape (n,); empty when donors are split.
     """
@@ -150,7 +149,6 @@ class FileSurvey:
     missing: dict[str, Counter[str]]
     units: Counter[str]
     units_of_label: dict[str, dict[str, set[str]]]
-    labels: dict[str, set[str]]
     lacks: dict[str, str]
     cell_keys_n: np.ndarray
 
@@ -227,7 +225,7 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
             for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
                 digest.update(array.tobytes())
         units_of_label: dict[str, dict[str, set[str]]] = {}
-        for category, labels in table.labels.items() if not is_by_cell else ():
+        for category, labels in table.labels.items():
             of_label = units_of_label.setdefault(category, {})
             for label, unit in np.unique(np.stack([labels.codes_n, table.units.codes_n]), axis=1).T.tolist():
                 if labels.texts[label]:
@@ -238,7 +236,6 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
             notes=tuple(shard.values.notes),
             state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
             missing=table.missing, units=table.units.counts(), units_of_label=units_of_label, lacks=table.lacks,
-            labels={category: set(labels.counts()) - {""} for category, labels in table.labels.items()},
             cell_keys_n=table.keys_n if is_by_cell else table.keys_n[:0],
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from perturbgene.errors import InputError
-from perturbgene.files import sha256_of
+from perturbgene.files import sums_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Journal:
         self.begin()
         for entry in entries[1:]:
             path = self.folder / entry["file"]
-            if path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]:
+            if path.is_file() and sums_of(path).items() <= entry.items():
                 self.add(entry)
         return True
 
@@ -83,7 +83,7 @@ def _write_file(
     temporary = folder / f"{file}.{uuid.uuid4().hex}.tmp"
     try:
         facts = task(context, item, temporary)
-        entry = {"file": file, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary), **facts}
+        entry = {"file": file, **sums_of(temporary), **facts}
         temporary.replace(folder / file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ def write_copy(
     target, is_zarr = Path(target), Path(target).suffix == ".zarr"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        writing = whole_folder(target, may_replace=True) if is_zarr else whole_file(target)
+        writing = whole_folder(target) if is_zarr else whole_file(target)
         with writing as temporary, closing(open_source(source, layer=layer)) as known:
             _copy(known, source, temporary, is_zarr=is_zarr)
             with _opened(temporary, is_zarr=is_zarr) as file:

@@ -45,11 +45,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class WithCells:
-    """A collator that adds `cells` (2, n) to a batch: the number and the length of each cell, kept on the host.
-
-    Args:
-        collator: Makes the batches.
-    """
+    """A collator that adds `cells` (2, n) to a batch: the number and the length of each cell, kept on the host."""
 
     collator: BlockCollator
 
@@ -62,11 +58,7 @@ class WithCells:
 
 @dataclass
 class Speed:
-    """Counts the cells and tokens of batches, and reports them per second.
-
-    Args:
-        sum_over_ranks: Adds numbers over all processes.
-    """
+    """Counts the cells and tokens of batches, and reports them per second, added over all processes."""
 
     sum_over_ranks: Callable[[list[float]], list[float]] = list
     #: Cells of the current step: one array (2, n) of numbers and lengths per batch.
@@ -154,18 +146,6 @@ def training_line(logs: Mapping[str, Any], *, step: int, last_step: int, seconds
     return " · ".join([*values, *left])
 
 
-def evaluation_line(logs: Mapping[str, Any], *, step: int) -> str:
-    """Write the loss, accuracies and macro F1 of an evaluation in one line; `trainer_state.json` has all scores.
-
-    Example:
-        >>> evaluation_line({"eval_cell_type_accuracy": 0.75, "eval_loss": 0.5, "eval_runtime": 3}, step=5)
-        'evaluated at step 5 · loss 0.5 · cell type accuracy 0.75'
-    """
-    names = [name for name in logs if name.endswith(("accuracy", "macro_f1")) and name != "eval_balanced_accuracy"]
-    scores = [f"{name.removeprefix('eval_').replace('_', ' ')} {logs[name]:.4g}" for name in ("eval_loss", *names)]
-    return " · ".join([f"evaluated at step {step}", *scores])
-
-
 class Progress(TrainerCallback):
     """Shows one live progress bar in a terminal; in a log file, a line every so often. Evaluations get a line in both.
 
@@ -214,7 +194,11 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            logger.info("%s", evaluation_line(logs, step=state.global_step))
+            # The loss, accuracies and macro F1; `trainer_state.json` has all scores.
+            names = [x for x in logs if x.endswith(("accuracy", "macro_f1")) and x != "eval_balanced_accuracy"]
+            shown = {name.removeprefix("eval_").replace("_", " "): logs[name] for name in ("eval_loss", *names)}
+            scores = " · ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            logger.info("evaluated at step %d · %s", state.global_step, scores)
         elif "loss" in logs and self._bar is not None:
             self._bar.set_postfix_str(f"loss {logs['loss']:.4g}, {logs['cells_per_second']:,.0f} cells/s")
         elif "loss" in logs:
@@ -224,9 +208,6 @@ class Progress(TrainerCallback):
                 self._last_line = (time.monotonic(), state.global_step)
                 left, step, last_step = self._seconds_left(state), state.global_step, state.max_steps
                 logger.info("%s", training_line(logs, step=step, last_step=last_step, seconds_left=left))
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.close()
 
     def close(self) -> None:
         """Leave the bar as it is; what is printed next starts on a line of its own."""
@@ -278,9 +259,6 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.give_back()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         number = torch.tensor(self._received)

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, what may change when a run is resumed, and the trainer that does both.
+"""Checkpoints that are whole or not there, and what may change when a run is resumed.
 
 Owns the manifest, which checkpoint counts, setting others aside and deleting old ones, and how files reach the disk;
-leaves the terminal and signals to `callbacks`, and data and losses to `ShardedTrainer`. Only folders with the names
-below are touched, and unfinished ones only if they hold our mark.
+leaves when they are written to `ShardedTrainer`. Only folders with the names below are touched, and unfinished ones
+only if they hold our mark.
 
     run/.checkpoint-40.partial/written_by_perturbgene      the mark
     run/.checkpoint-40.partial/checkpoint-40/              being written
@@ -12,6 +12,7 @@ below are touched, and unfinished ones only if they hold our mark.
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,14 +20,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from perturbgene.errors import InputError
-from perturbgene.files import sha256_of, write_json
+from perturbgene.files import sums_of, write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE, MARK_FILE = "manifest.json", "written_by_perturbgene"
+#: Settings of a run, in its folder.
+SETTINGS_FILE = "run.yaml"
 MANIFEST_VERSION = 1
 #: What a run needs to continue; other files (weights, optimizer) have names that depend on how the model is sharded.
 _NEEDED = (TRAINER_STATE_NAME, "scheduler.pt")
@@ -43,10 +47,6 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted(
         (path for path, step in steps.items() if step and path.is_dir()), key=lambda path: int(path.name[11:])
     )
-
-
-def _sums(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _sync(path: Path) -> None:
@@ -68,16 +68,11 @@ def share(folder: Path) -> None:
 
 
 def seal(checkpoint: Path, **facts: Any) -> None:
-    """Write the manifest, which makes a checkpoint count.
-
-    Args:
-        checkpoint: Folder with all its files.
-        **facts: What else is worth knowing: numbers and strings.
-    """
+    """Write the manifest, which makes a checkpoint with all its files count, with facts (numbers and strings)."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     for path in paths:
         _sync(path)
-    files = {path.relative_to(checkpoint).as_posix(): _sums(path) for path in paths}
+    files = {path.relative_to(checkpoint).as_posix(): sums_of(path) for path in paths}
     write_json(checkpoint / MANIFEST_FILE, {"version": MANIFEST_VERSION, **facts, "files": files})
     _sync(checkpoint / MANIFEST_FILE)
 
@@ -95,9 +90,7 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
 def damage_of(checkpoint: Path, *, needed: Sequence[str] = _NEEDED) -> str | None:
     """Return what is wrong with a checkpoint, with the name of the file; None if it is as it was written.
 
-    Args:
-        checkpoint: Its folder.
-        needed: Files that it must have; by default those with which a run continues.
+    `needed` files it must have; by default those with which a run continues.
     """
     manifest = manifest_of(checkpoint)
     if not manifest:
@@ -108,17 +101,13 @@ def damage_of(checkpoint: Path, *, needed: Sequence[str] = _NEEDED) -> str | Non
     for name, expected in manifest["files"].items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if _sums(checkpoint / name) != expected:
+        if sums_of(checkpoint / name) != expected:
             return f"{name} is damaged: its content is not what was written"
     return None
 
 
 def check_whole(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint that is incomplete, damaged or not ours.
-
-    Raises:
-        InputError: It does not exist, or a file is missing or damaged; names the file.
-    """
+    """Raise an InputError that says why, if a checkpoint does not exist, is incomplete, damaged or not ours."""
     if not Path(checkpoint).is_dir():
         raise InputError(f"checkpoint {checkpoint} does not exist. Give a folder, or --resume_from_checkpoint alone.")
     if damage := damage_of(Path(checkpoint)):
@@ -203,45 +192,45 @@ _FIXED = (
     "lr_scheduler_type", "optim", "max_grad_norm", "dropout", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 #: Settings that shape the model: the weights and the optimizer's moments of a checkpoint fit no other.
-MODEL_SETTINGS = (
+_MODEL_SETTINGS = (
     "model_arch", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "norm_position",
     "bin_gain_range", "direct_path",
 )  # fmt: skip
 
 
-def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the names of the settings that both have, with other values."""
-    return [name for name in then if name in now and then[name] != now[name]]
+def check_settings(checkpoint: Path, now: Mapping[str, Any], *, num_ranks: int, may_change: bool) -> None:
+    """Compare settings with those of a checkpoint's run; refuse those that would make it another run.
 
-
-def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any], *, ranks: tuple[int, int]) -> list[str]:
-    """List the settings of a checkpoint that differ from those of now and would make it another run, as lines.
-
-    Args:
-        then, now: Settings by name.
-        ranks: Number of processes then and now. The same number of cells per step, divided otherwise, is no difference.
-
-    Example:
-        >>> changed_settings({"seed": 1, "max_steps": 5}, {"seed": 2, "max_steps": 9}, ranks=(1, 1))
-        ['seed was 1, is 2']
+    If they may change, a warning names them, but the model must keep its shape. The same number of cells per step,
+    divided otherwise among processes and accumulated batches, is no difference.
     """
+    path = checkpoint.parent / SETTINGS_FILE
+    if not path.is_file():
+        return
+    then = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = [name for name in then if name in now and then[name] != now[name]]
+    changed = {name: f"{name} was {then[name]}, is {now[name]}" for name in names}
+    if shape := [text for name, text in changed.items() if name in _MODEL_SETTINGS]:
+        raise InputError(
+            f"{checkpoint} holds a model of another shape: {'; '.join(shape)}. Give the earlier settings, or start a "
+            "new run in another --output_dir."
+        )
     factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    cells_per_step = [
-        settings.get(factors[0], 1) * settings.get(factors[1], 1) * num_ranks
-        for settings, num_ranks in zip((then, now), ranks, strict=True)
-    ]
-    free = factors if cells_per_step[0] == cells_per_step[1] else ()
-    names = [name for name in differing(then, now) if name in _FIXED and name not in free]
-    return [f"{name} was {then[name]}, is {now[name]}" for name in names]
+    cells_then, cells_now = (math.prod(settings.get(name, 1) for name in factors) for settings in (then, now))
+    if cells_then * int(manifest_of(checkpoint).get("world_size", 1)) == cells_now * num_ranks:
+        changed = {name: text for name, text in changed.items() if name not in factors}
+    changes = "; ".join(text for name, text in changed.items() if name in _FIXED)
+    if changes and not may_change:
+        raise InputError(
+            f"{checkpoint} was trained with other settings: {changes}. The result would belong to neither run. Give "
+            "the earlier settings, or --allow_changed."
+        )
+    if changes:
+        logger.warning("settings differ from those of %s: %s", path, changes)
 
 
 def take_settings(group: dict[str, Any], now: dict[str, Any]) -> None:
-    """Give a loaded group of parameters the settings of now: a checkpoint brings its own.
-
-    Args:
-        group: What was loaded; its learning rate is where the schedule is, and is scaled.
-        now: What the optimizer was made with.
-    """
+    """Give a loaded group of parameters the settings of now; its learning rate, which the schedule moves, is scaled."""
     group |= {name: now[name] for name in ("weight_decay", "betas", "eps") if name in group and name in now}
     then, wanted = group.get("initial_lr"), now.get("initial_lr")
     if then != wanted and then and wanted is not None:

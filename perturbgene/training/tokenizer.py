@@ -3,34 +3,20 @@
 Owns the choice of panel, vocabulary and bins; leaves their meaning to `GeneTokenizer`.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers.utils import cached_file
 
+from perturbgene.corpus.panel import RANK_COLUMN, given_panel
 from perturbgene.data_utils.binning import read_edges
-from perturbgene.data_utils.genes import clean_gene, read_panel
+from perturbgene.data_utils.genes import clean_gene
 from perturbgene.data_utils.labels import Vocabulary
 from perturbgene.data_utils.opening import FileList, open_source
-from perturbgene.data_utils.tokenization import FORMAT_VERSION, TOKENIZER_FILE, GeneTokenizer
+from perturbgene.data_utils.tokenization import FORMAT_VERSION, GeneTokenizer
 from perturbgene.errors import InputError
-from perturbgene.hub import local_run
 
 if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
-
-RANK_COLUMN = "highly_variable_rank"
-
-
-def tokenizer_at(path: str | Path) -> GeneTokenizer:
-    """Read the tokenizer of a run or corpus folder, or of a model on the Hugging Face hub."""
-    if Path(path).exists():
-        return GeneTokenizer.from_pretrained(path)
-    try:
-        return GeneTokenizer.from_pretrained(str(cached_file(str(path), TOKENIZER_FILE)))
-    except OSError as error:
-        raise InputError(f"no tokenizer can be read from {path} ({error}). Give a run folder or a model id.") from error
 
 
 def tokenizer_of(config: "TrainingConfig", train_files: FileList) -> GeneTokenizer:
@@ -43,7 +29,7 @@ def tokenizer_of(config: "TrainingConfig", train_files: FileList) -> GeneTokeniz
     base = config.corpus or config.pretrained_model_path
     content: dict[str, Any] = {"format_version": FORMAT_VERSION}
     if base:
-        content = tokenizer_at(base).to_dict()
+        content = GeneTokenizer.from_pretrained(base).to_dict()
     content["max_length"] = config.max_length
     if config.vocab_path or not base:
         vocabulary = Vocabulary.from_file(config.vocab_path) if config.vocab_path else Vocabulary({})
@@ -70,11 +56,9 @@ def tokenizer_of(config: "TrainingConfig", train_files: FileList) -> GeneTokeniz
 
 def _panel_of(config: "TrainingConfig", train_files: FileList) -> tuple[list[str], list[str] | None]:
     """Return gene ids and symbols of the whole panel, if known."""
-    if config.panel and (local_run(config.panel).is_dir() or str(config.panel).endswith(".json")):
-        given = GeneTokenizer.from_pretrained(config.panel)
-        return list(given.genes), list(given.gene_symbols) or None
     if config.panel:
-        return list(read_panel(config.panel)), None
+        genes, known_symbols = given_panel(config.panel)
+        return genes, known_symbols or None
     file = open_source(train_files[0], layer=config.layer)
     names: Any = file.var_names if config.gene_id_column is None else file.var_column(config.gene_id_column).to_numpy()
     known, order = file.columns_of(file.var_frame), np.arange(len(names))

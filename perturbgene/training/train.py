@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 #: so that what the model learns about a gene soon outweighs the gene's random start (docs/experiments.md).
 EMBEDDING_RANGE = 0.02
 
-RUN_FILE, METRICS_FILE, CARD_FILE = "run.yaml", "metrics.json", "README.md"
+METRICS_FILE, CARD_FILE = "metrics.json", "README.md"
 
 
 # -- verbs --------------------------------------------------------------------------------------------------------
@@ -101,16 +101,9 @@ def cls(**settings: Any) -> Path:
 
 
 def run_mlm(config: "MlmConfig") -> Path:
-    """Train by masking genes and phenotypes together; returns the run folder.
-
-    Raises:
-        InputError: Data, weights or settings do not fit together.
-    """
-    config = _with_learning_rate(config)
-    with _run_folder(config) as arguments:
+    """Train by masking genes and phenotypes together; returns the run folder. Raises what `mlm` raises."""
+    with _run_folder(config) as (config, arguments):
         tokenizer, train, evaluation = _data(config, arguments)
-        weights = {"phenotype_loss_weight": config.phenotype_loss_weight, "gene_loss_weight": config.gene_loss_weight}
-        model, kept = _start(GeneBertForPhenotypicMLM, config, tokenizer, **weights)
         collator = DataCollatorForPhenotypicMLM(
             tokenizer,
             **config.mask_rates,
@@ -123,28 +116,21 @@ def run_mlm(config: "MlmConfig") -> Path:
         alone = [Question("alone", (category,)) for category in tokenizer.included_phenotypes]
         every = standard_questions(tokenizer.included_phenotypes)
         quick, final = (MlmEvaluator(tokenizer, collator=packed, questions=questions) for questions in (alone, every))
-        trainer = ShardedTrainer(
-            args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
-            evaluator=quick, final_evaluator=final, early_stopping=_early_stopping(config),
-        )  # fmt: skip
-        return _train(trainer, config, tokenizer, kept=kept)
+        weights = {"phenotype_loss_weight": config.phenotype_loss_weight, "gene_loss_weight": config.gene_loss_weight}
+        parts: dict[str, Any] = {"data_collator": collator, "evaluator": quick, "final_evaluator": final}
+        return _train(GeneBertForPhenotypicMLM, weights, config, arguments, tokenizer, train, evaluation, **parts)
 
 
 def run_cls(config: "ClsConfig") -> Path:
-    """Train a classifier of one phenotype, from scratch or from an mlm run; returns the run folder.
-
-    Raises:
-        InputError: Data, weights or settings do not fit together, or all training cells have the same class.
-    """
-    config, category = _with_learning_rate(config), config.phenotype_category
-    with _run_folder(config) as arguments:
-        classes = {"phenotype_category": category, "binary_label": config.binary_label}
-        tokenizer, train, evaluation = _data(config, arguments, **classes)
-        names, counts_k = class_names(tokenizer, category, config.binary_label), train.class_counts()
+    """Train a classifier of one phenotype; returns the run folder. Raises what `cls` raises."""
+    category, one = config.phenotype_category, config.binary_label
+    with _run_folder(config) as (config, arguments):
+        tokenizer, train, evaluation = _data(config, arguments, phenotype_category=category, binary_label=one)
+        names = [f"not {one}", one] if one else list(tokenizer.phenotypes[category])
+        counts_k = train.class_counts()
         if (counts_k > 0).sum() < 2:
             raise InputError(f"all training cells are {names[int(counts_k.argmax())]!r}: there is nothing to classify.")
-        rare = [name for name, count in zip(names, counts_k, strict=True) if count < 2]
-        if rare:
+        if rare := [name for name, count in zip(names, counts_k, strict=True) if count < 2]:
             logger.warning("classes with fewer than two training cells cannot be learned: %s", listed(rare))
         head = {
             "id2label": dict(enumerate(names)),
@@ -152,7 +138,6 @@ def run_cls(config: "ClsConfig") -> Path:
             "phenotype_category": category,
             "class_weights": class_weights(counts_k) if config.balanced_dataset else None,
         }
-        model, kept = _start(GeneBertForClassification, config, tokenizer, **head)
         collator = collate_fn_wrapper(
             tokenizer,
             config.pad_to_multiple_of,
@@ -160,23 +145,9 @@ def run_cls(config: "ClsConfig") -> Path:
             gene_drop_prob=config.gene_drop_prob,
             seed=arguments.seed,
         )
-        trainer = ShardedTrainer(
-            args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, data_collator=collator,
-            evaluator=ClassEvaluator(names, tokenizer=tokenizer, category=category),
-            early_stopping=_early_stopping(config),
-        )  # fmt: skip
-        return _train(trainer, config, tokenizer, kept=kept)
-
-
-def _early_stopping(config: "TrainingConfig") -> StopEarly | None:
-    if not config.early_stopping_patience:
-        return None
-    return StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
-
-
-def class_names(tokenizer: GeneTokenizer, category: str, binary_label: str | None) -> list[str]:
-    """Return the names of a classifier's classes, by class number."""
-    return [f"not {binary_label}", binary_label] if binary_label else list(tokenizer.phenotypes[category])
+        evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=category)
+        parts: dict[str, Any] = {"data_collator": collator, "evaluator": evaluator}
+        return _train(GeneBertForClassification, head, config, arguments, tokenizer, train, evaluation, **parts)
 
 
 def class_weights(counts_k: np.ndarray) -> list[float]:
@@ -194,12 +165,17 @@ def class_weights(counts_k: np.ndarray) -> list[float]:
 
 
 @contextmanager
-def _run_folder(config: "TrainingConfig") -> Iterator[TrainingArguments]:
-    """Hold the run folder for this run; the first process does so for all processes of `torchrun`."""
+def _run_folder(config: "TrainingConfig") -> Iterator[tuple[Any, TrainingArguments]]:
+    """Hold the run folder; yield the settings with the learning rate filled in, so that `run.yaml` has it."""
+    if config.pretrained_model_path:
+        hidden_size = run_config(str(config.pretrained_model_path)).hidden_size
+    else:
+        hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
+    config = config.with_learning_rate(hidden_size)
     arguments, folder = config.training_arguments(), Path(config.output_dir)
     set_seed(arguments.seed)
-    if arguments.process_index:
-        yield arguments
+    if arguments.process_index:  # the first process holds it for all processes of `torchrun`
+        yield config, arguments
         return
     with claimed(folder, flag="output_dir", is_inside=True):
         if any(path.name != ".lock" for path in folder.iterdir()) and not config.resume_from_checkpoint:
@@ -207,26 +183,13 @@ def _run_folder(config: "TrainingConfig") -> Iterator[TrainingArguments]:
                 f"{folder} exists and is not empty: an older run's checkpoints would be mixed with this one's. Choose "
                 "another --output_dir, or continue with --resume_from_checkpoint."
             )
-        yield arguments
-
-
-def _with_learning_rate(config: "TrainingConfig") -> Any:
-    """Fill in the learning rate, so that `run.yaml` has it; the width is that of the pretrained model, if any."""
-    if config.pretrained_model_path:
-        hidden_size = run_config(str(config.pretrained_model_path)).hidden_size
-    else:
-        hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
-    return config.with_learning_rate(hidden_size)
+        yield config, arguments
 
 
 def _data(
     config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
 ) -> tuple[GeneTokenizer, IterableAnnDataset, IterableAnnDataset | None]:
-    """Return the tokenizer, the training cells and the evaluation cells, with paths expanded and opened once.
-
-    Args:
-        classes: What a classifier learns; its category leaves the sequence.
-    """
+    """Return the tokenizer, the training cells and the evaluation cells, with paths expanded and opened once."""
     corpus, paths = Corpus.open(config.corpus) if config.corpus else None, {}
     for split, given in (("train", config.train_data_paths), ("eval", config.eval_data_paths)):
         paths[split] = expand_paths(given) if given else FileList()
@@ -241,69 +204,39 @@ def _data(
         )
     tokenizer = tokenizer_of(config, paths["train"])
     if category := classes.get("phenotype_category"):
-        tokenizer.vocabulary.check_category(category)
+        tokenizer.vocabulary.check_category(category)  # what a classifier learns leaves the sequence
         others = [name for name in config.included_phenotypes if name != category]
         tokenizer = tokenizer.with_settings(included=others)
-
-    where = _checked_where(config, [*paths["train"], *paths["eval"]], tokenizer)
-
-    def dataset(split: str, **options: Any) -> IterableAnnDataset:
-        return IterableAnnDataset(
-            paths[split],
-            tokenizer,
-            seed=arguments.seed,
-            layer=config.layer,
-            gene_id_column=config.gene_id_column,
-            missing_labels=config.missing_labels,
-            phenotypes=config.phenotypes,
-            min_gene_coverage=config.min_gene_coverage,
-            where=where,
-            has_all_values=False,
-            rank=arguments.process_index,
-            world_size=arguments.world_size,
-            **classes,
-            **options,
-        )
-
-    train = dataset(
-        "train",
-        shuffle=True,
-        batch_size=arguments.per_device_train_batch_size,
-        tokens_per_batch=config.tokens_per_batch,
+    where = conditions(config.where)
+    if where:  # checked on both splits together: one may lack a value that the other has
+        with closing(ShardCache([*paths["train"], *paths["eval"]], where=where, **tokenizer.shard_options())) as files:
+            check_where((files[index].source for index in range(len(files))), where)
+    options: dict[str, Any] = {
+        "seed": arguments.seed, "layer": config.layer, "gene_id_column": config.gene_id_column,
+        "missing_labels": config.missing_labels, "phenotypes": config.phenotypes, "where": where,
+        "min_gene_coverage": config.min_gene_coverage, "has_all_values": False,
+        "rank": arguments.process_index, "world_size": arguments.world_size,
+    }  # fmt: skip
+    options |= classes
+    size, budget = arguments.per_device_train_batch_size, config.tokens_per_batch
+    train = IterableAnnDataset(
+        paths["train"], tokenizer, shuffle=True, batch_size=size, tokens_per_batch=budget, **options
     )
-    if not train.num_batches() or (not config.tokens_per_batch and len(train) < train.batch_size):
-        size, flag = arguments.per_device_train_batch_size, "per_device_train_batch_size"
-        what = f"{size} cells"
-        if config.tokens_per_batch:
-            what, flag = f"{config.tokens_per_batch} tokens", "tokens_per_batch"
+    if not train.num_batches() or (not budget and len(train) < train.batch_size):
+        what, flag = f"{size} cells", "per_device_train_batch_size"
+        if budget:
+            what, flag = f"{budget} tokens", "tokens_per_batch"
         raise InputError(
             f"{train.num_cells:,} training cells are fewer than one batch of {what} for each of {train.world_size} "
             f"processes. Lower --{flag}."
         )
     if not paths["eval"]:
         return tokenizer, train, None
-    return tokenizer, train, dataset("eval", batch_size=arguments.per_device_eval_batch_size)
-
-
-def _checked_where(config: "TrainingConfig", paths: Sequence[str], tokenizer: GeneTokenizer) -> dict[str, list[str]]:
-    """Return which cells are meant, checked on both splits together: one may lack a value that the other has."""
-    where = conditions(config.where)
-    if where:
-        files = ShardCache(paths, where=where, **tokenizer.shard_options())
-        check_where((files[index].source for index in range(len(files))), where)
-        files.close()
-    return where
+    size = arguments.per_device_eval_batch_size
+    return tokenizer, train, IterableAnnDataset(paths["eval"], tokenizer, batch_size=size, **options)
 
 
 # -- model --------------------------------------------------------------------------------------------------------
-
-
-def _start(kind: type, config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the model to train, fresh or from another run, and what it keeps of that run."""
-    if config.pretrained_model_path is None:
-        return kind(model_config(config, tokenizer, **extra)), ()
-    seed = config.training_overrides.get("seed", config.seed)
-    return start_from(kind, config, tokenizer, seed=seed, **tokenizer_facts(tokenizer), **extra)
 
 
 def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> GeneBertConfig:
@@ -342,17 +275,32 @@ def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
 # -- training -----------------------------------------------------------------------------------------------------
 
 
-def _train(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTokenizer, *, kept: Sequence[str]) -> Path:
-    """Train from the start or from a checkpoint, score the best weights and write the run folder."""
+def _train(
+    kind: type, settings: dict[str, Any], config: "TrainingConfig", arguments: TrainingArguments,
+    tokenizer: GeneTokenizer, train: IterableAnnDataset, evaluation: IterableAnnDataset | None, **parts: Any,
+) -> Path:  # fmt: skip
+    """Make the model, fresh or from another run, train it, score the best weights and write the run folder.
+
+    `settings` are those of the model that neither an option nor the tokenizer decides; `parts` go to the trainer.
+    """
+    if config.pretrained_model_path is None:
+        model: Any = kind(model_config(config, tokenizer, **settings))
+        kept: tuple[str, ...] = ()
+    else:
+        settings |= tokenizer_facts(tokenizer)
+        model, kept = start_from(kind, config, tokenizer, seed=arguments.seed, **settings)
+    if config.early_stopping_patience:
+        parts["early_stopping"] = StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
+    trainer = ShardedTrainer(args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, **parts)
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
-    checkpoint = _checkpoint(config, trainer.args)
+    checkpoint = _checkpoint(config, arguments)
     is_last = checkpoint is not None and trainer.is_finished(checkpoint)
     if (is_last or config.resume_from_checkpoint == "latest") and trainer.is_delivered():
         logger.info("%s is finished: nothing to resume", folder)
         return folder
     if is_first:
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # the run is not finished, or not any more
-        config.save(folder / RUN_FILE)
+        config.save(folder / checkpoints.SETTINGS_FILE)
         tokenizer.save_pretrained(folder)
     trainer.train(resume_from_checkpoint=checkpoint)
     if number := trainer.stop.stopped_by:
@@ -369,48 +317,24 @@ def _train(trainer: ShardedTrainer, config: "TrainingConfig", tokenizer: GeneTok
 
 def _checkpoint(config: "TrainingConfig", arguments: TrainingArguments) -> str | None:
     """Return the checkpoint to continue from; the first process checks it and cleans up before the others look."""
-    wanted, is_first = config.resume_from_checkpoint, arguments.process_index == 0
+    found, is_first = config.resume_from_checkpoint, arguments.process_index == 0
+    is_latest = found == "latest"
     with arguments.main_process_first(local=False):
         if is_first:
             checkpoints.clean_up(config.output_dir)
-        if wanted is None:
-            return None
-        if wanted != "latest":
-            found: str | None = wanted
-            if is_first:
-                checkpoints.check_whole(wanted)
-        else:
-            if is_first:
-                checkpoints.set_damaged_aside(config.output_dir)
+        if is_first and is_latest:
+            checkpoints.set_damaged_aside(config.output_dir)
+        if is_latest:
             found = next(map(str, reversed(checkpoints.checkpoints(config.output_dir))), None)
+        elif found and is_first:
+            checkpoints.check_whole(found)
         if found and is_first:
-            _check_settings(config, arguments, Path(found))
-    if found is None:
+            settings = yaml.safe_load(config.to_yaml())
+            num_ranks, may_change = arguments.world_size, config.allow_changed
+            checkpoints.check_settings(Path(found), settings, num_ranks=num_ranks, may_change=may_change)
+    if is_latest and found is None:
         logger.warning("%s holds no checkpoint yet: starting from the beginning", config.output_dir)
     return found
-
-
-def _check_settings(config: "TrainingConfig", arguments: TrainingArguments, checkpoint: Path) -> None:
-    """Compare the settings with those of the checkpoint's run; refuse those that would make it another run."""
-    path = checkpoint.parent / RUN_FILE
-    if not path.is_file():
-        return
-    then, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml())
-    if shape := [name for name in checkpoints.differing(then, now) if name in checkpoints.MODEL_SETTINGS]:
-        changes = "; ".join(f"{name} was {then[name]}, is {now[name]}" for name in shape)
-        raise InputError(
-            f"{checkpoint} holds a model of another shape: {changes}. Give the earlier settings, or start a new run in "
-            "another --output_dir."
-        )
-    ranks = (int(checkpoints.manifest_of(checkpoint).get("world_size", 1)), arguments.world_size)
-    changes = "; ".join(checkpoints.changed_settings(then, now, ranks=ranks))
-    if changes and not config.allow_changed:
-        raise InputError(
-            f"{checkpoint} was trained with other settings: {changes}. The result would belong to neither run. Give "
-            "the earlier settings, or --allow_changed."
-        )
-    if changes:
-        logger.warning("settings differ from those of %s: %s", path, changes)
 
 
 def _write_run(

@@ -22,7 +22,6 @@ from perturbgene.data_utils.labels import ABSENT, SPECIAL_TOKENS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, GeneBertModel
-from perturbgene.training.tokenizer import tokenizer_at
 
 if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
@@ -54,9 +53,6 @@ class NameMap:
 def name_map(old: GeneTokenizer, new: GeneTokenizer, *, source: str) -> NameMap:
     """Match the names of two tokenizers: genes by id or symbol, labels by category and label, bins by expression.
 
-    Args:
-        source: Path of the old one, for messages.
-
     Raises:
         InputError: They have no gene in common, or only one of them takes values as they are.
     """
@@ -66,7 +62,12 @@ def name_map(old: GeneTokenizer, new: GeneTokenizer, *, source: str) -> NameMap:
             f"its bins mean other things. Give `prepare` --normalization {old.normalization}, or leave out "
             "--pretrained_model_path."
         )
-    gene_g = _old_genes(old, new)
+    # The old panel index of each new gene; -1 if there is none, or if several new genes claim it by a symbol.
+    alignment = old.panel.align(new.genes, other_names_c=[new.gene_symbols] if new.gene_symbols else [])
+    gene_g = alignment.gene_of_column_c.astype(np.int64)
+    times = Counter(gene_g.tolist())
+    is_other_id_g = np.array([old.genes[at] != gene for at, gene in zip(gene_g, new.genes, strict=True)])
+    gene_g = np.where(is_other_id_g & np.array([times[at] > 1 for at in gene_g.tolist()]), -1, gene_g)
     num_kept = int((gene_g >= 0).sum())
     if not num_kept:
         raise InputError(
@@ -86,15 +87,6 @@ def name_map(old: GeneTokenizer, new: GeneTokenizer, *, source: str) -> NameMap:
         types_to=_sparse([{type_: 1.0} if type_ >= 0 else {} for type_ in types], num_old=old.type_vocab_size),
         lines=("genes: " + ", ".join(f"{count:,} {what}" for what, count in genes.items()), labels_line, bins_line),
     )
-
-
-def _old_genes(old: GeneTokenizer, new: GeneTokenizer) -> np.ndarray:
-    """Return the old panel index of each new gene, -1 if there is none or several new genes claim it by a symbol."""
-    alignment = old.panel.align(new.genes, other_names_c=[new.gene_symbols] if new.gene_symbols else [])
-    gene_g = alignment.gene_of_column_c.astype(np.int64)
-    times = Counter(gene_g.tolist())
-    is_other_id_g = np.array([old.genes[at] != gene for at, gene in zip(gene_g, new.genes, strict=True)])
-    return np.where(is_other_id_g & np.array([times[at] > 1 for at in gene_g.tolist()]), -1, gene_g)
 
 
 def _label_rows(old: GeneTokenizer, new: GeneTokenizer) -> tuple[list[dict[int, float]], str]:
@@ -156,13 +148,6 @@ def _mixed(weight_oh: Tensor, shares_no: sparse.csr_matrix, fresh: Tensor | floa
     return rows
 
 
-def _drawn(learnt_oh: Tensor, num: int, *, generator: torch.Generator) -> Tensor:
-    """Draw rows (num, h) around the mean of the learnt ones, as far from it as those are."""
-    mean_h = learnt_oh.mean(dim=0)
-    spread = (learnt_oh - mean_h).std() if len(learnt_oh) > 1 else learnt_oh.std()
-    return mean_h + spread * torch.randn(num, learnt_oh.shape[1], generator=generator)
-
-
 def _embeddings(
     state: Mapping[str, Tensor], names: NameMap, old: GeneTokenizer, new: GeneTokenizer, *, seed: int
 ) -> dict[str, Tensor]:
@@ -184,7 +169,11 @@ def _embeddings(
         for old_rows, new_rows in groups[key]:
             learnt = state[key][old_rows].float()
             learnt = learnt if len(learnt) else state[types].float()  # a run without phenotypes
-            fresh[key][new_rows] = _drawn(learnt, len(fresh[key][new_rows]), generator=generator)
+            # Around the mean of the learnt rows, as far from it as those are.
+            mean_h = learnt.mean(dim=0)
+            spread = (learnt - mean_h).std() if len(learnt) > 1 else learnt.std()
+            drawn = torch.randn(len(fresh[key][new_rows]), len(mean_h), generator=generator)
+            fresh[key][new_rows] = mean_h + spread * drawn
     embeddings = {
         words: _mixed(state[words], names.ids_vo, fresh[words].to(state[words].dtype)),
         types: _mixed(state[types], names.types_to, fresh[types].to(state[types].dtype)),
@@ -210,18 +199,16 @@ class _Head:
         ids = slice(*tokenizer.vocabulary.id_range(str(category))) if is_labels else None  # else one against the rest
         return cls(kind, ids, category, classes)
 
-    def classes_from(self, old: "_Head", ids_vo: sparse.csr_matrix) -> sparse.csr_matrix | None:
-        """Return the share of each old output in each of this head's; None if they mean nothing in common."""
-        if self.label_ids is not None and old.label_ids is not None:
-            shares = ids_vo[self.label_ids, old.label_ids]
-            return shares if shares.nnz else None
-        is_same = self.kind is old.kind and (self.category, self.classes) == (old.category, old.classes)
-        return sparse.identity(len(self.classes), dtype=np.float32, format="csr") if is_same else None
-
 
 def _head_weights(state: Mapping[str, Tensor], names: NameMap, old: _Head, new: _Head) -> dict[str, Tensor]:
     """Return the weights of the head and of the direct path that mean the same; what is left out starts fresh."""
-    classes_ko, weights = new.classes_from(old, names.ids_vo), {}
+    weights: dict[str, Tensor] = {}
+    classes_ko: sparse.csr_matrix | None = None  # share of each old output in each new one, if they mean the same
+    if old.label_ids is not None and new.label_ids is not None:
+        shares = names.ids_vo[new.label_ids, old.label_ids]
+        classes_ko = shares if shares.nnz else None
+    elif (new.kind, new.category, new.classes) == (old.kind, old.category, old.classes):
+        classes_ko = sparse.identity(len(new.classes), dtype=np.float32, format="csr")
     votes = "direct_classes.votes_tk" if new.kind is GeneBertForClassification else "direct_labels.votes_tk"
     for key, tensor in state.items():
         part = key.partition(".")[0]
@@ -269,7 +256,6 @@ def start_from(
 
     Args:
         kind: Class of the model.
-        tokenizer: Of the cells to train on.
         seed: Of rows that start fresh.
         settings: Of the model's configuration: what its tokenizer decides, and what the verb does.
 
@@ -289,7 +275,7 @@ def start_from(
         state = {f"genebert.{key}": tensor for key, tensor in state.items()}
     old = tokenizer
     if then.tokenizer_fingerprint != tokenizer.fingerprint:
-        old = tokenizer_at(path)
+        old = GeneTokenizer.from_pretrained(path)
         if then.tokenizer_fingerprint not in (None, old.fingerprint):
             raise InputError(f"{path}: weights and tokenizer.json do not belong together. Restore the folder.")
     names = name_map(old, tokenizer, source=path)

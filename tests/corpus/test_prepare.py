@@ -787,7 +787,7 @@ def test_a_corpus_on_disk_names_its_shards_their_sums_and_its_labels(corpus: Pat
     opened = Corpus.open(corpus)
     sums = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in opened.paths("train")]
     assert [shard["sha256"] for shard in opened.manifest["shards"]["train"]] == sums
-    assert opened.sizes("train") == [30, 30, 20]
+    assert opened.paths("train").sizes == (30, 30, 20)
     assert [*opened.manifest["phenotypes"]["cell_type"]["train"]] == ["B cell", "NK cell", "T cell"]
     assert opened.split_by == "donor_id"
 

@@ -14,7 +14,7 @@ from perturbgene.corpus.statistics import CountTable, GeneMoments, smooth_curve
 def moments_of(values_ng: np.ndarray) -> GeneMoments:
     """Add all stored values at once."""
     matrix = sparse.csr_matrix(values_ng)
-    moments = GeneMoments.zeros(values_ng.shape[1])
+    moments = GeneMoments(values_ng.shape[1])
     moments.add(matrix.data, matrix.indices, num_cells=len(values_ng))
     return moments
 
@@ -41,7 +41,7 @@ def test_sums_count_every_cell_and_only_expressed_values() -> None:
 
 
 def test_stored_zeros_are_not_expressed() -> None:
-    moments = GeneMoments.zeros(2)
+    moments = GeneMoments(2)
     moments.add(np.array([0.0, 3.0]), np.array([0, 1]), num_cells=1)
     assert moments.num_expressed_g.tolist() == [0, 1]
 
@@ -73,7 +73,7 @@ def test_genes_without_a_dispersion_come_last_by_how_many_cells_express_them() -
 
 
 def test_moments_of_no_cell_rank_genes_in_their_order() -> None:
-    assert GeneMoments.zeros(3).rank().tolist() == [0, 1, 2]
+    assert GeneMoments(3).rank().tolist() == [0, 1, 2]
 
 
 def test_asking_for_dispersions_leaves_the_sums_alone() -> None:

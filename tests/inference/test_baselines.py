@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-from perturbgene.eval_utils import Confusion, classification_scores
+from perturbgene.eval_utils import Confusion
 from perturbgene.inference.baselines import logistic_regression, majority_class
 
 TRUE = [0, 0, 0, 0, 1, 1, 2, 2]
@@ -48,7 +48,7 @@ def test_three_classes_are_counted_and_scored_as_by_hand() -> None:
 
 
 def test_macro_f1_is_the_mean_of_f1_and_not_the_f1_of_the_means() -> None:
-    scores = classification_scores([[6, 0], [3, 1]])
+    scores = Confusion(["B", "T"], counts_kk=np.array([[6, 0], [3, 1]])).scores()
     assert scores["macro_f1"] == pytest.approx((12 / 15 + 2 / 5) / 2)
     precision, recall = scores["macro_precision"], scores["macro_recall"]
     assert scores["macro_f1"] != pytest.approx(2 * precision * recall / (precision + recall))

@@ -83,7 +83,7 @@ def train(steps: int, *, seconds_per_step: float, is_terminal: bool = False) -> 
         if step % 10 == 0:
             progress.on_log(args, state, control, logs={"loss": 2.5, "cells_per_second": 976.0})
     progress.on_log(args, state, control, logs={"eval_loss": 0.5})
-    progress.on_train_end(args, state, control)
+    progress.close()
 
 
 @pytest.mark.parametrize(

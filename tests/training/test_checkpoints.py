@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perturbgene.errors import InputError
 from perturbgene.files import partial_path
 from perturbgene.training.checkpoints import (
-    changed_settings,
+    check_settings,
     check_whole,
     checkpoints,
     clean_up,
@@ -158,17 +159,28 @@ def test_files_are_moved_over_older_ones(tmp_path: Path) -> None:
     assert not source.exists()
 
 
-def test_the_same_cells_per_step_cut_otherwise_are_no_difference() -> None:
+def check(then: dict[str, Any], now: dict[str, Any], folder: Path, *, num_ranks: int = 1) -> None:
+    """Check settings of now against those of a run with a checkpoint."""
+    checkpoint = make_checkpoint(folder, 2)
+    (folder / "run.yaml").write_text(json.dumps(then))
+    check_settings(checkpoint, now, num_ranks=num_ranks, may_change=False)
+
+
+def test_the_same_cells_per_step_cut_otherwise_are_no_difference(tmp_path: Path) -> None:
     then = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     now = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    assert changed_settings(then, now, ranks=(1, 2)) == []
+    check(then, now, tmp_path, num_ranks=2)
+    with pytest.raises(InputError, match="per_device_train_batch_size was 8, is 2; gradient_accumulation_steps was 1"):
+        check(then, now, tmp_path, num_ranks=1)
 
 
-def test_other_settings_are_distinguished_by_what_depends_on_them() -> None:
+def test_other_settings_are_distinguished_by_what_depends_on_them(tmp_path: Path) -> None:
     then = {"seed": 1, "learning_rate": 0.1, "max_steps": 3, "output_dir": "a", "dataloader_num_workers": 0}
     now = {"seed": 2, "learning_rate": 0.2, "max_steps": 4, "output_dir": "b", "dataloader_num_workers": 2}
-    changes = changed_settings(then, now, ranks=(1, 1))
-    assert changes == ["seed was 1, is 2", "learning_rate was 0.1, is 0.2"]
+    with pytest.raises(InputError, match=r"other settings: seed was 1, is 2; learning_rate was 0.1, is 0.2\. The"):
+        check(then, now, tmp_path)
+    with pytest.raises(InputError, match="another shape: hidden_size was 32, is 64. Give"):
+        check({"hidden_size": 32}, {"hidden_size": 64}, tmp_path)
 
 
 def test_the_manifest_names_every_file_with_its_size(tmp_path: Path) -> None:
