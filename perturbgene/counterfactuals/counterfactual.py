@@ -207,7 +207,14 @@ def expected_changes(task: CounterfactualTask, *, target: Path | None = None, ra
     dataset, selection, contrast = task.dataset, task.selection, task.contrast
     tokenizer = dataset.tokenizer
     predictor = GenePredictor(task.run, contrast, tokenizer=tokenizer)
-    collator = _collator_of(task)
+    rates: dict[str, Any] = {**task.run.mask_rates, "phenotype_mask_prob": 0.0, "absent_prob": 0.0}  # as in training
+    if task.config.gene_mask_prob is not None:
+        rates["gene_mask_prob"] = task.config.gene_mask_prob
+    if not rates["gene_mask_prob"]:
+        raise InputError(
+            f"{task.run.path} was trained without hiding genes, so it cannot predict them. Give another run."
+        )
+    collator = DataCollatorForPhenotypicMLM(tokenizer, packed=True, seed=task.config.seed, **rates)
     sums = Sums.zeros(num_groups=len(selection.groups), num_genes=len(tokenizer.panel), num_null=contrast.num_null)
     values_gb, num_empty = tokenizer.bin_edges.values(), 0
     batch_tokens = task.config.batch_tokens
@@ -229,18 +236,6 @@ def expected_changes(task: CounterfactualTask, *, target: Path | None = None, ra
     if empty and ranks.is_main:
         logger.warning("%d cells express no gene of the panel and are left out", empty)
     return change_table(Sums(*arrays), tokenizer.panel, groups=selection.groups)
-
-
-def _collator_of(task: CounterfactualTask) -> DataCollatorForPhenotypicMLM:
-    """Return a collator that hides genes as the run's training did, or at another rate, and no phenotype."""
-    rates: dict[str, Any] = {**task.run.mask_rates, "phenotype_mask_prob": 0.0, "absent_prob": 0.0}
-    if task.config.gene_mask_prob is not None:
-        rates["gene_mask_prob"] = task.config.gene_mask_prob
-    if not rates["gene_mask_prob"]:
-        raise InputError(
-            f"{task.run.path} was trained without hiding genes, so it cannot predict them. Give another run."
-        )
-    return DataCollatorForPhenotypicMLM(task.dataset.tokenizer, packed=True, seed=task.config.seed, **rates)
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pandas as pd
 from perturbgene.counterfactuals.contrast import EXPRESSED, UNEXPRESSED, Sums
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.inference.streaming import ALL
-from perturbgene.perturbation.statistics import adjusted, welch_t
+from perturbgene.perturbation.statistics import welch_test
 
 #: A gene gets no change if the strata with predictions have less than this share of a group's cells.
 LEAST_SHARE = 0.5
@@ -79,28 +79,14 @@ def against_null(change_g: np.ndarray, null_rg: np.ndarray, error_g: np.ndarray,
         `null_mean`, `null_sd`, `t`, `p_value` (two-sided), `q_value` (Benjamini-Hochberg over the genes that have a
         p-value), a row per gene; all NaN without a null.
     """
-    num_null = len(null_rg)
+    num_null, names = len(null_rg), ["null_mean", "null_sd", "t", "p_value", "q_value"]
     if num_null < 2:
-        return pd.DataFrame(
-            np.nan, index=range(len(change_g)), columns=["null_mean", "null_sd", "t", "p_value", "q_value"]
-        )
+        return pd.DataFrame(np.nan, index=range(len(change_g)), columns=names)
     mean_g, sd_g = null_rg.mean(axis=0), null_rg.std(axis=0, ddof=1)
     freedoms_2g = np.stack([np.full(len(count_g), num_null - 1.0), np.maximum(count_g - 1.0, 1.0)])
-    t_g, p_g = welch_t(
-        np.where(sd_g > 0, change_g - mean_g, np.nan), np.stack([sd_g**2 * (1 + 1 / num_null), error_g**2]), freedoms_2g
-    )
-    return pd.DataFrame({"null_mean": mean_g, "null_sd": sd_g, "t": t_g, "p_value": p_g, "q_value": adjusted(p_g)})
-
-
-def observed_difference(sums: Sums) -> np.ndarray:
-    """Return the mean value in cells that have the label minus that in the cells to be changed, (k, g).
-
-    Within a group if it has cells of both kinds, else against all cells that have the label; NaN without any.
-    """
-    mean_2kg = np.where(sums.measured_2kg > 0, sums.values_2kg / np.maximum(sums.measured_2kg, 1), np.nan)
-    value_g, measured_g = sums.values_2kg[1].sum(axis=0), sums.measured_2kg[1].sum(axis=0)
-    all_g = np.where(measured_g > 0, value_g / np.maximum(measured_g, 1), np.nan)
-    return np.where(np.isfinite(mean_2kg[1]), mean_2kg[1], all_g) - mean_2kg[0]
+    errors_2g = np.stack([sd_g**2 * (1 + 1 / num_null), error_g**2])
+    tested = welch_test(np.where(sd_g > 0, change_g - mean_g, np.nan), errors_2g, freedoms_2g)
+    return pd.DataFrame(dict(zip(names, (mean_g, sd_g, *tested), strict=True)))
 
 
 def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.DataFrame:
@@ -110,11 +96,15 @@ def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.D
     share_skg = np.stack([share_kg, np.where(measured_kg > 0, 1 - share_kg, 0.0)])
     change_2kg = weigh_strata(sums.changes_2skg, sums.counts_skg, share_skg)
     stratum_skg = np.where(sums.counts_skg > 0, sums.changes_2skg[0] / np.maximum(sums.counts_skg, 1), np.nan)
+    # Observed: against cells that have the label, those of the group if it has any, else all.
+    mean_2kg = np.where(sums.measured_2kg > 0, sums.values_2kg / np.maximum(sums.measured_2kg, 1), np.nan)
+    value_g, num_measured_g = sums.values_2kg[1].sum(axis=0), sums.measured_2kg[1].sum(axis=0)
+    all_g = np.where(num_measured_g > 0, value_g / np.maximum(num_measured_g, 1), np.nan)
     of_groups = {
         "change": change_2kg[0],
         "change_bins": change_2kg[1],
         "null": weigh_strata(sums.null_r2skg[:, 0], sums.null_counts_skg, share_skg),
-        "observed": observed_difference(sums),
+        "observed": np.where(np.isfinite(mean_2kg[1]), mean_2kg[1], all_g) - mean_2kg[0],
         "change_expressed": stratum_skg[EXPRESSED],
         "change_unexpressed": stratum_skg[UNEXPRESSED],
         "share_expressed": share_skg[EXPRESSED],

@@ -33,7 +33,7 @@ from perturbgene.inference.streaming import (
     num_genes,
     reading_options,
 )
-from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects
+from perturbgene.perturbation.cells import GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.readouts import LabelReadout, batches, label_readout, sequences
 from perturbgene.perturbation.screening import screen_removals
 from perturbgene.plots import deletion_figure
@@ -84,7 +84,7 @@ def support_by_label(
     )
 
 
-def marker_table(sums: EffectSums, run: Run, labels: list[str]) -> pd.DataFrame:
+def marker_table(sums_uq2: np.ndarray, run: Run, labels: list[str]) -> pd.DataFrame:
     """Return each label's genes, most supporting first.
 
     Returns:
@@ -92,11 +92,11 @@ def marker_table(sums: EffectSums, run: Run, labels: list[str]) -> pd.DataFrame:
         expressed; nats), `support_where_expressed`, `share_expressed`, `num_cells`.
     """
     panel, size = run.tokenizer.panel, len(run.tokenizer.panel)
-    sums_e2 = sum(sums.sums.values(), np.zeros((sums.num_effects, 2)))
+    sums_q2 = sums_uq2.sum(axis=0)
     tables = []
     for index, label in enumerate(labels):
-        counts_g, sums_g = sums_e2[index * size : (index + 1) * size].T
-        num_cells = sums_e2[len(labels) * size + index, 0]
+        counts_g, sums_g = sums_q2[index * size : (index + 1) * size].T
+        num_cells = sums_q2[len(labels) * size + index, 0]
         rows = np.flatnonzero(counts_g)
         rows = rows[np.argsort(-sums_g[rows], kind="stable")]
         columns = {

@@ -1,7 +1,7 @@
 """The cells of a file with their donors and groups, and sums of effects over them that survive an interruption.
 
 Owns reading cells by rows, the sums, and the parts in which they are computed and kept on disk; leaves effects of
-single cells to `readouts` and `screening`. Letters: n cells, m effects, d donors, q perturbations, k sums kept.
+single cells to `readouts` and `screening`. Letters: n cells, m effects, u units, q perturbations, k sums.
 
 A part is a fixed range of cells, and parts are added up in their order, so an interrupted run ends with the same table
 as one without interruption, whatever the number of processes.
@@ -16,6 +16,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ EffectsOf = Callable[[TokenBlock], tuple[np.ndarray, np.ndarray, np.ndarray]]
 @dataclass(frozen=True)
 class GroupedCells:
     """The cells of one file or AnnData, read by rows, with the donor and the group of each.
+
+    A unit is a donor's cells of one group; effects are summed by unit.
 
     Args:
         dataset: Opens and checks the source.
@@ -96,6 +99,11 @@ class GroupedCells:
         """True for cells with a donor and a group, shape (n,); the others are left out."""
         return (self.donor_n >= 0) & (self.group_n >= 0)
 
+    @cached_property
+    def units_u2(self) -> np.ndarray:
+        """Donor and group of each unit that has a cell, ascending."""
+        return np.unique(np.stack([self.donor_n, self.group_n], axis=1)[self.is_used_n], axis=0).reshape(-1, 2)
+
     def blocks(self, start: int, stop: int) -> Iterator[TokenBlock]:
         """Yield the cells of a range of rows, `batch_size` at a time; those without donor or group are left out."""
         rows_n = start + np.flatnonzero(self.is_used_n[start:stop])
@@ -110,56 +118,6 @@ class GroupedCells:
 # -- sums -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class EffectSums:
-    """Number of cells and sum of effects, for every donor, group and perturbation.
-
-    Args:
-        num_effects: q.
-        sums: (donor, group) -> float64 of shape (q, 2).
-    """
-
-    num_effects: int
-    sums: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-
-    def add(
-        self, effects_m: np.ndarray, *, donor_m: np.ndarray, group_m: np.ndarray, perturbation_m: np.ndarray
-    ) -> None:
-        """Add effects, each with its donor, group and perturbation; missing ones (NaN) do not count."""
-        is_known_m = np.isfinite(effects_m)
-        for donor, group in np.unique(np.stack([donor_m, group_m])[:, is_known_m], axis=1).T.tolist():
-            is_here_m = is_known_m & (donor_m == donor) & (group_m == group)
-            effects, rows = effects_m[is_here_m].astype(np.float64), perturbation_m[is_here_m]
-            sums_q2 = self.sums.setdefault((donor, group), np.zeros((self.num_effects, 2)))
-            sums_q2[:, 0] += np.bincount(rows, minlength=self.num_effects)
-            sums_q2[:, 1] += np.bincount(rows, weights=effects, minlength=self.num_effects)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return what is not zero: `keys_k3` (donor, group, perturbation) and `sums_k2`."""
-        keys, sums = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2))]
-        for (donor, group), sums_q2 in sorted(self.sums.items()):
-            rows = np.flatnonzero(sums_q2[:, 0])
-            keys.append(np.stack([np.full_like(rows, donor), np.full_like(rows, group), rows], axis=1))
-            sums.append(sums_q2[rows])
-        return {"keys_k3": np.concatenate(keys), "sums_k2": np.concatenate(sums)}
-
-    def add_arrays(self, *, keys_k3: np.ndarray, sums_k2: np.ndarray) -> None:
-        """Add what `arrays` of other sums returned."""
-        for donor, group in np.unique(keys_k3[:, :2], axis=0).tolist():
-            is_here_k = (keys_k3[:, 0] == donor) & (keys_k3[:, 1] == group)
-            sums_q2 = self.sums.setdefault((donor, group), np.zeros((self.num_effects, 2)))
-            sums_q2[keys_k3[is_here_k, 2]] += sums_k2[is_here_k]
-
-    def of_group(self, group: int, *, num_donors: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean effect and number of cells of each donor, both (d, q); means are NaN where there is no cell."""
-        counts_dq, sums_dq = np.zeros((2, num_donors, self.num_effects))
-        for (donor, other), sums_q2 in self.sums.items():
-            if other == group:
-                counts_dq[donor], sums_dq[donor] = sums_q2.T
-        with np.errstate(invalid="ignore"):
-            return np.where(counts_dq > 0, sums_dq / np.maximum(counts_dq, 1), np.nan), counts_dq
-
-
 def sum_effects(
     name: str,
     effects_of: EffectsOf,
@@ -168,7 +126,7 @@ def sum_effects(
     *,
     store: "PartStore | None" = None,
     ranks: Ranks = ALONE,
-) -> EffectSums:
+) -> np.ndarray:
     """Add up the effects of all cells, part by part; each process computes its share, and all get the whole sum.
 
     Args:
@@ -178,6 +136,9 @@ def sum_effects(
         num_effects: Number of sums, q.
         store: Where finished parts are kept; None keeps them in memory (single process).
         ranks: Which of the processes this is.
+
+    Returns:
+        Number of cells and sum of effects of each unit and perturbation, shape (u, q, 2).
     """
     starts, num_kept, store = range(0, len(cells), PART_CELLS), 0, store or PartStore()
     is_hidden = None if ranks.is_main else True  # None: hidden where there is no terminal
@@ -187,28 +148,37 @@ def sum_effects(
             if part % ranks.size == ranks.rank and store.load(name, part) is not None:
                 num_kept += 1
             elif part % ranks.size == ranks.rank:
-                store.save(name, part, _sum_part(effects_of, cells, start, stop, num_effects=num_effects).arrays())
+                store.save(name, part, _sum_part(effects_of, cells, start, stop, num_effects=num_effects))
             bar.update(stop - start)
     if num_kept:
         logger.info("%s: %d of %d parts were finished before", name, num_kept, len(starts))
     ranks.barrier()
-    total = EffectSums(num_effects)
+    total_x2 = np.zeros((len(cells.units_u2) * num_effects, 2))
     for part in range(len(starts)):
         found = store.load(name, part)
         if found is None:
             raise InputError(f"a finished part of {name} was deleted or damaged. Run the same command again.")
-        total.add_arrays(**found)
+        total_x2[found["place_k"]] += found["sums_k2"]
     ranks.barrier()  # rank 0 deletes the parts at the end; all ranks have read them now
-    return total
+    return total_x2.reshape(len(cells.units_u2), num_effects, 2)
 
 
-def _sum_part(effects_of: EffectsOf, cells: GroupedCells, start: int, stop: int, *, num_effects: int) -> EffectSums:
-    sums = EffectSums(num_effects)
+def _sum_part(
+    effects_of: EffectsOf, cells: GroupedCells, start: int, stop: int, *, num_effects: int
+) -> dict[str, np.ndarray]:
+    """Return the sums of some cells that are not zero, with their place in (u, q); NaN does not count."""
+    place_of = np.full((len(cells.donors), len(cells.groups)), -1)
+    place_of[tuple(cells.units_u2.T)] = np.arange(len(cells.units_u2))
+    sums_2x = np.zeros((2, len(cells.units_u2) * num_effects))
     for block in cells.blocks(start, stop):
         cell_m, perturbation_m, effects_m = effects_of(block)
-        row_m = block.cells_n[cell_m]
-        sums.add(effects_m, donor_m=cells.donor_n[row_m], group_m=cells.group_n[row_m], perturbation_m=perturbation_m)
-    return sums
+        is_known_m, row_m = np.isfinite(effects_m), block.cells_n[cell_m]
+        place_m = place_of[cells.donor_n[row_m], cells.group_n[row_m]] * num_effects + perturbation_m
+        place_k, inverse_m = np.unique(place_m[is_known_m], return_inverse=True)
+        sums_2x[0, place_k] += np.bincount(inverse_m)
+        sums_2x[1, place_k] += np.bincount(inverse_m, effects_m[is_known_m])
+    place_k = np.flatnonzero(sums_2x[0])
+    return {"place_k": place_k, "sums_k2": sums_2x[:, place_k].T}
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -253,7 +223,7 @@ class PartStore:
             self._in_memory[name, part] = arrays
             return
         with whole_file(self.folder / f"{name}.{part:06d}.npz") as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, keys_k3=arrays["keys_k3"], sums_k2=arrays["sums_k2"])
+            np.savez(stream, place_k=arrays["place_k"], sums_k2=arrays["sums_k2"])
 
     def load(self, name: str, part: int) -> dict[str, np.ndarray] | None:
         """Return the sums of a part; None if they are missing or damaged, so that they are computed again."""
@@ -261,7 +231,7 @@ class PartStore:
             return self._in_memory.get((name, part))
         try:
             with open(self.folder / f"{name}.{part:06d}.npz", "rb") as stream, np.load(stream) as arrays:
-                return {key: arrays[key] for key in ("keys_k3", "sums_k2")}
+                return {key: arrays[key] for key in ("place_k", "sums_k2")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 

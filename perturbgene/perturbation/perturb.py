@@ -2,7 +2,7 @@
 
 Owns the verb `perturb`: which effects are screened, which are computed exactly, and the table with its statistics. How
 a single knock-out is scored is in `readouts.exact_effects`; docs/perturbation.md defines every column. Letters: q
-perturbations, m effects, u groups.
+perturbations, m effects, k groups, u units (a donor's cells of a group).
 """
 
 import logging
@@ -31,7 +31,7 @@ from perturbgene.inference.streaming import (
     given_labels,
     reading_options,
 )
-from perturbgene.perturbation.cells import EffectSums, GroupedCells, PartStore, sum_effects
+from perturbgene.perturbation.cells import GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.edits import ALL_GENES, REMOVED, Perturbations, changed_pairs, perturbations_of
 from perturbgene.perturbation.readouts import Readout, StateReadout, exact_effects, label_readout, sequences
 from perturbgene.perturbation.screening import screen_removals
@@ -83,17 +83,22 @@ class Experiment:
         """True if every gene is asked for, False if genes are named."""
         return self.config.genes == [ALL_GENES]
 
-    def means(self, sums: EffectSums, group: int) -> pd.DataFrame:
+    def means(self, sums_uq2: np.ndarray, group: int) -> pd.DataFrame:
         """Return mean effects over donors; a single donor with few cells counts if all of them are changed."""
         donors, min_cells = self.cells.donors, self.config.min_cells
         if len(donors) == 1:
             is_here_n = (self.cells.group_n == group) & (self.cells.donor_n == 0)
             min_cells = min(min_cells, max(1, int(is_here_n.sum())))
-        return mean_over_donors(*sums.of_group(group, num_donors=len(donors)), min_cells=min_cells)
+        counts_dq, sums_dq = np.zeros((2, len(donors), sums_uq2.shape[1]))
+        is_here_u = self.cells.units_u2[:, 1] == group
+        donor_u = self.cells.units_u2[is_here_u, 0]
+        counts_dq[donor_u], sums_dq[donor_u] = sums_uq2[is_here_u, :, 0], sums_uq2[is_here_u, :, 1]
+        means_dq = np.where(counts_dq > 0, sums_dq / np.maximum(counts_dq, 1), np.nan)
+        return mean_over_donors(means_dq, counts_dq, min_cells=min_cells)
 
-    def effects_uq(self, sums: EffectSums) -> np.ndarray:
-        """Return the mean effects of all groups, (u, q)."""
-        return np.stack([self.means(sums, group)["effect"].to_numpy() for group in range(len(self.cells.groups))])
+    def effects_kq(self, sums_uq2: np.ndarray) -> np.ndarray:
+        """Return the mean effects of all groups, (k, q)."""
+        return np.stack([self.means(sums_uq2, group)["effect"].to_numpy() for group in range(len(self.cells.groups))])
 
     def screened_effects(self, block: TokenBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Estimate every knock-out: cell (row of the block), gene and effect, each of shape (m,)."""
@@ -152,9 +157,9 @@ class Effects:
     """
 
     computed: Perturbations
-    exact: EffectSums
+    exact: np.ndarray
     controls: np.ndarray
-    screened: EffectSums | None = None
+    screened: np.ndarray | None = None
     agreement: Agreement | None = None
 
 
@@ -174,7 +179,7 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
             "screened", experiment.screened_effects, cells, len(every_gene), store=store, ranks=ranks
         )
     if screened is not None and experiment.is_all:
-        strength_q = np.nan_to_num(np.abs(experiment.effects_uq(screened)), nan=-1.0).max(axis=0)  # in any group
+        strength_q = np.nan_to_num(np.abs(experiment.effects_kq(screened)), nan=-1.0).max(axis=0)  # in any group
         known = np.flatnonzero(strength_q >= 0)
         strongest = known[np.argsort(-strength_q[known], kind="stable")[: config.top_k]]
         drawn = _draw(known, config.num_controls)
@@ -196,8 +201,8 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
     if screened is None:
         return Effects(computed, exact, controls)
     if experiment.is_all:
-        exact_uq, screened_uq = experiment.effects_uq(exact)[:, controls], experiment.effects_uq(screened)[:, drawn]
-        found = agreement(exact_uq.ravel(), screened_uq.ravel())
+        exact_kq, screened_kq = experiment.effects_kq(exact)[:, controls], experiment.effects_kq(screened)[:, drawn]
+        found = agreement(exact_kq.ravel(), screened_kq.ravel())
     else:
         found = _agreement_in_sample(experiment, every_gene, genes=drawn)
     return Effects(computed, exact, controls, screened, found)
@@ -218,7 +223,7 @@ def _agreement_in_sample(experiment: Experiment, every_gene: Perturbations, *, g
     exact_of = partial(sample.exact_effects, perturbations=controls)
     exact = sum_effects("exact controls", exact_of, cells, len(controls))
     screened = sum_effects("screened controls", sample.screened_effects, cells, len(every_gene))
-    return agreement(sample.effects_uq(exact).ravel(), sample.effects_uq(screened)[:, genes].ravel())
+    return agreement(sample.effects_kq(exact).ravel(), sample.effects_kq(screened)[:, genes].ravel())
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -104,15 +104,17 @@ def against_null(table: pd.DataFrame, null: Null, *, scale_q: np.ndarray) -> pd.
             mean_q[row], variance_q[row], count_q[row] = matched_z.mean(), matched_z.var(ddof=1), len(matched_z)
     errors_2q = np.stack([table["standard_error"].to_numpy(dtype=float) ** 2, variance_q * (1 + 1 / count_q)])
     freedoms_2q = np.stack([table["num_donors"].to_numpy(dtype=float), count_q]) - 1
-    _, p_q = welch_t(table["effect"].to_numpy(dtype=float) - mean_q, errors_2q, freedoms_2q)
-    columns = {"null_mean": mean_q, "p_value": p_q, "q_value": adjusted(p_q)}
+    _, p_q, adjusted_q = welch_test(table["effect"].to_numpy(dtype=float) - mean_q, errors_2q, freedoms_2q)
+    columns = {"null_mean": mean_q, "p_value": p_q, "q_value": adjusted_q}
     return pd.DataFrame(columns, index=table.index, dtype=float)
 
 
-def welch_t(
+def welch_test(
     difference_q: np.ndarray, squared_errors_2q: np.ndarray, freedoms_2q: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return Welch's t and its two-sided p-value for differences of two means.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return Welch's t for differences of two means, its two-sided p-value and the q-value, (q,) each.
+
+    The q-value is the p-value after Benjamini and Hochberg (1995); a missing difference has none and does not count.
 
     Args:
         difference_q: Difference of the means.
@@ -120,7 +122,7 @@ def welch_t(
         freedoms_2q: Degrees of freedom of each.
 
     Example:
-        >>> t, p = welch_t(np.array([2.0]), np.array([[0.5], [0.5]]), np.array([[4.0], [4.0]]))
+        >>> t, p, _ = welch_test(np.array([2.0]), np.array([[0.5], [0.5]]), np.array([[4.0], [4.0]]))
         >>> t.item(), round(p.item(), 4)
         (2.0, 0.0805)
     """
@@ -129,21 +131,11 @@ def welch_t(
     with np.errstate(divide="ignore", invalid="ignore"):
         freedom_q = squared_q**2 / ((squared_errors_2q**2 / freedoms_2q).sum(axis=0) + least)
     t_q = difference_q / np.sqrt(squared_q + least)
-    return t_q, 2 * stats.t.sf(np.abs(t_q), np.maximum(freedom_q, 1))
-
-
-def adjusted(p_q: np.ndarray) -> np.ndarray:
-    """Adjust p-values after Benjamini and Hochberg (1995); missing ones stay missing.
-
-    Example:
-        >>> adjusted(np.array([0.01, np.nan, 0.04])).tolist()
-        [0.02, nan, 0.04]
-    """
-    is_known_q = np.isfinite(p_q)
-    result_q = np.full(len(p_q), np.nan)
+    p_q = 2 * stats.t.sf(np.abs(t_q), np.maximum(freedom_q, 1))
+    is_known_q, adjusted_q = np.isfinite(p_q), np.full(len(p_q), np.nan)
     if is_known_q.any():
-        result_q[is_known_q] = stats.false_discovery_control(p_q[is_known_q])
-    return result_q
+        adjusted_q[is_known_q] = stats.false_discovery_control(p_q[is_known_q])
+    return t_q, p_q, adjusted_q
 
 
 # -- how good the screen is -------------------------------------------------------------------------------------------

@@ -14,14 +14,16 @@ import torch
 from scipy import sparse
 
 from perturbgene.configs import parse_args
+from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.files import claimed
 from perturbgene.inference.run import Run
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
 from perturbgene.perturbation import cells as cells_module
-from perturbgene.perturbation.cells import PartStore
+from perturbgene.perturbation.cells import GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.perturb import perturb
+from perturbgene.perturbation.readouts import StateReadout
 from perturbgene.training.train import tokenizer_facts
 from tests.nine_genes import a_tokenizer
 
@@ -233,6 +235,22 @@ def test_a_parquet_table_reads_back_as_the_csv(folder, tmp_path):
         assert main(command(folder, tmp_path / f"{suffix}.{suffix}")) == 0
     whole = pd.read_parquet(tmp_path / "parquet.parquet")
     pd.testing.assert_frame_equal(whole, pd.read_csv(tmp_path / "csv.csv"), rtol=1e-12)
+
+
+def test_effects_are_summed_by_donor_and_group_and_missing_ones_do_not_count(run, cells, monkeypatch):
+    monkeypatch.setattr(cells_module, "PART_CELLS", 7)
+    opened = GroupedCells.open(cells, run, StateReadout(), given={}, groupby="tissue", batch_size=3)
+
+    def effects_of(block: TokenBlock) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The effect of perturbation 1 is a cell's number, missing in every fourth cell."""
+        return np.arange(len(block)), np.ones(len(block), int), np.where(block.cells_n % 4, block.cells_n, np.nan)
+
+    sums_uq2 = sum_effects("numbers", effects_of, opened, 2)
+    assert opened.units_u2.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]]
+    numbers = pd.Series(np.where(np.arange(60) % 4, np.arange(60), np.nan))
+    expected = numbers.groupby([np.arange(60) % 3, np.arange(60) >= 40]).agg(["count", "sum"])
+    np.testing.assert_array_equal(sums_uq2[:, 1], expected)
+    assert not sums_uq2[:, 0].any()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_table(folder, tmp_path, caplog, monkeypatch):
