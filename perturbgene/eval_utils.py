@@ -70,7 +70,7 @@ def inference_mode(model: torch.nn.Module) -> Iterator[None]:
 class Question:
     """Which phenotypes are asked together, and which are given."""
 
-    name: str  #: In reports: "alone", "given_others", "together", "asked" or "classifier".
+    name: str  # in reports: "alone", "given_others", "together", "asked" or "classifier"
     asked: tuple[str, ...]
     given: tuple[str, ...] = ()
 
@@ -239,46 +239,22 @@ class Confusion:
 
 
 @dataclass
-class PhenotypeTally:
-    """Running counts of one phenotype under one question."""
+class Tally:
+    """Running counts of the answers to one question, and the sum of their losses (nats)."""
 
     confusion: Confusion
-    log_loss_sum: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    loss_sum: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
     def add(self, probability_nk: np.ndarray, true_n: np.ndarray) -> None:
-        """Count the cells whose label is known."""
+        """Count the cells whose label is known; the loss is the negative log-probability of it."""
         self.confusion.add(true_n, probability_nk.argmax(axis=1))
         known = np.flatnonzero(true_n >= 0)
-        self.log_loss_sum -= float(np.log(np.maximum(probability_nk[known, true_n[known]], 1e-12)).sum())
+        self.loss_sum -= float(np.log(np.maximum(probability_nk[known, true_n[known]], 1e-12)).sum())
 
-    def scores(self) -> Scores:
-        """Return scores, and `log_loss`: mean negative log-probability of the true label (nats)."""
+    def scores(self, loss_name: str = "log_loss") -> Scores:
+        """Return the scores, and the mean loss under its name."""
         scores = self.confusion.scores()
-        return {**scores, "log_loss": float(self.log_loss_sum[0]) / scores["n"] if scores["n"] else float("nan")}
-
-
-@dataclass
-class MaskedTally:
-    """Running losses of masked tokens, phenotypes first and genes second, and the confusion of genes' bins."""
-
-    bins: Confusion
-    sums: np.ndarray = field(default_factory=lambda: np.zeros(2))
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
-
-    def add(self, logits_mv: torch.Tensor, labels_m: torch.Tensor, *, first_bin_id: int) -> None:
-        """Count the masked tokens of one batch."""
-        losses_m = torch.nn.functional.cross_entropy(logits_mv.float(), labels_m, reduction="none").double()
-        is_gene_m = labels_m >= first_bin_id
-        for kind, is_kind_m in enumerate((~is_gene_m, is_gene_m)):
-            self.sums[kind] += float(losses_m[is_kind_m].sum())
-            self.counts[kind] += int(is_kind_m.sum())
-        predicted_m = logits_mv[is_gene_m, first_bin_id:].argmax(dim=-1)
-        self.bins.add((labels_m[is_gene_m] - first_bin_id).cpu().numpy(), predicted_m.cpu().numpy())
-
-    def means(self) -> dict[str, float]:
-        """Return the mean loss of masked phenotypes and of masked genes, in nats per token."""
-        means = self.sums / np.maximum(self.counts, 1)
-        return {"loss_phenotypes": float(means[0]), "loss_genes": float(means[1])}
+        return {**scores, loss_name: float(self.loss_sum[0]) / scores["n"] if scores["n"] else float("nan")}
 
 
 class LogitCollector:
@@ -313,7 +289,7 @@ class Evaluator:
     def reset(self) -> None:
         """Set all counts to zero."""
         self.tallies = {
-            (category, question.name): PhenotypeTally(Confusion(self.labels[category]))
+            (category, question.name): Tally(Confusion(self.labels[category]))
             for question in self.questions
             for category in question.asked
         }
@@ -342,7 +318,7 @@ class Evaluator:
 
     def sums(self) -> list[np.ndarray]:
         """Return the arrays that count; they add up over ranks."""
-        tallies = [(tally.confusion.counts_kk, tally.log_loss_sum) for tally in self.tallies.values()]
+        tallies = [(tally.confusion.counts_kk, tally.loss_sum) for tally in self.tallies.values()]
         return [*chain.from_iterable(tallies), self._num_cells]
 
     def set_sums(self, sums: Sequence[np.ndarray]) -> None:
@@ -381,7 +357,8 @@ class MlmEvaluator(Evaluator):
     def reset(self) -> None:
         """Set all counts to zero."""
         super().reset()
-        self.masked = MaskedTally(Confusion([f"bin_{b}" for b in range(self.tokenizer.bin_edges.num_edges + 1)]))
+        self.genes = Tally(Confusion([f"bin_{b}" for b in range(self.tokenizer.bin_edges.num_edges + 1)]))
+        self._masked_phenotypes = np.zeros(2)  # sum of losses, and number of tokens
 
     def _score(self, model: torch.nn.Module, block: TokenBlock) -> None:
         for question in self.questions:
@@ -392,30 +369,40 @@ class MlmEvaluator(Evaluator):
             batch = to_device(self.collator.collate_block(block), model_device(model))
             labels_m = batch.pop("labels")
             with inference_mode(model):
-                self.masked.add(model(**batch).logits, labels_m, first_bin_id=self.tokenizer.first_bin_id)
+                self.add_masked(model(**batch).logits, labels_m)
+
+    def add_masked(self, logits_mv: torch.Tensor, labels_m: torch.Tensor) -> None:
+        """Count the masked tokens of one batch: their losses, and which bins are predicted for genes."""
+        losses_m = torch.nn.functional.cross_entropy(logits_mv.float(), labels_m, reduction="none").double()
+        first_bin_id = self.tokenizer.first_bin_id
+        is_gene_m = labels_m >= first_bin_id
+        predicted_m = logits_mv[is_gene_m, first_bin_id:].argmax(dim=-1)
+        self.genes.confusion.add((labels_m[is_gene_m] - first_bin_id).cpu().numpy(), predicted_m.cpu().numpy())
+        self.genes.loss_sum += float(losses_m[is_gene_m].sum())
+        self._masked_phenotypes += (float(losses_m[~is_gene_m].sum()), int((~is_gene_m).sum()))
 
     def sums(self) -> list[np.ndarray]:
         """Return the arrays that count, those of masked tokens first."""
-        return [self.masked.bins.counts_kk, self.masked.sums, self.masked.counts, *super().sums()]
+        return [self.genes.confusion.counts_kk, self.genes.loss_sum, self._masked_phenotypes, *super().sums()]
 
     def results(self) -> dict[str, Any]:
         """Return phenotype -> question -> scores, and `genes` -> scores of masked genes' bins."""
-        results = super().results()
-        if self.collator is not None:
-            results["genes"] = {"masked": {**self.masked.bins.scores(), "loss": self.masked.means()["loss_genes"]}}
-        return results
+        genes = {} if self.collator is None else {"genes": {"masked": self.genes.scores("loss")}}
+        return super().results() | genes
 
     def confusions(self) -> dict[str, Confusion]:
         """Return one confusion for each phenotype and question, and one of gene bins, by name."""
-        return super().confusions() | ({"gene_bins": self.masked.bins} if self.collator is not None else {})
+        return super().confusions() | ({} if self.collator is None else {"gene_bins": self.genes.confusion})
 
     def flat_metrics(self, *, loss_weights: tuple[float, float]) -> dict[str, float]:
         """Return metrics by plain names, as a trainer logs them: `loss`, `loss_genes`, `cell_type_accuracy`, ..."""
         flat: dict[str, float] = {}
         if self.collator is not None:
-            flat = self.masked.means()
+            genes, (loss, num_tokens) = self.genes.scores("loss"), self._masked_phenotypes.tolist()
+            flat["loss_phenotypes"] = loss / max(num_tokens, 1)
+            flat["loss_genes"] = genes["loss"] if genes["n"] else 0.0
             flat["loss"] = loss_weights[0] * flat["loss_phenotypes"] + loss_weights[1] * flat["loss_genes"]
-            flat["gene_accuracy"] = self.masked.bins.scores()["accuracy"]
+            flat["gene_accuracy"] = genes["accuracy"]
         for (category, name), tally in self.tallies.items():
             if name == "alone":
                 scores = tally.scores()

@@ -99,22 +99,14 @@ def _id_and_symbol(name: object, id_: object, symbol: object) -> tuple[str, str]
 
 @dataclass(frozen=True)
 class CorpusGenes:
-    """The panel of a corpus and how the files measure it.
-
-    Args:
-        panel_of_union: Place in the panel of each gene of all files, int64 of shape (u,), -1 if it was not chosen.
-        measured_tg: True where a table has a gene of the panel, shape (t, g).
-        reports: What became of the columns of each table; `MEANING` explains the words.
-        remedies: Where a table's file has more genes of the panel, and the flag that reads them; '' if nowhere.
-        num_given_missing: Genes of a given panel that no file has.
-    """
+    """The panel of a corpus and how the files measure it."""
 
     panel: GenePanel
-    panel_of_union: np.ndarray
-    measured_tg: np.ndarray
-    reports: list[dict[str, Any]]
-    remedies: list[str]
-    num_given_missing: int
+    panel_of_union: np.ndarray  # place in the panel of each gene of all files, int64 of shape (u,), or -1
+    measured_tg: np.ndarray  # True where a table has a gene of the panel, shape (t, g)
+    reports: list[dict[str, Any]]  # what became of the columns of each table, in the words of `MEANING`
+    remedies: list[str]  # where a table's file has more genes of the panel, and the flag that reads them; or ''
+    num_given_missing: int  # genes of a given panel that no file has
 
 
 def choose_genes(plan: Plan, survey: Survey, statistics: Statistics, *, measured_tu: np.ndarray) -> CorpusGenes:

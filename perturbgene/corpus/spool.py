@@ -34,20 +34,14 @@ _ROUNDS = 6
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every cell goes and how it is written; decided after pass one.
-
-    Args:
-        texts: Column of obs -> all its labels, in both splits.
-        num_cells, num_shards: Split -> cells, and shards (also those from which all cells are dropped).
-        first_of_part: Split -> how many of its cells come before each part.
-    """
+    """Where every cell goes and how it is written; decided after pass one."""
 
     plan: Plan
     genes: CorpusGenes
-    texts: dict[str, list[str]]
-    num_cells: dict[str, int]
-    num_shards: dict[str, int]
-    first_of_part: dict[str, np.ndarray]
+    texts: dict[str, list[str]]  # column of obs -> all its labels, in both splits
+    num_cells: dict[str, int]  # split -> cells
+    num_shards: dict[str, int]  # split -> shards, also those from which all cells are dropped
+    first_of_part: dict[str, np.ndarray]  # split -> how many of its cells come before each part
 
 
 def shuffled_positions(numbers_n: np.ndarray, *, size: int, key: int) -> np.ndarray:

@@ -187,23 +187,15 @@ def per_10_000(block: ExpressionBlock, matrix: sparse.csr_matrix) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What pass one finds in training cells, summed over parts.
-
-    Args:
-        counts: Only for ranking by the variance of counts.
-        labels: Phenotype -> split -> label -> cells, '' where missing.
-        num_cells: Split -> cells.
-        cells_of_table: Training cells of each table of genes, int64 of shape (t,).
-        first_of_part: Split -> how many of its cells come before each part, int64 of shape (parts,).
-    """
+    """What pass one finds in training cells, summed over parts."""
 
     moments: GeneMoments
     histogram: ValueHistogram
-    counts: CountTable | None
-    labels: dict[str, dict[str, Counter[str]]]
-    num_cells: dict[str, int]
-    cells_of_table: np.ndarray
-    first_of_part: dict[str, np.ndarray]
+    counts: CountTable | None  # only for ranking by the variance of counts
+    labels: dict[str, dict[str, Counter[str]]]  # phenotype -> split -> label -> cells, '' where missing
+    num_cells: dict[str, int]  # split -> cells
+    cells_of_table: np.ndarray  # training cells of each table of genes, int64 of shape (t,)
+    first_of_part: dict[str, np.ndarray]  # split -> how many of its cells come before each part, shape (parts,)
 
 
 def count_part(plan: Plan, part: Part, path: Path) -> dict[str, Any]:

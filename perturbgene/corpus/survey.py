@@ -61,23 +61,14 @@ def open_files(sources: Sequence[Any], config: PrepareConfig, panel: GenePanel |
 
 @dataclass(frozen=True)
 class CellTable:
-    """What obs says of the cells of one file.
-
-    Args:
-        keys_n: Hash of each cell's name under the seed, uint64 of shape (n,).
-        units: What is kept whole by the split, such as donors; one empty text when cells are split one by one.
-        labels: Labels of every phenotype; those that mean "not known" are ''.
-        missing: Phenotype -> spelling -> cells, of labels that mean "not known".
-        lacks: Columns of obs that were asked for and that the file does not have (they are missing in all its cells),
-            each with the file's column of a similar name, or ''.
-    """
+    """What obs says of the cells of one file."""
 
     names_n: np.ndarray
-    keys_n: np.ndarray
-    units: Labels
-    labels: dict[str, Labels]
-    missing: dict[str, Counter[str]]
-    lacks: dict[str, str]
+    keys_n: np.ndarray  # hash of each cell's name under the seed, uint64 of shape (n,)
+    units: Labels  # what the split keeps whole, such as donors; one empty text when cells are split one by one
+    labels: dict[str, Labels]  # of every phenotype; those that mean "not known" are ''
+    missing: dict[str, Counter[str]]  # phenotype -> spelling -> cells, of labels that mean "not known"
+    lacks: dict[str, str]  # columns of obs that were asked for and are not there -> one of a similar name, or ''
 
     @classmethod
     def of(cls, shard: Shard, config: PrepareConfig, split_by: str) -> "CellTable":
@@ -125,54 +116,34 @@ def _alike(column: str, columns: Sequence[str], *, is_donor: bool) -> str:
 
 @dataclass(frozen=True)
 class FileSurvey:
-    """What one file says of its cells and genes.
-
-    Args:
-        key: Hash of its content, which decides the order of the files whatever their names.
-        state: Size and time of change, which show that a file was replaced; zeros if it is not a local file.
-        genes: Hash of its gene names; files that agree share one table of genes.
-        scale: What its values are.
-        notes: What a user should know about how they are read.
-        missing: Phenotype -> spelling -> cells, of labels that mean "not known".
-        units: Cells of each donor, '' where missing, and for all cells when cells are split.
-        units_of_label: Phenotype -> label -> donors that have a cell of that label.
-        lacks: As in `CellTable`.
-        cell_keys_n: Hash of each cell's name, uint64 of shape (n,); empty when donors are split.
-    """
+    """What one file says of its cells and genes; `missing` and `lacks` as in `CellTable`."""
 
     num_cells: int
-    key: str
-    state: tuple[int, int]
-    genes: str
+    key: str  # hash of its content, which decides the order of the files whatever their names
+    state: tuple[int, int]  # size and time of change, which show that a file was replaced; zeros if it is not local
+    genes: str  # hash of its gene names; files that agree share one table of genes
     scale: Scale
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a user should know about how its values are read
     missing: dict[str, Counter[str]]
-    units: Counter[str]
-    units_of_label: dict[str, dict[str, set[str]]]
+    units: Counter[str]  # cells of each donor, '' where missing, and for all cells when cells are split
+    units_of_label: dict[str, dict[str, set[str]]]  # phenotype -> label -> donors that have a cell of that label
     lacks: dict[str, str]
-    cell_keys_n: np.ndarray
+    cell_keys_n: np.ndarray  # hash of each cell's name, uint64 of shape (n,); empty when donors are split
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What all files say, in the order of their content.
-
-    Args:
-        split_by: The obs column that is kept whole, or "cell".
-        units, missing, units_of_label: As in `FileSurvey`, over all files.
-        first_of_table: One file of each distinct table of genes.
-        table_of_source: Each file's table of genes, int64 of shape (files,).
-    """
+    """What all files say, in the order of their content; `units`, `missing` and `units_of_label` are sums."""
 
     sources: list[Any]
     files: list[FileSurvey]
-    split_by: str
+    split_by: str  # the obs column that is kept whole, or "cell"
     num_cells: int
     units: Counter[str]
     missing: dict[str, Counter[str]]
     units_of_label: dict[str, dict[str, set[str]]]
-    first_of_table: list[int]
-    table_of_source: np.ndarray
+    first_of_table: list[int]  # one file of each distinct table of genes
+    table_of_source: np.ndarray  # each file's table of genes, int64 of shape (files,)
 
 
 def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers) -> Survey:
@@ -321,29 +292,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What every process that reads files must know.
+    """What every process that reads files must know."""
 
-    Args:
-        key: Fingerprint of all that the corpus depends on.
-        folder: Where parts and shards are written.
-        sources, sizes, table_of_source: The files (or AnnData objects), their numbers of cells and tables of genes.
-        as_counts: True writes counts, False log1p counts per 10,000.
-        union: The genes of all files.
-        split_by: The obs column that the split keeps whole, or "cell".
-        eval_units, highest_eval_key: What `hold_out` returns.
-        flavor: How genes are ranked.
-    """
-
-    key: str
-    folder: Path
+    key: str  # fingerprint of all that the corpus depends on
+    folder: Path  # where parts and shards are written
     config: PrepareConfig
-    sources: list[Any]
-    sizes: list[int]
+    sources: list[Any]  # files or AnnData objects
+    sizes: list[int]  # number of cells of each
     table_of_source: np.ndarray
-    as_counts: bool
-    union: GenePanel
+    as_counts: bool  # True writes counts, False log1p counts per 10,000
+    union: GenePanel  # the genes of all files
     split_by: str
-    eval_units: frozenset[str]
+    eval_units: frozenset[str]  # what is held out, see `hold_out`
     highest_eval_key: int
     flavor: HvgFlavor
 

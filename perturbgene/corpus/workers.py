@@ -92,17 +92,11 @@ def _write_file(
 
 @dataclass(frozen=True)
 class Workers:
-    """What runs tasks.
+    """What runs tasks."""
 
-    Args:
-        executor: Where they run; None runs them in this process, one after the other.
-        num_processes: Number of tasks that run at once.
-        losses: Errors that mean that a worker process has died.
-    """
-
-    executor: Executor | None = None
-    num_processes: int = 1
-    losses: tuple[type[Exception], ...] = (BrokenExecutor,)
+    executor: Executor | None = None  # None runs them in this process, one after the other
+    num_processes: int = 1  # how many run at once
+    losses: tuple[type[Exception], ...] = (BrokenExecutor,)  # errors that mean that a worker process has died
 
     def run(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """Yield (item, result) as results come, in any order."""

@@ -61,10 +61,8 @@ class Speed:
     """Counts the cells and tokens of batches, and reports them per second, added over all processes."""
 
     sum_over_ranks: Callable[[list[float]], list[float]] = list
-    #: Cells of the current step: one array (2, n) of numbers and lengths per batch.
-    cells: list[np.ndarray] = field(default_factory=list)
-    #: Tokens of the largest batch that the model has finished.
-    most_tokens: int = 0
+    cells: list[np.ndarray] = field(default_factory=list)  # of the step: numbers and lengths (2, n) of each batch
+    most_tokens: int = 0  # of the largest batch that the model has finished
     _num_cells: int = 0
     _num_tokens: int = 0
     _since: float | None = None

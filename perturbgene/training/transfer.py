@@ -37,17 +37,11 @@ _NUM_SPECIAL = len(SPECIAL_TOKENS)
 
 @dataclass(frozen=True)
 class NameMap:
-    """Which old rows make each new one; a row without old ones is fresh.
+    """Which old rows make each new one; a row without old ones is fresh."""
 
-    Args:
-        ids_vo: Share of each old input id in each new one, shape (v, o).
-        types_to: Share of each old token type in each new one, shape (t, o).
-        lines: What is kept, fresh, dropped and carried over.
-    """
-
-    ids_vo: sparse.csr_matrix
-    types_to: sparse.csr_matrix
-    lines: tuple[str, ...]
+    ids_vo: sparse.csr_matrix  # share of each old input id in each new one
+    types_to: sparse.csr_matrix  # share of each old token type in each new one
+    lines: tuple[str, ...]  # what is kept, fresh, dropped and carried over
 
 
 def name_map(old: GeneTokenizer, new: GeneTokenizer, *, source: str) -> NameMap:

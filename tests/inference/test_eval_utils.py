@@ -14,10 +14,9 @@ from perturbgene.errors import InputError
 from perturbgene.eval_utils import (
     ClassEvaluator,
     Confusion,
-    MaskedTally,
     MlmEvaluator,
-    PhenotypeTally,
     Question,
+    Tally,
     gene_log_likelihood,
     inference_mode,
     question_logits,
@@ -185,35 +184,38 @@ def test_a_cell_without_genes_has_no_score(model, make_adata, four_gene_tokenize
 
 
 def test_log_loss_is_the_mean_negative_logarithm_of_the_true_label():
-    tally = PhenotypeTally(Confusion(["a", "b"]))
+    tally = Tally(Confusion(["a", "b"]))
     tally.add(np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([0, 1]))
     assert tally.scores()["log_loss"] == pytest.approx(-(np.log(0.5) + np.log(0.1)) / 2)
 
 
 def test_log_loss_of_an_impossible_label_is_finite():
-    tally = PhenotypeTally(Confusion(["a", "b"]))
+    tally = Tally(Confusion(["a", "b"]))
     tally.add(np.array([[1.0, 0.0]]), np.array([1]))
     assert tally.scores()["log_loss"] == pytest.approx(-np.log(1e-12))
 
 
 def test_a_cell_without_label_adds_no_loss():
-    tally = PhenotypeTally(Confusion(["a", "b"]))
+    tally = Tally(Confusion(["a", "b"]))
     tally.add(np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([0, -1]))
     assert (tally.scores()["n"], tally.scores()["log_loss"]) == (1, pytest.approx(np.log(2)))
 
 
-def test_masked_losses_are_means_over_their_own_tokens():
-    tally = MaskedTally(Confusion(["bin_0", "bin_1"]))
-    logits_mv = torch.log(torch.tensor([[0.5, 0.1, 0.2, 0.2], [0.1, 0.1, 0.2, 0.6], [0.1, 0.1, 0.7, 0.1]]))
-    tally.add(logits_mv, torch.tensor([0, 3, 3]), first_bin_id=2)
-    means = {"loss_phenotypes": -np.log(0.5), "loss_genes": -(np.log(0.6) + np.log(0.1)) / 2}
-    assert tally.means() == pytest.approx(means, abs=1e-6)
+def test_masked_losses_are_means_over_their_own_tokens(evaluator):
+    """Token 5 is a label, tokens 8 to 11 are the bins."""
+    probability_mv = torch.full((3, 12), 0.01)
+    probability_mv[[0, 1, 2], [5, 9, 10]] = 0.89
+    evaluator.add_masked(torch.log(probability_mv), torch.tensor([5, 9, 8]))
+    flat = evaluator.flat_metrics(loss_weights=(1.0, 1.0))
+    assert flat["loss_phenotypes"] == pytest.approx(-np.log(0.89), abs=1e-6)
+    assert flat["loss_genes"] == pytest.approx(-(np.log(0.89) + np.log(0.01)) / 2, abs=1e-6)
 
 
-def test_a_masked_gene_is_answered_by_a_bin():
-    tally = MaskedTally(Confusion(["bin_0", "bin_1"]))
-    tally.add(torch.tensor([[9.0, 0.0, 2.0, 1.0]]), torch.tensor([3]), first_bin_id=2)
-    assert tally.bins.counts_kk.tolist() == [[0, 0], [1, 0]]
+def test_a_masked_gene_is_answered_by_a_bin(evaluator):
+    logits_mv = torch.zeros(1, 12)
+    logits_mv[0, [0, 10]] = torch.tensor([9.0, 2.0])
+    evaluator.add_masked(logits_mv, torch.tensor([11]))
+    assert evaluator.confusions()["gene_bins"].table().loc["bin_3", "bin_2"] == 1
 
 
 def test_cells_without_label_are_not_scored(model, cells, evaluator):
