@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 #: What `where` may be: column of obs -> value or values, or entries COLUMN=VALUE as on the command line.
 Where = Mapping[str, Any] | Sequence[str]
-#: Rows closer than this are fetched by one read, the ones between being thrown away.
-READ_GAP_ROWS = 32
 
 
 class ChosenCells(CellSource):
@@ -67,10 +65,10 @@ class ChosenCells(CellSource):
         return len(self.rows_n), self.base.shape[1]
 
     def read_rows(self, start: int, stop: int) -> Rows:
-        return read_runs(self.base, self.rows_n[start:stop])
+        return self.base.read(self.rows_n[start:stop])
 
-    def gather_rows(self, rows_m: np.ndarray) -> Rows | None:
-        return self.base.gather_rows(self.rows_n[rows_m])
+    def read(self, rows_m: np.ndarray) -> Rows:
+        return self.base.read(self.rows_n[rows_m])
 
     def _column(self, frame: str, column: str) -> pd.Series:
         values = self.base._column(frame, column)
@@ -115,30 +113,6 @@ class ChosenCells(CellSource):
 
     def close(self) -> None:
         self.base.close()
-
-
-def read_runs(source: CellSource, rows_m: np.ndarray) -> Rows:
-    """Read rows of a source, sorted ascending."""
-    if (gathered := source.gather_rows(rows_m)) is not None:
-        return gathered
-    if isinstance(source, ChosenCells):
-        return read_runs(source.base, source.rows_n[rows_m])
-    if not len(rows_m):
-        return Rows(np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
-    runs = []
-    for run in np.split(rows_m, np.flatnonzero(np.diff(rows_m) > READ_GAP_ROWS) + 1):
-        rows = source.read_rows(int(run[0]), int(run[-1]) + 1)
-        if len(run) < len(rows.offsets_m1) - 1:
-            is_wanted_m = np.zeros(len(rows.offsets_m1) - 1, dtype=bool)
-            is_wanted_m[run - run[0]] = True
-            rows = rows.keep(np.repeat(is_wanted_m, np.diff(rows.offsets_m1)))
-            rows = rows._replace(offsets_m1=rows.offsets_m1[np.append(run - run[0], -1)])
-        runs.append(rows)
-    if len(runs) == 1:
-        return runs[0]
-    lengths_m = np.concatenate([np.diff(rows.offsets_m1) for rows in runs])
-    values_l, columns_l = (np.concatenate([rows[part] for rows in runs]) for part in range(2))
-    return Rows(values_l, columns_l, np.concatenate([[0], np.cumsum(lengths_m)]))
 
 
 def check_where(

@@ -481,17 +481,12 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     def _own_rows(self, begin: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yield this worker's rows of each round, in order, and the sizes of their batches (None: equal)."""
-        sampler = self._sampler(begin)
-        if self.tokens_per_batch:
-            for first, rows_n, sizes_b in self.batch_sampler().rounds(skip=begin):
-                is_own_b = sampler.holds(first + np.arange(len(sizes_b)))
-                if is_own_b.any():
-                    yield rows_n[np.repeat(is_own_b, sizes_b)], sizes_b[is_own_b]
-            return
-        for start, rows_n in self.cell_sampler().rounds(skip=begin):
-            is_own_n = sampler.holds(start + np.arange(len(rows_n)))
-            if is_own_n.any():
-                yield rows_n[is_own_n], None
+        sampler, units = self._sampler(begin), self.batch_sampler() if self.tokens_per_batch else self.cell_sampler()
+        for first, rows_n, *sizes in units.rounds(skip=begin):
+            sizes_u = sizes[0] if sizes else np.ones(len(rows_n), dtype=np.int64)
+            is_own_u = sampler.holds(first + np.arange(len(sizes_u)))
+            if is_own_u.any():
+                yield rows_n[np.repeat(is_own_u, sizes_u)], sizes_u[is_own_u] if sizes else None
 
     # -- the cells ------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Owns everything HDF5 and zarr about reading; knows nothing of panels, tokens or 
 c columns, l values.
 """
 
-import gzip
+import csv
 import itertools
 import os
 from collections.abc import Iterator
@@ -25,6 +25,9 @@ from perturbgene.urls import is_url, parts_of, shown_path
 
 #: A compressor cannot shrink zeros by more than about this (deflate: 1,032), so a file that claims more holds nothing.
 MOST_COMPRESSION = 5_000
+
+#: Rows closer than this are fetched by one read, the ones between being thrown away.
+READ_GAP_ROWS = 32
 
 #: Rows of a matrix in memory that are compressed at a time.
 _BLOCK_ROWS = 4096
@@ -103,9 +106,24 @@ class CellSource:
         """Read the neighboring rows from `start` to `stop` - 1."""
         raise NotImplementedError
 
-    def gather_rows(self, rows_m: np.ndarray) -> Rows | None:
-        """Read scattered rows where that costs no more than neighboring ones, else return None."""
-        return None
+    def read(self, rows_m: np.ndarray) -> Rows:
+        """Read rows, sorted ascending."""
+        if not len(rows_m):
+            return Rows(np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+        runs = []
+        for run in np.split(rows_m, np.flatnonzero(np.diff(rows_m) > READ_GAP_ROWS) + 1):
+            rows = self.read_rows(int(run[0]), int(run[-1]) + 1)
+            if len(run) < len(rows.offsets_m1) - 1:
+                is_wanted_m = np.zeros(len(rows.offsets_m1) - 1, dtype=bool)
+                is_wanted_m[run - run[0]] = True
+                rows = rows.keep(np.repeat(is_wanted_m, np.diff(rows.offsets_m1)))
+                rows = rows._replace(offsets_m1=rows.offsets_m1[np.append(run - run[0], -1)])
+            runs.append(rows)
+        if len(runs) == 1:
+            return runs[0]
+        lengths_m = np.concatenate([np.diff(rows.offsets_m1) for rows in runs])
+        values_l, columns_l = (np.concatenate([rows[part] for rows in runs]) for part in range(2))
+        return Rows(values_l, columns_l, np.concatenate([[0], np.cumsum(lengths_m)]))
 
     def to_adata(self) -> Any:
         """Return all cells as an AnnData in memory.
@@ -332,9 +350,9 @@ class StoredCells(CellSource):
                 self._readers.append(SpanReader(array, path=self.file.filename) if is_span else ChunkReader(array))
         return self._readers
 
-    def gather_rows(self, rows_m: np.ndarray) -> Rows | None:
+    def read(self, rows_m: np.ndarray) -> Rows:
         if self.format != "csr" or not all(span.is_mapped for span in self._spans()):
-            return None
+            return super().read(rows_m)
         starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
         values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
         return Rows(values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)]))
@@ -635,20 +653,16 @@ def read_mtx_folder(folder: Path) -> Any:
             return found[0]
         raise FileNotFoundError(f"{names[0]} is missing")
 
-    def table(path: Path) -> list[list[str]]:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as stream:
-            return [line.rstrip("\r\n").split("\t") for line in stream]
+    def table(*names: str) -> pd.DataFrame:
+        as_written = {"dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_NONE}
+        return pd.read_csv(path_of(*names), sep="\t", header=None, **as_written)
 
-    features = table(path_of("features.tsv", "genes.tsv"))
-    barcodes = [row[0] for row in table(path_of("barcodes.tsv"))]
-    ids, symbols, types = ([row[at] for row in features if len(row) > at] for at in range(3))
-    var = pd.DataFrame(index=pd.Index(symbols if len(symbols) == len(ids) else ids))
-    if len(symbols) == len(ids):
-        var["gene_ids"] = ids
-    if len(types) == len(ids):
-        var["feature_types"] = types
+    features = table("features.tsv", "genes.tsv")
+    columns = features.rename(columns={0: "gene_ids", 1: "symbols", 2: "feature_types"})
+    var = columns.set_index("symbols" if "symbols" in columns else "gene_ids").rename_axis(None)
     matrix = sparse.csr_matrix(scanpy.read_mtx(path_of("matrix.mtx")).X.T)
-    return anndata.AnnData(matrix, obs=pd.DataFrame(index=barcodes), var=var)
+    obs = pd.DataFrame(index=table("barcodes.tsv")[0].to_numpy())
+    return anndata.AnnData(matrix, obs=obs, var=var[var.columns.intersection(["gene_ids", "feature_types"])])
 
 
 # -- matrices -----------------------------------------------------------------------------------------------------

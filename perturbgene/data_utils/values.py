@@ -12,7 +12,6 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from perturbgene.data_utils.chosen_cells import read_runs
 from perturbgene.data_utils.genes import features_of
 from perturbgene.data_utils.recognition import (
     AS_GIVEN,
@@ -233,7 +232,7 @@ class CellValues:
 
     def _read_genes(self, rows_m: np.ndarray) -> Rows:
         """Read rows without the columns that are not gene expression."""
-        rows = read_runs(self.source, rows_m)
+        rows = self.source.read(rows_m)
         if self._features is None or not len(rows.columns_l):
             return rows
         is_gene_c = self._features[0]

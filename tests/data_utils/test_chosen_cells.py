@@ -13,7 +13,7 @@ from scipy import sparse
 import perturbgene as pg
 from perturbgene.cli.options import conditions
 from perturbgene.corpus.manifest import Corpus
-from perturbgene.data_utils.chosen_cells import ChosenCells, read_runs
+from perturbgene.data_utils.chosen_cells import ChosenCells
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.errors import InputError
@@ -80,7 +80,7 @@ def test_a_view_has_the_chosen_cells_and_no_others(view: ChosenCells) -> None:
         found = sparse.csr_matrix(view.read_rows(start, stop), shape=(stop - start, 5)).toarray()
         np.testing.assert_array_equal(found, whole[rows_n[start:stop]])
     scattered = np.array([1, 5, 18])
-    found = sparse.csr_matrix(read_runs(view, scattered), shape=(3, 5)).toarray()
+    found = sparse.csr_matrix(view.read(scattered), shape=(3, 5)).toarray()
     np.testing.assert_array_equal(found, whole[rows_n[scattered]])
 
 
