@@ -86,11 +86,7 @@ _OTHER_FEATURES = re.compile(
 
 
 def features_of(source: Any) -> tuple[np.ndarray, str] | None:
-    """Return which columns of a file are gene expression, bool of shape (c,), and the others in words; None if all are.
-
-    Raises:
-        InputError: No column is gene expression.
-    """
+    """Return which columns of a file are gene expression, bool (c,), and the others in words; None if all are."""
     columns = [column for column in FEATURE_COLUMNS if column in source.columns_of(source.var_frame)]
     if not columns:
         return None
@@ -118,12 +114,7 @@ class GeneNames(NamedTuple):
 
 
 def names_of(source: Any, gene_id_column: str | None = None) -> GeneNames:
-    """Return what a file calls its genes; a column that is no gene has no name ('').
-
-    Args:
-        source: A `CellSource`, such as `H5adFile`.
-        gene_id_column: Column of `var` with the names, in place of `var_names`.
-    """
+    """Return what a `CellSource` calls its genes ('' if a column is none); `gene_id_column` replaces `var_names`."""
     known = source.columns_of(source.var_frame)
     ids, symbols = (
         tuple(np.array(source.var_column(column), dtype=object) for column in columns if column in known)
@@ -189,13 +180,7 @@ class GeneAlignment:
         return ", ".join(parts)
 
     def check_coverage(self, minimum: float, *, source: str, remedy: str = "") -> None:
-        """Raise an InputError when the file has too few of the panel's genes.
-
-        Args:
-            minimum: Least share of the panel's genes.
-            source: The file, for messages.
-            remedy: What to do in this case; empty if nothing better is known than the usual advice.
-        """
+        """Raise an InputError when the file has less than a share of the panel's genes; `remedy` is the best advice."""
         if self.coverage >= minimum and self.is_measured_g.any():
             return
         if not remedy and len(self.other_case) > self.is_measured_g.sum():
@@ -246,8 +231,8 @@ class GenePanel:
 
     @cached_property
     def _index_of_symbol(self) -> dict[str, int]:
-        unique = Counter(self.symbols)
-        return {symbol: i for i, symbol in enumerate(self.symbols) if symbol and unique[symbol] == 1}
+        num_genes = Counter(self.symbols)
+        return {symbol: i for i, symbol in enumerate(self.symbols) if symbol and num_genes[symbol] == 1}
 
     @cached_property
     def _uses_ensembl(self) -> bool:
@@ -263,11 +248,7 @@ class GenePanel:
         return self._index_of_id.get(key, self._index_of_symbol.get(key, NOT_IN_PANEL))
 
     def find_all(self, names: Sequence[str], *, flag: str) -> np.ndarray:
-        """Return the panel index of each id or symbol, int64 of the same length.
-
-        Raises:
-            InputError: The panel lacks one; the message suggests the nearest and names the flag.
-        """
+        """Return the panel index of each id or symbol, int64; an InputError suggests the nearest and names the flag."""
         found = np.array([self.find(name) for name in names], dtype=np.int64)
         for at in np.flatnonzero(found == NOT_IN_PANEL)[:1]:
             known = [name for name in dict.fromkeys([*self.symbols, *self.genes]) if name]
@@ -321,9 +302,7 @@ class GenePanel:
         unknown = tuple(columns[column] for column in np.flatnonzero(gene_of_column_c < 0) if columns[column])
         caseless = {name.casefold() for name in (*self.genes, *self.symbols) if name}
         has_few = len(claims) < len(self) / 2
-        is_prefixed_c = np.array(
-            [isinstance(name, str) and _GENOME.match(name.strip()) is not None for name in names_c]
-        )
+        is_prefixed_c = [isinstance(name, str) and _GENOME.match(name.strip()) is not None for name in names_c]
         return GeneAlignment(
             gene_of_column_c,
             len(self),
@@ -332,7 +311,7 @@ class GenePanel:
             unknown=unknown,
             other_case=tuple(name for name in unknown if name.casefold() in caseless) if has_few else (),
             num_copies=num_copies,
-            num_prefixed=int((is_prefixed_c & (gene_of_column_c >= 0)).sum()) if len(columns) else 0,
+            num_prefixed=int((gene_of_column_c[np.array(is_prefixed_c, dtype=bool)] >= 0).sum()),
         )
 
 

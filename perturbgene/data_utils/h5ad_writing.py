@@ -24,9 +24,6 @@ from perturbgene.errors import InputError
 from perturbgene.files import whole_file, whole_folder
 from perturbgene.urls import is_url, shown_path
 
-#: Rows of a matrix that are in memory while it is written.
-COPIED_ROWS = 4096
-
 
 def write_shard(
     path: Path, matrix: sparse.csr_matrix, *, obs: pd.DataFrame, var: pd.DataFrame, measured_tg: np.ndarray
@@ -71,14 +68,14 @@ def write_copy(
     """Copy cells and add columns to their `obs`, matrices to their `obsm` and entries to `uns["perturbgene"]`.
 
     The target's ending says whether it is an h5ad file or a zarr store. If the source is of the same kind, its matrix
-    is copied unread, and memory holds a block of rows of a matrix at a time. Otherwise memory holds all cells.
+    is copied unread. Otherwise memory holds all cells.
 
     Args:
         source: The file or store to copy, or its URL.
         target: Where the result goes, whole or not at all.
         uns: Entries, e.g. which run answered which question.
         obs: Name -> new column (it replaces one of the same name), one value per cell in the file's order.
-        obsm: Name -> matrix with `shape`, `dtype` and slices of rows (an array or a memmap).
+        obsm: Name -> matrix, an array or a memmap.
         layer: The matrix that was read, since there may be no `X`.
 
     Raises:
@@ -95,10 +92,12 @@ def write_copy(
             with _opened(temporary, is_zarr=is_zarr) as file:
                 if obs is not None and len(obs.keys()):
                     _add_columns(file, obs, known=known)
+                for group in ("obsm", "uns"):
+                    if group not in file:
+                        write_elem(file, group, {})
                 for name, matrix in (obsm or {}).items():
-                    _add_matrix(file, str(name), matrix, known=known)
-                if "uns" not in file:
-                    write_elem(file, "uns", {})
+                    _check_rows(matrix.shape[0], known)
+                    write_elem(file["obsm"], str(name), np.asarray(matrix))
                 write_elem(file["uns"], "perturbgene", dict(uns))
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
@@ -141,27 +140,10 @@ def _check_rows(count: int, known: CellSource) -> None:
         )
 
 
-def _add_matrix(file: h5py.File, name: str, matrix: Any, *, known: CellSource) -> None:
-    """Write a matrix into `obsm`, a block of rows at a time."""
-    from anndata.io import write_elem
-
-    _check_rows(matrix.shape[0], known)
-    if "obsm" not in file:
-        write_elem(file, "obsm", {})
-    node = file["obsm"]
-    if name in node:
-        del node[name]
-    create = node.create_dataset if isinstance(node, h5py.Group) else node.create_array
-    stored = create(name, shape=matrix.shape, dtype=matrix.dtype)
-    stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for start in range(0, matrix.shape[0], COPIED_ROWS):
-        stored[start : start + COPIED_ROWS] = matrix[start : start + COPIED_ROWS]
-
-
 def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, known: CellSource) -> None:
     """Write columns into `obs` without rewriting the columns that are there, so that odd ones stay as they are."""
     import anndata
-    from anndata.io import read_elem, write_elem
+    from anndata.io import write_elem
 
     def values_of(values: Any) -> Any:
         if isinstance(values, pd.Series):
@@ -180,11 +162,6 @@ def _add_columns(file: h5py.File, columns: Mapping[str, Any] | pd.DataFrame, *, 
             node.attrs["column-order"] = [*order, *map(str, columns)]
         return
     # Older anndata kept obs as one table, or categories apart from their columns: such an obs is rewritten.
-    if isinstance(node, h5py.Group):
-        table = read_elem(node)
-    else:
-        old = {name: known.obs_column(name).array for name in known.columns_of("obs")}
-        table = pd.DataFrame(old, index=known.obs_names)
-    del file["obs"]
+    new = {name: values_of(column) for name, column in columns.items()}
     with anndata.settings.override(allow_write_nullable_strings=True):
-        write_elem(file, "obs", table.assign(**{name: values_of(column) for name, column in columns.items()}))
+        write_elem(file, "obs", known.table("obs").assign(**new))

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -70,12 +70,8 @@ class Cell(dict[str, torch.Tensor]):
     is_measured_g: np.ndarray | None = None
 
 
-class _Round(NamedTuple):
-    """The tokens of one round: cells by row number, where each cell in order is, and sizes of batches (None: equal)."""
-
-    block: TokenBlock
-    place_m: np.ndarray
-    sizes_b: np.ndarray | None
+#: The tokens of one round: cells by row number, where each cell in order is, and sizes of batches (None: equal).
+_Round = tuple[TokenBlock, np.ndarray, np.ndarray | None]
 
 
 class BlockCollator(Protocol):
@@ -287,10 +283,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         return int(self._start[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order, from its first cell on; reaches live workers too.
-
-        Naming the current epoch again keeps a position that was loaded.
-        """
+        """Choose the epoch's order, in live workers too; naming the current one again keeps a loaded position."""
         if epoch != self.epoch:
             self._move(epoch, 0)
 
@@ -405,31 +398,19 @@ class IterableAnnDataset(IterableDataset[Cell]):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the stream: numbers and strings only, fit for JSON.
+        """Return the position of the stream, fit for JSON: `consumed` counts cells (or batches of `rule`) of all ranks.
 
         Loader workers run ahead of their consumer: with a loader that has workers, use `state_after`.
-
-        Returns:
-            `seed` and `epoch`, which fix the order; `consumed`, how many cells of that order are done over all ranks,
-            or how many batches, where `rule` names their budget; `num_cells` and `fingerprint`, by which the state of
-            another corpus is recognized.
         """
         return self._state(self._done)
 
     def state_after(self, num_batches: int) -> dict[str, Any]:
-        """Return the position once each rank has used so many batches since the stream began.
-
-        The stream begins at the first cell of the epoch, or where `load_state_dict` put it.
-        """
+        """Return the position once each rank has used so many batches since the epoch, or a loaded state, began."""
         done = self._begin + num_batches * self.units_per_batch * self.world_size
         return self._state(min(done, self.num_units()))
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that this data set cannot continue from.
-
-        Raises:
-            InputError: It was saved for another corpus, other batches, another seed or another version, or is no state.
-        """
+        """Raise an InputError if a state is of another corpus, other batches, another seed or version, or none."""
         if state.get("version") != STATE_VERSION or not {"seed", "epoch", "consumed", "fingerprint"} <= set(state):
             raise InputError(
                 f"{dict(state)} is no state of this version ({STATE_VERSION}). Give what `state_dict` returned."
@@ -457,13 +438,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration continue at the position of `state`; nothing before it is read.
 
-        The position is for the state's epoch: `set_epoch` of another one starts at its first cell, and so does a second
-        iteration. The numbers of ranks and workers may differ from those that saved the state; each cell that is left
-        still comes exactly once (in training, up to `world_size - 1` last cells of the epoch are left out as always).
+        Another epoch, or a second iteration, starts at the first cell. The numbers of ranks and workers may differ from
+        those that saved the state: each cell that is left still comes exactly once.
 
         Raises:
-            InputError: It was saved for another corpus, other batches, another seed or another version, or is no state;
-                or it is loaded within a loader worker.
+            InputError: It does not fit, see `check_state`, or is loaded within a loader worker.
         """
         if get_worker_info() is not None:
             raise InputError("a loader worker cannot load a state. Load it into the data set before the loader starts.")
@@ -491,10 +470,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     # -- the cells ------------------------------------------------------------------------------------------------
 
     def _windows(self, rows_m: np.ndarray) -> Iterator[list[tuple[Shard, int, np.ndarray]]]:
-        """Yield chunks of (shard, its first cell, rows) of a few files at a time.
-
-        A file kept in memory as a whole ends its window: the cache would close older ones, and reads reopen them.
-        """
+        """Yield chunks of (shard, its first cell, rows) of a few files at a time."""
         chunks: list[tuple[Shard, int, np.ndarray]] = []
         for number, (file, rows) in enumerate(split_rows(rows_m, starts_f=self._starts_f), start=1):
             shard, first_cell = self.shards[file], int(self._starts_f[file])
@@ -504,6 +480,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
                     "listed or during the run. Prepare the corpus again, or start a new run."
                 )
             chunks += [(shard, first_cell, rows[at : at + CHUNK_ROWS]) for at in range(0, len(rows), CHUNK_ROWS)]
+            # Of files that are held whole, the cache keeps few: another would close this one, and reads reopen it.
             if number % FILES_AT_ONCE == 0 or shard.source.format == "csc":
                 yield chunks
                 chunks = []
@@ -534,7 +511,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
             block = replace(block, labels_n=self._class_n[block.cells_n])
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
-        return _Round(block, place, sizes_b)
+        return block, place, sizes_b
 
     def _rounds(self, begin: int, epoch: int) -> Iterator[_Round]:
         """Yield rounds; a thread reads the next one while the current one is used."""
@@ -596,11 +573,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
                 yield cell
 
     def batches(self, collator: BlockCollator) -> "Batches":
-        """Return the same cells as finished batches, for `DataLoader(..., batch_size=None)`: the fast way.
-
-        Args:
-            collator: A `DataCollatorForPhenotypicMLM`, or what `collate_fn_wrapper` returns.
-        """
+        """Return the same cells as finished batches, for `DataLoader(..., batch_size=None)`: the fast way."""
         return Batches(self, collator)
 
 
@@ -616,15 +589,12 @@ class Batches(IterableDataset[dict[str, Any]]):
         return self.cells.num_batches()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order and masks; reaches live workers too."""
         self.cells.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the stream; see `IterableAnnDataset.state_dict`."""
         return self.cells.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration continue at a position; see `IterableAnnDataset.load_state_dict`."""
         self.cells.load_state_dict(state)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

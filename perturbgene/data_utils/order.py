@@ -80,10 +80,7 @@ class CellSampler:
         return positions[positions < len(self)]
 
     def rounds(self, *, skip: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position of the first cell, row numbers of the round in order), without whole rounds before `skip`.
-
-        Rows are numbered over all files in turn. A skipped round costs nothing but counting its cells.
-        """
+        """Yield (position of the first cell, row numbers of the round in order), without whole rounds before `skip`."""
         num_blocks, rows_of_block = len(self._block_order), self._rows_of_block
         num_rounds = max(1, -(-num_blocks // max(NUM_LANES, self.buffer_rows // rows_of_block)))
         blocks_per_round = max(1, -(-num_blocks // num_rounds))
@@ -234,10 +231,8 @@ class BudgetSampler:
     @cached_property
     def _rounds(self) -> list[tuple[int, np.ndarray]]:
         """Position of the first cell of each round, and the sizes of its batches."""
-        return [
-            (start, self._cut(rows_m, number)[1].astype(np.int32))
-            for number, (start, rows_m) in enumerate(self.cells.rounds())
-        ]
+        rounds = enumerate(self.cells.rounds())
+        return [(start, self._cut(rows_m, number)[1].astype(np.int32)) for number, (start, rows_m) in rounds]
 
     @cached_property
     def sizes_b(self) -> np.ndarray:
@@ -249,10 +244,7 @@ class BudgetSampler:
         return len(self.sizes_b)
 
     def rounds(self, *, skip: int = 0) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield (number of the first batch, row numbers in the order of the batches, sizes of the batches) of rounds.
-
-        Whole rounds before batch `skip` are left out.
-        """
+        """Yield (number of the first batch, row numbers by batch, sizes of batches), without rounds before `skip`."""
         first = 0
         for number, (start, sizes_b) in enumerate(self._rounds):
             if first + len(sizes_b) > skip:
@@ -267,10 +259,7 @@ _CHUNK_ROWS = 1024
 
 
 def stored_values(source: CellSource) -> np.ndarray:
-    """Count the values that are stored for each cell, int64 of shape (n,).
-
-    Of a CSR matrix on disk only the offsets are read; a dense matrix has to be read whole.
-    """
+    """Count the values that are stored for each cell, int64 of shape (n,), without reading those of a CSR matrix."""
     if isinstance(source, ChosenCells):
         return stored_values(source.base)[source.rows_n]
     if isinstance(source, StoredCells) and source.format == "csr":
@@ -286,13 +275,8 @@ def genes_per_value(
     """Measure on sampled cells how many of the stored values become genes of a sequence, at most 1.
 
     In a prepared shard nearly all do; elsewhere columns may be outside the panel, zeros may be stored, or values may be
-    below the first edge. The result is two standard errors above the mean, so that batches seldom exceed their budget.
-
-    Args:
-        shard: The cells.
-        tokenizer: Decides what becomes a token; its `max_length` is ignored.
-        stored_n: Stored values of each cell.
-        cells_per_batch: Cells over which errors even out.
+    below the first edge. The result is two standard errors above the mean, so that batches seldom exceed their budget:
+    errors even out over `cells_per_batch`. The tokenizer's `max_length` is ignored.
     """
     rows_m = np.unique(np.concatenate([np.arange(*span) for span in sampled_spans(len(shard))]))
     if not stored_n[rows_m].any():
@@ -309,12 +293,8 @@ def genes_per_value(
 def gene_counts(shard: "Shard", tokenizer: "GeneTokenizer", *, budget: int | None = None) -> np.ndarray:
     """Estimate the genes in each cell's sequence from its CSR row length, uint32 of shape (n,), cut to `max_length`.
 
-    A pure function of file and settings, and for a prepared shard a bound that no cell exceeds.
-
-    Args:
-        shard: The cells.
-        tokenizer: Gives panel, bins and layout of sequences.
-        budget: Tokens of the batches that the cells are for, None where single cells matter.
+    A pure function of file and settings, and for a prepared shard a bound that no cell exceeds. `budget` is that of the
+    batches that the cells are for, None where single cells matter.
     """
     if len(shard) == 0:
         return np.zeros(0, dtype=np.uint32)

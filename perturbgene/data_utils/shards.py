@@ -104,11 +104,7 @@ class Shard:
 
     @cached_property
     def alignment(self) -> GeneAlignment:
-        """The file's columns in the panel.
-
-        Raises:
-            InputError: Several columns are one gene, and the values are on no known scale, on which to sum them.
-        """
+        """The file's columns in the panel."""
         names, ids, symbols = names_of(self.source, self.gene_id_column)
         others = [*ids, *symbols]
         key = hashlib.blake2b(repr([names_c.tolist() for names_c in (names, *others)]).encode()).digest()
@@ -150,11 +146,7 @@ class Shard:
             logger.warning("%s: %s; cells are scored by what it measures", self.path, alignment.describe())
 
     def gene_remedy(self) -> str:
-        """Say where more genes of the panel are: in .raw, in another column of var, or among the names of cells.
-
-        Returns:
-            A sentence that names the flag to give; '' if nothing in the file has more of them.
-        """
+        """Say where more genes of the panel are, and which flag to give; '' if nothing in the file has more of them."""
 
         def coverage_of(names: np.ndarray) -> float:
             return self.panel.align(names).coverage
@@ -182,11 +174,7 @@ class Shard:
         return ""
 
     def label_column(self, category: str) -> pd.Series:
-        """Return the column of `obs` that holds a phenotype's labels, positional index.
-
-        Raises:
-            InputError: There is none; suggests the one with the nearest name.
-        """
+        """Return the column of `obs` that holds a phenotype's labels; an InputError suggests the nearest name."""
         column, known = self.obs_columns.get(category, category), self.source.columns_of("obs")
         if column not in known:
             alike = [name for name in known if plain_spelling(name) == plain_spelling(column)]
@@ -257,13 +245,9 @@ class Shard:
         return tables[source_n]
 
     def read(self, rows_m: np.ndarray, *, first_cell: int = 0) -> ExpressionBlock:
-        """Read rows, sorted ascending, as one block.
+        """Read rows, sorted ascending, as one block; `first_cell` is the number of the file's first in the data set.
 
         A cell of a prepared shard brings along which genes its own source measured, not which columns the shard has.
-
-        Args:
-            rows_m: Row numbers within the file, int64 of shape (m,), m >= 1.
-            first_cell: Number of the file's first cell in the data set.
         """
         assert self.measured is not None
         table_n = self._table_n[rows_m]  # before the tables are handed out: it may append one

@@ -61,19 +61,19 @@ class CellSource:
     format: str = "csr"
     is_held_whole: bool = False
 
-    def _frame(self, frame: str) -> pd.DataFrame:
+    def table(self, frame: str) -> pd.DataFrame:
         """Return `obs`, `var` or `raw/var`."""
         raise NotImplementedError
 
     def columns_of(self, frame: str) -> list[str]:
         """Return the names of the columns of `obs`, `var` or `raw/var`."""
-        return [str(name) for name in self._frame(frame).columns]
+        return [str(name) for name in self.table(frame).columns]
 
     def _column(self, frame: str, column: str) -> pd.Series:
-        return self._frame(frame)[column]
+        return self.table(frame)[column]
 
     def _index_of(self, frame: str) -> np.ndarray:
-        return np.asarray(self._frame(frame).index, dtype=object)
+        return np.asarray(self.table(frame).index, dtype=object)
 
     def varm_array(self, name: str) -> np.ndarray | None:
         """Return one array of `varm`, or None where there is none of that name."""
@@ -95,11 +95,7 @@ class CellSource:
 
     @property
     def var_frame(self) -> str:
-        """Where the columns of the chosen matrix are named.
-
-        Raises:
-            InputError: `.raw` was chosen and there is none.
-        """
+        """Where the columns of the chosen matrix are named; an InputError if `.raw` was chosen and there is none."""
         raise NotImplementedError
 
     def read_rows(self, start: int, stop: int) -> Rows:
@@ -126,11 +122,7 @@ class CellSource:
         return Rows(values_l, columns_l, np.concatenate([[0], np.cumsum(lengths_m)]))
 
     def to_adata(self) -> Any:
-        """Return all cells as an AnnData in memory.
-
-        Raises:
-            InputError: It cannot be read, or does not fit in memory.
-        """
+        """Return all cells as an AnnData in memory, or an InputError if it cannot be read or does not fit there."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -208,11 +200,7 @@ class StoredCells(CellSource):
 
     @property
     def file(self) -> Any:
-        """The open root group, reopened after a fork.
-
-        Raises:
-            InputError: It cannot be fetched or opened, keeps data in other files, is damaged, or is no AnnData.
-        """
+        """The open root group, reopened after a fork; an InputError says what a file is that is not read."""
         if self._file is None or self._pid != os.getpid():
             self._forget()
             self._file, self._pid = self._open(), os.getpid()
@@ -248,11 +236,7 @@ class StoredCells(CellSource):
 
     @property
     def matrix(self) -> Any:
-        """The chosen matrix, a group or an array.
-
-        Raises:
-            InputError: There is no such matrix, it is stored in an unknown form, or its size cannot be true.
-        """
+        """The chosen matrix, a group or an array."""
         return self._checked_matrix()[0]
 
     @property
@@ -264,7 +248,7 @@ class StoredCells(CellSource):
         return self.format == "csc"  # it is converted in memory
 
     def _checked_matrix(self) -> tuple[Any, str]:
-        """Return the matrix and how it is stored, looked at once each time the file is opened."""
+        """Return the matrix and how it is stored, checked once each time the file is opened."""
         file = self.file
         if self._matrix is not None:
             return self._matrix
@@ -317,11 +301,7 @@ class StoredCells(CellSource):
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each row's values start in a CSR matrix, int64 of shape (n + 1,).
-
-        Raises:
-            InputError: The offsets do not increase or do not fit the matrix.
-        """
+        """Where each row's values start in a CSR matrix, int64 of shape (n + 1,)."""
         group = self.matrix
         if self._offsets is None:
             offsets = np.asarray(group["indptr"][:], dtype=np.int64)
@@ -402,7 +382,7 @@ class StoredCells(CellSource):
             return pd.Series(self._read_elem(f"{frame}/{column}"))
         return super()._column(frame, column)
 
-    def _frame(self, frame: str) -> pd.DataFrame:
+    def table(self, frame: str) -> pd.DataFrame:
         node = self.file[frame]
         return _frame_of_table(node, self.file) if isinstance(node, h5py.Dataset) else self._read_elem(frame)
 
@@ -578,7 +558,7 @@ class MemoryFile(CellSource):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.adata.n_obs, len(self._frame(self.var_frame))
+        return self.adata.n_obs, len(self.table(self.var_frame))
 
     def read_rows(self, start: int, stop: int) -> Rows:
         offsets = self._matrix.indptr[start : stop + 1].astype(np.int64)
@@ -589,7 +569,7 @@ class MemoryFile(CellSource):
     def var_frame(self) -> str:
         return "raw/var" if self.layer == "raw" else "var"
 
-    def _frame(self, frame: str) -> pd.DataFrame:
+    def table(self, frame: str) -> pd.DataFrame:
         if frame == "raw/var" and self.adata.raw is None:
             raise InputError(f"{self.path} has no .raw. Choose another matrix with --layer.")
         return self.adata.raw.var if frame == "raw/var" else getattr(self.adata, frame)

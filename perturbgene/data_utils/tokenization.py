@@ -154,11 +154,7 @@ class TokenBuffer:
 
 
 def _sum_duplicates(block: ExpressionBlock) -> ExpressionBlock:
-    """Sum columns that are the same gene; the result has the columns of the panel.
-
-    Raises:
-        InputError: A value has no bin, or a column is outside the matrix: summing would hide both.
-    """
+    """Sum columns that are the same gene, unless a value has no bin or no column, which summing would hide."""
     check_values(block.values_l, source=block.source)
     is_outside_l = (block.columns_l < 0) | (block.columns_l >= len(block.alignment.gene_of_column_c))
     for at in np.flatnonzero(is_outside_l)[:1]:
@@ -292,11 +288,9 @@ class GeneTokenizer:
         return [list(self.vocabulary.id_range(category)) for category in self.vocabulary.categories]
 
     def most_genes(self, *, num_slots: int = 0) -> int:
-        """Return how many genes fit into a sequence next to [CLS], [EOS] and its phenotype slots.
+        """Return how many genes fit into a sequence next to [CLS], [EOS] and the phenotype slots of a question.
 
-        Args:
-            num_slots: Slots of a question; the slots that the cells were trained with are always kept free, so that a
-                long cell keeps the same genes whatever is asked.
+        The slots that the cells were trained with are always kept free: a long cell keeps its genes whatever is asked.
         """
         return max(0, self.max_length - 2 - max(len(self.included_phenotypes), num_slots))
 
@@ -306,11 +300,7 @@ class GeneTokenizer:
         return self.with_settings(included=included, max_length=2 + len(included) + most_genes)
 
     def convert_tokens_to_ids(self, tokens: str | tuple[str, str] | Sequence[Any]) -> int | list[int]:
-        """Return ids of token texts; a label of several categories needs (category, label).
-
-        Raises:
-            InputError: A token is unknown, or also the text of a label of another category.
-        """
+        """Return ids of token texts, or an InputError; a label of several categories needs (category, label)."""
         if isinstance(tokens, list):
             return [cast(int, self.convert_tokens_to_ids(token)) for token in tokens]
         if isinstance(tokens, tuple):
@@ -332,11 +322,7 @@ class GeneTokenizer:
         return [*SPECIAL_TOKENS, *labels, *(f"bin_{b}" for b in range(self.bin_edges.num_edges + 1))]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int] | torch.Tensor) -> str | list[str]:
-        """Return token texts of ids.
-
-        Raises:
-            InputError: An id is outside the vocabulary, such as -100.
-        """
+        """Return token texts of ids; an InputError if one is outside the vocabulary, such as -100."""
         if not isinstance(ids, int | np.integer):
             return [str(self.convert_ids_to_tokens(int(id_))) for id_ in ids]
         if not 0 <= ids < self.vocab_size:
@@ -495,9 +481,6 @@ class GeneTokenizer:
             path: The folder, or the file itself.
             max_length, included_phenotypes: How sequences are laid out, if not as the file says.
             _: What `AutoTokenizer` passes on and no tokenizer of ours needs.
-
-        Raises:
-            InputError: No such file, not JSON, or of another version.
         """
         path = local_run(path)
         file = path / TOKENIZER_FILE if path.is_dir() else path

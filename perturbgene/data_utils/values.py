@@ -94,11 +94,7 @@ class CellValues:
 
     @cached_property
     def scale(self) -> Scale:
-        """What the values are; recognized on sampled rows, checked on every block that is read.
-
-        Raises:
-            InputError: The scale is not known; the message names the matrices of the file whose scale is.
-        """
+        """What the values are, recognized on sampled rows; an InputError names the matrices whose scale is known."""
         try:
             return self._recognized()
         except InputError as error:
