@@ -179,22 +179,6 @@ class GeneAlignment:
             parts.append(f"{len(self.unknown):,} columns not in the panel")
         return ", ".join(parts)
 
-    def check_coverage(self, minimum: float, *, source: str, remedy: str = "") -> None:
-        """Raise an InputError when the file has less than a share of the panel's genes; `remedy` is the best advice."""
-        if self.coverage >= minimum and self.is_measured_g.any():
-            return
-        if not remedy and len(self.other_case) > self.is_measured_g.sum():
-            remedy = (
-                f"{len(self.other_case):,} more differ in upper and lower case only "
-                f"({listed(self.other_case, most=3)}), as mouse symbols differ from human ones. If it is the same "
-                "species, write them as the panel does (var_names.str.upper())."
-            )
-        usual = "Name the right column with --gene_id_column, or lower --min_gene_coverage if the file really measures "
-        raise InputError(
-            f"{source}: {self.describe()}, under --min_gene_coverage {minimum:g}; its first names are "
-            f"{listed(self.unknown, most=3) or 'blank'}. {remedy or f'{usual}so few of these genes.'}"
-        )
-
 
 @dataclass(frozen=True)
 class GenePanel:

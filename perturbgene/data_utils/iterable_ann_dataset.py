@@ -591,12 +591,6 @@ class Batches(IterableDataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         self.cells.set_epoch(epoch)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.cells.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.cells.load_state_dict(state)
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield what the collator makes of each block."""
         for block in self.cells.blocks():

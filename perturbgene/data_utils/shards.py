@@ -88,7 +88,7 @@ class Shard:
     constant_labels: dict[str, int] = field(default_factory=dict)
     missing_labels: Sequence[str] = ()
     alignments: dict[bytes, GeneAlignment] = field(default_factory=dict)
-    measured: MeasuredGenes | None = None
+    measured: MeasuredGenes = None  # type: ignore[assignment]  # tables of its own, see below
 
     def __post_init__(self) -> None:
         self.measured = self.measured or MeasuredGenes(len(self.panel))
@@ -127,7 +127,6 @@ class Shard:
     @property
     def coverage(self) -> float:
         """Share of the panel's genes that its cells were measured with, in 0..1; the least if they differ."""
-        assert self.measured is not None
         tables = np.unique(self._table_n)
         return float(self.measured.measured_tg[tables].mean(axis=1).min()) if len(tables) else self.alignment.coverage
 
@@ -136,10 +135,21 @@ class Shard:
 
         A warning says if another matrix of the file has more of them.
         """
-        alignment = self.alignment
+        alignment, other_case = self.alignment, self.alignment.other_case
         is_refused = alignment.coverage < minimum or not alignment.is_measured_g.any()
         remedy = self.gene_remedy() if is_refused or alignment.coverage < 1 else ""
-        alignment.check_coverage(minimum, source=self.path, remedy=remedy)
+        if is_refused:
+            if not remedy and len(other_case) > alignment.is_measured_g.sum():
+                remedy = (
+                    f"{len(other_case):,} more differ in upper and lower case only ({listed(other_case, most=3)}), as "
+                    "mouse symbols differ from human ones. If it is the same species, write them as the panel does "
+                    "(var_names.str.upper())."
+                )
+            usual = "Name the right column with --gene_id_column, or lower --min_gene_coverage if the file really "
+            raise InputError(
+                f"{self.path}: {alignment.describe()}, under --min_gene_coverage {minimum:g}; its first names are "
+                f"{listed(alignment.unknown, most=3) or 'blank'}. {remedy or f'{usual}measures so few of these genes.'}"
+            )
         if remedy:
             logger.warning("%s: %s. %s", self.path, alignment.describe(), remedy)
         elif alignment.coverage < 0.5:
@@ -227,10 +237,19 @@ class Shard:
     @cached_property
     def _table_n(self) -> np.ndarray:
         """The table of measured genes of each cell: as `prepare` noted it, else the genes that the file has."""
-        assert self.measured is not None
-        measured_tc = _measured_columns(self.source) if self.source.var_frame == "var" else None
-        if measured_tc is None or SOURCE_COLUMN not in self.source.columns_of("obs"):
+        measured_ct = self.source.varm_array(MEASURED_KEY) if self.source.var_frame == "var" else None
+        num_columns = self.source.shape[1]
+        if measured_ct is not None and not (
+            measured_ct.dtype == np.uint8 and measured_ct.ndim == 2 and len(measured_ct) == num_columns
+        ):
+            raise InputError(
+                f"{self.path}: varm[{MEASURED_KEY!r}] of shape {measured_ct.shape} and type {measured_ct.dtype} does "
+                f"not say which of {num_columns:,} columns were measured. "
+                "Make the file again with `perturbgene prepare`."
+            )
+        if measured_ct is None or SOURCE_COLUMN not in self.source.columns_of("obs"):
             return np.full(len(self), self.measured.table_of(self.alignment.is_measured_g), dtype=np.int64)
+        measured_tc = measured_ct.T.astype(bool)  # which columns each table of a corpus measured
         source_n = one_per_cell(self.source.obs_column(SOURCE_COLUMN).to_numpy(dtype=np.int64), self.values)
         if len(source_n) and not 0 <= source_n.min() <= source_n.max() < len(measured_tc):
             raise InputError(
@@ -249,7 +268,6 @@ class Shard:
 
         A cell of a prepared shard brings along which genes its own source measured, not which columns the shard has.
         """
-        assert self.measured is not None
         table_n = self._table_n[rows_m]  # before the tables are handed out: it may append one
         rows, library_size_m, is_linear = self.values.read(rows_m, is_summed=bool(self.alignment.duplicated))
         return ExpressionBlock(
@@ -306,16 +324,3 @@ class ShardCache:
         """Close all files; they open again when used."""
         while self._open:
             self._open.popitem()[1].source.close()
-
-
-def _measured_columns(source: CellSource) -> np.ndarray | None:
-    """Return which columns each table of a corpus measured, bool of shape (t, c), or None where nothing says so."""
-    measured_ct, num_columns = source.varm_array(MEASURED_KEY), source.shape[1]
-    if measured_ct is None:
-        return None
-    if measured_ct.dtype != np.uint8 or measured_ct.ndim != 2 or len(measured_ct) != num_columns:
-        raise InputError(
-            f"{source.path}: varm[{MEASURED_KEY!r}] of shape {measured_ct.shape} and type {measured_ct.dtype} does not "
-            f"say which of {num_columns:,} columns were measured. Make the file again with `perturbgene prepare`."
-        )
-    return measured_ct.T.astype(bool)

@@ -8,6 +8,8 @@ import csv
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,9 +190,6 @@ class StoredCells(CellSource):
         self.__dict__.update(state)
         self._forget()
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r}, layer={self.layer!r})"
-
     def _open(self) -> Any:
         """Open the root group and check it."""
         raise NotImplementedError
@@ -215,7 +214,11 @@ class StoredCells(CellSource):
         """Raise an InputError if the file is no AnnData, or holds what anndata could not read back from a copy."""
         if kind := kind_of_store(file, self.path):
             raise InputError(f"{self.path} is {kind.what}. {kind.remedy}")
-        known = _known_encodings()
+        known: set[tuple[str, str]] = set()  # empty if anndata does not say what it reads
+        with suppress(ImportError, AttributeError, ValueError):
+            from anndata._io.specs.registry import _REGISTRY
+
+            known = {(spec.encoding_type, spec.encoding_version) for _, spec, _ in _REGISTRY.read}
         for node in _walk(file):
             encoding = _text(node.attrs.get("encoding-type", "")), _text(node.attrs.get("encoding-version", ""))
             if encoding[0] and known and encoding not in known:
@@ -233,11 +236,6 @@ class StoredCells(CellSource):
                     )
 
     # -- the matrix ------------------------------------------------------------------------------------------------
-
-    @property
-    def matrix(self) -> Any:
-        """The chosen matrix, a group or an array."""
-        return self._checked_matrix()[0]
 
     @property
     def format(self) -> str:  # type: ignore[override]
@@ -293,7 +291,7 @@ class StoredCells(CellSource):
 
     @property
     def shape(self) -> tuple[int, int]:
-        matrix = self.matrix
+        matrix, _ = self._checked_matrix()
         shape = matrix.shape if _is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
         if shape is None or len(shape) != 2:
             raise InputError(f"{self.path}: {self.matrix_name} does not say its shape. Re-save it with anndata.")
@@ -302,7 +300,7 @@ class StoredCells(CellSource):
     @property
     def offsets(self) -> np.ndarray:
         """Where each row's values start in a CSR matrix, int64 of shape (n + 1,)."""
-        group = self.matrix
+        group, _ = self._checked_matrix()
         if self._offsets is None:
             offsets = np.asarray(group["indptr"][:], dtype=np.int64)
             length = min(group["data"].shape[0], group["indices"].shape[0])
@@ -312,7 +310,7 @@ class StoredCells(CellSource):
         return self._offsets
 
     def _whole_csr(self) -> sparse.csr_matrix:
-        group = self.matrix
+        group, _ = self._checked_matrix()
         if self._whole is None:
             parts = (_supported(group["data"][:]), group["indices"][:], group["indptr"][:])
             try:
@@ -325,9 +323,11 @@ class StoredCells(CellSource):
         """Return readers of the values and columns of a CSR matrix, or of the rows of a dense one."""
         matrix, format_ = self._checked_matrix()
         if not self._readers:
-            for array in [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]:
-                is_span = isinstance(array, h5py.Dataset) and array.ndim == 1
-                self._readers.append(SpanReader(array, path=self.file.filename) if is_span else ChunkReader(array))
+            arrays = [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]
+            is_span = isinstance(matrix, h5py.Group)
+            self._readers = [  # all at once, for other threads
+                SpanReader(array, path=self.file.filename) if is_span else ChunkReader(array) for array in arrays
+            ]
         return self._readers
 
     def read(self, rows_m: np.ndarray) -> Rows:
@@ -483,16 +483,6 @@ def _walk(node: Any) -> Iterator[Any]:
             yield from _walk(node[name])
 
 
-def _known_encodings() -> set[tuple[str, str]]:
-    """Return the encodings (type and version) that the installed anndata reads; empty if it does not say."""
-    try:
-        from anndata._io.specs.registry import _REGISTRY
-
-        return {(spec.encoding_type, spec.encoding_version) for _, spec, _ in _REGISTRY.read}
-    except (ImportError, AttributeError, ValueError):
-        return set()
-
-
 def _reason(error: Exception) -> str:
     """Return the first line of an error, without secrets."""
     lines = str(error).strip().splitlines()
@@ -528,13 +518,8 @@ class MemoryFile(CellSource):
     """
 
     def __init__(self, adata: Any, layer: str | None = None, path: str = "AnnData") -> None:
-        self._adata, self.layer, self.path = adata, layer, path
+        self.adata, self.layer, self.path = adata, layer, path
         self._csr: sparse.csr_matrix | None = None
-
-    @property
-    def adata(self) -> Any:
-        """The cells."""
-        return self._adata
 
     @property
     def _matrix(self) -> sparse.csr_matrix:
@@ -588,32 +573,29 @@ class TenxFile(MemoryFile):
     is_held_whole = True
 
     def __init__(self, path: str, layer: str | None = None) -> None:
-        super().__init__(None, layer, shown_path(path))
-        self._place = path
+        self._place, self.path, self.layer, self._csr = path, shown_path(path), layer, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_adata": None, "_csr": None}
+        return {"_place": self._place, "path": self.path, "layer": self.layer, "_csr": None}
 
     def close(self) -> None:
-        """Free the memory; the next access reads the file again."""
-        self._adata = self._csr = None
+        self.__dict__.pop("adata", None)
+        self._csr = None
 
-    @property
+    @cached_property
     def adata(self) -> Any:
         """The cells, with genes by symbol and their ids in `var["gene_ids"]`, as scanpy names them."""
-        if self._adata is None:
-            import scanpy
+        import scanpy
 
-            local = local_path(self._place)
-            try:
-                is_folder = os.path.isdir(local)
-                self._adata = read_mtx_folder(Path(local)) if is_folder else scanpy.read_10x_h5(local, gex_only=False)
-            except Exception as error:  # scanpy raises many kinds
-                raise InputError(
-                    f"{self.path} looks like 10x, but cannot be read ({type(error).__name__}: {_reason(error)}). "
-                    "Read it yourself, and save it with adata.write_h5ad."
-                ) from error
-        return self._adata
+        local = local_path(self._place)
+        try:
+            is_folder = os.path.isdir(local)
+            return read_mtx_folder(Path(local)) if is_folder else scanpy.read_10x_h5(local, gex_only=False)
+        except Exception as error:  # scanpy raises many kinds
+            raise InputError(
+                f"{self.path} looks like 10x, but cannot be read ({type(error).__name__}: {_reason(error)}). "
+                "Read it yourself, and save it with adata.write_h5ad."
+            ) from error
 
 
 def mtx_prefix(folder: Path) -> str | None:

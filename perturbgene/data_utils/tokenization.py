@@ -220,9 +220,6 @@ class GeneTokenizer:
             self.bin_edges = BinEdges.shared(bin_edges)
         self.included_phenotypes = tuple(included_phenotypes)
         self.max_length, self.normalization = int(max_length), normalization
-        self._check()
-
-    def _check(self) -> None:
         for category in self.included_phenotypes:
             self.vocabulary.check_category(category)
         if len(set(self.included_phenotypes)) < len(self.included_phenotypes):

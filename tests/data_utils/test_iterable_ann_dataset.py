@@ -317,10 +317,9 @@ def numbers(stream: IterableAnnDataset, **options: Any) -> list[list[int]]:
 
 def stopped_after(stream: IterableAnnDataset, num_batches: int) -> dict[str, Any]:
     """Use so many batches and return the state, as it comes back from a JSON file."""
-    batches = stream.batches(Numbers())
-    used = list(itertools.islice(batches, num_batches))
+    used = list(itertools.islice(stream.batches(Numbers()), num_batches))
     assert len(used) == num_batches
-    return json.loads(json.dumps(batches.state_dict()))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(stream.state_dict()))  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -509,18 +508,6 @@ def test_a_resumed_stream_is_whole_again_in_its_second_pass(
     passes = [[batch["cells"] for batch in loader] for _ in range(3)]
     assert passes == [whole[9:], whole, whole]
     assert numbers(stream) == numbers(stream, num_workers=4) == whole
-
-
-@pytest.mark.parametrize("num_batches", [1, 5])
-def test_a_stateful_data_loader_resumes_without_replay(
-    paths: list[str], rows_read: list[int], num_batches: int
-) -> None:
-    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
-    first, second = (torchdata.StatefulDataLoader(a_stream(paths).batches(Numbers()), batch_size=None) for _ in "12")
-    used = [batch["cells"] for batch in itertools.islice(first, num_batches)]
-    second.load_state_dict(first.state_dict())
-    rows_read.clear()
-    assert used + [batch["cells"] for batch in second] == numbers(a_stream(paths))
 
 
 # -- batches under a budget of tokens --------------------------------------------------------------------------------
