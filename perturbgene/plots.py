@@ -28,6 +28,10 @@ MOST_NAMES = 12  # of the strongest perturbations in a panel
 MOST_CHANGES = 15  # largest rises, and largest falls, in a panel
 # Okabe & Ito (2008), "Color Universal Design": eight hues that color-blind people can tell apart.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# How sure an effect is, and its color if it is screened and if it is exact.
+EFFECT_COLORS = (
+    ("q >= 0.05, ", "#999999", "#999999"), ("q < 0.05, ", OKABE_ITO[1], OKABE_ITO[1]), ("", OKABE_ITO[5], OKABE_ITO[0]),
+)  # fmt: skip
 
 
 def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
@@ -106,40 +110,29 @@ def effects_figure(table: pd.DataFrame, *, title: str, effect: str) -> Figure:
     num_groups = table["group"].nunique()
 
     def draw(axes: Axes, name: str, part: pd.DataFrame) -> None:
-        (_volcano if part["p_value"].notna().any() else _by_rank)(axes, part, effect=effect)
         axes.set_title(f"{_shortened(name)}, n = {len(part):,}" if num_groups > 1 else "", fontsize=10)
+        is_volcano = part["p_value"].notna().any()
+        part = part[part["p_value" if is_volcano else "effect"].notna()]
+        if is_volcano:
+            x, y = part["effect"].to_numpy(), -np.log10(np.maximum(part["p_value"].to_numpy(), 1e-30))
+            sure = np.where(part["q_value"] < 0.05, "q < 0.05, ", "q >= 0.05, ")
+            axes.set(xlabel=effect, ylabel="-log10 p")
+        else:
+            part = part.sort_values("effect", ascending=False)
+            x, y = np.arange(1, len(part) + 1), part["effect"].to_numpy()
+            sure = np.full(len(part), "")
+            axes.axhline(0.0, color="#999999", linewidth=0.6)
+            axes.set(xlabel="rank", ylabel=effect)
+        for kind, screened, exact in EFFECT_COLORS:
+            for method, marker, color in (("screened", "x", screened), ("exact", "o", exact)):
+                chosen = (sure == kind) & (part["method"] == method).to_numpy()
+                if chosen.any():
+                    axes.scatter(x[chosen], y[chosen], s=14, marker=marker, color=color, label=f"{kind}{method}")
+        _name_strongest(axes, part, x, y)
 
     num_perturbations = table.loc[table["effect"].notna(), "perturbation"].nunique()
     title = f"{title}\nn = {num_perturbations:,} perturbations"
     return _panel_figure(table, draw, title=title, base=(2.0, 1.4), panel=(5.0, 3.8), legend_columns=4)
-
-
-def _volcano(axes: Axes, table: pd.DataFrame, *, effect: str) -> None:
-    """Draw -log10 p over the effect; color shows significance, and shape shows which effects are exact."""
-    table = table[table["p_value"].notna()]
-    height = -np.log10(np.maximum(table["p_value"].to_numpy(), 1e-30))
-    is_hit = (table["q_value"] < 0.05).to_numpy()
-    for is_kind, name, color in ((~is_hit, "q >= 0.05", "#999999"), (is_hit, "q < 0.05", OKABE_ITO[1])):
-        for method, marker in (("screened", "x"), ("exact", "o")):
-            chosen = is_kind & (table["method"] == method).to_numpy()
-            if chosen.any():
-                label = f"{name}, {method}"
-                axes.scatter(table["effect"][chosen], height[chosen], s=14, marker=marker, color=color, label=label)
-    _name_strongest(axes, table, table["effect"].to_numpy(), height)
-    axes.set(xlabel=effect, ylabel="-log10 p")
-
-
-def _by_rank(axes: Axes, table: pd.DataFrame, *, effect: str) -> None:
-    """Draw sorted effects; color and shape show which are exact."""
-    table = table[table["effect"].notna()].sort_values("effect", ascending=False)
-    rank = np.arange(1, len(table) + 1)
-    for method, marker, color in (("screened", "x", OKABE_ITO[5]), ("exact", "o", OKABE_ITO[0])):
-        chosen = (table["method"] == method).to_numpy()
-        if chosen.any():
-            axes.scatter(rank[chosen], table["effect"][chosen], s=14, marker=marker, color=color, label=method)
-    _name_strongest(axes, table, rank, table["effect"].to_numpy())
-    axes.axhline(0.0, color="#999999", linewidth=0.6)
-    axes.set(xlabel="rank", ylabel=effect)
 
 
 def _name_strongest(axes: Axes, table: pd.DataFrame, x: np.ndarray, y: np.ndarray) -> None:

@@ -5,7 +5,7 @@ Owns the findings and the content of `manifest.json`; leaves reading it back to 
 
 import datetime
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def find(
     dropped: Mapping[str, int],
 ) -> list[str]:  # fmt: skip
     """Return the findings, each with what was found, why it matters and what to do."""
-    findings = _about_genes(plan, survey, genes) + _about_files(plan, survey)
+    findings = [*_about_genes(plan, survey, genes), *_about_files(plan, survey)]
     for category, of_split in statistics.labels.items():
         findings += _about_labels(category, of_split, survey)
     for split, hash_n in hashes.items():
@@ -47,11 +47,10 @@ def find(
     return findings
 
 
-def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
-    findings = []
+def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> Iterator[str]:
     given = plan.config.panel or plan.config.like
     if genes.num_given_missing:
-        findings.append(
+        yield (
             f"{genes.num_given_missing:,} of {len(genes.panel):,} genes of panel {given} are in no file, "
             "so nothing is learned about them; they stay in the panel, unmeasured. Check their names."
         )
@@ -60,7 +59,7 @@ def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
     if lacks_g.any():
         lacks_t = genes.measured_tg[:, lacks_g].sum(axis=1) < lacks_g.sum()
         files = [path_of(survey.sources[index]) for index in np.flatnonzero(lacks_t[survey.table_of_source])]
-        findings.append(
+        yield (
             f"{lacks_g.sum():,} of {len(lacks_g):,} panel genes are not measured in all files "
             f"({listed(sorted(files), most=3)} lack some): they are unknown in those cells, so a model may tell files "
             "apart by them; give a --panel of shared genes to leave them out."
@@ -70,17 +69,15 @@ def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> list[str]:
     for table in np.flatnonzero(has_few_t | (np.array(genes.remedies) != "")):
         files = sorted(path_of(survey.sources[index]) for index in np.flatnonzero(survey.table_of_source == table))
         effect = "so its cells are short and teach little" if has_few_t[table] else "so its other genes are unknown"
-        findings.append(
+        yield (
             f"{listed(files, most=3)}: {num_measured_t[table]:,} of {len(genes.panel):,} panel genes are measured "
             f"({num_measured_t[table] / len(genes.panel):.1%}), {effect}; "
             f"{genes.remedies[table] or 'leave it out if it measures no more.'}"
         )
-    return findings
 
 
-def _about_files(plan: Plan, survey: Survey) -> list[str]:
+def _about_files(plan: Plan, survey: Survey) -> Iterator[str]:
     """Return what files lack or mix, and what is known of the units that the split keeps whole."""
-    findings = []
     for column in dict.fromkeys(column for file in survey.files for column in file.lacks):
         indices = [index for index, file in enumerate(survey.files) if column in file.lacks]
         files = listed(sorted(path_of(survey.sources[index]) for index in indices), most=3)
@@ -92,49 +89,47 @@ def _about_files(plan: Plan, survey: Survey) -> list[str]:
         effect = "their labels are absent: they do not teach it"
         if column == survey.split_by:
             effect = "they are kept together as if they were one"
-        findings.append(f"obs[{column!r}] is not in {files}, so for these {num_cells:,} cells {effect}; {remedy}.")
+        yield f"obs[{column!r}] is not in {files}, so for these {num_cells:,} cells {effect}; {remedy}."
     scales = {file.scale.name: path_of(source) for source, file in zip(survey.sources, survey.files, strict=True)}
     if len(scales) > 1:
         named = ", ".join(f"{name} in {path}" for name, path in sorted(scales.items()))
-        findings.append(
+        yield (
             f"the files are on {len(scales)} scales ({named}): all are brought to log1p of counts per 10,000; if "
             "one was recognized wrongly, choose its counts with --layer, or bring the files to one scale."
         )
     if survey.split_by == BY_CELL:
-        findings.append(
+        yield (
             "the split is by cell: cells of one donor are on both sides, so scores are optimistic; name the donor "
             "column with --split_by."
         )
     elif num_missing := sum(file.units[""] for file in survey.files if survey.split_by not in file.lacks):
-        findings.append(
+        yield (
             f"{num_missing:,} cells have no {survey.split_by}: they stay together as if they were one, so donors among "
             f"them are not kept apart; fill in obs[{survey.split_by!r}]."
         )
     for twins in near_duplicates(set(survey.units) - {""}):
         if 0 < len(plan.eval_units & set(twins)) < len(twins):
-            findings.append(
+            yield (
                 f"{survey.split_by}: {listed(twins)} differ in case, plural or punctuation only and are on both sides "
                 "of the split, so scores are optimistic if they are one; give them one spelling."
             )
-    return findings
 
 
-def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], survey: Survey) -> list[str]:
-    findings = []
+def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], survey: Survey) -> Iterator[str]:
     if missing := survey.missing[category]:
         spellings = ", ".join(f"{count:,} {text or 'empty'!r}" for text, count in sorted(missing.items()))
-        findings.append(
+        yield (
             f"{category}: {sum(missing.values()):,} of {survey.num_cells:,} cells have a missing label ({spellings}), "
             f"so they do not teach {category}; if one is a real label, rename it or drop it from --missing_labels."
         )
     if new := sorted(set(of_split["eval"]) - {"", *of_split["train"]}):
-        findings.append(
+        yield (
             f"{category}: {listed(new)} occur in eval cells only and cannot be predicted, so their cells count as "
             "errors or are left out; hold out other cells with --eval_donors or another --seed."
         )
     labels = sorted(set(of_split["train"]) - {""})
     if len(labels) == 1:
-        findings.append(
+        yield (
             f"{category}: every labeled training cell is {labels[0]!r}, so there is nothing to tell apart and its "
             "scores mean nothing; add cells of other labels, or leave it out of --phenotypes."
         )
@@ -145,31 +140,30 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
         remedy = "raise --eval_fraction, or give another --seed"
         if survey.split_by != BY_CELL:
             remedy = "hold out cells that have them with --eval_donors, or raise --eval_fraction"
-        findings.append(
+        yield (
             f"{category}: {listed(unscored)} occur in training cells only, so nothing is known of how well they are "
             f"predicted; {remedy}."
         )
-    findings += [
-        f"{category}: {listed(twins)} differ in case, plural or punctuation only, so they are learned as different "
-        "labels; give them one spelling."
-        for twins in near_duplicates(set(of_split["train"]) | set(of_split["eval"]))
-    ]
+    for twins in near_duplicates(set(of_split["train"]) | set(of_split["eval"])):
+        yield (
+            f"{category}: {listed(twins)} differ in case, plural or punctuation only, so they are learned as different "
+            "labels; give them one spelling."
+        )
     numbers, names = set[str](), set[str]()
     for source, file in zip(survey.sources, survey.files, strict=True):
         kinds = {label.replace(".", "", 1).isdecimal() for label in file.units_of_label[category]}
         if kinds:
             (numbers if kinds == {True} else names).add(path_of(source))
     if numbers and names:
-        findings.append(
+        yield (
             f"{category}: labels are numbers in {listed(sorted(numbers), most=3)} and names in "
             f"{listed(sorted(names), most=3)}, so one kind of cell may have two labels; give all files names."
         )
     if alone:
-        findings.append(
+        yield (
             f"{category}: {listed(alone)} come from one {survey.split_by} only (confounded), so a model may learn the "
             f"{survey.split_by} instead of the label; do not trust their scores, or add cells of others."
         )
-    return findings
 
 
 def near_duplicates(labels: Iterable[str]) -> list[list[str]]:
@@ -194,10 +188,7 @@ def describe(
     shards: Mapping[str, Sequence[Mapping[str, Any]]], findings: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the content of `manifest.json`."""
-    units = {
-        "train": sorted(set(survey.units) - plan.eval_units),
-        "eval": sorted(plan.eval_units & set(survey.units)),
-    }
+    units = {"train": sorted(set(survey.units) - plan.eval_units), "eval": sorted(plan.eval_units & set(survey.units))}
     return {
         "manifest_version": MANIFEST_VERSION,
         "perturbgene_version": __version__,

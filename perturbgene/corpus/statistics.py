@@ -39,7 +39,7 @@ class GeneMoments:
     """Sums over cells of counts per 10,000 (x): cells seen, sums of x and of x^2, and cells with x > 0 of each gene."""
 
     def __init__(self, num_genes: int) -> None:
-        self.num_cells, self.num_expressed_g = 0, np.zeros(num_genes, dtype=np.int64)
+        self.num_cells, self.num_expressed_g = np.zeros(1, dtype=np.int64), np.zeros(num_genes, dtype=np.int64)
         self.sum_g, self.sum_squares_g = np.zeros((2, num_genes))
 
     def add(self, values_l: np.ndarray, genes_l: np.ndarray, *, num_cells: int) -> None:
@@ -52,15 +52,12 @@ class GeneMoments:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the numbers as they are stored."""
-        return {"num_cells": np.array([self.num_cells]), "sum_g": self.sum_g, "sum_squares_g": self.sum_squares_g,
-                "num_expressed_g": self.num_expressed_g}  # fmt: skip
+        return vars(self)
 
     def merge(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Add the stored numbers of another part."""
-        self.num_cells += int(tensors["num_cells"][0])
-        self.sum_g += tensors["sum_g"]
-        self.sum_squares_g += tensors["sum_squares_g"]
-        self.num_expressed_g += tensors["num_expressed_g"]
+        for name, own in self.tensors().items():
+            own += tensors[name]
 
     def normalized_dispersion(self, num_cells_g: np.ndarray | None = None) -> np.ndarray:
         """Return Seurat's standardized log dispersion of each gene, NaN where it is undefined, shape (g,).
