@@ -137,14 +137,10 @@ def unit_rows(vectors_gh: np.ndarray) -> np.ndarray:
 
 
 def centered(vectors_gh: np.ndarray, counts_g: np.ndarray) -> np.ndarray:
-    """Subtract the mean vector, weighted by cells.
+    """Subtract the mean of the genes' vectors, weighted by cells; rows without a cell may hold anything.
 
     Contextual vectors share a large part, which alone makes every cosine high (Mu & Viswanath 2018, "All-but-the-Top",
     arXiv:1702.01417, algorithm 1, step 1).
-
-    Args:
-        vectors_gh: Mean vector of each gene, shape (g, h); rows without a cell may hold anything.
-        counts_g: Number of cells of each, shape (g,).
     """
     weight_g = counts_g / max(1, counts_g.sum())
     filled_gh = np.where(counts_g[:, None] > 0, np.asarray(vectors_gh, dtype=np.float64), 0.0)
@@ -182,15 +178,10 @@ def nearest_genes(vectors_gh: np.ndarray, *, top_k: int, min_similarity: float =
 
 
 def role_distances(vectors_kgh: np.ndarray, counts_kg: np.ndarray, *, min_cells: int) -> np.ndarray:
-    """Return how far apart each gene's vectors are in two groups: cosine distance, 0..2.
-
-    Args:
-        vectors_kgh: Centred mean vectors, shape (k, g, h).
-        counts_kg: Cells behind each, shape (k, g).
-        min_cells: Below this a vector is too noisy to count.
+    """Return how far apart each gene's centered mean vectors are in two groups: cosine distance, 0..2.
 
     Returns:
-        Symmetric in the groups, shape (g, k, k); NaN where one of the two has too few cells.
+        Symmetric in the groups, shape (g, k, k); NaN where one of the two has fewer than `min_cells` cells.
     """
     unit_kgh = unit_rows(vectors_kgh)
     distance_gkk = 1.0 - np.einsum("agh,bgh->gab", unit_kgh, unit_kgh, optimize=True)
@@ -209,7 +200,7 @@ def role_table(
 
     Args:
         distance_gkk: Of `role_distances`.
-        noise_kg: Distance between the two halves of each group, shape (k, g).
+        noise_kg: Distance between the two halves of each group.
         genes: One row of facts per gene (`gene`, `symbol`), in order.
         groups: Names of the groups.
 

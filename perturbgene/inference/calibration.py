@@ -128,10 +128,6 @@ def percentile(values_n: np.ndarray, quantiles_q: Sequence[float]) -> np.ndarray
 def split_halves(donors_n: np.ndarray | None, *, num_cells: int) -> tuple[np.ndarray, str]:
     """Split the cells in half, keeping each donor's cells together if there are at least two donors.
 
-    Args:
-        donors_n: The donor of each cell, shape (n,), or None.
-        num_cells: n.
-
     Returns:
         True for cells to fit on, shape (n,), and "donors" or "cells". The split depends on the donors' names alone.
     """

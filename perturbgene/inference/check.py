@@ -27,7 +27,7 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import Labels, is_missing
 from perturbgene.data_utils.opening import FileList, as_sources, open_source
 from perturbgene.data_utils.shards import Shard
-from perturbgene.data_utils.sources import CellSource, MemoryFile, TenxFile, ZarrFile, sampled_spans
+from perturbgene.data_utils.sources import MemoryFile, TenxFile, ZarrFile, sampled_spans
 from perturbgene.errors import FilesRefusedError, InputError
 from perturbgene.inference.run import Run, load_run
 
@@ -84,15 +84,12 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """True if the files would be accepted."""
         return self.refused is None
 
     def to_json(self) -> str:
-        """Return the report for a program."""
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=1, ensure_ascii=False)
 
     def __str__(self) -> str:
-        """Return the report as a table for a person."""
         lines = []
         for file in self.files:
             lines += [f"{file.path} ({file.form})", *(f"  {name:<15}{text}" for name, text in _rows_of(file) if text)]
@@ -164,11 +161,7 @@ def check(
 
 
 def run_check(config: CheckConfig) -> str:
-    """Run the verb `check`.
-
-    Raises:
-        FilesRefusedError: The files would be refused.
-    """
+    """Run the verb `check`; raise a FilesRefusedError if the files would be refused."""
     reading = {it.name: getattr(config, it.name) for it in fields(ReadingConfig)}
     found = check(config.inputs, config.run, split_by=config.split_by, **reading)
     text = found.to_json() if config.json else str(found)
@@ -226,21 +219,22 @@ def _check_for_prepare(
     """Do the first steps of `prepare` in a folder that is deleted."""
     files = [_begun(source, report, reading.get("layer")) for source in sources]
     with tempfile.TemporaryDirectory(prefix="perturbgene-check-") as folder:
-        config = PrepareConfig(
-            inputs=[path_of(source) for source in sources], output=folder, split_by=split_by, **reading
-        )  # fmt: skip
+        inputs = [path_of(source) for source in sources]
+        config = PrepareConfig(inputs=inputs, output=folder, split_by=split_by, **reading)
         with closing(open_files(sources, config)) as cache:
             for file, index in zip(files, range(len(cache)), strict=True):
                 shard = cache[index]
                 spans = [np.arange(*span) for span in sampled_spans(len(shard)) if len(shard)]
                 sampled = [shard.read(rows_m) for rows_m in spans]
                 blocks = [(block.library_size_n, np.diff(block.offsets_n1)) for block in sampled]
-                labels = {
-                    name: column
-                    for name, column in config.column_of_phenotype.items()
-                    if column in shard.source.columns_of("obs")
-                }
-                _describe(file, shard, blocks, labels or _candidates(shard.source))
+                known = shard.source.columns_of("obs")
+                labels = {name: column for name, column in config.column_of_phenotype.items() if column in known}
+                for column in [] if labels else known:  # what could be a phenotype: text or few numbers
+                    values_n = shard.source.obs_column(column)
+                    is_number = pd.api.types.is_numeric_dtype(values_n) and not pd.api.types.is_bool_dtype(values_n)
+                    if 1 < values_n.nunique() <= (MOST_NUMERIC_LABELS if is_number else MOST_LABELS):
+                        labels[column] = column
+                _describe(file, shard, blocks, labels)
         survey, plan, findings = rehearse(sources, config, Path(folder) / "work")
     for file, source in zip(files, sources, strict=True):
         at = next(index for index, one in enumerate(survey.sources) if one is source)
@@ -279,16 +273,4 @@ def _describe(
 
 
 def _quantiles(values: list[np.ndarray]) -> list[float] | None:
-    """Return the least, the median and the most."""
     return [float(value) for value in np.quantile(np.concatenate(values), [0, 0.5, 1])] if values else None
-
-
-def _candidates(source: CellSource) -> dict[str, str]:
-    """Return the columns of obs that could be phenotypes: text or few numbers."""
-    found = {}
-    for column in source.columns_of("obs"):
-        values_n = source.obs_column(column)
-        is_number = pd.api.types.is_numeric_dtype(values_n) and not pd.api.types.is_bool_dtype(values_n)
-        if 1 < values_n.nunique() <= (MOST_NUMERIC_LABELS if is_number else MOST_LABELS):
-            found[column] = column
-    return found

@@ -173,16 +173,11 @@ def _seen_in_training(run: Run, eval_paths: Any, train_paths: Any, *, calibrates
     return is_seen_n
 
 
-def labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is_named: bool) -> list[str]:
+def _labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is_named: bool) -> list[str]:
     """Return those phenotypes to score that have a known label, if that is not all; a warning names the others.
 
-    Args:
-        dataset: The cells; it reads all phenotypes of the run.
-        evaluator: What is to be scored.
-        is_named: True if the user named the phenotypes, so that each must have labels.
-
     Raises:
-        InputError: No cell has a known label.
+        InputError: No cell has a known label, or `is_named` says that the user named a phenotype without any.
     """
     asked = list(dict.fromkeys(name for question in evaluator.questions for name in question.asked))
     if dataset.phenotype_category or not asked:  # a data set of a classifier has checked its labels
@@ -310,7 +305,7 @@ def evaluate(
         dataset = IterableAnnDataset(
             eval_paths, run.tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
         )
-        if labeled := labeled_phenotypes(dataset, evaluator, is_named=bool(ask)):
+        if labeled := _labeled_phenotypes(dataset, evaluator, is_named=bool(ask)):
             evaluator = _evaluator(run, labeled, given, mask_rates or {})
         is_seen_n = np.zeros(sum(dataset.sizes), dtype=bool)
         if not is_own:  # their copies among the training cells are a finding of `prepare`
@@ -346,7 +341,6 @@ def evaluate(
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """Return the scores as a table for the terminal."""
     rows = []
     for category, scores_of in results.items():
         for name, scores in scores_of.items():

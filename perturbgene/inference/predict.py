@@ -106,14 +106,15 @@ class Predictor:
         self.run, self.given, self.options = run, given_labels(given), options
         self.ask = [ask] if isinstance(ask, str) else list(ask)
         self.questions = questions_of(run, self.ask, list(self.given), joint=options.joint)
-        self.asked = [name for question in self.questions for name in question.asked]
+        self.question_of = {name: question for question in self.questions for name in question.asked}
+        self.asked = list(self.question_of)
         found = read_calibration(run.path) if options.calibrate else None
         self.is_calibrated, self.calibration = found is not None, found or Calibration()
         self.collate = collate_fn_wrapper(run.tokenizer, packed=True)
         self.mask_rates = run.mask_rates if options.ood else {}
         self._own_label_n: dict[str, np.ndarray] = {}
 
-    @property
+    @cached_property
     def audits(self) -> list[Question]:
         """The question that the audit of each asked phenotype asks: the same, given all others."""
         if not self.options.audit:
@@ -197,13 +198,30 @@ class Predictor:
     def columns(self, merged: Mapping[str, np.ndarray]) -> Columns:
         """Return the columns of `obs` that the answers become."""
         columns: Columns = {}
-        for question in self.questions:
-            for name in question.asked:
-                columns |= self._label_columns(name, merged)
-                if self.options.ood:
-                    fitted = self.temperature(name, question)
-                    quantiles_q = fitted.energy_quantiles if fitted else ()
-                    columns |= _ood_columns(f"ood_{name}_energy", merged[f"energy:{name}"], quantiles_q)
+        for name, question in self.question_of.items():
+            codes_nt, probability_nt, labels = (
+                merged[f"code:{name}"],
+                merged[f"probability:{name}"],
+                self.labels_of(name),
+            )
+            best_n, categories, abstain = codes_nt[:, 0], labels, self.options.abstain
+            if abstain:
+                categories = labels if UNKNOWN in labels else [*labels, UNKNOWN]
+                is_unsure_n = (probability_nt[:, 0] < abstain) & (best_n >= 0)
+                best_n = np.where(is_unsure_n, categories.index(UNKNOWN), best_n)
+            columns[f"predicted_{name}"] = pd.Categorical.from_codes(best_n, categories=categories)
+            columns[f"predicted_{name}_probability"] = probability_nt[:, 0]
+            columns[f"predicted_{name}_entropy"] = merged[f"entropy:{name}"]
+            # The best label is in `predicted_X` already, unless that may be `unknown`.
+            for rank in range(0 if abstain else 1, codes_nt.shape[1]):
+                next_n = pd.Categorical.from_codes(codes_nt[:, rank], categories=labels)
+                columns[f"predicted_{name}_{rank + 1}"] = next_n
+                if rank:
+                    columns[f"predicted_{name}_{rank + 1}_probability"] = probability_nt[:, rank]
+            if self.options.ood:
+                fitted = self.temperature(name, question)
+                quantiles_q = fitted.energy_quantiles if fitted else ()
+                columns |= _ood_columns(f"ood_{name}_energy", merged[f"energy:{name}"], quantiles_q)
         if "genes" in merged:
             quantiles_q = self.calibration.gene_quantiles
             columns |= _ood_columns("ood_gene_log_likelihood", merged["genes"], quantiles_q, sign=-1)
@@ -222,26 +240,6 @@ class Predictor:
     def labels_of(self, name: str) -> list[str]:
         """Return the labels that an answer may be, in the order of the probabilities."""
         return self.run.class_labels if self.run.is_classifier else list(self.run.tokenizer.phenotypes[name])
-
-    def _label_columns(self, name: str, merged: Mapping[str, np.ndarray]) -> Columns:
-        codes_nt, probability_nt, abstain = merged[f"code:{name}"], merged[f"probability:{name}"], self.options.abstain
-        labels = self.labels_of(name)
-        best_n, categories = codes_nt[:, 0], labels
-        if abstain:
-            categories = labels if UNKNOWN in labels else [*labels, UNKNOWN]
-            is_unsure_n = (probability_nt[:, 0] < abstain) & (best_n >= 0)
-            best_n = np.where(is_unsure_n, categories.index(UNKNOWN), best_n)
-        columns: Columns = {
-            f"predicted_{name}": pd.Categorical.from_codes(best_n, categories=categories),
-            f"predicted_{name}_probability": probability_nt[:, 0],
-            f"predicted_{name}_entropy": merged[f"entropy:{name}"],
-        }
-        # The best label is in `predicted_X` already, unless that may be `unknown`.
-        for rank in range(0 if abstain else 1, codes_nt.shape[1]):
-            columns[f"predicted_{name}_{rank + 1}"] = pd.Categorical.from_codes(codes_nt[:, rank], categories=labels)
-            if rank:
-                columns[f"predicted_{name}_{rank + 1}_probability"] = probability_nt[:, rank]
-        return columns
 
     # -- reports --------------------------------------------------------------------------------------------------
 
@@ -274,20 +272,17 @@ class Predictor:
             reason = "run `perturbgene evaluate` first" if self.options.calibrate else "turned off"
             return dict.fromkeys(self.asked, f"uncalibrated ({reason})")
         described = {}
-        for question in self.questions:
-            for name in question.asked:
-                fitted = self.temperature(name, question)
-                described[name] = fitted.describe() if fitted else "uncalibrated (evaluate did not ask this phenotype)"
-                if fitted and fitted.distance(question.asked, question.given):
-                    described[name] += "; the nearest question that was fitted"
+        for name, question in self.question_of.items():
+            fitted = self.temperature(name, question)
+            described[name] = fitted.describe() if fitted else "uncalibrated (evaluate did not ask this phenotype)"
+            if fitted and fitted.distance(question.asked, question.given):
+                described[name] += "; the nearest question that was fitted"
         return described
 
     def summary(self, phenotype: str, columns: Columns, *, num_cells: int) -> str:
         """Say in one line what was predicted for a phenotype of so many cells."""
-        answers, probability_n = (
-            pd.Series(columns[f"predicted_{phenotype}"]),
-            columns[f"predicted_{phenotype}_probability"],
-        )
+        answers = pd.Series(columns[f"predicted_{phenotype}"])
+        probability_n = columns[f"predicted_{phenotype}_probability"]
         num_empty = num_cells - int(answers.notna().sum())
         counts = answers.value_counts()
         shown = [f"{label} {count:,}" for label, count in counts.head(5).items() if count]

@@ -60,8 +60,7 @@ class Run:
     @property
     def class_labels(self) -> list[str]:
         """Names of a classifier's classes."""
-        names: dict[Any, str] = dict(self.model.config.id2label or {})
-        return [names[index] for index in range(len(names))]
+        return [name for _, name in sorted((self.model.config.id2label or {}).items())]
 
     @property
     def category(self) -> str:

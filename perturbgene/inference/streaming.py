@@ -134,7 +134,6 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
-    """Return the error for an output that cannot be written."""
     return InputError(f"{path} cannot be written ({error}). Choose another --output.")
 
 
@@ -190,10 +189,10 @@ def open_cells(
     ranks: Ranks = ALONE,
     **reading: Any,
 ) -> IterableAnnDataset:
-    """Open this rank's share of a file (or AnnData).
+    """Open this rank's share of the cells of a path, URL or AnnData.
 
     Args:
-        data: Path, URL or AnnData.
+        data: The cells.
         run: Whose genes and labels are read.
         given: Phenotype -> label of all cells, or None to read each cell's own from `obs`.
         tokenizer: What is read, see `GeneTokenizer.reading`; None reads the given phenotypes.
@@ -225,11 +224,9 @@ def open_cells(
 def read_groups(
     dataset: IterableAnnDataset, column: str | None, *, flag: str = "groupby"
 ) -> tuple[list[str], np.ndarray]:
-    """Return the sorted values of a column of `obs` and each cell's index among them.
+    """Return the sorted values of a column of `obs`, and each cell's index among them, int64 (n,), -1 without a value.
 
-    Returns:
-        Group names, and an int64 array of shape (n,), -1 for cells without a value; without a column all cells are one
-        group.
+    Without a column all cells are one group.
 
     Raises:
         InputError: There is no such column, or it is empty.
@@ -281,7 +278,6 @@ class GeneTokens:
 
     @classmethod
     def of(cls, block: TokenBlock, tokenizer: GeneTokenizer) -> "GeneTokens":
-        """Find the gene tokens of a block."""
         position_m = np.flatnonzero(block.token_type_ids_l >= tokenizer.first_gene_type)
         cell_m = np.searchsorted(block.offsets_n1, position_m, side="right") - 1
         gene_m = block.token_type_ids_l[position_m].astype(np.int64) - tokenizer.first_gene_type
@@ -313,7 +309,6 @@ class CellResults:
         assert self.folder is not None or self.ranks.size == 1, "several processes meet on disk"
 
     def _new_array(self, file: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Return an array of zeros, in memory or in a file of its own."""
         if self.folder is None or not shape[0]:
             return np.zeros(shape, dtype=dtype)
         path = self.folder / file

@@ -121,10 +121,7 @@ def deletion_curves(
 ) -> pd.DataFrame:
     """Remove genes step by step, the most supporting first or in random order, and follow the label's log-odds.
 
-    Args:
-        run, cells, readout: The model, the cells, and the phenotype.
-        num_cells: Number of cells, spread evenly over the file; those without genes are left out.
-        budget: Maximum number of tokens that run at once.
+    `num_cells` cells are taken, spread evenly over the file; those without genes are left out.
 
     Returns:
         `share_removed`, and the mean log-odds in `attributed` and `random` order, a row per step; `attrs["cells"]` is
@@ -142,10 +139,8 @@ def deletion_curves(
     label_n, support_l = support(run, asked, readout, budget=budget)
     random_l = np.random.default_rng(0).random(len(support_l))
     curves: dict[str, Any] = {"share_removed": SHARES}
-    for name, score_l in {
-        "attributed": support_l,
-        "random": np.where(np.isfinite(support_l), random_l, np.nan),
-    }.items():
+    scores = {"attributed": support_l, "random": np.where(np.isfinite(support_l), random_l, np.nan)}
+    for name, score_l in scores.items():
         curves[name] = []
         for share in SHARES:
             logits_nk = label_logits(run, _without_top(asked, score_l, share), readout, budget=budget)

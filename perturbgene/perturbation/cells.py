@@ -66,16 +66,9 @@ class GroupedCells:
 
     @classmethod
     def open(
-        cls,
-        source: Any,
-        run: Run,
-        readout: Readout,
-        *,
-        given: Mapping[str, str | None],
-        donor: str | None = None,
-        groupby: str | None = None,
-        **reading: Any,
-    ) -> "GroupedCells":
+        cls, source: Any, run: Run, readout: Readout, *, given: Mapping[str, str | None], donor: str | None = None,
+        groupby: str | None = None, **reading: Any,
+    ) -> "GroupedCells":  # fmt: skip
         """Open a file or AnnData for a readout.
 
         Raises:
@@ -119,14 +112,9 @@ class GroupedCells:
 
 
 def sum_effects(
-    name: str,
-    effects_of: EffectsOf,
-    cells: GroupedCells,
-    num_effects: int,
-    *,
-    store: "PartStore | None" = None,
-    ranks: Ranks = ALONE,
-) -> np.ndarray:
+    name: str, effects_of: EffectsOf, cells: GroupedCells, num_effects: int, *,
+    store: "PartStore | None" = None, ranks: Ranks = ALONE,
+) -> np.ndarray:  # fmt: skip
     """Add up the effects of all cells, part by part; each process computes its share, and all get the whole sum.
 
     Args:
@@ -218,7 +206,6 @@ class PartStore:
         return cls(folder)
 
     def save(self, name: str, part: int, arrays: dict[str, np.ndarray]) -> None:
-        """Keep the sums of a part."""
         if self.folder is None:
             self._in_memory[name, part] = arrays
             return

@@ -153,14 +153,9 @@ def sequences(block: TokenBlock, tokenizer: GeneTokenizer, readout: Readout) -> 
 
 
 def exact_effects(
-    run: Run,
-    block: TokenBlock,
-    perturbations: Perturbations,
-    readout: Readout,
-    *,
-    pairs: tuple[np.ndarray, np.ndarray],
-    budget: int | None = None,
-) -> np.ndarray:
+    run: Run, block: TokenBlock, perturbations: Perturbations, readout: Readout, *,
+    pairs: tuple[np.ndarray, np.ndarray], budget: int | None = None,
+) -> np.ndarray:  # fmt: skip
     """Score perturbations exactly: run every edited cell, and compare it with the unperturbed cell.
 
     Args:
@@ -230,12 +225,9 @@ def read_block(
 
 
 def _means_of_others(
-    hidden_lh: np.ndarray,
-    is_gene_l: np.ndarray,
-    block: TokenBlock,
-    perturbations: Perturbations,
+    hidden_lh: np.ndarray, is_gene_l: np.ndarray, block: TokenBlock, perturbations: Perturbations,
     pairs: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Return the mean state of each unperturbed cell over its genes other than the perturbed ones, (m, h)."""
     mean_mh = np.full((len(pairs[0]), hidden_lh.shape[1]), np.nan)
     for row, (cell, perturbation) in enumerate(zip(*pairs, strict=True)):
