@@ -3,16 +3,16 @@
 Owns every setting of the model and its checks; leaves what the settings do to the layers and heads.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import field
-from importlib import resources
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from perturbgene.errors import InputError, did_you_mean
 
+#: Values of ``--model_arch`` -> layers, hidden size, heads; all other settings are the defaults of `GeneBertConfig`.
+PRESETS = {"tiny": (2, 64, 4), "small": (4, 256, 4), "base": (12, 768, 12), "large": (24, 1024, 16)}
 ATTENTION_KERNELS = ("auto", "matmul", "sdpa", "varlen", "flash")
 NORM_POSITIONS = ("post", "branch")
 
@@ -101,9 +101,8 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Return the size settings of ``tiny``, ``small``, ``base`` or ``large``, as arguments of ``GeneBertConfig``."""
-    folder = resources.files("perturbgene") / "presets"
-    known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
-    if name not in known:
-        raise InputError(f"--model_arch {name!r} is no preset. {did_you_mean(name, known)}")
-    return cast(dict[str, Any], json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    """Return the sizes of a preset, as arguments of ``GeneBertConfig``."""
+    check_choice("--model_arch", name, tuple(PRESETS))
+    layers, hidden, heads = PRESETS[name]
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": 4 * hidden}
