@@ -50,15 +50,6 @@ def commands(folder: Path) -> list[str]:
     ]
 
 
-def run(folder: Path) -> None:
-    """Run every command, stopping at the first that fails."""
-    for command in commands(folder):
-        print(f"\n$ perturbgene {command}", flush=True)
-        code = main(command.split())
-        if code:
-            sys.exit(code)
-
-
 def summary(folder: Path) -> str:
     """Return the table of held-out scores, and how often the two models agree."""
     paths = (folder / name / "evaluation/metrics.json" for name in ("mlm", "cls"))
@@ -95,7 +86,10 @@ def cli() -> None:
     started = time.monotonic()
     set_up_logging()
     write_cells(folder / "pbmc.h5ad")
-    run(folder)
+    for command in commands(folder):
+        print(f"\n$ perturbgene {command}", flush=True)
+        if code := main(command.split()):
+            sys.exit(code)
     print(f"\n{summary(folder)}")
     print(f"\nDone in {time.monotonic() - started:.0f} s. Models, scores and pictures are in {folder}/:")
     for path in ("corpus/manifest.json", "mlm/evaluation", "cls/evaluation", "predicted_by_mlm.h5ad", "mlm/README.md"):

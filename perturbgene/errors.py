@@ -54,8 +54,8 @@ def listed(items: Iterable[object], *, most: int = 5) -> str:
     return f"{text} and {len(shown) - most:,} more" if len(shown) > most else text
 
 
-def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """Suggest the nearest known name, in whatever case, or list the known ones when none is near.
+def did_you_mean(given: str, known: Sequence[str], *, otherwise: str | None = None) -> str:
+    """Suggest the nearest known name, in whatever case; if none is near, return `otherwise` or list the known ones.
 
     Example:
         >>> did_you_mean("cd3d", ["CD3E", "CD3D"]), did_you_mean("lung", ["blood"])
@@ -65,4 +65,6 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(given.casefold(), in_any_case, n=1)
     if near:
         return f"Did you mean {in_any_case[near[0]]!r}?"
+    if otherwise is not None:
+        return otherwise
     return f"Known: {listed(known, most=12)}." if known else "None is known."

@@ -21,7 +21,7 @@ def test_a_folder_of_the_user_is_refused_even_if_it_holds_a_file_named_like_the_
 
 def test_a_folder_that_the_demo_made_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["demo", "--folder", str(tmp_path / "demo")])
-    monkeypatch.setattr(demo, "run", lambda folder: sys.exit("ran"))
+    monkeypatch.setattr(demo, "commands", lambda folder: sys.exit("ran"))
     for _ in range(2):
         with pytest.raises(SystemExit, match="ran"):
             demo.cli()

@@ -5,7 +5,6 @@ fields of `transformers.TrainingArguments` are read from its source file.
 """
 
 import ast
-import difflib
 import functools
 import importlib.util
 import inspect
@@ -118,8 +117,7 @@ def find_flag(name: str, config_class: type[BaseConfig], *, where: str) -> Flag:
         raise InputError(
             f"{where} is a setting of {' and '.join(verbs)}, not of {verb}. Remove it, or see `perturbgene {verb} -h`."
         )
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"See `perturbgene {verb} -h` for all."
+    hint = did_you_mean(name, list(known), otherwise=f"See `perturbgene {verb} -h` for all.")
     raise InputError(f"{where} is unknown to {verb}. {hint}")
 
 
@@ -144,8 +142,8 @@ def to_kind(value: Any, kind: Any, flag: Flag) -> Any:
     if flag.choices:
         value = "no" if value is False and "no" in flag.choices else value  # YAML reads a bare `no` as False
         if value not in flag.choices:
-            near = difflib.get_close_matches(str(value), flag.choices, n=1)
-            raise ValueError(f"is not one of its choices{f' (did you mean {near[0]!r}?)' if near else ''}")
+            hint = did_you_mean(str(value), flag.choices, otherwise="")
+            raise ValueError(f"is not one of its choices{hint and f' (d{hint[1:]})'}")
         return value
     if kind is bool:
         if str(value).lower() not in BOOLEAN_WORDS:
