@@ -169,9 +169,9 @@ def true_labels(block: TokenBlock, tokenizer: GeneTokenizer, category: str) -> n
 class Confusion:
     """Counts of (true, predicted) pairs, filled batch by batch so that no logits need to be held.
 
-    Args:
+    Attributes:
         labels: Name of each class, k in all.
-        counts_kk: Counts so far, true classes as rows, shape (k, k); zero by default.
+        counts_kk: True classes as rows, shape (k, k).
 
     Example:
         >>> confusion = Confusion(["B", "NK", "T"])
@@ -180,11 +180,9 @@ class Confusion:
         [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
     """
 
-    def __init__(self, labels: Sequence[str], *, counts_kk: IntArray | None = None) -> None:
+    def __init__(self, labels: Sequence[str]) -> None:
         self.labels: tuple[str, ...] = tuple(labels)
-        shape = (len(self.labels), len(self.labels))
-        self.counts_kk: IntArray = np.zeros(shape, dtype=np.int64) if counts_kk is None else counts_kk.astype(np.int64)
-        assert self.counts_kk.shape == shape, f"counts of shape {self.counts_kk.shape} for {len(self.labels)} labels"
+        self.counts_kk: IntArray = np.zeros((len(self.labels), len(self.labels)), dtype=np.int64)
 
     def add(self, true_n: ArrayLike, predicted_n: ArrayLike) -> None:
         """Count true and predicted classes (0..k-1) of more cells; those with a negative true class are left out."""
@@ -203,7 +201,8 @@ class Confusion:
         classes with true cells. All but `n` are NaN when no cell was counted.
 
         Example:
-            >>> confusion = Confusion(["B", "T"], counts_kk=np.array([[3, 1], [0, 4]]))
+            >>> confusion = Confusion(["B", "T"])
+            >>> confusion.counts_kk[:] = [[3, 1], [0, 4]]
             >>> {name: round(value, 3) for name, value in confusion.scores().items()}
             ... # doctest: +NORMALIZE_WHITESPACE
             {'n': 8, 'accuracy': 0.875, 'macro_precision': 0.9, 'macro_recall': 0.875, 'macro_f1': 0.873,

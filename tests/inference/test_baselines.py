@@ -48,7 +48,7 @@ def test_three_classes_are_counted_and_scored_as_by_hand() -> None:
 
 
 def test_macro_f1_is_the_mean_of_f1_and_not_the_f1_of_the_means() -> None:
-    scores = Confusion(["B", "T"], counts_kk=np.array([[6, 0], [3, 1]])).scores()
+    scores = counted(["B", "T"], [0] * 6 + [1] * 4, [0] * 9 + [1]).scores()
     assert scores["macro_f1"] == pytest.approx((12 / 15 + 2 / 5) / 2)
     precision, recall = scores["macro_precision"], scores["macro_recall"]
     assert scores["macro_f1"] != pytest.approx(2 * precision * recall / (precision + recall))

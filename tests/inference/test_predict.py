@@ -1080,7 +1080,8 @@ def test_metrics_are_written_as_strict_json(mlm, cells, tmp_path):
 
 def test_a_confusion_adds_up_to_the_cells_that_were_scored(evaluation, metrics):
     table = pd.read_csv(evaluation / "confusion.phase.together.csv", index_col="true")
-    confusion = Confusion(list(table.index), counts_kk=table.to_numpy())
+    confusion = Confusion(list(table.index))
+    confusion.counts_kk[:] = table.to_numpy()
     assert confusion.scores()["accuracy"] == metrics["phase"]["together"]["accuracy"]
 
 
