@@ -38,7 +38,7 @@ class ChosenCells(CellSource):
         self.path, self.layer = base.path, base.layer
 
     @cached_property
-    def _labels(self) -> dict[str, Labels]:
+    def labels(self) -> dict[str, Labels]:
         """Column of `where` -> the text of each cell of the file."""
         found = {}
         for column in self.where:
@@ -52,13 +52,9 @@ class ChosenCells(CellSource):
     def rows_n(self) -> np.ndarray:
         """Row of each chosen cell in the file, int64 of shape (n,)."""
         is_chosen_n = np.ones(self.base.shape[0], dtype=bool)
-        for column, labels in self._labels.items():
+        for column, labels in self.labels.items():
             is_chosen_n &= np.isin(labels.texts, self.where[column])[labels.codes_n]
         return np.flatnonzero(is_chosen_n)
-
-    def counts(self, column: str) -> Counter[str]:
-        """Count the cells of the whole file by their value in a column of `where`."""
-        return self._labels[column].counts()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,7 +132,7 @@ def check_where(
         paths.append(file.path)
         num_chosen, num_cells = num_chosen + file.shape[0], num_cells + file.base.shape[0]
         for column in where:
-            known[column].update(file.counts(column))
+            known[column].update(file.labels[column].counts())
     for column, values in where.items():
         for value in [value for value in values if has_all_values and value not in known[column]]:
             parts = [part.strip() for part in value.split(",")]

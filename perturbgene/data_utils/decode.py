@@ -34,12 +34,7 @@ def copy_spans(
 
 
 class SpanReader:
-    """Reads spans of one data set.
-
-    Args:
-        dataset: An open one-dimensional `h5py.Dataset`.
-        path: Its file.
-    """
+    """Reads spans of one data set: an open one-dimensional `h5py.Dataset` of the file `path`."""
 
     def __init__(self, dataset: Any, *, path: str) -> None:
         self.dataset = dataset
@@ -66,11 +61,7 @@ class SpanReader:
         return values
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return values start..stop-1, shape (l,).
-
-        Raises:
-            OSError: A chunk is damaged.
-        """
+        """Return values start..stop-1, shape (l,); an OSError means a damaged chunk."""
         if stop <= start:
             return np.empty(0, dtype=self.dataset.dtype)
         if self._map is not None:
@@ -108,11 +99,7 @@ class SpanReader:
 
 
 class ChunkReader:
-    """Reads spans of the first axis of an array by whole chunks, and keeps the last ones for the next span.
-
-    Args:
-        array: An open array of zarr, or of HDF5.
-    """
+    """Reads spans of the first axis of an array of zarr or HDF5 by whole chunks; keeps the last ones for the next."""
 
     is_mapped = False
 

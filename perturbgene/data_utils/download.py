@@ -117,11 +117,7 @@ def _check_complete(url: str, target: Path, *, digest: str | None, retries: int)
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """Read lines `<sha256>  <name>`, as `sha256sum` writes them, into name -> digest.
-
-    Raises:
-        InputError: The file cannot be read, or a line has another form.
-    """
+    """Read lines `<sha256>  <name>`, as `sha256sum` writes them, into name -> digest."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -34,9 +34,7 @@ def write_shard(
     with shuffle (10,000 cells x 1,390 values, one core, page cache).
 
     Args:
-        path: Where the file goes.
         matrix: Values over the panel, rows sorted by gene, shape (n, g).
-        obs, var: Tables of the cells and of the genes.
         measured_tg: True where a table of genes has the gene, bool of shape (t, g).
     """
     import anndata

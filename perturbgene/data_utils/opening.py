@@ -164,12 +164,7 @@ def one_source(data: Any) -> Any:
 
 
 def open_source(given: Any, *, layer: str | None = None) -> CellSource:
-    """Return a reader of a file, zarr store, 10x folder, URL or AnnData, by what it holds; it opens when it is used.
-
-    Args:
-        given: As `as_sources` returns it.
-        layer: Which matrix to read: a layer, "raw", or None for X.
-    """
+    """Return a reader of one of `as_sources`, by what it holds; it opens the file when it is used."""
     if not isinstance(given, str | Path):
         return MemoryFile(given, layer)
     path = str(given)

@@ -83,9 +83,8 @@ class Scale:
             return "values as they are"
         if self.kind == "assumed":
             return "log"
-        text = {"fractional": "fractional counts", "per_cell": "counts over a factor of each cell"}.get(
-            self.kind, "counts"
-        )
+        names = {"fractional": "fractional counts", "per_cell": "counts over a factor of each cell"}
+        text = names.get(self.kind, "counts")
         if self.total is not None:
             text = "fractions of the total" if self.total == 1 else f"counts per {_number(self.total)}"
         return f"{self.transform} of {text}" if self.transform else text
@@ -265,10 +264,8 @@ def _per_total(sample: _Sample, source: str) -> Scale | None:
         other = _by_multiples(rest) or _by_size(rest)
         is_cut = other is not None and other.transform == name and is_near(other.total or 0.0, total)
         if not is_cut:  # else genes were cut away in some cells only
-            sums = sorted({_number(value) for value in rest.sums[name][:3]})
-            raise _mixed(
-                sample.rows_n, is_equal_n, scale.name, f"values that add up to {listed(sums, most=3)}", source=source
-            )
+            sums = listed(sorted({_number(value) for value in rest.sums[name][:3]}), most=3)
+            raise _mixed(sample.rows_n, is_equal_n, scale.name, f"values that add up to {sums}", source=source)
     for name, sums_n in sample.sums.items():  # some genes were left out after normalizing, of little expression
         for total in USUAL_TOTALS if is_rich else ():
             if (sums_n > 0.9 * total).all() and (sums_n < (1 + _SAME_TOTAL) * total).all():
@@ -335,11 +332,8 @@ def _by_size(sample: _Sample) -> Scale | None:
     A cell's total of expm1 is at most what it was divided to, and cut to fewer genes it varies by a factor of a few;
     of counts, it is the exponential of the largest one.
     """
-    scale = Scale("fractional", example=sample.example)
-    if (
-        sample.totals_n is not None
-        and np.mean(np.abs(sample.sums[""] - sample.totals_n) < 1e-3 * sample.totals_n) > 0.9
-    ):
+    scale, totals_n = Scale("fractional", example=sample.example), sample.totals_n
+    if totals_n is not None and np.mean(np.abs(sample.sums[""] - totals_n) < 1e-3 * totals_n) > 0.9:
         return scale
     if sample.values_l.max() > HIGHEST_LOG_VALUE or (sample.sums["log2(1 + x)"] > 1.1 * USUAL_TOTALS[-1]).any():
         return scale

@@ -230,11 +230,7 @@ def _ask_bucket(url: str, *, offset: int, known: Version | None) -> Iterator[_An
 
 
 def expand_url(url: str) -> list[str]:
-    """Turn a URL into the URLs of files: globs and folders of a bucket are listed.
-
-    Raises:
-        InputError: The URL is malformed, cannot be listed (http), or nothing is there.
-    """
+    """Return the URLs of the files that a URL names: globs and folders are listed in buckets, refused on the web."""
     parts = parts_of(url)
     if is_http(parts):
         if "*" in parts.path or parts.path.endswith("/") or not parts.path:

@@ -286,11 +286,7 @@ class Shard:
 class ShardCache:
     """Keeps the last used shards of a list open, at most `MOST_OPEN_FILES`, of those kept whole `MOST_WHOLE_FILES`.
 
-    Args:
-        sources: Paths, or AnnData objects.
-        options: Further arguments of every `Shard`.
-        layer: Which matrix to read.
-        where: Which cells to read, by columns of `obs`; None reads all.
+    `sources` are paths or AnnData objects, `where` says which of their cells to read, `options` goes to every `Shard`.
     """
 
     def __init__(

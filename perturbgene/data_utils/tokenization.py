@@ -354,11 +354,7 @@ class GeneTokenizer:
         return np.uint16 if max(self.vocab_size, self.type_vocab_size) <= 1 << 16 else np.int32
 
     def tokenize_block(self, block: ExpressionBlock, *, epoch: int = 0) -> TokenBlock:
-        """Tokenize many cells of one file at once; `epoch` travels with them, for masks.
-
-        Raises:
-            InputError: A value is NaN, infinite or negative, or a column index is outside the matrix.
-        """
+        """Tokenize many cells of one file at once; `epoch` travels with them, for masks."""
         library_size = block.library_size_n
         if block.is_linear and library_size is None:
             library_size = library_sizes(block.values_l, block.offsets_n1)

@@ -206,11 +206,7 @@ class CellValues:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def read(self, rows_m: np.ndarray, *, is_summed: bool) -> tuple[Rows, np.ndarray | None, bool]:
-        """Read rows, sorted ascending.
-
-        Args:
-            rows_m: Row numbers within the file, int64 of shape (m,), m >= 1.
-            is_summed: Some columns will be added up, which logarithms cannot be.
+        """Read rows, sorted ascending; `is_summed` if some columns will be added up, which logarithms cannot be.
 
         Returns:
             The rows; their library sizes, float64 of shape (m,), or None; and True if values are linear, still to be
