@@ -26,31 +26,17 @@ EXPRESSED, UNEXPRESSED = 0, 1
 
 @dataclass(frozen=True)
 class Contrast:
-    """One phenotype, the label that it is set to, and how its effect is measured.
-
-    Args:
-        category: The phenotype.
-        label_id: Input id of the label that is set.
-        num_passes: Masks per cell.
-        num_null: Meaningless changes of the same size that make the null.
-        seed: Of masks and of the null.
-    """
+    """One phenotype, the label that it is set to, and how its effect is measured."""
 
     category: str
-    label_id: int
-    num_passes: int = 4
-    num_null: int = 20
-    seed: int = 0
+    label_id: int  # input id of the label that is set
+    num_passes: int = 4  # masks per cell
+    num_null: int = 20  # meaningless changes of the same size that make the null
+    seed: int = 0  # of masks and of the null
 
 
 class GenePredictor:
-    """Expected values of hidden genes under a given label.
-
-    Args:
-        run: An mlm run.
-        contrast: What is changed.
-        tokenizer: With the layout of the sequences.
-    """
+    """Expected values of hidden genes under a given label; `tokenizer` has the layout of the sequences."""
 
     def __init__(self, run: Run, contrast: Contrast, *, tokenizer: GeneTokenizer) -> None:
         assert not run.is_classifier
@@ -102,26 +88,18 @@ class GenePredictor:
 
 @dataclass
 class Sums:
-    """Running sums over cells, arrays that add up over batches and ranks.
+    """Running sums over cells, which add up over batches and ranks."""
 
-    Args:
-        changes_2skg: Sum of changes by unit, stratum, group and gene; `counts_skg` how many.
-        squares_skg: Sum of their squares, in the first unit.
-        null_r2skg: The same of each null draw; `null_counts_skg` how many of each draw.
-        cells_k: Cells that were changed.
-        measured_2kg, expressed_2kg, values_2kg: Cells measured for a gene, cells that express it and the sum of its
-            values, of the changed cells (0) and of those that have the label anyway (1).
-    """
-
-    changes_2skg: np.ndarray
-    squares_skg: np.ndarray
-    counts_skg: np.ndarray
-    null_r2skg: np.ndarray
-    null_counts_skg: np.ndarray
-    cells_k: np.ndarray
-    measured_2kg: np.ndarray
-    expressed_2kg: np.ndarray
-    values_2kg: np.ndarray
+    changes_2skg: np.ndarray  # sums of changes by unit, stratum, group and gene
+    squares_skg: np.ndarray  # sums of their squares, in the first unit
+    counts_skg: np.ndarray  # how many changes
+    null_r2skg: np.ndarray  # sums of the changes of each null draw
+    null_counts_skg: np.ndarray  # how many changes of each draw
+    cells_k: np.ndarray  # cells that were changed
+    # Of the changed cells (0), and of those that have the label anyway (1):
+    measured_2kg: np.ndarray  # cells measured for a gene
+    expressed_2kg: np.ndarray  # cells that express it
+    values_2kg: np.ndarray  # sum of its values
 
     @classmethod
     def zeros(cls, *, num_groups: int, num_genes: int, num_null: int) -> "Sums":
@@ -169,15 +147,7 @@ def add_block(
     sums: Sums, predictor: GenePredictor, collator: DataCollatorForPhenotypicMLM, block: TokenBlock, *,
     group_n: np.ndarray, is_null_n: np.ndarray,
 ) -> None:  # fmt: skip
-    """Predict the hidden genes of changed cells under both labels, and for some cells under the null.
-
-    Args:
-        sums: The results are added to these.
-        predictor, collator: They predict and hide genes.
-        block: Cells with another label than the one that is set.
-        group_n: Group of each, (n,).
-        is_null_n: True for cells on which the null is computed, (n,).
-    """
+    """Add changes of hidden genes of the cells of a block, and on those of `is_null_n` also changes under the null."""
     rows = np.flatnonzero(is_null_n)
     for number in range(predictor.contrast.num_passes):
         batch, place_m = _hidden(sums, predictor, collator, block, number, group_n)

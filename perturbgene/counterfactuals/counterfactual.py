@@ -55,10 +55,7 @@ NULL_CELLS = 256
 
 
 def training_combinations(run: Run, categories: Sequence[str]) -> np.ndarray:
-    """Return the distinct combinations of labels among the run's training cells.
-
-    Returns:
-        Input ids, int32 of shape (t, c), -1 where a label is missing.
+    """Return the distinct combinations of labels among the run's training cells: input ids (t, c), -1 for missing.
 
     Raises:
         InputError: The run does not say which cells it was trained on, or they are no longer there.
@@ -94,21 +91,13 @@ def unseen_combinations(asked_nc: np.ndarray, trained_tc: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class CellSelection:
-    """Which cells are changed, which have the label already, and their groups.
-
-    Args:
-        groups: Names of the groups.
-        group_n: Group of each cell, (n,), -1 for cells without one.
-        is_changed_n: True for cells that have another label than the one to set, (n,).
-        has_label_n: True for cells that have that label, (n,).
-        is_null_n: True for changed cells on which the null is computed, (n,).
-    """
+    """Which cells are changed, which have the label already, and their groups."""
 
     groups: list[str]
-    group_n: np.ndarray
-    is_changed_n: np.ndarray
-    has_label_n: np.ndarray
-    is_null_n: np.ndarray
+    group_n: np.ndarray  # (n,), -1 for cells without a group
+    is_changed_n: np.ndarray  # has another label than the one to set
+    has_label_n: np.ndarray  # has that label already
+    is_null_n: np.ndarray  # is changed, and the null is computed on it
 
 
 def choose_cells(
@@ -138,19 +127,12 @@ def choose_cells(
 
 @dataclass(frozen=True)
 class CounterfactualTask:
-    """A question that has been checked: ready to be predicted.
-
-    Args:
-        config: Its options.
-        run, dataset, selection: The model and the cells.
-        contrast: The phenotype and the label to set.
-        given: The other phenotypes in the sequence.
-    """
+    """A question that has been checked: ready to be predicted."""
 
     config: CounterfactualConfig
     run: Run
-    contrast: Contrast
-    given: dict[str, str | None]
+    contrast: Contrast  # the phenotype and the label to set
+    given: dict[str, str | None]  # the other phenotypes in the sequence
     dataset: IterableAnnDataset
     selection: CellSelection
 

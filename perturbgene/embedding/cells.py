@@ -60,22 +60,15 @@ def label_embeddings(run: Run, category: str) -> pd.DataFrame:
 class CellEmbedder:
     """Which hidden states are read from every cell.
 
-    Args:
-        run: A loaded run.
-        pooling: "cls" is the final state of `[CLS]`, "genes" the mean of the final states of the cell's genes.
-        phenotypes: Asked one at a time; the final state of each one's `[MASK]`.
-        genes: Ids or symbols.
-        given: Phenotype -> label of all cells, or None to read each cell's own from `obs`; all others are absent.
-
     Raises:
         InputError: A gene or phenotype is unknown, a phenotype is asked and given, or a classifier is asked for one.
     """
 
     run: Run
-    pooling: Literal["cls", "genes"]
-    phenotypes: Sequence[str]
-    genes: Sequence[str]
-    given: Mapping[str, str | None]
+    pooling: Literal["cls", "genes"]  # the final state of `[CLS]`, or the mean of the final states of the cell's genes
+    phenotypes: Sequence[str]  # asked one at a time; the final state of each one's `[MASK]`
+    genes: Sequence[str]  # ids or symbols
+    given: Mapping[str, str | None]  # phenotype -> label of all cells, or None to read `obs`; all others are absent
 
     def __post_init__(self) -> None:
         if self.phenotypes:

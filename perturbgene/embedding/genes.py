@@ -56,10 +56,6 @@ class GeneSums:
 
     Memory is 2 x groups x genes x hidden size in float64, whatever the number of cells.
 
-    Args:
-        run: Embeds the genes.
-        num_groups: k.
-
     Raises:
         InputError: The sums would not fit into memory.
     """

@@ -74,26 +74,16 @@ def fit_temperature(logits_nk: np.ndarray, labels_n: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Temperature:
-    """The temperature of one phenotype under one question.
-
-    Args:
-        phenotype: The phenotype whose logits it divides.
-        asked, given: Phenotypes asked in the same sequence (with this one), and given.
-        temperature: Divides the logits.
-        num_cells: Labeled cells it was fitted on.
-        scores: `log_loss_before`, `log_loss_after`, `ece_before`, `ece_after` and `n` of the other half.
-        energy_quantiles: 0, 1, ..., 100 % quantiles of the energy of held-out cells.
-        is_at_limit: True if the best temperature may be outside the range that was searched.
-    """
+    """The temperature of one phenotype under one question."""
 
     phenotype: str
-    asked: tuple[str, ...]
+    asked: tuple[str, ...]  # asked in the same sequence, with this one
     given: tuple[str, ...]
-    temperature: float
-    num_cells: int
-    scores: dict[str, float] = field(default_factory=dict)
-    energy_quantiles: tuple[float, ...] = ()
-    is_at_limit: bool = False
+    temperature: float  # divides the logits
+    num_cells: int  # labeled cells it was fitted on
+    scores: dict[str, float] = field(default_factory=dict)  # `log_loss_before`, `ece_after`, ..., of `n` other cells
+    energy_quantiles: tuple[float, ...] = ()  # 0, 1, ..., 100 % quantiles of the energy of held-out cells
+    is_at_limit: bool = False  # the best temperature may be outside the range that was searched
 
     def distance(self, asked: Sequence[str], given: Sequence[str]) -> int:
         """Return how many phenotypes differ between this question and another."""
@@ -177,19 +167,12 @@ def fit(
 
 @dataclass(frozen=True)
 class Calibration:
-    """All temperatures of a run, and what they were fitted on.
-
-    Args:
-        temperatures: One for each phenotype and question.
-        gene_quantiles: 0, 1, ..., 100 % quantiles of the held-out cells' mean log-likelihood of masked genes.
-        split: "donors" or "cells": what was halved.
-        weights: `weights_hash` of the run it was fitted for.
-    """
+    """All temperatures of a run, and what they were fitted on."""
 
     temperatures: tuple[Temperature, ...] = ()
-    gene_quantiles: tuple[float, ...] = ()
-    split: str = "cells"
-    weights: str = ""
+    gene_quantiles: tuple[float, ...] = ()  # of the held-out cells' mean log-likelihood of masked genes
+    split: str = "cells"  # "donors" or "cells": what was halved
+    weights: str = ""  # `weights_hash` of the run
 
     def nearest(self, phenotype: str, *, asked: Sequence[str], given: Sequence[str]) -> Temperature | None:
         """Return the temperature of the question that differs in the fewest phenotypes; None without any."""

@@ -39,48 +39,31 @@ MOST_LABELS = 200
 
 @dataclass
 class FileReport:
-    """What one file holds; None or empty where that could not be found out.
-
-    Args:
-        form: h5ad, zarr, 10x or memory.
-        matrix: Which matrix is read, and how it is stored.
-        library_size, genes_per_cell: Least, median and most; of all cells if a run is given, else of sampled ones.
-        genes: How the columns were matched to the panel, the line that all verbs print.
-        labels: Column of obs -> label -> cells; "" counts missing labels.
-        donors: Cells of each donor.
-    """
+    """What one file holds; None or empty where that could not be found out."""
 
     path: str
-    form: str
+    form: str  # h5ad, zarr, 10x or memory
     cells: int = 0
     columns: int = 0
-    matrix: str = ""
+    matrix: str = ""  # which matrix is read, and how it is stored
     layers: list[str] = field(default_factory=list)
     scale: str = ""
-    library_size: list[float] | None = None
-    genes_per_cell: list[float] | None = None
-    genes: str = ""
-    labels: dict[str, dict[str, int]] = field(default_factory=dict)
-    donors: dict[str, int] = field(default_factory=dict)
+    library_size: list[float] | None = None  # least, median, most
+    genes_per_cell: list[float] | None = None  # of all cells if a run is given, else of sampled ones
+    genes: str = ""  # how the columns were matched to the panel
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # column -> label -> cells; "" counts missing ones
+    donors: dict[str, int] = field(default_factory=dict)  # cells of each donor
 
 
 @dataclass
 class CheckReport:
-    """What `check` found.
+    """What `check` found."""
 
-    Args:
-        target: What the files were checked for: a run, or `prepare`.
-        files: A report of each file.
-        will: What would be done.
-        look_at: What should be looked at first.
-        refused: Why the files would be refused; None if they would not.
-    """
-
-    target: str
+    target: str  # what the files were checked for: a run, or `prepare`
     files: list[FileReport] = field(default_factory=list)
-    will: list[str] = field(default_factory=list)
-    look_at: list[str] = field(default_factory=list)
-    refused: str | None = None
+    will: list[str] = field(default_factory=list)  # what would be done
+    look_at: list[str] = field(default_factory=list)  # what should be looked at first
+    refused: str | None = None  # why the files would be refused; None if they would not
 
     @property
     def ok(self) -> bool:

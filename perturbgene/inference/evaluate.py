@@ -198,15 +198,9 @@ def _labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is
 
 
 def _calibrate(
-    run: Run,
-    collector: LogitCollector,
-    dataset: IterableAnnDataset,
-    results: dict[str, Any],
-    *,
-    donor_column: str | None,
-    gene_scores: Sequence[np.ndarray],
-    is_seen_n: np.ndarray,
-) -> None:
+    run: Run, collector: LogitCollector, dataset: IterableAnnDataset, results: dict[str, Any], *,
+    donor_column: str | None, gene_scores: Sequence[np.ndarray], is_seen_n: np.ndarray,
+) -> None:  # fmt: skip
     """Fit a temperature for each question on half of the donors, add it to the results and store it in the run.
 
     Cells that were seen in training do not take part, and a question with too few labels keeps its temperature.

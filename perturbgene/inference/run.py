@@ -34,17 +34,11 @@ CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model with its tokenizer.
+    """A trained model with its tokenizer."""
 
-    Args:
-        model: In evaluation mode, on its device.
-        tokenizer: The one that the weights were trained with.
-        path: The run folder.
-    """
-
-    model: GeneBertForPhenotypicMLM | GeneBertForClassification
-    tokenizer: GeneTokenizer
-    path: str
+    model: GeneBertForPhenotypicMLM | GeneBertForClassification  # in evaluation mode, on its device
+    tokenizer: GeneTokenizer  # the one that the weights were trained with
+    path: str  # the run folder
 
     def __repr__(self) -> str:
         config, kind = self.model.config, "cls" if self.is_classifier else "mlm"

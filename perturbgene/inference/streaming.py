@@ -57,16 +57,11 @@ Given = Mapping[str, str | None] | Sequence[str]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is.
-
-    Args:
-        rank, size: This process among all.
-        local_rank: This process among those of its machine, which share its accelerators.
-    """
+    """Which of how many processes this is."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # among the processes of this machine, which share its accelerators
 
     @classmethod
     def join(cls, device: str = "auto") -> "Ranks":

@@ -48,21 +48,13 @@ EffectsOf = Callable[[TokenBlock], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class GroupedCells:
-    """The cells of one file or AnnData, read by rows, with the donor and the group of each.
-
-    A unit is a donor's cells of one group; effects are summed by unit.
-
-    Args:
-        dataset: Opens and checks the source.
-        donors, donor_n: Names, and the index of each cell's donor, -1 where it has none.
-        groups, group_n: Names, and the index of each cell's group, -1 where it has none.
-    """
+    """The cells of one file or AnnData, read by rows; a unit is a donor's cells of one group."""
 
     dataset: IterableAnnDataset
     donors: list[str]
-    donor_n: np.ndarray
+    donor_n: np.ndarray  # index of each cell's donor, -1 where it has none
     groups: list[str]
-    group_n: np.ndarray
+    group_n: np.ndarray  # index of each cell's group, -1 where it has none
 
     @classmethod
     def open(
@@ -117,13 +109,7 @@ def sum_effects(
 ) -> np.ndarray:  # fmt: skip
     """Add up the effects of all cells, part by part; each process computes its share, and all get the whole sum.
 
-    Args:
-        name: Of the parts and of the progress bar.
-        effects_of: Computes the effects of a block of cells.
-        cells: The cells.
-        num_effects: Number of sums, q.
-        store: Where finished parts are kept; None keeps them in memory (single process).
-        ranks: Which of the processes this is.
+    `name` is that of the parts and of the progress bar; without a store, parts are kept in memory (single process).
 
     Returns:
         Number of cells and sum of effects of each unit and perturbation, shape (u, q, 2).

@@ -22,21 +22,13 @@ REMOVED = -1  # in place of an input id
 
 @dataclass(frozen=True)
 class Perturbations:
-    """What is done to cells, one entry for each of q perturbations.
+    """What is done to cells, one entry for each of q perturbations."""
 
-    Args:
-        names: Genes by symbol (or id), those of a combination joined by "+".
-        types_j: Token types of the genes, ascending within a perturbation, int64 of shape (j,).
-        offsets_q1: Perturbation q owns `types_j[offsets_q1[q]:offsets_q1[q + 1]]`, int64 of shape (q + 1,).
-        new_id: Input id that the genes get; `REMOVED` takes their tokens away.
-        inserts: True inserts a token where the cell does not express the gene.
-    """
-
-    names: tuple[str, ...]
-    types_j: np.ndarray
-    offsets_q1: np.ndarray
-    new_id: int
-    inserts: bool
+    names: tuple[str, ...]  # genes by symbol (or id), those of a combination joined by "+"
+    types_j: np.ndarray  # token types of the genes, ascending within a perturbation, int64
+    offsets_q1: np.ndarray  # perturbation q owns `types_j[offsets_q1[q]:offsets_q1[q + 1]]`
+    new_id: int  # input id that the genes get; `REMOVED` takes their tokens away
+    inserts: bool  # whether a token is inserted where the cell does not express the gene
 
     def __len__(self) -> int:
         return len(self.names)

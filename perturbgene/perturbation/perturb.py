@@ -7,7 +7,7 @@ perturbations, m effects, k groups, u units (a donor's cells of a group).
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from perturbgene.perturbation.cells import GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.edits import ALL_GENES, REMOVED, Perturbations, changed_pairs, perturbations_of
 from perturbgene.perturbation.readouts import Readout, StateReadout, exact_effects, label_readout, sequences
 from perturbgene.perturbation.screening import screen_removals
-from perturbgene.perturbation.statistics import Agreement, Null, against_null, agreement, mean_over_donors
+from perturbgene.perturbation.statistics import against_null, agreement, mean_over_donors
 from perturbgene.plots import effects_figure
 
 if TYPE_CHECKING:
@@ -51,19 +51,13 @@ CHECK_CELLS = 100
 
 @dataclass(frozen=True)
 class Experiment:
-    """Perturbations of cells, and how their effects are computed.
-
-    Args:
-        config: The question and its options.
-        run, cells, readout: The model, the cells, and what of them is compared.
-        asked: The perturbations.
-    """
+    """Perturbations of cells, and how their effects are computed."""
 
     config: PerturbConfig
     run: Run
     cells: GroupedCells
-    readout: Readout
-    asked: Perturbations
+    readout: Readout  # what of the cells is compared
+    asked: Perturbations  # the perturbations that are asked for
 
     @classmethod
     def open(cls, source: Any, run: Run, config: PerturbConfig, given: Mapping[str, str | None]) -> "Experiment":
@@ -128,10 +122,8 @@ def report_labels(cells: GroupedCells, towards: str, from_: str | None) -> None:
     own_n = shard.label_column(category).map(label_text).astype(str).to_numpy()[cells.is_used_n]
     num_cells, num_there = len(own_n), int((own_n == label).sum())
     if from_ and num_there < num_cells:
-        what, rest = (
-            f"only {num_there:,} of {num_cells:,} cells have {from_}, the label of --from",
-            f'{category}="{label}"',
-        )
+        what = f"only {num_there:,} of {num_cells:,} cells have {from_}, the label of --from"
+        rest = f'{category}="{label}"'
     elif not from_ and 0 < num_there < num_cells:
         others = pd.Series(own_n[(own_n != label) & (own_n != "")]).value_counts().index
         rest = " ".join(f'{category}="{other}"' for other in others[:3]) or f"{category}=..."
@@ -146,30 +138,17 @@ def report_labels(cells: GroupedCells, towards: str, from_: str | None) -> None:
 
 @dataclass(frozen=True)
 class Effects:
-    """Sums of effects over all cells.
+    """Sums of effects over all cells."""
 
-    Args:
-        computed: What was computed exactly: what was asked for, or chosen from the screen, and controls.
-        exact: Sums of `computed`.
-        controls: Rows of `computed` that are random genes.
-        screened: Sums of the screen of all genes; None without a screen.
-        agreement: How well the screen agrees with exact effects of random genes; None without a screen.
-    """
-
-    computed: Perturbations
-    exact: np.ndarray
-    controls: np.ndarray
-    screened: np.ndarray | None = None
-    agreement: Agreement | None = None
+    computed: Perturbations  # what was computed exactly: asked for or chosen from the screen, and controls
+    exact: np.ndarray  # sums of `computed`, (u, q, 2)
+    controls: np.ndarray  # rows of `computed` that are random genes
+    screened: np.ndarray | None = None  # sums of the screen of all genes
+    agreement: dict[str, float] | None = None  # of the screen with exact effects of random genes
 
 
 def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ranks = ALONE) -> Effects:
-    """Screen all genes, choose among them, and compute the chosen ones exactly.
-
-    Args:
-        experiment: What to compute.
-        store, ranks: See `cells.sum_effects`.
-    """
+    """Screen all genes, choose among them, and compute the chosen ones exactly; the options are those of `sum_effects`."""
     asked, cells, config = experiment.asked, experiment.cells, experiment.config
     every_gene = perturbations_of([ALL_GENES], experiment.run.tokenizer)
     is_tested = len(cells.donors) > 1  # then named genes need a null: the screen of all genes, or random genes
@@ -213,7 +192,7 @@ def _draw(genes: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.random.default_rng(SEED).choice(genes, size=min(count, len(genes)), replace=False))
 
 
-def _agreement_in_sample(experiment: Experiment, every_gene: Perturbations, *, genes: np.ndarray) -> Agreement:
+def _agreement_in_sample(experiment: Experiment, every_gene: Perturbations, *, genes: np.ndarray) -> dict[str, float]:
     """Compare the screen with exact effects of some genes, in cells spread evenly over the file."""
     cells, controls = experiment.cells, every_gene.take(genes)
     donor_n = np.full(len(cells), -1)  # which leaves a cell out
@@ -236,7 +215,7 @@ def effect_table(experiment: Experiment, effects: Effects) -> pd.DataFrame:
     """
     scale, num_donors = 1.0, len(experiment.cells.donors)
     if effects.agreement is not None:
-        scale = effects.agreement.scale if effects.agreement.scale > 0 else np.nan
+        scale = effects.agreement["scale"] if effects.agreement["scale"] > 0 else np.nan
     if np.isnan(scale) and num_donors > 1:
         logger.warning("exact effects have no p-values: too few random genes were computed. Raise --num_controls.")
     tables = []
@@ -250,7 +229,7 @@ def effect_table(experiment: Experiment, effects: Effects) -> pd.DataFrame:
     if len(whole) and whole["effect"].isna().all():
         min_cells = experiment.config.min_cells
         logger.warning("no donor has %d cells in which a gene changes: lower --min_cells", min_cells)
-    whole.attrs["screen"] = effects.agreement and asdict(effects.agreement)
+    whole.attrs["screen"] = effects.agreement
     return whole
 
 
@@ -262,11 +241,11 @@ def _group_table(experiment: Experiment, effects: Effects, group: int, *, scale:
     table = experiment.means(effects.exact, group).assign(method="exact", gene=gene_q)
     table.insert(0, "perturbation", computed.names)
     if effects.screened is None:
-        null = _null(table.iloc[effects.controls if len(effects.controls) else np.flatnonzero(gene_q >= 0)])
+        null = table.iloc[effects.controls if len(effects.controls) else np.flatnonzero(gene_q >= 0)]
     else:
         screened = experiment.means(effects.screened, group)
         screened = screened.assign(method="screened", gene=np.arange(len(screened)))
-        null = _null(screened)
+        null = screened
         table["screened_effect"] = np.where(gene_q >= 0, screened["effect"].to_numpy()[gene_q], np.nan)
         if experiment.is_all:
             screened = screened.assign(perturbation=asked.names, screened_effect=screened["effect"])
@@ -281,12 +260,6 @@ def _group_table(experiment: Experiment, effects: Effects, group: int, *, scale:
     is_tested = (table["gene"] >= 0) | (asked.new_id != REMOVED)  # single genes are no null for a pair
     scale_q = np.where(table["method"] == "screened", 1.0, scale)[is_tested]
     return table.join(against_null(table[is_tested], null, scale_q=scale_q)).drop(columns="gene")
-
-
-def _null(table: pd.DataFrame) -> Null:
-    """Return the null made of the genes of a table that have an effect."""
-    known = table[table["effect"].notna()]
-    return Null(*(known[name].to_numpy() for name in ("effect", "num_cells", "gene")))
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------
@@ -381,7 +354,7 @@ def _donors(cells: GroupedCells) -> str:
     return "one donor" if cells.donors != [ALL] else "donors unknown"
 
 
-def _report(table: pd.DataFrame, screen: Agreement | None, experiment: Experiment, target: Path) -> str:
+def _report(table: pd.DataFrame, screen: dict[str, float] | None, experiment: Experiment, target: Path) -> str:
     """Say what was done, how good the screen was, and which effects are the strongest."""
     cells, counts = experiment.cells, table["method"].value_counts()
     lines = [
@@ -390,9 +363,9 @@ def _report(table: pd.DataFrame, screen: Agreement | None, experiment: Experimen
     ]
     if screen is not None:
         lines.append(
-            f"The screen, checked on {screen.num_genes} random genes: rank correlation with the exact effects "
-            f"{screen.spearman:.3f}; its top quarter contains {screen.recall:.0%} of the exact top eighth (25% would "
-            f"be chance); exact effects are {screen.scale:.2f} times as large"
+            "The screen, checked on {num_genes} random genes: rank correlation with the exact effects {spearman:.3f}; "
+            "its top quarter contains {recall:.0%} of the exact top eighth (25% would be chance); exact effects are "
+            "{scale:.2f} times as large".format(**screen)
         )
     if len(cells.donors) < 2:
         lines.append("No p-values: they need two donors or more (--donor), since cells of one donor are no replicates.")

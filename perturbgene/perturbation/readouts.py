@@ -28,25 +28,15 @@ TOKEN_BUDGET = {"cpu": 4_096, "cuda": 262_144}
 
 @dataclass(frozen=True)
 class LabelReadout:
-    """Log-odds, in nats, of one label against all others of its phenotype, or against one other.
+    """Log-odds, in nats, of one label against all others of its phenotype, or against one other."""
 
-    Args:
-        category: The phenotype.
-        towards: Index of the label among the phenotype's labels.
-        away: Index of the label that it is compared with; None means all others together.
-        num_labels: Number of labels.
-        first_id: Input id of the phenotype's first label; None for a classifier.
-        given: Phenotypes whose tokens are in the sequence.
-        temperature: Logits are divided by it.
-    """
-
-    category: str
-    towards: int
-    away: int | None
+    category: str  # the phenotype
+    towards: int  # index of the label among the phenotype's labels
+    away: int | None  # index of the label that it is compared with; None means all others together
     num_labels: int
-    first_id: int | None
-    given: tuple[str, ...] = ()
-    temperature: float = 1.0
+    first_id: int | None  # input id of the phenotype's first label; None for a classifier
+    given: tuple[str, ...] = ()  # phenotypes whose tokens are in the sequence
+    temperature: float = 1.0  # divides the logits
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -78,15 +68,10 @@ class LabelReadout:
 
 @dataclass(frozen=True)
 class StateReadout:
-    """A cell's embedding: the final hidden state of `[CLS]`, or the mean over gene tokens that are not perturbed.
-
-    Args:
-        pooling: "cls" or "mean".
-        given: Phenotypes whose tokens are in the sequence.
-    """
+    """A cell's embedding: the final hidden state of `[CLS]`, or the mean over gene tokens that are not perturbed."""
 
     pooling: Pooling = "cls"
-    given: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()  # phenotypes whose tokens are in the sequence
     asked: tuple[str, ...] = field(default=(), init=False)
 
     def read(self, model: torch.nn.Module, batch: Batch, *, is_counted_l: Tensor) -> Tensor:

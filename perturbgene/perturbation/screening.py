@@ -46,15 +46,9 @@ KEPT_OF_LONG_CELL = 8
 
 
 def screen_removals(
-    run: Run,
-    block: TokenBlock,
-    readout: Readout,
-    *,
-    num_directions: int = NUM_DIRECTIONS,
-    towards_n: np.ndarray | None = None,
-    budget: int | None = None,
-    is_half: bool | None = None,
-) -> np.ndarray:
+    run: Run, block: TokenBlock, readout: Readout, *, num_directions: int = NUM_DIRECTIONS,
+    towards_n: np.ndarray | None = None, budget: int | None = None, is_half: bool | None = None,
+) -> np.ndarray:  # fmt: skip
     """Estimate the effect of removing each gene of each cell, in the units of `readouts.exact_effects`.
 
     Args:
@@ -150,17 +144,11 @@ def _across(shift_nhr: Tensor, unit_nh: Tensor) -> Tensor:
 
 @dataclass
 class _Sums:
-    """The backward pass adds the effect of each token's removal to these sums.
+    """The backward pass adds the effect of each token's removal to these sums."""
 
-    Args:
-        change_l: The sum so far, shape (l,).
-        keeps: Whether attention weights are kept for the backward pass.
-        trigger: A scalar without effect on which all attention depends, so that its gradient passes through all layers.
-    """
-
-    change_l: Tensor
-    keeps: bool
-    trigger: Tensor
+    change_l: Tensor  # the sum so far
+    keeps: bool  # whether attention weights are kept for the backward pass
+    trigger: Tensor  # a scalar without effect on which all attention depends, so that its gradient passes all layers
 
 
 @contextmanager
@@ -189,16 +177,9 @@ def _screening(run: Run, batch: Batch) -> Iterator[_Sums]:
 
 
 def _attend(
-    sums: _Sums,
-    q_ahd: Tensor,
-    k_lhd: Tensor,
-    v_lhd: Tensor,
-    *,
-    queries: Packing,
-    keys: Packing,
-    key_log_gate_l: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
+    sums: _Sums, q_ahd: Tensor, k_lhd: Tensor, v_lhd: Tensor, *, queries: Packing, keys: Packing,
+    key_log_gate_l: Tensor | None = None, **settings: Any,
+) -> Tensor:  # fmt: skip
     """Attend like `model.attention.attention`, and add to `sums` in the backward pass."""
     assert key_log_gate_l is None  # nothing gates tokens here
     most = _limit(BYTES_AT_ONCE, q_ahd.device) // q_ahd.element_size()
@@ -235,19 +216,12 @@ class _ScreenedLinearTerm(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some heads and queries of one cell.
+    """Some heads and queries of one cell."""
 
-    Args:
-        queries: Index of heads and queries.
-        keys: Index of heads and keys.
-        of_cell: The cell's tokens.
-        own_a: Each query's own place among the keys.
-    """
-
-    queries: tuple[slice, slice]
-    keys: tuple[slice, slice]
-    of_cell: slice
-    own_a: Tensor
+    queries: tuple[slice, slice]  # index of heads and queries
+    keys: tuple[slice, slice]  # index of heads and keys
+    of_cell: slice  # the cell's tokens
+    own_a: Tensor  # each query's own place among the keys
 
 
 def _pieces(packing: Packing, reads_a: Tensor | None, *, heads: int, most: int) -> Iterator[_Piece]:

@@ -4,9 +4,6 @@ Owns the numbers only; knows nothing of models, tokens or files. Cells of one do
 unit of every test. Letters: d donors, q perturbations, z genes of the null.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -49,47 +46,17 @@ def mean_over_donors(means_dq: np.ndarray, counts_dq: np.ndarray, *, min_cells: 
 # -- tests ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Null:
-    """Effects of ordinary genes, with which others are compared.
-
-    Args:
-        effect_z: Mean effect over donors, shape (z,), all finite.
-        num_cells_z: Number of cells that express each gene, shape (z,).
-        gene_z: Panel index of each gene, so that no gene is compared with itself.
-    """
-
-    effect_z: np.ndarray
-    num_cells_z: np.ndarray
-    gene_z: np.ndarray
-
-    @cached_property
-    def _order_z(self) -> np.ndarray:
-        """Genes by frequency; those of one frequency in random order, so that each has other neighbors."""
-        shuffled = np.random.default_rng(0).permutation(len(self.gene_z))
-        return shuffled[np.argsort(self.num_cells_z[shuffled], kind="stable")]
-
-    def matched(self, num_cells: float, *, gene: int) -> np.ndarray:
-        """Return the effects of the `NUM_MATCHED` genes nearest in frequency, without the gene itself."""
-        own = np.flatnonzero(self.gene_z[self._order_z] == gene)
-        center = own[0] if len(own) else np.searchsorted(self.num_cells_z[self._order_z], num_cells)
-        most = NUM_MATCHED + len(own)
-        start = int(np.clip(center - most // 2, 0, max(0, len(self.gene_z) - most)))
-        window = self._order_z[start : start + most]
-        return np.asarray(self.effect_z[window[self.gene_z[window] != gene]])
-
-
-def against_null(table: pd.DataFrame, null: Null, *, scale_q: np.ndarray) -> pd.DataFrame:
+def against_null(table: pd.DataFrame, null: pd.DataFrame, *, scale_q: np.ndarray) -> pd.DataFrame:
     """Test whether each effect is an outlier among the effects of genes that are expressed about as often.
 
-    Welch's t of the donors' mean effect against one more draw from the matched genes:
-    `t = (effect - mean_z) / sqrt(se^2 + s_z^2 (1 + 1 / z))`, where `se` is the standard error over donors and `s_z` the
-    standard deviation of the z matched genes' effects, with d - 1 and z - 1 degrees of freedom. The question is whether
-    the gene differs from a random gene, not whether it differs from the mean of all genes.
+    Welch's t of the donors' mean effect against one more draw from the `NUM_MATCHED` genes nearest in frequency (but
+    not itself): `t = (effect - mean_z) / sqrt(se^2 + s_z^2 (1 + 1 / z))`, where `se` is the standard error over
+    donors and `s_z` the standard deviation of the z matched effects, with d - 1 and z - 1 degrees of freedom. The
+    question is whether the gene differs from a random gene, not whether it differs from the mean of all genes.
 
     Args:
         table: From `mean_over_donors`, with the panel index of each row's `gene`, -1 for none.
-        null: Ordinary genes.
+        null: Ordinary genes: `effect` (missing ones are left out), `num_cells` and `gene`.
         scale_q: What the null's effects are multiplied by for each row, so that both were computed the same way:
             1 for rows computed like the null, NaN if that factor is not known.
 
@@ -97,9 +64,17 @@ def against_null(table: pd.DataFrame, null: Null, *, scale_q: np.ndarray) -> pd.
         `null_mean`, `p_value` (two-sided; missing with fewer than two donors or `LEAST_MATCHED` genes) and `q_value`
         (Benjamini-Hochberg over the rows that have a p-value).
     """
+    null = null[null["effect"].notna()]
+    shuffled = np.random.default_rng(0).permutation(len(null))  # genes of one frequency are neighbors at random
+    order_z = shuffled[np.argsort(null["num_cells"].to_numpy()[shuffled], kind="stable")]
+    effect_z, num_cells_z, gene_z = (null[name].to_numpy()[order_z] for name in ("effect", "num_cells", "gene"))
     mean_q, variance_q, count_q = np.full((3, len(table)), np.nan)
     for row, (num_cells, gene) in enumerate(zip(table["num_cells"], table["gene"], strict=True)):
-        matched_z = null.matched(num_cells, gene=gene) * scale_q[row]
+        own = np.flatnonzero(gene_z == gene)
+        center, most = own[0] if len(own) else np.searchsorted(num_cells_z, num_cells), NUM_MATCHED + len(own)
+        start = int(np.clip(center - most // 2, 0, max(0, len(gene_z) - most)))
+        near = slice(start, start + most)
+        matched_z = effect_z[near][gene_z[near] != gene] * scale_q[row]
         if table["num_donors"].iloc[row] >= 2 and len(matched_z) >= LEAST_MATCHED:
             mean_q[row], variance_q[row], count_q[row] = matched_z.mean(), matched_z.var(ddof=1), len(matched_z)
     errors_2q = np.stack([table["standard_error"].to_numpy(dtype=float) ** 2, variance_q * (1 + 1 / count_q)])
@@ -141,36 +116,25 @@ def welch_test(
 # -- how good the screen is -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How well screened effects agree with exact ones, on genes for which both were computed.
+def agreement(exact_q: np.ndarray, screened_q: np.ndarray) -> dict[str, float]:
+    """Compare exact and screened effects of the same genes, shape (q,); an effect's strength is its absolute value.
 
-    Args:
-        spearman: Rank correlation.
-        recall: Share of the strongest eighth (exact) found in the strongest quarter of the screen; 0.25 by chance.
-        scale: Median of exact effect / screened effect.
-        num_genes: Genes compared.
+    Returns:
+        `spearman` (rank correlation), `recall` (share of the strongest eighth (exact) found in the strongest quarter of
+        the screen; 0.25 by chance), `scale` (median of exact effect / screened effect), all NaN for fewer than three
+        genes, and `num_genes`.
     """
-
-    spearman: float
-    recall: float
-    scale: float
-    num_genes: int
-
-
-def agreement(exact_q: np.ndarray, screened_q: np.ndarray) -> Agreement:
-    """Compare exact and screened effects of the same genes, shape (q,); an effect's strength is its absolute value."""
     is_known_q = np.isfinite(exact_q) & np.isfinite(screened_q)
     exact_q, screened_q = exact_q[is_known_q], screened_q[is_known_q]
     count = len(exact_q)
     if count < 3:
-        return Agreement(np.nan, np.nan, np.nan, count)
+        return {"spearman": np.nan, "recall": np.nan, "scale": np.nan, "num_genes": count}
     top = np.argsort(-np.abs(exact_q), kind="stable")[: max(1, count // 8)]
     candidates = np.argsort(-np.abs(screened_q), kind="stable")[: max(1, count // 4)]
     ratios = exact_q[screened_q != 0] / screened_q[screened_q != 0]
-    return Agreement(
-        spearman=float(stats.spearmanr(exact_q, screened_q).statistic),
-        recall=float(np.isin(top, candidates).mean()),
-        scale=float(np.median(ratios)) if len(ratios) else np.nan,
-        num_genes=count,
-    )
+    return {
+        "spearman": float(stats.spearmanr(exact_q, screened_q).statistic),
+        "recall": float(np.isin(top, candidates).mean()),
+        "scale": float(np.median(ratios)) if len(ratios) else np.nan,
+        "num_genes": count,
+    }
