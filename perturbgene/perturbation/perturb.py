@@ -148,7 +148,7 @@ class Effects:
 
 
 def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ranks = ALONE) -> Effects:
-    """Screen all genes, choose among them, and compute the chosen ones exactly; the options are those of `sum_effects`."""
+    """Screen all genes, choose among them, and compute the chosen ones exactly; see `sum_effects` for the options."""
     asked, cells, config = experiment.asked, experiment.cells, experiment.config
     every_gene = perturbations_of([ALL_GENES], experiment.run.tokenizer)
     is_tested = len(cells.donors) > 1  # then named genes need a null: the screen of all genes, or random genes

@@ -34,7 +34,7 @@ from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import open_cells
 from perturbgene.main import main
-from perturbgene.plots import changes_figure
+from perturbgene.plots import MOST_CHANGES, changes_figure
 from tests.inference.test_streaming import ThreadRanks
 from tests.nine_genes import LABELS
 from tests.untrained import a_run, save, some_cells
@@ -431,6 +431,6 @@ def test_the_figure_shows_the_largest_changes_of_each_group() -> None:
     genes = [f"g{at}" for at in range(50)]
     facts = {"null_mean": 0.0, "null_sd": 0.1, "q_value": 0.5, "observed": 0.2}
     part = pd.DataFrame({"symbol": genes, "change": np.linspace(-1, 1, 50), **facts})
-    figure = changes_figure(pd.concat([part.assign(group=g) for g in "ab"]), title="set", value="change", most_genes=3)
+    figure = changes_figure(pd.concat([part.assign(group=g) for g in "ab"]), title="set", value="change")
     names = [label.get_text() for label in figure.axes[1].get_yticklabels()]
-    assert len(figure.axes) == 2 and names == ["g0", "g1", "g2", "g47", "g48", "g49"]
+    assert len(figure.axes) == 2 and names == genes[:MOST_CHANGES] + genes[-MOST_CHANGES:]
