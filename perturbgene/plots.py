@@ -182,6 +182,8 @@ def deletion_figure(curves: pd.DataFrame, *, title: str) -> Figure:
 def changes_figure(table: pd.DataFrame, *, title: str, value: str) -> Figure:
     """Draw the genes that rise and fall most as bars, with what chance would do and what was observed.
 
+    Bars are gray if q >= 0.05; lines are the 95 % range of chance, and dots the observed difference.
+
     Args:
         table: Columns `group`, `symbol`, `change`, `null_mean`, `null_sd`, `q_value` and `observed`, as
             `counterfactual` returns.
@@ -190,39 +192,35 @@ def changes_figure(table: pd.DataFrame, *, title: str, value: str) -> Figure:
     """
 
     def draw(axes: Axes, name: str, part: pd.DataFrame) -> None:
-        part = part.sort_values("change")
-        is_many = len(part) > 2 * MOST_CHANGES
-        _draw_changes(axes, pd.concat([part.head(MOST_CHANGES), part.tail(MOST_CHANGES)]) if is_many else part)
         axes.set_title(f"{_shortened(name)}, n = {len(part):,} genes", fontsize=9)
         axes.set_xlabel(value, fontsize=9)
+        part = part.sort_values("change")
+        if len(part) > 2 * MOST_CHANGES:
+            part = pd.concat([part.head(MOST_CHANGES), part.tail(MOST_CHANGES)])
+        height, is_hit = np.arange(len(part)), (part["q_value"] < 0.05).to_numpy()
+        hits = ((is_hit, "q < 0.05", OKABE_ITO[1]), (~is_hit, "q >= 0.05 or not tested", "#BBBBBB"))
+        for is_kind, label, color in hits:
+            if is_kind.any():
+                axes.barh(height[is_kind], part["change"][is_kind], color=color, label=label, height=0.75)
+        axes.errorbar(
+            part["null_mean"], height, xerr=1.96 * part["null_sd"], fmt="none", ecolor="#000000", elinewidth=0.7,
+            label="95 % range of changes that mean nothing",
+        )  # fmt: skip
+        axes.set_yticks(height, labels=[_shortened(symbol) for symbol in part["symbol"]], fontsize=7)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.axvline(0.0, color="#666666", linewidth=0.6)
+        low, high = axes.get_xlim()
+        margin = 0.03 * (high - low)
+        observed = part["observed"].to_numpy()
+        is_inside = (observed >= low) & (observed <= high)
+        for is_kind, marker in ((observed < low, "<"), (observed > high, ">"), (is_inside, "o")):
+            places = np.clip(observed[is_kind], low - margin, high + margin)
+            (dots,) = axes.plot(places, height[is_kind], marker, color=OKABE_ITO[0], markersize=3.5)
+        dots.set_label("observed difference (arrow: outside the axis)")
+        axes.set_xlim(low - 2 * margin, high + 2 * margin)
 
     panel = (4.6, 0.19 * 2 * MOST_CHANGES)
     return _panel_figure(table, draw, title=title, base=(1.0, 1.6), panel=panel, legend_columns=1)
-
-
-def _draw_changes(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw bars of changes, gray if q >= 0.05, with the 95 % range of chance and the observed difference."""
-    height = np.arange(len(table))
-    is_hit = (table["q_value"] < 0.05).to_numpy()
-    for is_kind, label, color in ((is_hit, "q < 0.05", OKABE_ITO[1]), (~is_hit, "q >= 0.05 or not tested", "#BBBBBB")):
-        if is_kind.any():
-            axes.barh(height[is_kind], table["change"][is_kind], color=color, label=label, height=0.75)
-    axes.errorbar(
-        table["null_mean"], height, xerr=1.96 * table["null_sd"], fmt="none", ecolor="#000000", elinewidth=0.7,
-        label="95 % range of changes that mean nothing",
-    )  # fmt: skip
-    axes.set_yticks(height, labels=[_shortened(name) for name in table["symbol"]], fontsize=7)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.axvline(0.0, color="#666666", linewidth=0.6)
-    low, high = axes.get_xlim()
-    margin = 0.03 * (high - low)
-    observed = table["observed"].to_numpy()
-    is_inside = (observed >= low) & (observed <= high)
-    for is_kind, marker in ((observed < low, "<"), (observed > high, ">"), (is_inside, "o")):
-        places = np.clip(observed[is_kind], low - margin, high + margin)
-        (dots,) = axes.plot(places, height[is_kind], marker, color=OKABE_ITO[0], markersize=3.5)
-    dots.set_label("observed difference (arrow: outside the axis)")
-    axes.set_xlim(low - 2 * margin, high + 2 * margin)
 
 
 def save_figure(figure: Figure, path: Path | str, *, dots_per_inch: int = 150) -> Path:

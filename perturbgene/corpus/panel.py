@@ -4,7 +4,6 @@ Owns joining and choosing genes, and which table of genes measures which of them
 matched to `data_utils.genes`. Letters: g genes of the panel, u genes of all files, t tables of genes.
 """
 
-import itertools
 import logging
 import re
 from collections import Counter
@@ -65,8 +64,13 @@ def join_genes(survey: Survey, config: PrepareConfig) -> tuple[GenePanel, np.nda
     kept_apart: set[str] = set()
     with closing(open_files(survey.sources, config)) as cache:
         for index in survey.first_of_table:
-            columns = gene_names_of(cache[index], config.gene_id_column)
-            genes = dict(itertools.starmap(_id_and_symbol, zip(*columns, strict=True)))
+            genes = dict[str, str]()
+            for name, id_, symbol in zip(*gene_names_of(cache[index], config.gene_id_column), strict=True):
+                own, other, known_as = clean_gene(name), clean_gene(id_), clean_gene(label_text(symbol))
+                # The Ensembl id if the file has it anywhere, else the name of the column. A number counts columns or
+                # rows of a table elsewhere: two files with a gene "17" need not mean the same one.
+                chosen = next((text for text in (own, known_as, other) if text and not text.isdecimal()), "")
+                genes[other if is_ensembl(other) and not is_ensembl(own) else chosen] = known_as or own
             genes.pop("", None)
             kept_apart.update(symbol for gene, symbol in genes.items() if symbol != gene and symbol in genes)
             for gene, symbol in genes.items():
@@ -85,16 +89,6 @@ def join_genes(survey: Survey, config: PrepareConfig) -> tuple[GenePanel, np.nda
         measured_tu = np.stack([cache[index].alignment.is_measured_g for index in survey.first_of_table])
     _check_shared(survey, union, config, measured_tu=measured_tu)
     return union, measured_tu
-
-
-def _id_and_symbol(name: object, id_: object, symbol: object) -> tuple[str, str]:
-    """Choose a gene's id: its Ensembl id if the file has it anywhere, else the name of its column, else ''."""
-    own, other, known_as = clean_gene(name), clean_gene(id_), clean_gene(label_text(symbol))
-    if is_ensembl(other) and not is_ensembl(own):
-        return other, known_as or own
-    # A number counts columns or rows of a table elsewhere: two files with a gene "17" need not mean the same one.
-    chosen = next((text for text in (own, known_as, other) if text and not text.isdecimal()), "")
-    return chosen, known_as or own
 
 
 @dataclass(frozen=True)

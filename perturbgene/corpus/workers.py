@@ -154,7 +154,19 @@ def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> 
     """
     with ExitStack() as stack:
         if scheduler:
-            client, losses = _connect(scheduler)
+            try:
+                distributed = importlib.import_module("distributed")
+                client = distributed.Client(scheduler, timeout="30s", set_as_default=False)
+            except ImportError as error:
+                raise InputError(
+                    f"--scheduler {scheduler} needs Dask, which is not installed. Install it with "
+                    "`pip install perturbgene[cluster]`, or leave --scheduler out."
+                ) from error
+            except (OSError, ValueError, TimeoutError) as error:
+                raise InputError(
+                    f"no Dask scheduler answers at {scheduler} ({error}). Start one with `dask scheduler`, or check "
+                    "--scheduler."
+                ) from error
             stack.enter_context(client)
             num_threads = sum(client.nthreads().values())
             if not num_threads:
@@ -163,7 +175,7 @@ def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> 
                 )
             executor: Executor = client.get_executor(pure=False, retries=3)
             stack.callback(executor.shutdown, wait=False)
-            yield Workers(executor, num_threads, losses)
+            yield Workers(executor, num_threads, (distributed.KilledWorker,))
         elif num_processes > 1:
             # Never fork: a child would share this process's open HDF5 files and locks. A fork server has none of them.
             has_server = "forkserver" in multiprocessing.get_all_start_methods()
@@ -201,21 +213,3 @@ def _end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _connect(address: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """Return a client of a Dask scheduler, and the error that says that its workers keep dying."""
-    try:
-        distributed = importlib.import_module("distributed")
-    except ImportError as error:
-        raise InputError(
-            f"--scheduler {address} needs Dask, which is not installed. Install it with "
-            "`pip install perturbgene[cluster]`, or leave --scheduler out."
-        ) from error
-    try:
-        client = distributed.Client(address, timeout="30s", set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as error:
-        raise InputError(
-            f"no Dask scheduler answers at {address} ({error}). Start one with `dask scheduler`, or check --scheduler."
-        ) from error
-    return client, (distributed.KilledWorker,)
