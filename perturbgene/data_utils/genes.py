@@ -165,19 +165,15 @@ class GeneAlignment:
 
     def describe(self) -> str:
         """Return the coverage line that every verb prints."""
-        measured = int(self.is_measured_g.sum())
-        parts = [f"{measured:,} of {self.num_genes:,} panel genes found ({self.coverage:.1%})"]
-        if self.by_symbol:
-            parts.append(f"{len(self.by_symbol):,} by symbol")
-        if self.num_prefixed:
-            parts.append(f"{self.num_prefixed:,} without the genome in front of their name")
-        if self.num_copies:
-            parts.append(f"{self.num_copies:,} without a number that made their name unique")
-        if self.duplicated:
-            parts.append(f"{len(self.duplicated):,} summed from several columns ({listed(self.duplicated, most=3)})")
-        if self.unknown:
-            parts.append(f"{len(self.unknown):,} columns not in the panel")
-        return ", ".join(parts)
+        parts = [f"{self.is_measured_g.sum():,} of {self.num_genes:,} panel genes found ({self.coverage:.1%})"]
+        kinds = [
+            (len(self.by_symbol), "by symbol"),
+            (self.num_prefixed, "without the genome in front of their name"),
+            (self.num_copies, "without a number that made their name unique"),
+            (len(self.duplicated), f"summed from several columns ({listed(self.duplicated, most=3)})"),
+            (len(self.unknown), "columns not in the panel"),
+        ]
+        return ", ".join([*parts, *(f"{count:,} {kind}" for count, kind in kinds if count)])
 
 
 @dataclass(frozen=True)

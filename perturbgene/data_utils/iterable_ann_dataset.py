@@ -196,7 +196,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.where = conditions(where)
         self.shards = ShardCache(sources, layer=layer, where=self.where, **options)
         if self.where:
-            check_where((shard.source for shard in self._all_shards()), self.where, has_all_values=has_all_values)
+            check_where((shard.source for shard in self.shards), self.where, has_all_values=has_all_values)
         self.sizes = self._checked_sizes(getattr(sources, "sizes", None), min_gene_coverage)
         self._starts_f = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
         self._class_n = self._classes() if phenotype_category is not None else None
@@ -210,15 +210,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """The files, in order."""
         return [shown_path(source) if isinstance(source, str) else "AnnData" for source in self.shards.sources]
 
-    def _all_shards(self) -> Iterator[Shard]:
-        for index in range(len(self.shards)):
-            yield self.shards[index]
-
     def _checked_sizes(self, known_sizes: Sequence[int] | None, min_gene_coverage: float) -> tuple[int, ...]:
         """Count the cells of each file; of a corpus, whose sizes are known, only the first is opened here."""
         if known_sizes is None or self.where:
             sizes, scales = [], dict[str, str]()
-            for shard in self._all_shards():
+            for shard in self.shards:
                 sizes.append(self._check(shard, min_gene_coverage))
                 scales.setdefault(shard.values.scale.name, shard.path)
             if len(scales) > 1:
@@ -250,7 +246,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         category = self.phenotype_category
         assert category is not None
         start, _ = self.tokenizer.vocabulary.id_range(category)
-        shards = (replace(shard, optional_labels=False) for shard in self._all_shards())
+        shards = (replace(shard, optional_labels=False) for shard in self.shards)
         ids_n = np.concatenate([shard.label_ids(category) for shard in shards])
         if (ids_n == ABSENT).all():
             raise self.shards[0].no_known_label(category)
@@ -273,7 +269,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     @property
     def coverage(self) -> float:
         """Share of the panel's genes that the files measure, in 0..1: of several files, the least."""
-        return min(shard.coverage for shard in self._all_shards())
+        return min(shard.coverage for shard in self.shards)
 
     # -- the order ------------------------------------------------------------------------------------------------
 
@@ -308,7 +304,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if not self.where:
             return None
         rows, start = [], 0
-        for shard in self._all_shards():
+        for shard in self.shards:
             assert isinstance(shard.source, ChosenCells)
             rows.append(start + shard.source.rows_n)
             start += shard.source.base.shape[0]
@@ -325,7 +321,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _genes_n(self) -> np.ndarray:
         """Genes that each cell's sequence will have, estimated without reading values, shape (n,)."""
         budget = self.tokens_per_batch
-        return np.concatenate([gene_counts(shard, self.tokenizer, budget=budget) for shard in self._all_shards()])
+        return np.concatenate([gene_counts(shard, self.tokenizer, budget=budget) for shard in self.shards])
 
     def batch_sampler(self, epoch: int | None = None) -> BudgetSampler:
         """The batches of all ranks in an epoch under a budget of tokens; those of the last epoch asked for are kept."""

@@ -8,9 +8,9 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -163,9 +163,8 @@ class Shard:
 
         least = self.alignment.coverage + 0.05
         if "raw" in self.source.layers and self.source.layer != "raw":
-            raw = replace(self, source=self.source.with_layer("raw"), normalization="none", gene_id_column=None)
-            with suppress(InputError), closing(raw.source):
-                names, ids, symbols = names_of(raw.source)
+            with suppress(InputError), closing(self.source.with_layer("raw")) as raw:
+                names, ids, symbols = names_of(raw)
                 found = self.panel.align(names, other_names_c=[*ids, *symbols]).coverage
                 if found > least:
                     return f".raw has {found:.1%} of the panel: give --layer raw."
@@ -303,6 +302,9 @@ class ShardCache:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Shard:
         if index not in self._open:
