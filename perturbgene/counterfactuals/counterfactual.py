@@ -314,18 +314,6 @@ def run_counterfactual(config: CounterfactualConfig) -> str | None:
         return "\n".join([*_summary(table, task), f"written to {target}, {csv} and {png}"])
 
 
-def extremes(table: pd.DataFrame) -> str:
-    """Name the genes that rise and fall most, of a table sorted by change; a gene that rises is never called falling.
-
-    Example:
-        >>> extremes(pd.DataFrame({"symbol": ["A", "B", "C"], "change": [0.3, 0.2, 0.1]}))
-        'up A, B, C; down none'
-    """
-    up = ", ".join(table["symbol"][table["change"] > 0].head(5)) or "none"
-    down = ", ".join(table["symbol"][table["change"] < 0].tail(5)[::-1]) or "none"
-    return f"up {up}; down {down}"
-
-
 def _summary(table: pd.DataFrame, task: CounterfactualTask) -> list[str]:
     """Say for the first groups which genes rise and fall, and how that compares with the observed difference."""
     num_changed = int(table["n_cells"].max()) if len(table) else 0
@@ -333,7 +321,9 @@ def _summary(table: pd.DataFrame, task: CounterfactualTask) -> list[str]:
     lines = [f"{num_changed:,} cells set to {task.config.set}; {num_labeled:,} cells have it already"]
     for group, part in list(table.groupby("group", sort=False))[:6]:
         hits = int((part["q_value"] < 0.05).sum())
-        lines.append(f"{group}: {hits:,} of {len(part):,} genes with q < 0.05; {extremes(part)}")
+        up = ", ".join(part["symbol"][part["change"] > 0].head(5)) or "none"
+        down = ", ".join(part["symbol"][part["change"] < 0].tail(5)[::-1]) or "none"
+        lines.append(f"{group}: {hits:,} of {len(part):,} genes with q < 0.05; up {up}; down {down}")
         known = part[["change", "observed"]].dropna()
         if len(known) > 2:
             rank = stats.spearmanr(known["change"], known["observed"]).statistic

@@ -131,21 +131,6 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def folder_to_read(run: Path) -> Path:
-    """Return a finished run's own folder, or the newest whole checkpoint of a run that is not finished, with a line."""
-    if (run / CONFIG_NAME).exists() and any(run.glob("*.safetensors")):
-        return run
-    from perturbgene.training.checkpoints import checkpoints, damage_of  # imports the Trainer, which takes seconds
-
-    for checkpoint in reversed(checkpoints(run)):
-        if damage_of(checkpoint, needed=(CONFIG_NAME,)) is None:
-            logger.warning(
-                "%s is still in training or was stopped: reading its newest whole checkpoint, %s", run, checkpoint.name
-            )
-            return checkpoint
-    return run
-
-
 def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     """Load a run of `mlm` or `cls`: a folder, or a name on the Hugging Face Hub; a loaded run is returned as it is.
 
@@ -171,7 +156,14 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     if not run.is_dir():
         reason = "is a file, not a folder" if run.exists() else "does not exist"
         raise InputError(f"run {run} {reason}. Give the --output_dir of an `mlm` or `cls` run.")
-    run = folder_to_read(run)
+    if not ((run / CONFIG_NAME).exists() and any(run.glob("*.safetensors"))):  # it is not finished
+        from perturbgene.training.checkpoints import checkpoints, damage_of  # imports the Trainer, which takes seconds
+
+        whole = (path for path in reversed(checkpoints(run)) if damage_of(path, needed=(CONFIG_NAME,)) is None)
+        if (newest := next(whole, None)) is not None:
+            text = "%s is still in training or was stopped: reading its newest whole checkpoint, %s"
+            logger.warning(text, run, newest.name)
+            run = newest
     tokenizer = GeneTokenizer.from_pretrained(run)
     try:
         config = GeneBertConfig.from_pretrained(run, trust_remote_code=False)

@@ -230,12 +230,10 @@ def read_groups(
         return [ALL], np.zeros(dataset.num_cells, dtype=np.int64)
     factor = pd.Categorical(dataset.shards[0].source.obs_column(column)).remove_unused_categories()
     names = [label_text(value) for value in factor.categories]
-    groups = sorted({name for name in names if name})
+    groups = sorted({*names} - {""})
     if not groups:
         raise InputError(f"obs[{column!r}] has no value, so there are no groups. Change --{flag}.")
-    place = {name: at for at, name in enumerate(groups)}
-    code_of = np.array([*(place.get(name, ABSENT) for name in names), ABSENT], dtype=np.int64)
-    group_n = code_of[factor.codes]
+    group_n = pd.Index(groups).get_indexer([*names, ""])[factor.codes].astype(np.int64)  # code -1 takes the last
     if missing := int((group_n == ABSENT).sum()):
         logger.warning("%d of %d cells have no %s and are left out", missing, len(group_n), column)
     return groups, group_n

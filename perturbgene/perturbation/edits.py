@@ -128,13 +128,9 @@ def changed_pairs(
 
 
 def edit(
-    block: TokenBlock,
-    perturbations: Perturbations,
-    tokenizer: GeneTokenizer,
-    *,
-    pairs: tuple[np.ndarray, np.ndarray],
-    most_genes: int,
-) -> tuple[TokenBlock, np.ndarray]:
+    block: TokenBlock, perturbations: Perturbations, tokenizer: GeneTokenizer, *,
+    pairs: tuple[np.ndarray, np.ndarray], most_genes: int,
+) -> tuple[TokenBlock, np.ndarray]:  # fmt: skip
     """Apply perturbations to cells.
 
     An inserted gene is placed in the panel's order; a cell that is full loses its last unperturbed genes to make room.
@@ -143,9 +139,8 @@ def edit(
 
     Args:
         block: Sequences as the model reads them.
-        perturbations: What is done.
+        perturbations, pairs: What is done, and the cell and the perturbation of each edited sequence, each (m,).
         tokenizer: The model's.
-        pairs: Cell and perturbation of each edited sequence, each of shape (m,).
         most_genes: Maximum number of genes in a sequence.
 
     Returns:

@@ -342,32 +342,29 @@ def run_perturb(config: PerturbConfig) -> str | None:
         if config.towards:
             effect = f"change of the log-odds of the label of {config.towards.partition('=')[0].strip()} (nats)"
             aim = f"{config.towards} against {config.from_ or 'all other labels'}"
-        cells = f"{len(experiment.cells):,} cells, {_donors(experiment.cells)}"
+        num_donors, is_known = len(experiment.cells.donors), experiment.cells.donors != [ALL]
+        donors = f"{num_donors} donors" if num_donors > 1 else "one donor" if is_known else "donors unknown"
+        cells = f"{len(experiment.cells):,} cells, {donors}"
         figure = effects_figure(table, title=f"{config.kind.replace('_', ' ')}, {cells}\n{aim}", effect=effect)
         store.finish(target, table, figure, {**facts, "screen": table.attrs["screen"], "effect": effect})
-        return _report(table, effects.agreement, experiment, target)
+        counts = table["method"].value_counts()
+        first = (
+            f"{cells}: {counts.get('exact', 0):,} exact and {counts.get('screened', 0):,} screened effects, written to "
+            f"{target} and {target.with_suffix('.png').name}"
+        )
+        return "\n".join([first, *_report(table, effects.agreement, num_donors=num_donors)])
 
 
-def _donors(cells: GroupedCells) -> str:
-    if len(cells.donors) > 1:
-        return f"{len(cells.donors)} donors"
-    return "one donor" if cells.donors != [ALL] else "donors unknown"
-
-
-def _report(table: pd.DataFrame, screen: dict[str, float] | None, experiment: Experiment, target: Path) -> str:
-    """Say what was done, how good the screen was, and which effects are the strongest."""
-    cells, counts = experiment.cells, table["method"].value_counts()
-    lines = [
-        f"{len(cells):,} cells, {_donors(cells)}: {counts.get('exact', 0):,} exact and {counts.get('screened', 0):,} "
-        f"screened effects, written to {target} and {target.with_suffix('.png').name}"
-    ]
+def _report(table: pd.DataFrame, screen: dict[str, float] | None, *, num_donors: int) -> list[str]:
+    """Say how good the screen was, and which effects are the strongest."""
+    lines = []
     if screen is not None:
         lines.append(
             "The screen, checked on {num_genes} random genes: rank correlation with the exact effects {spearman:.3f}; "
             "its top quarter contains {recall:.0%} of the exact top eighth (25% would be chance); exact effects are "
             "{scale:.2f} times as large".format(**screen)
         )
-    if len(cells.donors) < 2:
+    if num_donors < 2:
         lines.append("No p-values: they need two donors or more (--donor), since cells of one donor are no replicates.")
     shown = table.drop(columns=["standard_error", "null_mean"]).head(12)
-    return "\n".join([*lines, shown.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="")])
+    return [*lines, shown.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="")]

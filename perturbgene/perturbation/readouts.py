@@ -18,7 +18,7 @@ from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, did_you_mean
 from perturbgene.eval_utils import inference_mode, model_device, to_device
-from perturbgene.inference.calibration import read_calibration
+from perturbgene.inference.calibration import Calibration, read_calibration
 from perturbgene.inference.run import Run
 from perturbgene.perturbation.edits import Perturbations, edit
 
@@ -118,8 +118,7 @@ def label_readout(run: Run, *, towards: str, away: str | None = None, given: Seq
             raise InputError(f"{category}={label} is no label of the run. {hint} Change --{flag}.")
     asked, *others = (labels.index(label) for _, label in named)
     given = tuple(run.tokenizer.included_phenotypes if run.is_classifier else given)
-    calibration = read_calibration(run.path)
-    nearest = calibration.nearest(category, asked=(category,), given=given) if calibration else None
+    nearest = (read_calibration(run.path) or Calibration()).nearest(category, asked=(category,), given=given)
     temperature = nearest.temperature if nearest else 1.0
     return LabelReadout(category, asked, next(iter(others), None), len(labels), first_id, given, temperature)
 
@@ -144,11 +143,9 @@ def exact_effects(
     """Score perturbations exactly: run every edited cell, and compare it with the unperturbed cell.
 
     Args:
-        run: The model and its tokenizer.
+        run, readout: The model, and what is compared.
         block: From `sequences`.
-        perturbations: What is done.
-        readout: What is compared.
-        pairs: Cell and perturbation of each edited cell, each of shape (m,); see `edits.changed_pairs`.
+        perturbations, pairs: What is done, and the cell and the perturbation of each edited cell, each of shape (m,).
         budget: Maximum number of tokens that run at once; None takes what suits the device.
 
     Returns:

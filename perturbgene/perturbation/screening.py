@@ -52,9 +52,8 @@ def screen_removals(
     """Estimate the effect of removing each gene of each cell, in the units of `readouts.exact_effects`.
 
     Args:
-        run: The model and its tokenizer.
+        run, readout: The model, and what is compared.
         block: From `readouts.sequences`.
-        readout: What is compared.
         num_directions: For states: number of directions in which the state shifts most, with a forward and a backward
             pass each; with as many as the hidden size the result is exact to first order.
         towards_n: For labels: the label of each cell, in place of the readout's, shape (n,).
