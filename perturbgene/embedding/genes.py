@@ -78,7 +78,9 @@ class GeneSums:
             return
         group_n = group_n[group_n >= 0]
         tokens = GeneTokens.of(block, self.run.tokenizer)
-        half_n, shape = halves(block.cells_n), self.counts_2kg.shape
+        # Dealt by a hash of the cell's number: the same for any ranks.
+        half_n = np.array([int(cell_key(0, 0, int(cell))) & 1 for cell in block.cells_n], dtype=np.int64)
+        shape = self.counts_2kg.shape
         place_m = np.ravel_multi_index((half_n[tokens.cell_m], group_n[tokens.cell_m], tokens.gene_m), shape)
         hidden_mh = self.run.hidden_at(pack(block), tokens.position_m)
         sums = torch.from_numpy(self.sums_2kgh.reshape(-1, self.sums_2kgh.shape[-1]))
@@ -115,11 +117,6 @@ class GeneSums:
         means_rh = means_kgh[group_r, gene_r].astype(np.float32)
         obs = pd.DataFrame(columns, index=gene_names + "|" + group_names)
         return anndata.AnnData(means_rh, obs=obs, var=pd.DataFrame(index=[str(at) for at in range(means_rh.shape[1])]))
-
-
-def halves(cells_n: np.ndarray) -> np.ndarray:
-    """Deal cells to two halves by a hash of their number, int64 of shape (n,) in 0..1: the same for any ranks."""
-    return np.array([int(cell_key(0, 0, int(cell))) & 1 for cell in cells_n], dtype=np.int64)
 
 
 # -- what the means say -----------------------------------------------------------------------------------------------

@@ -284,18 +284,14 @@ class GeneTokens:
 class CellResults:
     """Per-cell results of one rank, until all ranks' are merged.
 
-    Args:
-        num_cells: Over all ranks; rank r owns cells r, r + size, ... as an unshuffled data set deals them.
-        ranks: Which of the processes this is.
-        folder: Where the arrays are; None keeps them in memory, which only a single process may.
-        rows: Rows of the chosen cells in the file, and how many rows that has; None where all cells are chosen. Merged
-            results have a row for every cell; that of a cell which was not chosen is missing (NaN, or -1).
+    Rank r owns cells r, r + size, ... as an unshuffled data set deals them. Merged results have a row for every cell of
+    the file; that of a cell which was not chosen is missing (NaN, or -1).
     """
 
-    num_cells: int
+    num_cells: int  # over all ranks
     ranks: Ranks = ALONE
-    folder: Path | None = None
-    rows: tuple[np.ndarray, int] | None = None
+    folder: Path | None = None  # where the arrays are; None keeps them in memory, which only a single process may
+    rows: tuple[np.ndarray, int] | None = None  # the chosen rows of the file, and how many it has; None: all
     _arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -160,13 +160,9 @@ def _sum_part(
 
 @dataclass(frozen=True)
 class PartStore:
-    """Finished parts, until the table is written.
+    """Finished parts, until the table is written."""
 
-    Args:
-        folder: Hidden, next to the output; its name has a hash of all that the parts depend on. None: in memory.
-    """
-
-    folder: Path | None = None
+    folder: Path | None = None  # hidden, next to the output, with a hash of all that the parts depend on; or in memory
     _in_memory: dict[tuple[str, int], dict[str, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
