@@ -6,6 +6,17 @@ edges, b bins.
 
 A gene is predicted where it is hidden, once with the cell's own label and once with the label that is set, all else
 equal. The null moves the label's embedding just as far in random directions.
+
+How far a move carries the predictions depends on where it starts: a layer norm follows, so the same step matters more
+from a short embedding than from a long one. A null from the own label alone would therefore differ between the two
+directions of an edit. So each random move r is made from both labels: forward from the own label A, and backward from
+the label B that is set. With f the predictions and v = B - A,
+
+    null(r) = ((f(A + r) - f(A)) + (f(B) - f(B - r))) / 2
+
+The real move gives null(v) = f(B) - f(A), the change itself, so change and null are one quantity for different moves.
+Swapping A and B turns v into -v and null(r) into -null(r): on the same cells, the other direction of an edit has the
+opposite change, the opposite null and the same p-values.
 """
 
 from dataclasses import dataclass, replace
@@ -68,8 +79,12 @@ class GenePredictor:
         ids_l[batch["token_type_ids"] == self.slot_type] = self.contrast.label_id
         return {**batch, "input_ids": ids_l}
 
-    def with_null(self, batch: Batch, draw: int) -> Batch:
-        """Move every cell's label by a meaningless vector: the change's coordinates, permuted and with random signs."""
+    def with_null(self, batch: Batch, draw: int) -> tuple[Batch, Batch]:
+        """Move every cell's label by a meaningless vector: the change's coordinates, permuted and with random signs.
+
+        Returns:
+            The own label moved by that vector, and the label that is set moved by its opposite.
+        """
         embeddings, device = self.run.model.genebert.embeddings, self.run.model.device
         order_h = torch.from_numpy(self.orders_rh[draw]).to(device)
         sign_h = torch.from_numpy(self.signs_rh[draw]).float().to(device)
@@ -78,9 +93,10 @@ class GenePredictor:
         with inference_mode(self.run.model):
             own_lh = embeddings.summed(batch["input_ids"].to(device), types_l)
             set_lh = embeddings.summed(self.with_label(batch)["input_ids"].to(device), types_l)
-            change_ch = (set_lh - own_lh)[is_slot_l]  # one slot per cell
-            own_lh[is_slot_l] += change_ch[:, order_h] * sign_h
-        return {**batch, "inputs_embeds": own_lh}
+            move_ch = (set_lh - own_lh)[is_slot_l][:, order_h] * sign_h  # one slot per cell
+            own_lh[is_slot_l] += move_ch
+            set_lh[is_slot_l] -= move_ch
+        return {**batch, "inputs_embeds": own_lh}, {**batch, "inputs_embeds": set_lh}
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------
@@ -156,9 +172,12 @@ def add_block(
         if not predictor.contrast.num_null or not len(rows):
             continue
         batch, place_m = _hidden(sums, predictor, collator, block.take(rows), number, group_n[rows])
-        own_m2 = predictor.expected(batch) if len(place_m) else None
-        for draw in range(predictor.contrast.num_null if own_m2 is not None else 0):
-            sums.add_changes(predictor.expected(predictor.with_null(batch, draw)) - own_m2, place_m, draw=draw)
+        if not len(place_m):
+            continue
+        change_m2 = predictor.expected(predictor.with_label(batch)) - predictor.expected(batch)
+        for draw in range(predictor.contrast.num_null):
+            from_own_m2, to_set_m2 = map(predictor.expected, predictor.with_null(batch, draw))
+            sums.add_changes((change_m2 + from_own_m2 - to_set_m2) / 2, place_m, draw=draw)
 
 
 def _hidden(

@@ -70,18 +70,37 @@ def test_setting_a_label_changes_its_token_and_no_other(run: Run, cells: ad.AnnD
     assert torch.equal(changed["input_ids"][~is_tissue], batch["input_ids"][~is_tissue])
 
 
-def test_a_null_moves_the_label_as_far_as_the_real_change_and_nothing_else(run: Run, cells: ad.AnnData) -> None:
+def test_a_null_moves_both_labels_as_far_as_the_real_change_and_nothing_else(run: Run, cells: ad.AnnData) -> None:
     predictor = GenePredictor(run, Contrast("tissue", SPLEEN, num_null=5), tokenizer=run.tokenizer)
     batch = pack(block_of(run, cells))
     embeddings = run.model.genebert.embeddings
     with torch.no_grad():
         own = embeddings.summed(batch["input_ids"], batch["token_type_ids"])
         real = embeddings.summed(predictor.with_label(batch)["input_ids"], batch["token_type_ids"]) - own
-    moves = [predictor.with_null(batch, draw)["inputs_embeds"] - own for draw in range(5)]
-    for move in moves:
-        torch.testing.assert_close(move.norm(dim=1), real.norm(dim=1))
+    moves = []
+    for draw in range(5):
+        from_own, to_set = (moved["inputs_embeds"] for moved in predictor.with_null(batch, draw))
+        moves.append(from_own - own)
+        torch.testing.assert_close(moves[-1].norm(dim=1), real.norm(dim=1))
+        torch.testing.assert_close(own + real - to_set, moves[-1])
     is_moved = real.norm(dim=1) > 0
     assert not torch.allclose(moves[0][is_moved], moves[1][is_moved])
+
+
+def test_both_directions_of_an_edit_have_one_null(run: Run, cells: ad.AnnData) -> None:
+    """The same cells, called blood and set to spleen, and called spleen and set to blood."""
+    tables = []
+    for own, other in (("blood", "spleen"), ("spleen", "blood")):
+        named = cells.copy()
+        named.obs["tissue"] = own
+        table = counterfactual(named, run, set={"tissue": other}, **QUICK)
+        tables.append(table.set_index("gene").sort_index())
+    there, back = tables
+    assert (there["null_sd"] > 0).all() and there["change"].abs().max() > 0.01
+    for name in ("change", "null_mean", "t"):
+        np.testing.assert_allclose(there[name], -back[name], rtol=1e-3, atol=1e-5)
+    for name in ("null_sd", "p_value"):
+        np.testing.assert_allclose(there[name], back[name], rtol=1e-3, atol=1e-6)
 
 
 def test_a_change_is_the_difference_of_expected_values_of_the_hidden_genes(run: Run, cells: ad.AnnData) -> None:
