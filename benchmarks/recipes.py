@@ -118,12 +118,13 @@ def corpus_of(name: str, flags: str, *, data: Path, cache: Path) -> Path:
 
 
 def bars_of(corpus: Path, run: Path) -> dict[str, dict[str, float]]:
-    """Return the scores of majority class and logistic regression, computed once per corpus."""
+    """Return the scores of the baselines, computed once per corpus."""
     path = corpus.parent / "bars.json"
     if not path.exists():
         tokenizer = load_run(run, device="cpu").tokenizer
         train, held_out = (IterableAnnDataset(Corpus.open(corpus).paths(part), tokenizer) for part in ("train", "eval"))
-        path.write_text(json.dumps(baselines(train, held_out, CATEGORY)))
+        answers = baselines(train, held_out, [CATEGORY])[CATEGORY]
+        path.write_text(json.dumps({name: one.scores for name, one in answers.items()}))
     bars: dict[str, dict[str, float]] = json.loads(path.read_text())
     return bars
 

@@ -277,12 +277,29 @@ class LogitCollector:
             yield category, question, cells_n[order], logits_nk[order], true_n[order]
 
 
+class AnswerCollector:
+    """Keeps the answered class and the true class (-1: none) of every cell that an evaluator sees."""
+
+    def __init__(self) -> None:
+        self._batches: dict[tuple[str, str], list[tuple[np.ndarray, ...]]] = {}
+
+    def add(self, category: str, question: Question, block: TokenBlock, logits_nk: np.ndarray, true_n: Any) -> None:
+        """Keep the answers of a batch."""
+        batch = (block.cells_n, np.asarray(true_n), logits_nk.argmax(axis=1))
+        self._batches.setdefault((category, question.name), []).append(batch)
+
+    def joined(self, category: str, question: str) -> tuple[IntArray, IntArray, IntArray]:
+        """Return the cells' numbers, true classes and answers, each of shape (n,)."""
+        cells_n, true_n, predicted_n = zip(*self._batches[category, question], strict=True)
+        return np.concatenate(cells_n), np.concatenate(true_n), np.concatenate(predicted_n)
+
+
 class Evaluator:
     """Scores a model batch by batch; a subclass asks the model. `labels` of a phenotype are the possible answers."""
 
     def __init__(self, questions: Sequence[Question], labels: Mapping[str, Sequence[str]]) -> None:
         self.questions, self.labels = list(questions), labels
-        self.collector: LogitCollector | None = None
+        self.collectors: list[LogitCollector | AnswerCollector] = []
         self.reset()
 
     def reset(self) -> None:
@@ -312,8 +329,8 @@ class Evaluator:
         self, category: str, question: Question, block: TokenBlock, logits_nk: np.ndarray, true_n: np.ndarray
     ) -> None:
         self.tallies[category, question.name].add(softmax(logits_nk, axis=-1), true_n)
-        if self.collector is not None:
-            self.collector.add(category, question, block, logits_nk, true_n)
+        for collector in self.collectors:
+            collector.add(category, question, block, logits_nk, true_n)
 
     def sums(self) -> list[np.ndarray]:
         """Return the arrays that count; they add up over ranks."""

@@ -208,8 +208,8 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
     """Score a run on held-out cells, next to its baselines.
 
     Asks for each phenotype alone, with the others given, and for all at once. Writes accuracy, macro F1, confusion
-    matrices and scores of masked genes, next to two baselines on the same cells: the majority class and a logistic
-    regression.
+    matrices and scores of masked genes, next to baselines on the same cells: the majority class, a logistic regression,
+    ridge and nearest neighbors on all genes, and CellTypist if it is installed. The best is marked.
     """
 
     verb = "evaluate"
@@ -229,7 +229,11 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
         [], "Phenotypes whose labels are given. Default: each phenotype is asked for without any other and with all "
         "others.", is_unique=True,
     )  # fmt: skip
-    baselines: bool = option(True, "Also score the majority class and a logistic regression.")
+    baselines: bool = option(
+        True,
+        "Also fit and score the baselines: majority class, logistic regression on the genes of the run; on all genes "
+        "of the files, ridge, nearest neighbors and, if installed, CellTypist.",
+    )
     calibrate: bool | None = option(
         None, "Fit temperatures on half of the donors and store them in the run, where predict finds them. Default: "
         "only if the run's own evaluation cells are scored.",

@@ -130,6 +130,12 @@ class Shard:
         tables = np.unique(self._table_n)
         return float(self.measured.measured_tg[tables].mean(axis=1).min()) if len(tables) else self.alignment.coverage
 
+    @property
+    def is_measured_g(self) -> np.ndarray:
+        """True for genes of the panel that all of its cells were measured with, shape (g,)."""
+        tables = np.unique(self._table_n)
+        return self.measured.measured_tg[tables].all(axis=0)
+
     def check_genes(self, minimum: float) -> None:
         """Raise an InputError if the file has less than this share of the panel's genes, with the likely reason.
 

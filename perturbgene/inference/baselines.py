@@ -1,112 +1,277 @@
-"""The two baselines next to every score: the majority class, and a logistic regression on expression.
+"""The baselines next to every score: simple classifiers fitted on the training cells, and which answers are best.
 
-Owns reading labels and expression for them and fitting them; leaves the arithmetic of scores to `eval_utils`. Letters:
-n cells, g genes, k classes.
+Owns reading expression and labels for them, scoring them and comparing them with a run; leaves fitting to
+`classifiers` and the arithmetic of scores to `eval_utils`. Letters: n cells, m cells of a part, g genes.
 """
 
+import importlib.util
 import logging
-import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
 
+from perturbgene.data_utils.genes import GenePanel, clean_gene, names_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.order import split_rows
 from perturbgene.data_utils.scale import log_matrix
+from perturbgene.data_utils.shards import ShardCache
+from perturbgene.errors import InputError
 from perturbgene.eval_utils import Confusion, IntArray, Scores
+from perturbgene.inference.classifiers import (
+    Classifier,
+    celltypist,
+    logistic_regression,
+    majority_class,
+    nearest_neighbors,
+    principal_components,
+    ridge,
+    sample,
+)
 
 logger = logging.getLogger(__name__)
 
-#: Most training cells that the logistic regression sees; more cost minutes and hardly change it.
+#: Most training cells that baselines see; more cost minutes and hardly change them.
 MOST_BASELINE_CELLS = 20_000
-#: Scikit-learn's default. C from 0.1 to 10 moved accuracy by at most 0.003 on 700 PBMC.
-INVERSE_PENALTY = 1.0
-MOST_ITERATIONS = 2000
-NUM_FOLDS = 3
-MOST_CELLS_FOR_CHOOSING = 5000
+#: Evaluated cells that are read at a time.
+CELLS_AT_ONCE = 4096
+
+#: What texts call each baseline.
+NAMES = {
+    "majority": "the most frequent label",
+    "logistic_regression": "logistic regression",
+    "ridge": "ridge",
+    "nearest_neighbors": "nearest neighbors",
+    "celltypist": "CellTypist",
+}
 
 
-def majority_class(labels_n: ArrayLike) -> int:
-    """Return the commonest known class, the first of equals; 0 without any. Negative labels are unknown."""
-    ids_n = np.asarray(labels_n, dtype=np.int64)
-    return int(np.bincount(ids_n[ids_n >= 0], minlength=1).argmax())
-
-
-def logistic_regression(
-    train_ng: sparse.csr_matrix, labels_n: ArrayLike, eval_ng: sparse.csr_matrix, *, seed: int
-) -> IntArray:
-    """Predict classes by a multinomial logistic regression on expression, the baseline that a transformer has to beat.
-
-    Genes enter as they are or divided by their standard deviation, whichever predicts better in three folds of the
-    training cells (either one is the stronger baseline on some data); nothing is centered, so matrices stay sparse.
+@dataclass(frozen=True)
+class Answers:
+    """What a baseline answers.
 
     Args:
-        train_ng: Log1p counts per 10,000 of the training cells, CSR.
-        labels_n: Their classes; cells with a negative one are left out.
-        eval_ng: The same genes of the evaluated cells, CSR.
-        seed: Fixes the result, together with the cells.
-
-    Returns:
-        The class of each evaluated cell, shape (n,): the majority class if fewer than two are known in training.
+        scores: Its scores, and `n_train` cells and `n_genes` genes that it was fitted on.
+        predicted_n: The class of each evaluated cell, with a known label or not, shape (n,).
     """
-    known_n = np.asarray(labels_n, dtype=np.int64)
-    train_ng, known_n = train_ng[known_n >= 0], known_n[known_n >= 0]
-    if eval_ng.shape[0] == 0 or np.unique(known_n).size < 2:
-        return np.full(eval_ng.shape[0], majority_class(known_n))
-    classifier = LogisticRegression(C=INVERSE_PENALTY, max_iter=MOST_ITERATIONS, random_state=seed)
-    model = Pipeline([("scale", "passthrough"), ("classify", classifier)])
-    rows_n = np.random.default_rng(seed).permutation(known_n.size)[:MOST_CELLS_FOR_CHOOSING]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        # A fold's training part must keep two classes, which two classes of three cells guarantee.
-        if np.count_nonzero(np.bincount(known_n[rows_n]) >= NUM_FOLDS) >= 2:
-            folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
-            choices = {"scale": ["passthrough", StandardScaler(with_mean=False)]}
-            search = GridSearchCV(model, choices, scoring="accuracy", cv=folds, refit=False)
-            model.set_params(**search.fit(train_ng[rows_n], known_n[rows_n]).best_params_)
-        model.fit(train_ng, known_n)
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        logger.warning("The logistic-regression baseline did not converge in %d iterations.", MOST_ITERATIONS)
-    return np.asarray(model.predict(eval_ng), dtype=np.int64)
+
+    scores: Scores
+    predicted_n: IntArray
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def donors_of(dataset: IterableAnnDataset, donor_column: str | None) -> np.ndarray | None:
+    """Return the donor of each cell, text of shape (n,), or None if a file lacks the column."""
+    files = [shard.source for shard in dataset.shards]
+    if not donor_column or not all(donor_column in file.columns_of("obs") for file in files):
+        return None
+    return np.concatenate([file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files])
+
+
+def _with_panel(dataset: IterableAnnDataset, panel: GenePanel) -> ShardCache:
+    """Return the files of a data set, read in the same way but for the genes."""
+    shards = dataset.shards
+    options = {name: value for name, value in shards.options.items() if name not in ("alignments", "measured")}
+    return ShardCache(shards.sources, layer=shards.layer, where=shards.where, **{**options, "panel": panel})
+
+
+def _all_genes(train: IterableAnnDataset, evaluation: IterableAnnDataset) -> tuple[GenePanel, np.ndarray]:
+    """Return the run's genes with those of the first training file behind them, and which of them all cells have.
+
+    A prepared shard has no genes but the run's.
+    """
+    own, first = train.tokenizer.panel, train.shards[0]
+    names_c, _, symbols = names_of(first.source, first.gene_id_column)
+    symbols_c = symbols[0] if symbols else np.full(len(names_c), "")
+    known, taken = set(own.genes), set(own.symbols)
+    others: dict[str, str] = {}
+    for column in np.flatnonzero(first.alignment.gene_of_column_c < 0):
+        name, symbol = clean_gene(names_c[column]), clean_gene(symbols_c[column])
+        if name and name not in known:
+            others.setdefault(name, "" if symbol in taken else symbol)
+    own_symbols = own.symbols or ("",) * len(own)
+    panel = GenePanel((*own.genes, *others), (*own_symbols, *others.values()))
+    try:
+        measured = [shard.is_measured_g for data in (train, evaluation) for shard in _with_panel(data, panel)]
+    except InputError as error:  # an ambiguous gene that the run does not need
+        logger.info("baselines use the genes of the run alone: %s", error)
+        panel = own
+        measured = [shard.is_measured_g for data in (train, evaluation) for shard in data.shards]
+    return panel, np.all(measured, axis=0)
+
+
+def _read(shards: ShardCache, rows_n: IntArray, *, sizes: Sequence[int]) -> sparse.csr_matrix:
+    """Return log1p counts per 10,000 of some cells of all files, CSR of shape (n, g)."""
+    starts_f = np.concatenate([[0], np.cumsum(sizes)])[:-1]
+    parts = [log_matrix(shards[file].read(rows_m)) for file, rows_m in split_rows(rows_n, starts_f=starts_f)]
+    return sparse.vstack(parts, format="csr")
+
+
+def _labels(dataset: IterableAnnDataset, category: str) -> IntArray:
+    """Return the class of each cell of all files, shape (n,), -1 where it is not known."""
+    start, _ = dataset.tokenizer.vocabulary.id_range(category)
+    ids_n = np.concatenate([shard.label_ids(category) for shard in dataset.shards]).astype(np.int64)
+    return np.where(ids_n == ABSENT, ABSENT, ids_n - start)
+
+
+# -- fitting and scoring ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TrainingCells:
+    """What baselines are fitted on.
+
+    Args:
+        values_ng: Log1p counts per 10,000 of the run's genes and the further ones of the files.
+        donors_n: Donor of each cell, or None.
+        num_panel_genes: Number of the run's genes.
+        shared_g: Numbers of the genes that all cells, evaluated ones too, were measured with.
+    """
+
+    values_ng: sparse.csr_matrix
+    donors_n: np.ndarray | None
+    num_panel_genes: int
+    shared_g: IntArray
+    seed: int
+
+    @cached_property
+    def project(self) -> Classifier | None:
+        """What projects cells on the principal components of their shared genes."""
+        return principal_components(self.values_ng[:, self.shared_g], seed=self.seed)
+
+    def fit(self, labels_n: IntArray) -> Iterator[tuple[str, Classifier, Scores]]:
+        """Fit one baseline after the other to the cells with a known label; only the majority if they have one label.
+
+        Yields:
+            Its name, what answers, given the same genes, and `n_train` and what else its scores should say.
+        """
+        known_n, seed, shared_g = np.flatnonzero(labels_n >= 0), self.seed, self.shared_g
+        majority, labels_n = majority_class(labels_n), labels_n[known_n]
+        yield "majority", lambda cells_ng: np.full(cells_ng.shape[0], majority), {"n_train": len(known_n)}
+        if np.unique(labels_n).size < 2:
+            return
+        known_ng, num_own = self.values_ng[known_n], self.num_panel_genes
+        by_panel = logistic_regression(known_ng[:, :num_own], labels_n, seed=seed)
+        facts: Scores = {"n_train": len(known_n), "n_genes": num_own}
+        yield "logistic_regression", lambda cells_ng: by_panel(cells_ng[:, :num_own]), facts
+        if not len(shared_g):
+            logger.warning("training and evaluated cells share no gene: ridge and nearest neighbors are left out")
+            return
+        known_ng, donors_n = known_ng[:, shared_g], None if self.donors_n is None else self.donors_n[known_n]
+        facts = {"n_train": len(known_n), "n_genes": len(shared_g)}
+        by_ridge, chosen = ridge(known_ng, labels_n, groups_n=donors_n, seed=seed)
+        yield "ridge", lambda cells_ng: by_ridge(cells_ng[:, shared_g]), facts | chosen
+        if (project := self.project) is not None:
+            by_neighbors = nearest_neighbors(project(known_ng), labels_n)
+            yield "nearest_neighbors", lambda cells_ng: by_neighbors(project(cells_ng[:, shared_g])), facts
+        if importlib.util.find_spec("celltypist") is not None:
+            try:
+                by_celltypist, chosen = celltypist(known_ng, labels_n, seed=seed)
+            except InputError as error:
+                logger.warning("%s; it is left out", error)
+                return
+            yield "celltypist", lambda cells_ng: by_celltypist(cells_ng[:, shared_g]), facts | chosen
 
 
 def baselines(
-    train: IterableAnnDataset, evaluation: IterableAnnDataset, category: str, *, seed: int = 0
-) -> dict[str, Scores]:
-    """Score the majority class and a logistic regression on the same cells as the model.
+    train: IterableAnnDataset,
+    evaluation: IterableAnnDataset,
+    categories: Sequence[str],
+    *,
+    donor_column: str | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, Answers]]:
+    """Fit the baselines to the training cells and score them on the same cells as the model.
 
     Args:
         train, evaluation: Data sets of the training and evaluation cells; labels and expression are read from them.
-        category: The phenotype.
-        seed: Of the subsample, when there are more than `MOST_BASELINE_CELLS` training cells.
+        categories: The phenotypes.
+        donor_column: Column of obs by which ridge divides the training cells when it chooses its penalty.
+        seed: Of the sample of `MOST_BASELINE_CELLS`, if there are more training cells, and of the baselines.
+
+    Returns:
+        Phenotype -> name of the baseline -> its answers.
     """
-    matrices, labels = [], []
-    for dataset, most in ((train, MOST_BASELINE_CELLS), (evaluation, sum(evaluation.sizes))):
-        rows_n = np.arange(sum(dataset.sizes))
-        if len(rows_n) > most:
-            rows_n = np.sort(np.random.default_rng(seed).choice(len(rows_n), size=most, replace=False))
-        starts_f = np.concatenate([[0], np.cumsum(dataset.sizes)])[:-1]
-        start, parts, ids = dataset.tokenizer.vocabulary.id_range(category)[0], [], []
-        for file, rows in split_rows(rows_n, starts_f=starts_f):
-            parts.append(log_matrix(dataset.shards[file].read(rows)))
-            ids.append(dataset.shards[file].label_ids(category)[rows])
-        matrices.append(sparse.vstack(parts, format="csr"))
-        labels.append(np.where(np.concatenate(ids) == ABSENT, ABSENT, np.concatenate(ids) - start))
-    (train_ng, eval_ng), (labels_n, truth_n) = matrices, labels
-    scores = {}
-    for name, predicted_n in {
-        "majority": np.full(truth_n.shape, majority_class(labels_n)),
-        "logistic_regression": logistic_regression(train_ng, labels_n, eval_ng, seed=seed),
-    }.items():
-        confusion = Confusion(train.tokenizer.phenotypes[category])
-        confusion.add(truth_n, predicted_n)
-        scores[name] = confusion.scores()
-    scores["logistic_regression"]["n_train"] = int((labels_n >= 0).sum())
-    return scores
+    panel, is_shared_g = _all_genes(train, evaluation)
+    rows_n = sample(sum(train.sizes), most=MOST_BASELINE_CELLS, seed=seed)
+    logger.info(
+        "fitting the baselines to %s of %s training cells and the %s genes that all cells were measured with",
+        f"{len(rows_n):,}", f"{sum(train.sizes):,}", f"{is_shared_g.sum():,}",
+    )  # fmt: skip
+    donors_n = donors_of(train, donor_column)
+    cells = _TrainingCells(
+        _read(_with_panel(train, panel), rows_n, sizes=train.sizes),
+        None if donors_n is None else donors_n[rows_n],
+        num_panel_genes=len(train.tokenizer.panel), shared_g=np.flatnonzero(is_shared_g), seed=seed,
+    )  # fmt: skip
+    fitted = {category: list(cells.fit(_labels(train, category)[rows_n])) for category in categories}
+    shards, num_cells = _with_panel(evaluation, panel), sum(evaluation.sizes)
+    predicted: dict[tuple[str, str], list[IntArray]] = {}
+    for start in range(0, num_cells, CELLS_AT_ONCE):
+        part_mg = _read(shards, np.arange(start, min(num_cells, start + CELLS_AT_ONCE)), sizes=evaluation.sizes)
+        for category in categories:
+            for name, predict, _ in fitted[category]:
+                predicted.setdefault((category, name), []).append(predict(part_mg))
+    found: dict[str, dict[str, Answers]] = {}
+    for category in categories:
+        true_n, found[category] = _labels(evaluation, category), {}
+        for name, _, facts in fitted[category]:
+            predicted_n = np.concatenate(predicted[category, name])
+            confusion = Confusion(train.tokenizer.phenotypes[category])
+            confusion.add(true_n, predicted_n)
+            found[category][name] = Answers({**confusion.scores(), **facts}, predicted_n)
+    return found
+
+
+# -- comparing ----------------------------------------------------------------------------------------------------
+
+
+def paired_difference(is_right_n: np.ndarray, other_is_right_n: np.ndarray) -> tuple[float, float]:
+    """Return how much more often the first is right on the same cells, and the standard error of that.
+
+    Example:
+        >>> paired_difference(np.array([True, True, True, False]), np.array([True, False, True, False]))
+        (0.25, 0.25)
+    """
+    difference_n = is_right_n.astype(np.float64) - other_is_right_n
+    error = difference_n.std(ddof=1) / np.sqrt(len(difference_n)) if len(difference_n) > 1 else np.inf
+    return float(difference_n.mean()), float(error)
+
+
+def mark_best(
+    scores_of: dict[str, Scores],
+    others: Mapping[str, Answers],
+    answers: tuple[IntArray, ...],
+    *,
+    category: str,
+    run: str,
+) -> None:
+    """Add `best` to the scores of the one that is right most often, run or baseline; warn if the run is clearly not it.
+
+    Of equals, the one with the larger macro F1 is best; if that is equal too, the run.
+
+    Args:
+        scores_of: Scores of one phenotype by question and baseline; changed.
+        others: The answers of the baselines.
+        answers: Those of the run: numbers of the cells, their true classes (-1: none) and the predicted ones.
+        category: The phenotype.
+        run: The run's question, in which nothing was given.
+    """
+    best = max([run, *others], key=lambda name: (scores_of[name]["accuracy"], scores_of[name]["macro_f1"]))
+    scores_of[best]["best"] = True
+    cells_m, true_m, predicted_m = (values_n[answers[1] >= 0] for values_n in answers)
+    if best == run or not len(cells_m):
+        return
+    is_right_m, other_is_right_m = predicted_m == true_m, others[best].predicted_n[cells_m] == true_m
+    difference, error = paired_difference(other_is_right_m, is_right_m)
+    if difference > error:
+        logger.warning(
+            "%s: %s is right in %.1f %% of these %s cells, the run in %.1f %%: use %s, or train the run better",
+            category, NAMES[best], 100 * other_is_right_m.mean(), f"{len(cells_m):,}", 100 * is_right_m.mean(),
+            NAMES[best],
+        )  # fmt: skip

@@ -26,6 +26,7 @@ from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import expand_paths
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
+    AnswerCollector,
     ClassEvaluator,
     Evaluator,
     LogitCollector,
@@ -37,7 +38,7 @@ from perturbgene.eval_utils import (
 )
 from perturbgene.files import claimed
 from perturbgene.hub import is_hub_name
-from perturbgene.inference.baselines import baselines
+from perturbgene.inference.baselines import NAMES, baselines, donors_of, mark_best
 from perturbgene.inference.calibration import (
     LEAST_CELLS,
     MOST_CELLS,
@@ -60,12 +61,12 @@ ROW_NAMES = {
     "together": "all asked at once",
     "asked": "as asked",
     "masked": "bins of masked genes",
-    "majority": "(baseline) most frequent label",
-    "logistic_regression": "(baseline) logistic regression",
+    **{name: f"(baseline) {text.removeprefix('the ')}" for name, text in NAMES.items()},
 }
 LEGEND = (
     "n: cells with a known label, or masked genes. log_loss: mean negative log-probability of the true label; lower is "
-    "better.\ntemperature: `predict` divides the logits by it; above 1, the run was too confident."
+    "better.\ntemperature: `predict` divides the logits by it; above 1, the run was too confident.\n"
+    "best: right in most cells, of the run with nothing given and the baselines."
 )
 
 
@@ -199,16 +200,12 @@ def _labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is
 
 def _calibrate(
     run: Run, collector: LogitCollector, dataset: IterableAnnDataset, results: dict[str, Any], *,
-    donor_column: str | None, gene_scores: Sequence[np.ndarray], is_seen_n: np.ndarray,
+    donors_n: np.ndarray | None, gene_scores: Sequence[np.ndarray], is_seen_n: np.ndarray,
 ) -> None:  # fmt: skip
     """Fit a temperature for each question on half of the donors, add it to the results and store it in the run.
 
     Cells that were seen in training do not take part, and a question with too few labels keeps its temperature.
     """
-    files, donors_n = [dataset.shards[index].source for index in range(len(dataset.shards))], None
-    if donor_column and all(donor_column in file.columns_of("obs") for file in files):
-        names = [file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files]
-        donors_n = np.concatenate(names)
     fitted, split = [], "cells"
     for category, question, *answers in collector.joined():
         is_new_n = ~is_seen_n[answers[0]]
@@ -232,6 +229,20 @@ def _calibrate(
     gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
     path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)
     logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
+
+
+def _add_baselines(
+    results: dict[str, Any], evaluator: Evaluator, answers: AnswerCollector, *,
+    cells: tuple[IterableAnnDataset, IterableAnnDataset], donor_column: str | None,
+) -> None:  # fmt: skip
+    """Add the scores of the baselines, fitted on the first of `cells`, and mark who answers best with nothing given."""
+    found = baselines(*cells, [name for name in results if name != "genes"], donor_column=donor_column)
+    for category, others in found.items():
+        results[category] |= {name: other.scores for name, other in others.items()}
+        for question in evaluator.questions:
+            if question.asked == (category,) and not question.given:
+                of_run = answers.joined(category, question.name)
+                mark_best(results[category], others, of_run, category=category, run=question.name)
 
 
 # -- the function and the verb ------------------------------------------------------------------------------------
@@ -268,7 +279,7 @@ def evaluate(
     Args:
         run: Run folder, or a loaded run.
         eval_paths: Files (or AnnData) to score.
-        train_paths: The training files, for majority class and logistic regression; None leaves these out.
+        train_paths: The training files, on which the baselines are fitted; None leaves these out.
         ask, given: One question instead of the standard ones.
         mask_rates: `gene_mask_prob`, `phenotype_mask_prob`, `absent_prob` or `unexpressed_ratio` instead of the run's
             own, for the scores of masked genes.
@@ -280,7 +291,8 @@ def evaluate(
         reading: `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
 
     Returns:
-        Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes.
+        Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes. Of the question in which
+        nothing is given and the baselines, the one that is right most often has `best`.
 
     Example:
         >>> import perturbgene as pg
@@ -307,16 +319,16 @@ def evaluate(
         questions = "; ".join(question.describe() for question in evaluator.questions)
         logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", questions)
         gene_scores: list[np.ndarray] = []
-        if calibrates:
-            evaluator.collector = LogitCollector(-(-dataset.num_cells // MOST_CELLS))
+        answers, logits = AnswerCollector(), LogitCollector(-(-dataset.num_cells // MOST_CELLS))
+        evaluator.collectors = [answers, logits] if calibrates else [answers]
         for block in stream_batches(dataset, text="evaluate", most_tokens=batch_tokens):
             evaluator.add(run.model, block)
             if calibrates and not run.is_classifier:
                 gene_scores.append(gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=run.mask_rates))
         results = evaluator.results()
-        if evaluator.collector is not None:
+        if calibrates:
             _calibrate(
-                run, evaluator.collector, dataset, results, donor_column=donor_column, gene_scores=gene_scores,
+                run, logits, dataset, results, donors_n=donors_of(dataset, donor_column), gene_scores=gene_scores,
                 is_seen_n=is_seen_n,
             )  # fmt: skip
         else:
@@ -326,9 +338,7 @@ def evaluate(
                 scores["n_training_cells"] = int(is_seen_n.sum())
         if train_paths is not None and run.binary_label is None:
             train = IterableAnnDataset(train_paths, run.tokenizer, **{**options, "where": ()})
-            logger.info("fitting the baselines on %s training cells", f"{train.num_cells:,}")
-            for name in [name for name in results if name != "genes"]:
-                results[name] |= baselines(train, dataset, name)
+            _add_baselines(results, evaluator, answers, cells=(train, dataset), donor_column=donor_column)
         if output is not None:
             write_results(results, evaluator.confusions(), output, text="held-out cells")
     return results
@@ -338,11 +348,13 @@ def _table(results: Mapping[str, Any]) -> str:
     rows = []
     for category, scores_of in results.items():
         for name, scores in scores_of.items():
-            row = {"phenotype": category, "question": ROW_NAMES.get(name, name), "n": scores["n"]}
+            genes = f", {scores['n_genes']:,} genes" if "n_genes" in scores else ""
+            row = {"phenotype": category, "question": ROW_NAMES.get(name, name) + genes, "n": scores["n"]}
             row |= {key: scores.get(key, np.nan) for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")}
             fitted = scores.get("calibration", {})
             limit = " (limit)" if fitted.get("is_at_limit") else ""
-            rows.append({**row, "temperature": f"{fitted['temperature']:.3f}{limit}" if fitted else ""})
+            row["temperature"] = f"{fitted['temperature']:.3f}{limit}" if fitted else ""
+            rows.append({**row, "best": "best" if scores.get("best") else ""})
     return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
 
 

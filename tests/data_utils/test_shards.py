@@ -15,6 +15,7 @@ from scipy import sparse
 from torch.utils.data import DataLoader, IterableDataset
 
 from perturbgene.data_utils.genes import GenePanel
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import Vocabulary
 from perturbgene.data_utils.shards import MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
 from perturbgene.data_utils.sources import H5adFile, MemoryFile
@@ -263,3 +264,13 @@ def test_a_cache_opened_in_the_parent_reads_on_in_a_loader_worker(write_h5ad: Wr
     assert [*rows] == [3.0, 0.0, 7.0]
     assert [*DataLoader(rows, batch_size=None, num_workers=1)] == [3.0, 0.0, 7.0]
     assert [*rows] == [3.0, 0.0, 7.0]
+
+
+def test_a_gene_that_some_cells_were_not_measured_with_is_not_measured_by_all(
+    four_gene_tokenizer, make_adata, tmp_path
+):
+    shard = make_adata([[1.0, 2.0, 0, 3.0]] * 2, obs={"perturbgene_source": [0, 1]})
+    shard.varm["perturbgene_measured"] = np.array([[1, 1], [1, 0], [1, 1], [0, 1]], dtype=np.uint8)
+    shard.write_h5ad(tmp_path / "shard.h5ad")
+    data = IterableAnnDataset(str(tmp_path / "shard.h5ad"), four_gene_tokenizer)
+    assert data.shards[0].is_measured_g.tolist() == [True, False, True, False]

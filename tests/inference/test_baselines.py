@@ -1,8 +1,13 @@
-"""Scores are checked against hand-counted three-class examples and against scikit-learn on random labels."""
+"""Scores are counted as by hand and as by scikit-learn; baselines see the genes and cells that they should."""
 
+import logging
 import math
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import anndata as ad
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,8 +17,13 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-from perturbgene.eval_utils import Confusion
-from perturbgene.inference.baselines import logistic_regression, majority_class
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.scale import log_matrix
+from perturbgene.eval_utils import Confusion, Scores
+from perturbgene.inference import baselines as module
+from perturbgene.inference.baselines import Answers, baselines, donors_of, mark_best, paired_difference
+from perturbgene.inference.classifiers import ridge
+from tests.nine_genes import a_tokenizer
 
 TRUE = [0, 0, 0, 0, 1, 1, 2, 2]
 PREDICTED = [0, 0, 0, 1, 1, 2, 2, 2]
@@ -24,15 +34,6 @@ def counted(labels: list[str], true_n: ArrayLike, predicted_n: ArrayLike) -> Con
     confusion = Confusion(labels)
     confusion.add(true_n, predicted_n)
     return confusion
-
-
-def two_blobs(num_cells: int, *, seed: int) -> tuple[csr_matrix, np.ndarray]:
-    """Make cells of two classes of which class 1 expresses gene 0 more, shape (n, 6)."""
-    generator = np.random.default_rng(seed)
-    labels_n = np.arange(num_cells) % 2
-    values_ng = generator.random((num_cells, 6)) * (generator.random((num_cells, 6)) < 0.7)
-    values_ng[:, 0] += 3.0 * labels_n
-    return csr_matrix(values_ng.astype(np.float32)), labels_n
 
 
 def test_three_classes_are_counted_and_scored_as_by_hand() -> None:
@@ -108,53 +109,160 @@ def test_tables_name_true_rows_and_predicted_columns() -> None:
     assert confusion.per_class().loc["NK"].tolist() == [0.5, 0.5, 0.5, 2]
 
 
-@pytest.mark.parametrize(
-    ("labels_n", "expected"), [([1, 1, 0, -1, -1, -1], 1), ([2, 0, 0, 2], 0), ([-1], 0), ([], 0)],
-    ids=["most frequent", "first of equals", "nothing known", "no cell"],
-)  # fmt: skip
-def test_the_majority_is_the_most_frequent_known_class(labels_n: list[int], expected: int) -> None:
-    assert majority_class(labels_n) == expected
+# -- baselines of real files --------------------------------------------------------------------------------------
+
+#: Genes of a file: the nine of the run, and two more.
+FILE_GENES = [*(f"G{i}" for i in range(9)), "OTHER", "MORE"]
 
 
-def test_logistic_regression_learns_a_gene_and_is_repeatable() -> None:
-    train_ng, train_n = two_blobs(60, seed=0)
-    eval_ng, eval_n = two_blobs(30, seed=1)
-    predicted_n = logistic_regression(train_ng, train_n, eval_ng, seed=0)
-    assert (predicted_n == eval_n).mean() > 0.95
-    assert np.array_equal(logistic_regression(train_ng, train_n, eval_ng, seed=0), predicted_n)
+def cells(num_cells: int, *, marker: str, genes: list[str] = FILE_GENES, seed: int = 0) -> ad.AnnData:
+    """Make counts of B and T cells of three donors that differ in one gene alone: five times as much in T cells."""
+    generator, is_t_n = np.random.default_rng(seed), np.arange(num_cells) % 2 == 1
+    counts_ng = generator.poisson(20, (num_cells, len(genes))).astype(np.float32)
+    counts_ng[is_t_n, genes.index(marker)] *= 5
+    donors = [f"D{cell // 2 % 3}" for cell in range(num_cells)]
+    made = ad.AnnData(
+        csr_matrix(counts_ng), obs={"cell_type": np.where(is_t_n, "T cell", "B cell"), "donor_id": donors}
+    )
+    made.var_names, made.obs_names = genes, [f"cell {seed} {cell}" for cell in range(num_cells)]
+    return made
 
 
-def test_logistic_regression_keeps_class_numbers_when_a_class_has_no_training_cells() -> None:
-    train_ng, train_n = two_blobs(60, seed=0)
-    eval_ng, _ = two_blobs(30, seed=1)
-    assert set(logistic_regression(train_ng, train_n * 2, eval_ng, seed=0).tolist()) == {0, 2}
+@pytest.fixture
+def scored(tmp_path: Path) -> Callable[..., dict[str, Scores]]:
+    """Return a function: training and evaluation cells -> scores of the baselines of `cell_type`."""
+
+    def score(train: ad.AnnData, held_out: ad.AnnData, **options: Any) -> dict[str, Scores]:
+        paths = []
+        for name, adata in (("train", train), ("eval", held_out)):
+            adata.write_h5ad(tmp_path / f"{name}.h5ad")
+            paths.append(str(tmp_path / f"{name}.h5ad"))
+        datasets = (IterableAnnDataset(path, a_tokenizer(normalization="auto"), **options) for path in paths)
+        return {name: one.scores for name, one in baselines(*datasets, ["cell_type"])["cell_type"].items()}
+
+    return score
 
 
-def test_logistic_regression_skips_unlabelled_training_cells() -> None:
-    train_ng, train_n = two_blobs(60, seed=0)
-    eval_ng, _ = two_blobs(30, seed=1)
-    found_n = logistic_regression(train_ng, np.where(np.arange(60) < 10, -1, train_n), eval_ng, seed=0)
-    assert np.array_equal(found_n, logistic_regression(train_ng[10:], train_n[10:], eval_ng, seed=0))
+def test_every_baseline_finds_a_gene_of_the_run(scored):
+    scores = scored(cells(60, marker="G3"), cells(30, marker="G3", seed=1))
+    assert list(scores) == ["majority", "logistic_regression", "ridge", "nearest_neighbors"]
+    assert {name: one["accuracy"] for name, one in scores.items()} == {
+        "majority": 0.5, "logistic_regression": 1.0, "ridge": 1.0, "nearest_neighbors": 1.0,
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("train_label", [1, -1], ids=["one class", "no labelled cell"])
-def test_logistic_regression_without_two_classes_is_the_majority_rule(train_label: int) -> None:
-    train_ng, train_n = two_blobs(20, seed=0)
-    eval_ng, _ = two_blobs(10, seed=1)
-    predicted_n = logistic_regression(train_ng, np.full_like(train_n, train_label), eval_ng, seed=0)
-    assert predicted_n.tolist() == [max(train_label, 0)] * 10
+def test_ridge_and_neighbors_use_genes_beyond_those_of_the_run(scored):
+    scores = scored(cells(60, marker="OTHER"), cells(30, marker="OTHER", seed=1))
+    assert [scores[name]["n_genes"] for name in ("logistic_regression", "ridge", "nearest_neighbors")] == [9, 11, 11]
+    assert scores["ridge"]["accuracy"] == scores["nearest_neighbors"]["accuracy"] == 1
 
 
-def test_logistic_regression_on_no_evaluated_cells_predicts_nothing() -> None:
-    train_ng, train_n = two_blobs(20, seed=0)
-    assert logistic_regression(train_ng, train_n, train_ng[:0], seed=0).shape == (0,)
+def test_genes_that_the_evaluated_cells_lack_are_left_out(scored):
+    held_out = cells(30, marker="G3", seed=1)
+    scores = scored(cells(60, marker="MORE"), held_out[:, ::-1][:, 1:].copy())  # another order, without MORE
+    assert scores["ridge"]["n_genes"] == 10
+    assert scores["ridge"]["accuracy"] < 0.9
 
 
-def test_logistic_regression_of_no_training_cells_is_the_majority_rule() -> None:
-    eval_ng, _ = two_blobs(10, seed=1)
-    assert logistic_regression(eval_ng[:0], [], eval_ng, seed=0).tolist() == [0] * 10
+def test_a_gene_is_found_under_its_symbol_in_the_other_file(scored):
+    train, held_out = cells(60, marker="OTHER"), cells(30, marker="OTHER", seed=1)
+    train.var["feature_name"] = train.var_names
+    train.var_names = [*train.var_names[:9], "ENSG00000000009", "ENSG00000000010"]
+    scores = scored(train, held_out)
+    assert (scores["ridge"]["n_genes"], scores["ridge"]["accuracy"]) == (11, 1.0)
 
 
-def test_logistic_regression_takes_single_cells_of_every_class() -> None:
-    train_ng, train_n = two_blobs(2, seed=0)
-    assert logistic_regression(train_ng, train_n, train_ng, seed=0).tolist() == train_n.tolist()
+def test_a_further_gene_that_two_columns_claim_does_not_stop_the_scores(scored, caplog):
+    caplog.set_level(logging.INFO, logger="perturbgene")
+    train, held_out = cells(60, marker="G3"), cells(30, marker="G3", seed=1)
+    train.X, held_out.X = train.X / 7.3, held_out.X / 7.3
+    train.var_names = held_out.var_names = [*FILE_GENES[:9], "OTHER", "OTHER"]
+    scores = scored(train, held_out, normalization="none")
+    assert scores["ridge"]["n_genes"] == 9
+    assert "baselines use the genes of the run alone" in caplog.text
+
+
+def test_where_chooses_the_cells_of_baselines_too(scored):
+    scores = scored(cells(60, marker="G3"), cells(60, marker="G3", seed=1), where={"donor_id": ["D0", "D1"]})
+    assert (scores["ridge"]["n"], scores["ridge"]["n_train"]) == (40, 40)
+
+
+def test_cells_without_a_label_are_neither_learnt_nor_scored(scored):
+    train, held_out = cells(60, marker="G3"), cells(30, marker="G3", seed=1)
+    for adata, known in ((train, 50), (held_out, 20)):
+        adata.obs["cell_type"] = adata.obs["cell_type"].astype(object).where(np.arange(adata.n_obs) < known)
+    scores = scored(train, held_out)
+    assert {(one["n"], one["n_train"]) for one in scores.values()} == {(20, 50)}
+
+
+def test_training_cells_of_one_label_leave_the_majority_alone(scored):
+    train = cells(60, marker="G3")
+    train.obs["cell_type"] = "B cell"
+    scores = scored(train, cells(30, marker="G3", seed=1))
+    assert {name: one["accuracy"] for name, one in scores.items()} == {"majority": 0.5}
+
+
+def test_evaluated_cells_are_read_in_parts_without_a_change(scored, monkeypatch):
+    given = cells(60, marker="G3"), cells(30, marker="OTHER", seed=1)
+    whole = scored(*given)
+    monkeypatch.setattr(module, "CELLS_AT_ONCE", 7)
+    assert scored(*given) == whole
+
+
+def test_ridge_divides_the_cells_by_the_donor_column(tmp_path):
+    adata = cells(30, marker="G3", genes=FILE_GENES[:9], seed=0)
+    adata.X[:, FILE_GENES.index("G3")] = 20  # nothing left to learn: the penalty depends on the folds
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    data = IterableAnnDataset(str(tmp_path / "cells.h5ad"), a_tokenizer(normalization="auto"))
+    values_ng = log_matrix(data.shards[0].read(np.arange(30)))  # the genes of the run are those of the file
+    labels_n, donors_n = np.arange(30) % 2, donors_of(data, "donor_id")
+    by = {column: baselines(data, data, ["cell_type"], donor_column=column) for column in ("donor_id", "batch", None)}
+    penalties = {column: found["cell_type"]["ridge"].scores["penalty"] for column, found in by.items()}
+    by_donor, by_cell = (ridge(values_ng, labels_n, groups_n=given, seed=0)[1]["penalty"] for given in (donors_n, None))
+    assert penalties == {"donor_id": by_donor, "batch": by_cell, None: by_cell}
+    assert by_donor != by_cell
+
+
+# -- who is best --------------------------------------------------------------------------------------------------
+
+
+def marked(run: list[int], ridge: list[int], *, caplog: pytest.LogCaptureFixture) -> dict[str, Scores]:
+    """Mark the best of a run and ridge, whose answers on 8 cells of known class 1 and an unlabeled one are given."""
+    true_n = np.array([1] * 8 + [-1])
+    scores_of = {}
+    for name, predicted_n in (("alone", run), ("ridge", ridge)):
+        scores_of[name] = counted(["B", "T"], true_n, [*predicted_n, 0]).scores()
+    others = {"ridge": Answers(scores_of["ridge"], np.array([0, *ridge[::-1]]))}
+    answers = (np.arange(9)[::-1], true_n, np.array([*run, 0]))  # the run saw the cells in the reverse order
+    caplog.set_level(logging.WARNING, logger="perturbgene")
+    mark_best(scores_of, others, answers, category="cell_type", run="alone")
+    return scores_of
+
+
+def test_a_baseline_that_is_clearly_better_is_marked_and_named(caplog):
+    scores_of = marked([1, 1, 1, 1, 0, 0, 0, 0], [1] * 8, caplog=caplog)
+    assert scores_of["ridge"]["best"] is True and "best" not in scores_of["alone"]
+    assert caplog.messages == [
+        "cell_type: ridge is right in 100.0 % of these 8 cells, the run in 50.0 %: use ridge, or train the run better"
+    ]
+
+
+def test_a_baseline_that_is_better_by_chance_is_marked_without_a_warning(caplog):
+    scores_of = marked([1, 1, 1, 1, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1, 1, 1], caplog=caplog)
+    assert scores_of["ridge"]["best"] is True
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("run", [[1] * 8, [1] * 7 + [0]], ids=["better", "equal"])
+def test_the_run_is_best_if_no_baseline_is_better(run, caplog):
+    scores_of = marked(run, [0] + [1] * 7, caplog=caplog)
+    assert scores_of["alone"]["best"] is True and "best" not in scores_of["ridge"]
+    assert caplog.messages == []
+
+
+def test_the_standard_error_is_that_of_paired_cells():
+    is_right_n, other_n = np.array([1, 1, 1, 0, 1], dtype=bool), np.array([1, 0, 1, 0, 0], dtype=bool)
+    difference, error = paired_difference(is_right_n, other_n)
+    assert difference == pytest.approx(2 / 5)
+    assert error == pytest.approx(np.std([0, 1, 0, 0, 1], ddof=1) / 5**0.5)
+    assert paired_difference(is_right_n[:1], other_n[1:2])[1] == math.inf

@@ -1,18 +1,20 @@
 """Scores that cannot mislead: cells of the training corpus, labels under other names, runs whose corpus was moved."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
-from perturbgene.configs import MlmConfig
+from perturbgene.configs import EvaluateConfig, MlmConfig
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.errors import InputError
 from perturbgene.inference.calibration import CALIBRATION_FILE
-from perturbgene.inference.evaluate import evaluate, training_cells
+from perturbgene.inference.evaluate import ROW_NAMES, evaluate, run_evaluate, training_cells
 from perturbgene.inference.predict import predict
 from perturbgene.inference.run import Run, load_run
 from perturbgene.main import main
@@ -157,6 +159,56 @@ def test_too_few_labels_keep_the_temperature_that_was_fitted(own_run, cells, sma
     evaluate(own_run, few, ask=["cell_type"], calibrate=True)
     assert json.loads((own_run / CALIBRATION_FILE).read_text())["temperatures"] == before
     assert "no temperature is fitted" in caplog.text
+
+
+# -- baselines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_baselines(small_folder: Path, tmp_path_factory) -> tuple[str, dict]:
+    """What `evaluate` prints and writes about the run's own evaluation cells."""
+    folder = tmp_path_factory.mktemp("scores")
+    text = run_evaluate(EvaluateConfig(run=str(small_folder / "runs/mlm"), output=str(folder), calibrate=False))
+    return text, json.loads((folder / "metrics.json").read_text())
+
+
+def test_one_answer_of_each_phenotype_is_marked_as_the_best(with_baselines):
+    text, metrics = with_baselines
+    for category in ("cell_type", "tissue"):
+        plain = {name: scores for name, scores in metrics[category].items() if name not in ("given_others", "together")}
+        [best] = [name for name, scores in metrics[category].items() if scores.get("best")]
+        assert plain[best]["accuracy"] == max(scores["accuracy"] for scores in plain.values())
+        [line] = [line for line in text.splitlines() if line.startswith(f"{category:>9} ") and line.endswith(" best")]
+        assert ROW_NAMES[best] in line
+
+
+def test_rows_of_baselines_say_how_many_genes_they_use(with_baselines):
+    text, metrics = with_baselines
+    assert "(baseline) ridge, 200 genes" in text and "(baseline) logistic regression, 200 genes" in text
+    assert metrics["cell_type"]["nearest_neighbors"]["n_genes"] == 200
+
+
+def test_files_with_more_genes_than_the_run_give_baselines_all_of_them(run, cells):
+    scores = evaluate(run, cells[::2].copy(), train_paths=cells[1::2].copy(), ask=["cell_type"])["cell_type"]
+    assert (scores["logistic_regression"]["n_genes"], scores["ridge"]["n_genes"]) == (200, cells.n_vars)
+    assert scores["ridge"]["accuracy"] > 0.9
+
+
+def test_a_run_that_loses_to_a_baseline_is_told_plainly(own_run, cells, small_folder, caplog):
+    weights = load_file(own_run / "model.safetensors")
+    save_file({name: 0 * tensor for name, tensor in weights.items()}, own_run / "model.safetensors", {"format": "pt"})
+    paths = {split: Corpus.open(small_folder / "corpus").paths(split) for split in ("train", "eval")}
+    evaluate(own_run, paths["eval"], train_paths=paths["train"], ask=["cell_type"], calibrate=False)
+    [line] = [line for line in caplog.messages if "is right in" in line]
+    told = r"cell_type: (.+) is right in \d+\.\d % of these \d+ cells, the run in \d+\.\d %: use \1, or train"
+    assert re.match(told, line)
+
+
+def test_nothing_is_marked_where_labels_are_given(run, small_folder):
+    paths = {split: Corpus.open(small_folder / "corpus").paths(split) for split in ("train", "eval")}
+    options = {"ask": ["cell_type"], "given": ["tissue"], "calibrate": False}
+    scores = evaluate(run, paths["eval"], train_paths=paths["train"], **options)["cell_type"]
+    assert "ridge" in scores and not any("best" in one for one in scores.values())
 
 
 # -- a moved run --------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from perturbgene.errors import InputError
 from perturbgene.eval_utils import Confusion, Question, question_logits, true_labels
 from perturbgene.files import claimed
 from perturbgene.inference import baselines as baselines_module
-from perturbgene.inference.baselines import baselines, logistic_regression, majority_class
+from perturbgene.inference.baselines import baselines
+from perturbgene.inference.classifiers import logistic_regression, majority_class
 from perturbgene.inference.evaluate import evaluate
 from perturbgene.inference.predict import Predictor, predict, predict_table
 from perturbgene.inference.run import Run, choose_device, load_run
@@ -862,7 +863,7 @@ def metrics(evaluation: Path) -> dict:
 
 
 def test_every_question_and_baseline_is_scored(metrics):
-    questions = {"alone", "given_others", "together", "majority", "logistic_regression"}
+    questions = {"alone", "given_others", "together", "majority", "logistic_regression", "ridge", "nearest_neighbors"}
     assert {name: set(scores) for name, scores in metrics.items()} == {
         "cell_type": questions, "phase": questions, "genes": {"masked"},
     }  # fmt: skip
@@ -1007,7 +1008,7 @@ def test_baselines_are_the_scores_of_the_same_cells(trained, mlm, metrics):
         labels.append(true_labels(block_of(list(dataset)), mlm.tokenizer, "phase"))
     for name, predicted_n in {
         "majority": np.full(len(labels[1]), majority_class(labels[0])),
-        "logistic_regression": logistic_regression(matrices[0], labels[0], matrices[1], seed=0),
+        "logistic_regression": logistic_regression(matrices[0], labels[0], seed=0)(matrices[1]),
     }.items():
         confusion = Confusion(mlm.tokenizer.phenotypes["phase"])
         confusion.add(labels[1], predicted_n)
@@ -1018,7 +1019,7 @@ def test_baselines_are_the_scores_of_the_same_cells(trained, mlm, metrics):
 def test_baselines_see_at_most_so_many_training_cells(trained, mlm, monkeypatch):
     monkeypatch.setattr(baselines_module, "MOST_BASELINE_CELLS", 50)
     train, held_out = (IterableAnnDataset(path, mlm.tokenizer) for path in (trained.train_shard, trained.eval_shard))
-    assert baselines(train, held_out, "phase")["logistic_regression"]["n_train"] == 50
+    assert {one.scores["n_train"] for one in baselines(train, held_out, ["phase"])["phase"].values()} == {50}
 
 
 def test_a_classifier_says_in_one_line_what_it_takes_from_an_mlm_run(
