@@ -66,6 +66,7 @@ class ShardedTrainer(Trainer):
         evaluator: Counts scores batch by batch; its sums are added over ranks.
         final_evaluator: Scores the last step and the delivered weights; `evaluator` by default.
         early_stopping: Ends training when the metric no longer improves; None never does.
+        before_scoring: Called with the model that is delivered, before `final_evaluator` scores it.
         *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
 
     Attributes:
@@ -82,6 +83,7 @@ class ShardedTrainer(Trainer):
         evaluator: Evaluator | None = None,
         final_evaluator: Evaluator | None = None,
         early_stopping: StopEarly | None = None,
+        before_scoring: Callable[[Any], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -103,7 +105,7 @@ class ShardedTrainer(Trainer):
         self._step_of_last_parts = 0
         self._resumed: _Resumed | None = None
         self.stop, self.progress, self.speed = StopOnSignal(), Progress(), Speed(self._sum_over_ranks)
-        self.early_stopping = early_stopping
+        self.early_stopping, self.before_scoring = early_stopping, before_scoring
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         for callback in (self.stop, self.progress, early_stopping, KeepPosition(self.cells)):
@@ -346,7 +348,7 @@ class ShardedTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Score each cell of all processes exactly once, counting batch by batch instead of gathering logits."""
         self._check_last_step()
-        is_last = self._is_over or self.state.global_step >= self.state.max_steps
+        is_last = self._is_over or (self.state.global_step >= self.state.max_steps and self.before_scoring is None)
         dataset = cast(IterableAnnDataset, dataloader.dataset)
         evaluator = self.final_evaluator if is_last else self.evaluator
         assert evaluator is not None
@@ -373,6 +375,8 @@ class ShardedTrainer(Trainer):
         is_last = best is None or Path(best).name == f"checkpoint-{self.state.global_step}"
         if not is_last or self._scored_step != self.state.global_step:
             self._is_over = True
+            if self.before_scoring is not None:
+                self.before_scoring(self.accelerator.unwrap_model(self.model))
             self.evaluate()
         return self.final_evaluator.results()
 

@@ -18,6 +18,8 @@ from perturbgene.errors import InputError, listed
 
 #: log1p counts per 10,000 of one read in a hundred million: below any expressed value, above rounding.
 LOWEST_EDGE = 1e-4
+#: log1p counts per 10,000 of a cell that expresses a single gene, and the width of bins above the highest quantile.
+HIGHEST, TOP_WIDTH = 9.21, 1.0
 
 
 def checked_edges(edges_e: Sequence[float] | np.ndarray, *, owner: str = "bin_edges") -> np.ndarray:
@@ -152,11 +154,13 @@ class ValueHistogram:
         """Return edges that cut the expressed values into `num_bins` bins of about equal size.
 
         The first edge is `LOWEST_EDGE`, so every expressed value, seen or not yet seen, has a bin >= 1. There are fewer
-        edges if neighboring quantiles coincide.
+        edges if neighboring quantiles coincide. Above the highest quantile the bins are `TOP_WIDTH` wide up to
+        `HIGHEST`: a hormone may be a hundred times as high as where the top eighth of all values begins.
         """
         if self.counts_r.sum() == 0:
             return []
         step = self.top / len(self.counts_r)
         cumulative_r = np.cumsum(self.counts_r) / self.counts_r.sum()
         inner = [(np.searchsorted(cumulative_r, b / num_bins) + 1) * step for b in range(1, num_bins)]
-        return [LOWEST_EDGE, *(round(float(edge), 6) for edge in np.unique(inner))]
+        above = np.arange(max(inner, default=0.0) + TOP_WIDTH, HIGHEST, TOP_WIDTH)
+        return [LOWEST_EDGE, *(round(float(edge), 6) for edge in (*np.unique(inner), *above))]

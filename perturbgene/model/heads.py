@@ -26,15 +26,16 @@ IGNORED_LABEL = -100  # Hugging Face's and PyTorch's "no label here"
 
 
 class DirectPath(nn.Module):
-    """A linear term in the expression of every expressed gene, added to the logits of the labels.
+    """A linear term in the expression of every expressed gene: the votes of genes for labels.
 
-    On a few thousand cells a linear model beats a transformer that must first learn a vector for every gene
-    (docs/experiments.md), so both are summed, as in "wide and deep" models (Cheng et al. 2016, arXiv:1606.07792).
+    It is solved as a multinomial regression (``perturbgene.training.votes``), not trained by gradient steps: Adam moves
+    all votes by the same step whatever they are worth, and loses to a regression (docs/experiments.md). The row of
+    token type 0 holds the intercepts, which ``[CLS]`` adds.
     """
 
     def __init__(self, num_types: int, num_labels: int) -> None:
         super().__init__()
-        self.votes_tk = nn.Parameter(torch.zeros(num_types, num_labels))
+        self.votes_tk = nn.Parameter(torch.zeros(num_types, num_labels), requires_grad=False)
 
     def init_own_weights(self) -> None:
         """Set the linear term to 0, unless it was loaded."""
@@ -114,8 +115,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         if batch.token_type_ids is None:
             raise InputError("The masked head needs token_type_ids next to inputs_embeds. Give them too.")
         types_a = batch.token_type_ids if positions_a is None else batch.token_type_ids.index_select(0, positions_a)
-        if self.direct_labels is not None:
-            logits_av = logits_av.float() + self._linear_term(batch, types_a, positions_a)
+        if self.direct_labels is not None and not self.training:
+            logits_av = self._joined(logits_av.float(), batch, types_a, positions_a)
         logits_av = self.restrict_logits(logits_av, types_a)
         loss = phenotypes = genes = None
         if labels is not None:
@@ -130,16 +131,27 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             hidden_states=states,
         )
 
-    def _linear_term(self, batch: PackedCells, token_types_a: Tensor, positions_a: Tensor | None) -> Tensor:
-        """Return what the direct path adds to logits, (a, v): 0 except for labels at phenotype slots."""
+    def _joined(self, logits_av: Tensor, batch: PackedCells, types_a: Tensor, positions_a: Tensor | None) -> Tensor:
+        """Return at phenotype slots the transformer's logits times their share plus the direct path's, (a, v)."""
         assert self.direct_labels is not None
         term_nk = self.direct_labels(batch, self.genebert.embeddings.expression(batch))
         if positions_a is None:
-            positions_a = torch.arange(len(token_types_a), device=token_types_a.device)
-        cell_a = torch.searchsorted(batch.packing.cu_seqlens[1:].long(), positions_a, right=True)
-        is_slot_a = (token_types_a > 0) & (token_types_a <= len(self.config.phenotype_id_ranges))
+            positions_a = torch.arange(len(types_a), device=types_a.device)
+        ends_n, num_categories = batch.packing.cu_seqlens.long(), len(self.config.phenotype_id_ranges)
+        cell_a = torch.searchsorted(ends_n[1:], positions_a, right=True)
+        is_slot_a = (types_a > 0) & (types_a <= num_categories)
         around = (self.config.first_label_id, self.config.vocab_size - self.config.first_bin_id)
-        return F.pad(term_nk, around)[cell_a] * is_slot_a[:, None]  # (n, k) -> (a, v)
+        term_av = F.pad(term_nk, around)[cell_a] * is_slot_a[:, None]  # (n, k) -> (a, v)
+        if self.config.direct_shares is None:
+            return logits_av + term_av
+        assert batch.token_type_ids is not None and batch.input_ids is not None
+        is_label_l = (batch.token_type_ids > 0) & (batch.token_type_ids <= num_categories)
+        is_label_l &= (batch.input_ids >= self.config.first_label_id) & (batch.input_ids < self.config.first_bin_id)
+        labels_before_l1 = F.pad(is_label_l.long().cumsum(0), (1, 0))
+        has_given_n = labels_before_l1[ends_n[1:]] > labels_before_l1[ends_n[:-1]]
+        rows = ((1.0, 1.0), *map(tuple, self.config.direct_shares))
+        share_a = _on_device(rows, logits_av.device)[types_a * is_slot_a, has_given_n[cell_a].long()]
+        return logits_av * share_a[:, None] + term_av
 
     def restrict_logits(self, logits_av: Tensor, token_types_a: Tensor) -> Tensor:
         """Give ids that are impossible at a token the lowest finite logit.
@@ -155,7 +167,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
 
 
 @lru_cache(maxsize=16)
-def _on_device(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+def _on_device(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     """Copy a small table to a device once: each copy would make the host wait for the GPU."""
     with torch.inference_mode(mode=False):
         return torch.tensor(rows, device=device)
@@ -231,8 +243,10 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         starts_n = batch.packing.cu_seqlens[:-1].long()  # first token of each cell
         hidden_nh, states = self.genebert.encode(batch, starts_n, output_hidden_states=output_hidden_states)
         logits_nk = self.classifier(self.classifier_dropout(F.gelu(self.pre_classifier(hidden_nh))))
-        if self.direct_classes is not None:
-            logits_nk = logits_nk.float() + self.direct_classes(batch, self.genebert.embeddings.expression(batch))
+        if self.direct_classes is not None and not self.training:
+            [[share, _]] = self.config.direct_shares or [[1.0, 1.0]]
+            term_nk = self.direct_classes(batch, self.genebert.embeddings.expression(batch))
+            logits_nk = share * logits_nk.float() + term_nk
         loss = None
         if labels is not None:
             weights = self.config.class_weights

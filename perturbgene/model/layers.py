@@ -6,6 +6,7 @@ Letters: n cells, l tokens, a tokens whose output is needed, h hidden size, d si
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -81,6 +82,19 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def expression_levels(config: GeneBertConfig) -> tuple[float, ...]:
+    """Return what each input id means for the direct path, length v: bins their level, ``[CLS]`` 1, other ids 0."""
+    num_bins = config.vocab_size - config.first_bin_id
+    levels = config.bin_levels or torch.linspace(0, 2, num_bins).tolist()
+    return (1.0, *[0.0] * (config.first_bin_id - 1), 0.0, *levels[1:])
+
+
+@lru_cache(maxsize=16)
+def _levels_on(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.tensor(levels, device=device)
+
+
 class PositionlessEmbeddings(nn.Module):
     """Word plus type embedding, LayerNorm, dropout: BERT's embeddings without positions, because tokens have no order.
 
@@ -104,8 +118,8 @@ class PositionlessEmbeddings(nn.Module):
         if self.type_gain is not None:
             gain_v = torch.ones_like(self.type_gain, requires_grad=False)
             bin_gain_b = gain_v[self.config.first_bin_id :]
-            levels = self.config.bin_levels or torch.linspace(0, 2, len(bin_gain_b)).tolist()
-            bin_gain_b.copy_(1 + self.config.bin_gain_range * (torch.tensor(levels, device=gain_v.device) - 1))
+            levels = torch.tensor(expression_levels(self.config)[self.config.first_bin_id :], device=gain_v.device)
+            bin_gain_b.copy_(1 + self.config.bin_gain_range * (levels - 1))
             init.copy_(self.type_gain, gain_v)
 
     def summed(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -116,13 +130,12 @@ class PositionlessEmbeddings(nn.Module):
         return cast(Tensor, self.word_embeddings(input_ids) + types)
 
     def expression(self, cells: PackedCells) -> Tensor:
-        """Return the expression of each token, (l,): the gain of its bin, and 0 for ids up to ``bin_0``."""
+        """Return the expression of each token, (l,): the level of its bin, 1 for ``[CLS]`` and 0 for other ids."""
         ids_l = cells.input_ids
         if ids_l is None:
             raise InputError("The direct path needs input_ids next to inputs_embeds. Give them too.")
-        gain_l = torch.ones_like(ids_l, dtype=torch.float32) if self.type_gain is None else self.type_gain[ids_l]
-        gain_l = gain_l * (ids_l > self.config.first_bin_id)
-        return gain_l if cells.key_log_gate is None else gain_l * cells.key_log_gate.exp()
+        level_l = _levels_on(expression_levels(self.config), ids_l.device)[ids_l]
+        return level_l if cells.key_log_gate is None else level_l * cells.key_log_gate.exp()
 
     def forward(
         self, input_ids: Tensor | None = None, token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None

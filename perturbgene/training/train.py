@@ -7,9 +7,9 @@ Owns putting the parts together and what a run folder holds (a Hugging Face mode
 import logging
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.transfer import run_config, start_from
+from perturbgene.training.votes import fit_shares, solve_votes
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def cls(**settings: Any) -> Path:
 def run_mlm(config: "MlmConfig") -> Path:
     """Train by masking genes and phenotypes together; returns the run folder. Raises what `mlm` raises."""
     with _run_folder(config) as (config, arguments):
-        tokenizer, train, evaluation = _data(config, arguments)
+        cells = _data(config, arguments)
+        tokenizer = cells.tokenizer
         collator = DataCollatorForPhenotypicMLM(
             tokenizer,
             **config.mask_rates,
@@ -118,16 +120,17 @@ def run_mlm(config: "MlmConfig") -> Path:
         quick, final = (MlmEvaluator(tokenizer, collator=packed, questions=questions) for questions in (alone, every))
         weights = {"phenotype_loss_weight": config.phenotype_loss_weight, "gene_loss_weight": config.gene_loss_weight}
         parts: dict[str, Any] = {"data_collator": collator, "evaluator": quick, "final_evaluator": final}
-        return _train(GeneBertForPhenotypicMLM, weights, config, arguments, tokenizer, train, evaluation, **parts)
+        return _train(GeneBertForPhenotypicMLM, weights, config, arguments, cells, **parts)
 
 
 def run_cls(config: "ClsConfig") -> Path:
     """Train a classifier of one phenotype; returns the run folder. Raises what `cls` raises."""
     category, one = config.phenotype_category, config.binary_label
     with _run_folder(config) as (config, arguments):
-        tokenizer, train, evaluation = _data(config, arguments, phenotype_category=category, binary_label=one)
+        cells = _data(config, arguments, phenotype_category=category, binary_label=one)
+        tokenizer = cells.tokenizer
         names = [f"not {one}", one] if one else list(tokenizer.phenotypes[category])
-        counts_k = train.class_counts()
+        counts_k = cells.train.class_counts()
         if (counts_k > 0).sum() < 2:
             raise InputError(f"all training cells are {names[int(counts_k.argmax())]!r}: there is nothing to classify.")
         if rare := [name for name, count in zip(names, counts_k, strict=True) if count < 2]:
@@ -147,7 +150,7 @@ def run_cls(config: "ClsConfig") -> Path:
         )
         evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=category)
         parts: dict[str, Any] = {"data_collator": collator, "evaluator": evaluator}
-        return _train(GeneBertForClassification, head, config, arguments, tokenizer, train, evaluation, **parts)
+        return _train(GeneBertForClassification, head, config, arguments, cells, **parts)
 
 
 def class_weights(counts_k: np.ndarray) -> list[float]:
@@ -186,9 +189,18 @@ def _run_folder(config: "TrainingConfig") -> Iterator[tuple[Any, TrainingArgumen
         yield config, arguments
 
 
-def _data(
-    config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
-) -> tuple[GeneTokenizer, IterableAnnDataset, IterableAnnDataset | None]:
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of a run: those that this process trains and is scored on, and how to stream all of a split."""
+
+    tokenizer: GeneTokenizer
+    train: IterableAnnDataset
+    evaluation: IterableAnnDataset | None
+    whole: Callable[[str], IterableAnnDataset]  # of "train" or "eval", for one process
+    donor_column: str
+
+
+def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any) -> _Cells:
     """Return the tokenizer, the training cells and the evaluation cells, with paths expanded and opened once."""
     corpus, paths = Corpus.open(config.corpus) if config.corpus else None, {}
     for split, given in (("train", config.train_data_paths), ("eval", config.eval_data_paths)):
@@ -230,10 +242,13 @@ def _data(
             f"{train.num_cells:,} training cells are fewer than one batch of {what} for each of {train.world_size} "
             f"processes. Lower --{flag}."
         )
-    if not paths["eval"]:
-        return tokenizer, train, None
     size = arguments.per_device_eval_batch_size
-    return tokenizer, train, IterableAnnDataset(paths["eval"], tokenizer, batch_size=size, **options)
+    evaluation = IterableAnnDataset(paths["eval"], tokenizer, batch_size=size, **options) if paths["eval"] else None
+    options |= {"rank": 0, "world_size": 1, "batch_size": size}
+    donor_column = (corpus.split_by if corpus else None) or "donor_id"
+    return _Cells(
+        tokenizer, train, evaluation, lambda split: IterableAnnDataset(paths[split], tokenizer, **options), donor_column
+    )
 
 
 # -- model --------------------------------------------------------------------------------------------------------
@@ -249,12 +264,7 @@ def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: An
     sizes |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.hidden_size and not config.intermediate_size:
         sizes["intermediate_size"] = 4 * config.hidden_size
-    category = extra.get("phenotype_category")  # of a classifier
-    num_labels = sum(len(labels) for name, labels in tokenizer.phenotypes.items() if category in (None, name))
-    is_small = num_labels <= sizes["hidden_size"]  # then the votes are no more numbers than the genes' vectors
-    if config.direct_path == "auto" and not is_small:
-        logger.info("%d labels outnumber hidden_size %d: no --direct_path", num_labels, sizes["hidden_size"])
-    sizes["direct_path"] = {"auto": is_small, "always": True, "never": False}[config.direct_path]
+    sizes["direct_path"] = config.direct_path != "never"
     sizes |= {"initializer_range": round(1 / math.sqrt(sizes["hidden_size"]), 4), "embedding_range": EMBEDDING_RANGE}
     sizes["attention_kernel"] = config.attn_implementation
     return GeneBertConfig(**{**sizes, **tokenizer_facts(tokenizer), **extra})
@@ -276,13 +286,14 @@ def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
 
 
 def _train(
-    kind: type, settings: dict[str, Any], config: "TrainingConfig", arguments: TrainingArguments,
-    tokenizer: GeneTokenizer, train: IterableAnnDataset, evaluation: IterableAnnDataset | None, **parts: Any,
+    kind: type, settings: dict[str, Any], config: "TrainingConfig", arguments: TrainingArguments, cells: _Cells,
+    **parts: Any,
 ) -> Path:  # fmt: skip
     """Make the model, fresh or from another run, train it, score the best weights and write the run folder.
 
     `settings` are those of the model that neither an option nor the tokenizer decides; `parts` go to the trainer.
     """
+    tokenizer, evaluation = cells.tokenizer, cells.evaluation
     if config.pretrained_model_path is None:
         model: Any = kind(model_config(config, tokenizer, **settings))
         kept: tuple[str, ...] = ()
@@ -291,7 +302,9 @@ def _train(
         model, kept = start_from(kind, config, tokenizer, seed=arguments.seed, **settings)
     if config.early_stopping_patience:
         parts["early_stopping"] = StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
-    trainer = ShardedTrainer(args=arguments, model=model, train_dataset=train, eval_dataset=evaluation, **parts)
+    if model.config.direct_path and evaluation is not None:
+        parts["before_scoring"] = lambda trained: fit_shares(trained, cells.whole("eval"))
+    trainer = ShardedTrainer(args=arguments, model=model, train_dataset=cells.train, eval_dataset=evaluation, **parts)
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
     checkpoint = _checkpoint(config, arguments)
     is_last = checkpoint is not None and trainer.is_finished(checkpoint)
@@ -302,6 +315,9 @@ def _train(
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # the run is not finished, or not any more
         config.save(folder / checkpoints.SETTINGS_FILE)
         tokenizer.save_pretrained(folder)
+    if model.config.direct_path and checkpoint is None:
+        weights = settings.get("class_weights")
+        solve_votes(model, cells.whole("train"), donor_column=cells.donor_column, class_weights=weights)
     trainer.train(resume_from_checkpoint=checkpoint)
     if number := trainer.stop.stopped_by:
         step = trainer.state.global_step
