@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perturbgene.data_utils.binning import LOWEST_EDGE, BinEdges, ValueHistogram, checked_edges, read_edges
+from perturbgene.data_utils.binning import HIGHEST, LOWEST_EDGE, TOP_WIDTH, BinEdges, ValueHistogram, checked_edges, read_edges
 from perturbgene.errors import InputError
 
 
@@ -94,10 +94,12 @@ def test_quantile_edges_cut_values_into_bins_of_about_equal_size() -> None:
     histogram = ValueHistogram()
     histogram.add(values)
     edges = histogram.quantile_edges(4)
-    sizes = np.bincount(np.digitize(values, edges), minlength=5)
+    sizes = np.bincount(np.digitize(values, edges))
     assert edges[0] == LOWEST_EDGE
     assert sizes[0] <= 1
-    assert sizes[1:] == pytest.approx([2500] * 4, rel=0.05)
+    assert sizes[1:4] == pytest.approx([2500] * 3, rel=0.05)
+    assert sizes[4:].sum() == pytest.approx(2500, rel=0.05)
+    assert np.diff(edges[3:]) == pytest.approx([TOP_WIDTH] * (len(edges) - 4)) and HIGHEST - TOP_WIDTH <= edges[-1]
 
 
 def test_quantile_edges_do_not_depend_on_the_order_or_the_blocks_of_the_values() -> None:

@@ -34,24 +34,61 @@ def by_hand_cell(**more: Any) -> dict[str, Any]:
     return {"input_ids": ids, "token_type_ids": types, "cu_seqlens": torch.tensor([0, 6]), **more}
 
 
-def test_only_expressed_genes_vote_and_as_strongly_as_their_bin_counts() -> None:
+def test_only_expressed_genes_and_cls_vote_and_as_strongly_as_their_bin_counts() -> None:
     config = {"bin_gain_range": 1.0, "bin_levels": [0.0, 0.5, 0.75, 1.0, 1.75]}
     masked, classifier = (build(kind, **config) for kind in (GeneBertForPhenotypicMLM, GeneBertForClassification))
     for model, path in ((masked, masked.direct_labels), (classifier, classifier.direct_classes)):
         with torch.no_grad():
-            model.genebert.embeddings.type_gain[FIRST_BIN:] = torch.tensor(config["bin_levels"])
+            model.genebert.embeddings.type_gain[FIRST_BIN:] = 3.0  # a gain that was learnt changes no vote
             with_votes = model(**by_hand_cell()).logits
-            votes = path.votes_tk[5].clone() * 0.75
-            path.votes_tk[5] = 0
+            votes = path.votes_tk[0] + path.votes_tk[5] * 0.75
+            path.votes_tk[[0, 5]] = 0
             without = model(**by_hand_cell()).logits
             path.votes_tk.zero_()
-            assert torch.equal(model(**by_hand_cell()).logits, without)  # bin 0, the masked gene and [CLS] say nothing
+            assert torch.equal(model(**by_hand_cell()).logits, without)  # bin 0 and the masked gene say nothing
         if model is masked:
             assert torch.equal(with_votes[2:], without[2:])  # genes are not labels
             torch.testing.assert_close((with_votes - without)[1, 6:9], votes[2:])  # ids 6..8, the slot's own category
             assert torch.equal(with_votes[1, 4:6], without[1, 4:6])  # another category's stay out
         else:
             torch.testing.assert_close((with_votes - without)[0], votes)
+
+
+def test_the_transformer_adds_its_share_to_the_votes_by_whether_a_phenotype_is_given() -> None:
+    model, cell = build(GeneBertForPhenotypicMLM, bin_gain_range=1.0), by_hand_cell()
+    given = {"input_ids": cell["input_ids"].clone(), "token_type_ids": cell["token_type_ids"].clone()}
+    given = {name: torch.cat([tensor[:2], tensor.new_tensor([fill]), tensor[2:]])
+             for (name, tensor), fill in zip(given.items(), (5, 1), strict=True)}  # fmt: skip
+    given["cu_seqlens"] = torch.tensor([0, 7])
+    with torch.no_grad():
+        for batch, share in ((cell, 0.5), (given, 2.0)):
+            answers = []
+            for shares in ([[9.0, 9.0], [0.0, 0.0]], None, [[9.0, 9.0], [0.5, 2.0]]):
+                model.config.direct_shares = shares
+                answers.append(model(**batch).logits)
+            votes, whole, joined = answers
+            torch.testing.assert_close(joined[1, 6:9], votes[1, 6:9] + share * (whole - votes)[1, 6:9])
+            assert torch.equal(joined[3:], whole[3:])  # genes are the transformer's own
+
+
+def test_a_classifier_adds_its_share_to_the_votes() -> None:
+    model = build(GeneBertForClassification)
+    answers = []
+    with torch.no_grad():
+        for share in (0.0, 1.0, 0.25):
+            model.config.direct_shares = [[share, share]]
+            answers.append(model(**by_hand_cell()).logits)
+    torch.testing.assert_close(answers[2], answers[0] + 0.25 * (answers[1] - answers[0]))
+
+
+def test_training_leaves_the_votes_out() -> None:
+    for kind, name in ((GeneBertForPhenotypicMLM, "direct_labels"), (GeneBertForClassification, "direct_classes")):
+        model = build(kind).train()
+        with torch.no_grad():
+            with_votes = model(**by_hand_cell()).logits
+            getattr(model, name).votes_tk.zero_()
+            assert torch.equal(model(**by_hand_cell()).logits, with_votes)
+        assert not getattr(model, name).votes_tk.requires_grad
 
 
 @pytest.mark.parametrize("kind", [GeneBertForPhenotypicMLM, GeneBertForClassification])
@@ -94,7 +131,7 @@ def test_packed_masked_loss_and_gradients_equal_padded_ones() -> None:
 
 
 def test_evaluation_returns_all_logits_and_the_same_loss_as_training() -> None:
-    model, batch = build(GeneBertForPhenotypicMLM), padded(make_cells())
+    model, batch = build(GeneBertForPhenotypicMLM, direct_path=False), padded(make_cells())
     with torch.no_grad():
         evaluated, trained = model(**batch), model.train()(**batch)
     assert evaluated.logits.shape == (8, 12, NUM_IDS)
@@ -175,7 +212,7 @@ def test_a_batch_without_labels_to_learn_gives_zero_loss_and_finite_gradients(
     output = model(**form(cells))
     assert output.loss.item() == 0
     grads = gradients(model, output.loss)
-    assert grads.keys() == dict(model.named_parameters()).keys()
+    assert grads.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert all((grad == 0).all() for grad in grads.values())
 
 
