@@ -66,7 +66,7 @@ class ShardedTrainer(Trainer):
         evaluator: Counts scores batch by batch; its sums are added over ranks.
         final_evaluator: Scores the last step and the delivered weights; `evaluator` by default.
         early_stopping: Ends training when the metric no longer improves; None never does.
-        before_scoring: Called with the model that is delivered, before `final_evaluator` scores it.
+        before_scoring: Called with the model before it is scored.
         *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
 
     Attributes:
@@ -348,7 +348,7 @@ class ShardedTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Score each cell of all processes exactly once, counting batch by batch instead of gathering logits."""
         self._check_last_step()
-        is_last = self._is_over or (self.state.global_step >= self.state.max_steps and self.before_scoring is None)
+        is_last = self._is_over or self.state.global_step >= self.state.max_steps
         dataset = cast(IterableAnnDataset, dataloader.dataset)
         evaluator = self.final_evaluator if is_last else self.evaluator
         assert evaluator is not None
@@ -359,6 +359,8 @@ class ShardedTrainer(Trainer):
             dynamic_ncols=True, disable=not is_shown,
         )  # fmt: skip
         with self.speed.paused(), self.compute_loss_context_manager():
+            if self.before_scoring is not None:
+                self.before_scoring(model)
             run_evaluator(evaluator, model, batches)
         evaluator.set_sums(self._sum_over_ranks(evaluator.sums()))
         self._scored_step = self.state.global_step if is_last else None
@@ -375,8 +377,6 @@ class ShardedTrainer(Trainer):
         is_last = best is None or Path(best).name == f"checkpoint-{self.state.global_step}"
         if not is_last or self._scored_step != self.state.global_step:
             self._is_over = True
-            if self.before_scoring is not None:
-                self.before_scoring(self.accelerator.unwrap_model(self.model))
             self.evaluate()
         return self.final_evaluator.results()
 

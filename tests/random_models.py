@@ -41,8 +41,9 @@ def build(model_class: type, **settings: Any) -> Any:
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             nn.init.normal_(weight, mean=1.0 if "norm.weight" in name else 0.0, std=0.2)
+    for name, votes_tk in model.named_buffers():
         if name.endswith("votes_tk"):
-            nn.init.normal_(weight, std=0.2)
+            nn.init.normal_(votes_tk, std=0.2)
     return model.eval()
 
 

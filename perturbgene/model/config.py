@@ -43,9 +43,6 @@ class GeneBertConfig(PreTrainedConfig):
     #: Expression that each bin represents, relative to the mean: 0 for bin_0, then ascending; None: evenly from 0 to 2.
     bin_levels: list[float] | None = None
     direct_path: bool = False  # add a linear term in the expressed genes to the logits of labels, see `DirectPath`
-    #: What the transformer's logits are multiplied by before the direct path is added, by phenotype type 1, 2, ... (of
-    #: a classifier: once): [with no phenotype given, with some given]. None means 1; in training there is no path.
-    direct_shares: list[list[float]] | None = None
     pad_token_id: int = 3  # only used for padded batches without an attention mask
     first_bin_id: int = 4  # id of bin_0; lower ids are special tokens or phenotype labels
     #: The [start, stop) range of label ids of phenotype types 1, 2, ..., P, in this order.

@@ -30,16 +30,22 @@ class DirectPath(nn.Module):
 
     It is solved as a multinomial regression (``perturbgene.training.votes``), not trained by gradient steps: Adam moves
     all votes by the same step whatever they are worth, and loses to a regression (docs/experiments.md). The row of
-    token type 0 holds the intercepts, which ``[CLS]`` adds.
+    token type 0 holds the intercepts, which ``[CLS]`` adds. The transformer's logits are multiplied by a share before
+    the term is added: for each phenotype (of a classifier: one) with no phenotype given, and with some given.
     """
 
-    def __init__(self, num_types: int, num_labels: int) -> None:
+    votes_tk: Tensor
+    share_p2: Tensor
+
+    def __init__(self, num_types: int, num_labels: int, *, num_phenotypes: int = 1) -> None:
         super().__init__()
-        self.votes_tk = nn.Parameter(torch.zeros(num_types, num_labels), requires_grad=False)
+        self.register_buffer("votes_tk", torch.zeros(num_types, num_labels))
+        self.register_buffer("share_p2", torch.ones(num_phenotypes, 2))
 
     def init_own_weights(self) -> None:
-        """Set the linear term to 0, unless it was loaded."""
+        """Set the linear term to 0 and the shares to 1, unless they were loaded."""
         init.zeros_(self.votes_tk)
+        init.ones_(self.share_p2)
 
     def forward(self, cells: PackedCells, expression_l: Tensor) -> Tensor:
         """Return the linear term of each cell, float32 of shape (n, k): rows of token types, weighted by expression."""
@@ -73,7 +79,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         self.mlm_projection = nn.Linear(config.hidden_size, config.vocab_size)
         num_labels = config.first_bin_id - config.first_label_id
         has_path = config.direct_path and num_labels > 0
-        self.direct_labels = DirectPath(config.type_vocab_size, num_labels) if has_path else None
+        sizes = {"num_phenotypes": len(config.phenotype_id_ranges)}
+        self.direct_labels = DirectPath(config.type_vocab_size, num_labels, **sizes) if has_path else None
         self.post_init()
 
     @can_return_tuple
@@ -142,15 +149,13 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         is_slot_a = (types_a > 0) & (types_a <= num_categories)
         around = (self.config.first_label_id, self.config.vocab_size - self.config.first_bin_id)
         term_av = F.pad(term_nk, around)[cell_a] * is_slot_a[:, None]  # (n, k) -> (a, v)
-        if self.config.direct_shares is None:
-            return logits_av + term_av
         assert batch.token_type_ids is not None and batch.input_ids is not None
         is_label_l = (batch.token_type_ids > 0) & (batch.token_type_ids <= num_categories)
         is_label_l &= (batch.input_ids >= self.config.first_label_id) & (batch.input_ids < self.config.first_bin_id)
         labels_before_l1 = F.pad(is_label_l.long().cumsum(0), (1, 0))
         has_given_n = labels_before_l1[ends_n[1:]] > labels_before_l1[ends_n[:-1]]
-        rows = ((1.0, 1.0), *map(tuple, self.config.direct_shares))
-        share_a = _on_device(rows, logits_av.device)[types_a * is_slot_a, has_given_n[cell_a].long()]
+        share_p2 = F.pad(self.direct_labels.share_p2, (0, 0, 1, 0), value=1.0)  # tokens of other types are its own
+        share_a = share_p2[types_a * is_slot_a, has_given_n[cell_a].long()]
         return logits_av * share_a[:, None] + term_av
 
     def restrict_logits(self, logits_av: Tensor, token_types_a: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
 
 
 @lru_cache(maxsize=16)
-def _on_device(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+def _on_device(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Copy a small table to a device once: each copy would make the host wait for the GPU."""
     with torch.inference_mode(mode=False):
         return torch.tensor(rows, device=device)
@@ -244,9 +249,8 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         hidden_nh, states = self.genebert.encode(batch, starts_n, output_hidden_states=output_hidden_states)
         logits_nk = self.classifier(self.classifier_dropout(F.gelu(self.pre_classifier(hidden_nh))))
         if self.direct_classes is not None and not self.training:
-            [[share, _]] = self.config.direct_shares or [[1.0, 1.0]]
             term_nk = self.direct_classes(batch, self.genebert.embeddings.expression(batch))
-            logits_nk = share * logits_nk.float() + term_nk
+            logits_nk = logits_nk.float() * self.direct_classes.share_p2[0, 0] + term_nk
         loss = None
         if labels is not None:
             weights = self.config.class_weights

@@ -39,7 +39,7 @@ from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.transfer import run_config, start_from
-from perturbgene.training.votes import fit_shares, solve_votes
+from perturbgene.training.votes import describe_shares, fit_shares, quiet_reading, solve_votes
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -246,9 +246,12 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
     evaluation = IterableAnnDataset(paths["eval"], tokenizer, batch_size=size, **options) if paths["eval"] else None
     options |= {"rank": 0, "world_size": 1, "batch_size": size}
     donor_column = (corpus.split_by if corpus else None) or "donor_id"
-    return _Cells(
-        tokenizer, train, evaluation, lambda split: IterableAnnDataset(paths[split], tokenizer, **options), donor_column
-    )
+
+    def whole(split: str) -> IterableAnnDataset:
+        with quiet_reading():
+            return IterableAnnDataset(paths[split], tokenizer, **options)
+
+    return _Cells(tokenizer, train, evaluation, whole, donor_column)
 
 
 # -- model --------------------------------------------------------------------------------------------------------
@@ -303,7 +306,8 @@ def _train(
     if config.early_stopping_patience:
         parts["early_stopping"] = StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
     if model.config.direct_path and evaluation is not None:
-        parts["before_scoring"] = lambda trained: fit_shares(trained, cells.whole("eval"))
+        held_out = cells.whole("eval")
+        parts["before_scoring"] = lambda trained: fit_shares(trained, held_out)
     trainer = ShardedTrainer(args=arguments, model=model, train_dataset=cells.train, eval_dataset=evaluation, **parts)
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
     checkpoint = _checkpoint(config, arguments)
@@ -327,6 +331,8 @@ def _train(
         )
         raise StoppedError(message if is_first else "", exit_code=128 + number)  # one process prints
     results = trainer.final_results()
+    for line in describe_shares(model, tokenizer) if evaluation is not None else ():
+        logger.info(line)
     trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results, kept=kept))
     return folder
 

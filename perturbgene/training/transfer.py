@@ -41,6 +41,8 @@ class NameMap:
 
     ids_vo: sparse.csr_matrix  # share of each old input id in each new one
     types_to: sparse.csr_matrix  # share of each old token type in each new one
+    first_gene_type: int  # of the new ones
+    level_scale: float  # expression of a new bin of level 1 / that of an old one
     lines: tuple[str, ...]  # what is kept, fresh, dropped and carried over
 
 
@@ -79,8 +81,15 @@ def name_map(old: GeneTokenizer, new: GeneTokenizer, *, source: str) -> NameMap:
     return NameMap(
         ids_vo=_sparse([*special_rows, *label_rows, *bin_rows], num_old=old.vocab_size),
         types_to=_sparse([{type_: 1.0} if type_ >= 0 else {} for type_ in types], num_old=old.type_vocab_size),
+        first_gene_type=new.first_gene_type,
+        level_scale=_mean_value(new) / _mean_value(old),
         lines=("genes: " + ", ".join(f"{count:,} {what}" for what, count in genes.items()), labels_line, bins_line),
     )
+
+
+def _mean_value(tokenizer: GeneTokenizer) -> float:
+    """Return the expression that the levels of bins are relative to."""
+    return float(tokenizer.bin_edges.values().mean(axis=0)[1:].mean())
 
 
 def _label_rows(old: GeneTokenizer, new: GeneTokenizer) -> tuple[list[dict[int, float]], str]:
@@ -206,8 +215,15 @@ def _head_weights(state: Mapping[str, Tensor], names: NameMap, old: _Head, new: 
     votes = "direct_classes.votes_tk" if new.kind is GeneBertForClassification else "direct_labels.votes_tk"
     for key, tensor in state.items():
         part = key.partition(".")[0]
+        if key.endswith(".share_p2"):
+            if new.kind is old.kind and classes_ko is not None:
+                is_one = new.kind is GeneBertForClassification
+                phenotypes_po = names.types_to[1 : names.first_gene_type, 1 : 1 + len(tensor)]
+                weights[key] = tensor if is_one else _mixed(tensor, phenotypes_po, 1.0)
+            continue
         if part.startswith("direct_") and classes_ko is not None:
             weights[votes] = _mixed(_mixed(tensor, names.types_to).T, classes_ko).T.contiguous()
+            weights[votes][1:] *= names.level_scale  # row 0 has the intercepts
         elif part == "genebert" or part.startswith("direct_") or new.kind is not old.kind:
             continue
         elif part == "mlm_projection":  # a label of a new phenotype is as likely as its phenotype's others
@@ -279,7 +295,8 @@ def start_from(
     with _quiet_loading():
         pair: Any = kind.from_pretrained(None, config=now, state_dict=weights, output_loading_info=True)
     model, report = pair
-    fresh = {"direct path" if key.startswith("direct_") else "head" for key in report["missing_keys"]}
+    missing = [key for key in report["missing_keys"] if not key.endswith(".share_p2")]
+    fresh = {"direct path" if key.startswith("direct_") else "head" for key in missing}
     asked = f" (the run predicts {heads[0].category})" if heads[0].category not in (None, heads[1].category) else ""
     lines = (*names.lines, "head: " + (f"fresh{asked}" if "head" in fresh else "kept"))
     if now.direct_path:

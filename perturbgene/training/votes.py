@@ -6,7 +6,8 @@ Owns the regression's penalty and solution and the transformer's shares; leaves 
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,37 @@ from sklearn.model_selection import GroupKFold, KFold
 
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.eval_utils import Question, class_logits, question_logits, standard_questions, true_labels
+from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
+from perturbgene.eval_utils import (
+    class_logits,
+    inference_mode,
+    question_logits,
+    standard_questions,
+    to_device,
+    true_labels,
+)
 from perturbgene.model import GeneBertForClassification
+from perturbgene.model.heads import DirectPath
 from perturbgene.model.layers import expression_levels
+from perturbgene.model.packing import pack_cells
 
 logger = logging.getLogger(__name__)
 
-#: Weights of the penalty, strongest first, relative to the summed variance of the genes' expression.
-PENALTIES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+#: Weights of the penalty, strongest first, relative to the summed variance of the genes' expression. The strongest are
+#: for labels that genes do not show, and for votes of another run that are better than what the cells say.
+PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 NUM_FOLDS = 3
 #: Expressed genes that a regression is solved on, in all cells together (8 bytes each); more cells are thinned evenly.
 MOST_VALUES = 50_000_000
+#: Expressed genes times labels that a solution, and the choice of its penalty, may cost at each iteration.
+MOST_PRODUCTS, MOST_PRODUCTS_OF_CHOICE = 1_000_000_000, 200_000_000
 MOST_ITERATIONS = 300
+#: Numbers that L-BFGS may keep of earlier steps (8 bytes each).
+MOST_REMEMBERED = 200_000_000
 #: What the transformer's logits may be multiplied by.
 SHARES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 #: Held-out cells that the shares are chosen on, and fewer of them than are worth a choice.
-MOST_CELLS, LEAST_CELLS = 5_000, 30
+MOST_CELLS, LEAST_CELLS = 2_000, 30
 
 
 # -- the regression -----------------------------------------------------------------------------------------------
@@ -95,7 +110,12 @@ def solve(
         return value, np.concatenate([slope_gk.ravel(), slope_k])
 
     first = np.concatenate([(start.votes_gk - prior.votes_gk).ravel(), start.intercept_k + mean_g @ start.votes_gk])
-    found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": MOST_ITERATIONS, "gtol": 1e-6})
+    limits = {
+        "maxiter": MOST_ITERATIONS,
+        "gtol": 1e-6,
+        "maxcor": int(np.clip(MOST_REMEMBERED // len(first) // 2, 3, 10)),
+    }
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options=limits)
     votes_gk = prior.votes_gk + found.x[: shape[0] * shape[1]].reshape(shape)
     return Regression(votes_gk, found.x[shape[0] * shape[1] :] - mean_g @ votes_gk)
 
@@ -113,8 +133,8 @@ def choose_penalty(
     group_n: np.ndarray | None,
     prior: Regression,
     **options: Any,
-) -> tuple[float, float]:
-    """Return the penalty with the lowest held-out log loss, and that loss (nats), by cross-validation.
+) -> tuple[float, float, Regression]:
+    """Return the penalty with the lowest held-out log loss, that loss (nats), and a regression to start from.
 
     Args:
         expression_ng: Expression of n cells.
@@ -136,17 +156,39 @@ def choose_penalty(
                 expression_ng[fitted], label_n[fitted], penalty=penalty, prior=prior, start=found[number], **options
             )
             logits_nk = one.logits(expression_ng[held_out])
-            total += float(
-                (logsumexp(logits_nk, axis=1) - logits_nk[np.arange(len(held_out)), label_n[held_out]]).sum()
-            )
+            true_n = logits_nk[np.arange(len(held_out)), label_n[held_out]]
+            total += float((logsumexp(logits_nk, axis=1) - true_n).sum())
         losses.append(total / len(label_n))
-        if len(losses) > 1 and losses[-1] > losses[-2]:
+        if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
             break
     best = int(np.argmin(losses))
-    return PENALTIES[best], losses[best]
+    return PENALTIES[best], losses[best], found[0] or prior
+
+
+def _thinned(expression_ng: sparse.csr_matrix, *, most_values: int) -> slice:
+    """Return which cells keep the number of expressed genes below a limit: all, or every second, third, ..."""
+    return slice(None, None, max(1, -(-expression_ng.nnz // most_values)))
+
+
+@contextmanager
+def quiet_reading() -> Iterator[None]:
+    """Say nothing of cells that are read a second time: the first time, everything was said."""
+    reading = logging.getLogger("perturbgene.data_utils")
+    level = reading.level
+    reading.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reading.setLevel(level)
 
 
 # -- the votes of a model -----------------------------------------------------------------------------------------
+
+
+def direct_path(model: Any) -> DirectPath | None:
+    """Return the direct path of a masked model or a classifier; None where there is none, or nothing to vote for."""
+    path: DirectPath | None = getattr(model, "direct_classes", None) or getattr(model, "direct_labels", None)
+    return path
 
 
 def solve_votes(
@@ -162,20 +204,19 @@ def solve_votes(
         donor_column: Column of `obs` whose cells stay in one fold; None, or where it is missing: cells are drawn.
         class_weights: One weight per class of a classifier.
     """
-    tokenizer, is_classifier = cells.tokenizer, isinstance(model, GeneBertForClassification)
-    path = model.direct_classes if is_classifier else model.direct_labels
-    if path is None:  # no phenotype to vote for
+    tokenizer, path = cells.tokenizer, direct_path(model)
+    if path is None:
         return
     votes_tk = path.votes_tk
-    groups = _groups(cells, donor_column)
-    expression_nt, labels, number_n = _read(model, cells)
+    with quiet_reading():
+        groups, (expression_nt, labels, number_n) = _groups(cells, donor_column), _read(model, cells)
     group_n = None if groups is None else groups[number_n]
-    if is_classifier:
-        columns = {model.config.phenotype_category: (0, votes_tk.shape[1])}
+    if isinstance(model, GeneBertForClassification):
+        columns = {str(model.config.phenotype_category): (0, votes_tk.shape[1])}
     else:
-        first = model.config.first_label_id
+        first_id = model.config.first_label_id
         ranges = {name: tokenizer.vocabulary.id_range(name) for name in labels}
-        columns = {name: (start - first, stop - first) for name, (start, stop) in ranges.items()}
+        columns = {name: (start - first_id, stop - first_id) for name, (start, stop) in ranges.items()}
     solved_tk = votes_tk.detach().cpu().double().numpy().copy()
     for name, (start, stop) in columns.items():
         label_n = labels[name]
@@ -185,17 +226,20 @@ def solve_votes(
         options: dict[str, Any] = {"prior": Regression(solved_tk[1:, start:stop], solved_tk[0, start:stop])}
         if class_weights is not None:
             options["weight_k"] = np.asarray(class_weights)
+        rows = rows[_thinned(expression_nt[rows], most_values=MOST_PRODUCTS // (stop - start))]
         known_nt, label_n = expression_nt[rows], label_n[rows]
         donor_n = None if group_n is None else group_n[rows]
-        penalty, loss = choose_penalty(known_nt, label_n, group_n=donor_n, **options)
-        found = solve(known_nt, label_n, penalty=penalty, **options)
+        few = _thinned(known_nt, most_values=MOST_PRODUCTS_OF_CHOICE // (stop - start))
+        penalty, loss, first = choose_penalty(
+            known_nt[few], label_n[few], group_n=None if donor_n is None else donor_n[few], **options
+        )
+        found = solve(known_nt, label_n, penalty=penalty, start=first, **options)
         solved_tk[0, start:stop], solved_tk[1:, start:stop] = found.intercept_k, found.votes_gk
         logger.info(
             "%s: the genes' votes are a regression on %d cells, penalty %g (log loss %.3f in cross-validation by %s)",
             name, len(rows), penalty, loss, "cell" if donor_n is None else donor_column,
         )  # fmt: skip
-    with torch.no_grad():
-        votes_tk.copy_(torch.from_numpy(solved_tk))
+    votes_tk.copy_(torch.from_numpy(solved_tk))
 
 
 def _groups(cells: IterableAnnDataset, donor_column: str | None) -> np.ndarray | None:
@@ -251,75 +295,103 @@ def _every(part: tuple[TokenBlock, dict[str, np.ndarray]], stride: int) -> tuple
 # -- the transformer's shares -------------------------------------------------------------------------------------
 
 
-def earned_share(own_nk: np.ndarray, votes_nk: np.ndarray, label_n: np.ndarray) -> tuple[float, float, float]:
-    """Return how much of the transformer's logits to add to the votes, and the log losses without and with it (nats).
+def earned_share(own_nk: np.ndarray, votes_nk: np.ndarray, label_n: np.ndarray) -> float:
+    """Return what to multiply the transformer's logits by before the votes are added.
 
-    The share is 0 unless the best one lowers the log loss by more than the standard error of the paired difference.
+    The share is 0 unless another lowers the log loss by more than the standard error of the paired difference, and
+    is right in at least as many cells.
 
     Args:
         own_nk: Logits of the transformer.
         votes_nk: Logits of the direct path.
         label_n: True labels, 0..k-1.
+
+    Example:
+        >>> votes_nk = np.array([[0.1, 0.0], [0.0, 0.1]] * 20)
+        >>> earned_share(10 * votes_nk, votes_nk, np.array([0, 1] * 20)), earned_share(
+        ...     -votes_nk, votes_nk, np.array([0, 1] * 20))
+        (2.0, 0.0)
     """
     rows = np.arange(len(label_n))
-    losses_sn = np.empty((len(SHARES), len(label_n)))
+    losses_sn, right_s = np.empty((len(SHARES), len(label_n))), np.empty(len(SHARES))
     for number, share in enumerate(SHARES):
         logits_nk = share * own_nk + votes_nk
         losses_sn[number] = logsumexp(logits_nk, axis=1) - logits_nk[rows, label_n]
-    best = int(losses_sn.mean(axis=1).argmin())
+        right_s[number] = (logits_nk.argmax(axis=1) == label_n).sum()
+    losses_s = np.where(right_s >= right_s[0], losses_sn.mean(axis=1), np.inf)
+    best = int(losses_s.argmin())
     gain_n = losses_sn[0] - losses_sn[best]
-    is_earned = gain_n.mean() > gain_n.std() / np.sqrt(len(gain_n))
-    chosen = best if is_earned else 0
-    return SHARES[chosen], float(losses_sn[0].mean()), float(losses_sn[chosen].mean())
+    return SHARES[best] if gain_n.mean() > gain_n.std() / np.sqrt(len(gain_n)) else 0.0
 
 
 def fit_shares(model: Any, cells: IterableAnnDataset) -> None:
-    """Set the transformer's shares by held-out cells, in the model's configuration."""
-    config, tokenizer = model.config, cells.tokenizer
-    is_classifier = isinstance(model, GeneBertForClassification)
-    names = [config.phenotype_category] if is_classifier else list(tokenizer.vocabulary.categories)
-    shares = [[1.0, 1.0] for _ in names]
+    """Set the transformer's shares by held-out cells; those of phenotypes with too few labels stay as they are.
+
+    Args:
+        model: With a direct path.
+        cells: Held-out cells, of which at most `MOST_CELLS` are asked.
+    """
+    path = direct_path(model)
+    if path is None:
+        return
     answers: dict[tuple[int, int], list[tuple[np.ndarray, ...]]] = {}
-    for name, has_given, *parts in _answers(model, cells):
-        answers.setdefault((names.index(name), int(has_given)), []).append(tuple(parts))
-    for (number, has_given), parts in answers.items():
-        own_nk, votes_nk, label_n = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        if len(label_n) < LEAST_CELLS:
-            continue
-        share, before, after = earned_share(own_nk, votes_nk, label_n)
-        shares[number][has_given] = share
-        logger.info(
-            "%s%s: the transformer's share is %g (held-out log loss %.3f, of the genes' votes alone %.3f)",
-            names[number], " with other phenotypes given" if has_given else "", share, after, before,
-        )  # fmt: skip
-    config.direct_shares = shares if not is_classifier else [[shares[0][0]] * 2]
+    with quiet_reading():
+        for number, has_given, *arrays in _answers(model, path, cells):
+            answers.setdefault((number, has_given), []).append(tuple(arrays))
+    for place, batches in answers.items():
+        own_nk, votes_nk, label_n = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        if len(label_n) >= LEAST_CELLS:
+            path.share_p2[place] = earned_share(own_nk, votes_nk, label_n)
 
 
-def _answers(model: Any, cells: IterableAnnDataset) -> Iterator[tuple[str, bool, np.ndarray, np.ndarray, np.ndarray]]:
+def describe_shares(model: Any, tokenizer: GeneTokenizer) -> list[str]:
+    """Return a line for each phenotype that says how much the transformer adds to the genes' votes."""
+    path, category = direct_path(model), model.config.phenotype_category
+    if path is None:
+        return []
+    shares = path.share_p2.tolist()
+    if category:
+        return [f"{category}: the genes' votes + {shares[0][0]:g} x the transformer"]
+    return [
+        f"{name}: the genes' votes + {shares[number][0]:g} x the transformer"
+        + (f" ({shares[number][1]:g} x with other phenotypes given)" if len(tokenizer.included_phenotypes) > 1 else "")
+        for number, name in enumerate(tokenizer.vocabulary.categories)
+        if name in tokenizer.included_phenotypes
+    ]
+
+
+def _answers(
+    model: Any, path: DirectPath, cells: IterableAnnDataset
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield phenotype, whether others are given, the transformer's and the votes' logits and the true labels."""
-    stride = max(1, cells.num_cells // MOST_CELLS)
-    tokenizer, collate = cells.tokenizer, collate_fn_wrapper(cells.tokenizer, packed=True)
+    tokenizer, config = cells.tokenizer, model.config
+    collate, stride = collate_fn_wrapper(tokenizer, packed=True), max(1, cells.num_cells // MOST_CELLS)
     is_classifier = isinstance(model, GeneBertForClassification)
-    if is_classifier:
-        questions, num_shares = [Question("classifier", (str(cells.phenotype_category),))], 1
-    else:
-        questions = [one for one in standard_questions(tokenizer.included_phenotypes) if one.name != "together"]
-        num_shares = len(tokenizer.vocabulary.categories)
-    for block in cells.blocks():
-        block = block.take(np.flatnonzero(block.cells_n % stride == 0))
-        if not len(block):
-            continue
-        asked = [(question.asked[0], bool(question.given)) for question in questions]
-        both: list[list[np.ndarray]] = []
-        for share in (1.0, 0.0):
-            model.config.direct_shares = [[share, share] for _ in range(num_shares)]
+    questions = [] if is_classifier else standard_questions(tokenizer.included_phenotypes)
+    shares, path.share_p2 = path.share_p2, torch.ones_like(path.share_p2)
+    try:
+        for block in cells.blocks():
+            block = block.take(np.flatnonzero(block.cells_n % stride == 0))
+            if not len(block):
+                continue
+            packed = to_device(collate.collate_block(replace(block, labels_n=None)), path.votes_tk.device)
+            with inference_mode(model):
+                whole = pack_cells(**packed, pad_token_id=config.pad_token_id)
+                votes_nk = path(whole, model.genebert.embeddings.expression(whole)).cpu().numpy()
             if is_classifier:
-                both.append([class_logits(model, block, collate)])
-            else:
-                found = [question_logits(model, block, tokenizer, question) for question in questions]
-                both.append([logits[name] for logits, (name, _) in zip(found, asked, strict=True)])
-        for (name, has_given), joined_nk, votes_nk in zip(asked, *both, strict=True):
-            label_n = block.labels_n if is_classifier else true_labels(block, tokenizer, name)
-            assert label_n is not None
-            known = label_n >= 0
-            yield name, has_given, (joined_nk - votes_nk)[known], votes_nk[known], label_n[known]
+                assert block.labels_n is not None
+                known = block.labels_n >= 0
+                own_nk = class_logits(model, block, collate) - votes_nk
+                yield 0, 0, own_nk[known], votes_nk[known], block.labels_n[known]
+            for question in questions:
+                if question.name == "together":
+                    continue
+                [name] = question.asked
+                label_n, (start, stop) = true_labels(block, tokenizer, name), tokenizer.vocabulary.id_range(name)
+                known = label_n >= 0
+                own_nk = votes_nk[known, start - config.first_label_id : stop - config.first_label_id]
+                joined_nk = question_logits(model, block, tokenizer, question)[name][known]
+                number = tokenizer.vocabulary.token_type(name) - 1
+                yield number, int(bool(question.given)), joined_nk - own_nk, own_nk, label_n[known]
+    finally:
+        path.share_p2 = shares

@@ -41,7 +41,7 @@ def a_run(num_layers: int = 2, norm_position: str = "branch", *, classifier: boo
 
 def with_votes(model: torch.nn.Module) -> torch.nn.Module:
     """Let genes vote, about as strongly as the transformer speaks."""
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_buffers():
         if name.endswith("votes_tk"):
             torch.nn.init.normal_(weight, std=0.1)
     return model.eval()

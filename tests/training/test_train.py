@@ -195,26 +195,18 @@ def test_a_classifier_starts_with_the_votes_of_the_masked_model(
     start, stop = (bound - tokenizer.phenotype_id_ranges[0][0] for bound in tokenizer.vocabulary.id_range("phase"))
     votes_tk = masked["direct_labels.votes_tk"][:, start:stop]
     assert votes_tk.any() and "genes' votes for labels: kept" in caplog.text
-    torch.testing.assert_close(classifier["direct_classes.votes_tk"], votes_tk, atol=1e-8, rtol=0)
+    moved_tk = classifier["direct_classes.votes_tk"] - votes_tk  # the regression is drawn to them
+    assert moved_tk.norm() < 0.5 * votes_tk.norm()
 
 
-@pytest.mark.parametrize(("choice", "hidden_size", "has_votes"), [
-    ("auto", 64, True), ("auto", 8, False), ("always", 8, True), ("never", 64, False),
-])  # fmt: skip
-def test_genes_vote_unless_labels_outnumber_the_hidden_size(
-    choice: str, hidden_size: int, has_votes: bool, corpus: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="perturbgene")
+@pytest.mark.parametrize(("choice", "has_votes"), [("auto", True), ("always", True), ("never", False)])
+def test_genes_vote_for_any_number_of_labels(choice: str, has_votes: bool, corpus: Path) -> None:
     config = parse_args(["mlm", "--corpus", str(corpus), "--output_dir", "x", "--model_arch", "tiny",
-                         "--hidden_size", str(hidden_size), "--num_attention_heads", "4",
-                         "--direct_path", choice])  # fmt: skip
+                         "--hidden_size", "8", "--num_attention_heads", "4", "--direct_path", choice])  # fmt: skip
     tokenizer = tokenizer_of(config, FileList())
-    assert 8 < sum(map(len, tokenizer.phenotypes.values())) <= 64
+    assert sum(map(len, tokenizer.phenotypes.values())) > 8
     found = model_config(config, tokenizer)
     assert found.direct_path is has_votes
-    assert ("outnumber hidden_size" in caplog.text) is (
-        choice == "auto" and not has_votes
-    )  # what auto left out is said
     assert found.bin_levels[0] == 0 and found.bin_levels == sorted(found.bin_levels)
 
 

@@ -1,0 +1,160 @@
+"""The genes' votes: a regression that is solved, its penalty, and what the transformer may add to it."""
+
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+
+from perturbgene import evaluate, load_run, mlm, prepare
+from perturbgene.training import votes
+from perturbgene.training.votes import Regression, choose_penalty, earned_share, solve, total_variance
+
+NUM_GENES, LABELS = 40, ["B", "NK", "T"]
+
+
+def zero(num_labels: int = 3) -> Regression:
+    return Regression(np.zeros((NUM_GENES, num_labels)), np.zeros(num_labels))
+
+
+def planted(num_cells: int = 300, *, strength: float = 1.0, seed: int = 0) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Cells of three labels, each of which has more of its own gene, among sparse noise."""
+    draw = np.random.default_rng(seed)
+    label_n = draw.integers(0, 3, num_cells)
+    expression_ng = draw.gamma(1.0, size=(num_cells, NUM_GENES)) * (draw.random((num_cells, NUM_GENES)) < 0.4)
+    expression_ng[np.arange(num_cells), label_n] += strength
+    return sparse.csr_matrix(expression_ng), label_n
+
+
+def test_the_solution_is_that_of_scikit_learn() -> None:
+    expression_ng, label_n = planted()
+    penalty = 1e-2
+    found = solve(expression_ng, label_n, penalty=penalty, prior=zero())
+    strength = penalty * total_variance(expression_ng)
+    reference = LogisticRegression(C=1 / (strength * len(label_n)), tol=1e-8, max_iter=5000).fit(expression_ng, label_n)
+    np.testing.assert_allclose(found.votes_gk.T, reference.coef_, atol=2e-3)
+    wanted_nk = reference.predict_log_proba(expression_ng)
+    found_nk = torch.from_numpy(found.logits(expression_ng)).log_softmax(dim=1).numpy()
+    np.testing.assert_allclose(found_nk, wanted_nk, atol=5e-3)
+
+
+def test_a_strong_penalty_keeps_the_votes_of_another_run() -> None:
+    expression_ng, label_n = planted()
+    prior = Regression(np.random.default_rng(1).normal(size=(NUM_GENES, 3)), np.zeros(3))
+    kept = solve(expression_ng, label_n, penalty=1e4, prior=prior)
+    np.testing.assert_allclose(kept.votes_gk, prior.votes_gk, atol=1e-3)
+    moved = solve(expression_ng, label_n, penalty=1e-6, prior=prior)
+    assert np.abs(moved.votes_gk - prior.votes_gk).max() > 0.5
+
+
+def test_weights_of_labels_shift_the_answers_towards_the_heavier() -> None:
+    expression_ng, label_n = planted(strength=0.2)
+    even, heavy = (
+        solve(expression_ng, label_n, penalty=1e-3, prior=zero(), weight_k=np.array(weight_k))
+        for weight_k in ([1.0, 1.0, 1.0], [1.0, 1.0, 20.0])
+    )
+    shares = [(one.logits(expression_ng).argmax(axis=1) == 2).mean() for one in (even, heavy)]
+    assert shares[1] > 0.9 > 0.6 > shares[0]
+
+
+def test_labels_that_genes_do_not_show_get_a_stronger_penalty_than_labels_that_they_do() -> None:
+    expression_ng, label_n = planted(strength=3.0)
+    noise_n = np.random.default_rng(5).permutation(label_n)
+    clear, noise = (choose_penalty(expression_ng, one, group_n=None, prior=zero()) for one in (label_n, noise_n))
+    assert clear[0] < noise[0] and clear[1] < 0.3 < 1.0 < noise[1]
+
+
+def test_folds_keep_donors_whole() -> None:
+    expression_ng, label_n = planted(strength=0.0)
+    donor_n = np.arange(300) % 6  # each donor has a gene and a label of its own, which helps with no other donor
+    marked = expression_ng.tolil()
+    for donor in range(6):
+        marked[donor_n == donor, 10 + donor] = 5.0
+    label_n = donor_n % 3
+    by_cell, by_donor = (
+        choose_penalty(marked.tocsr(), label_n, group_n=group_n, prior=zero()) for group_n in (None, donor_n)
+    )
+    assert by_cell[1] < 0.1 < 1.0 < by_donor[1]
+
+
+def test_the_transformer_earns_a_share_only_where_it_helps() -> None:
+    draw = np.random.default_rng(0)
+    label_n = draw.integers(0, 3, 400)
+    votes_nk = 2.0 * np.eye(3)[label_n] + draw.normal(size=(400, 3))
+    helpful_nk = 2.0 * np.eye(3)[label_n] + draw.normal(size=(400, 3))
+    assert earned_share(helpful_nk, votes_nk, label_n) >= 0.5
+    assert earned_share(draw.normal(size=(400, 3)), votes_nk, label_n) == 0.0
+    assert earned_share(-helpful_nk, votes_nk, label_n) == 0.0
+
+
+def cells(num_cells: int, *, seed: int, depth: float = 1.0) -> ad.AnnData:
+    """Counts of three cell types in four donors; a sex that no gene shows."""
+    draw = np.random.default_rng(seed)
+    rate_ng = np.full((num_cells, NUM_GENES), 2.0 * depth)
+    label_n = draw.integers(0, 3, num_cells)
+    for label in range(3):
+        rate_ng[np.ix_(label_n == label, range(4 * label, 4 * label + 4))] *= 4
+    obs = pd.DataFrame(
+        {
+            "cell_type": np.array(LABELS)[label_n],
+            "sex": draw.choice(["f", "m"], num_cells),
+            "donor_id": draw.choice(["a", "b", "c", "d"], num_cells),
+        },
+        index=[f"{seed}_{number}" for number in range(num_cells)],
+    )
+    var = pd.DataFrame(index=[f"G{number}" for number in range(NUM_GENES)])
+    return ad.AnnData(sparse.csr_matrix(draw.poisson(rate_ng).astype(np.float32)), obs, var)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("votes")
+    cells(400, seed=0).write_h5ad(folder / "cells.h5ad")
+    return Path(prepare(folder / "cells.h5ad", folder / "corpus", phenotypes=["cell_type", "sex"], split_by="donor_id",
+                        eval_donors=["d"], num_top_genes=NUM_GENES))  # fmt: skip
+
+
+SETTINGS: dict[str, Any] = {"model_arch": "tiny", "report_to": "none", "use_cpu": True}
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of training, so that nearly all of what it knows is the regression."""
+    folder = tmp_path_factory.mktemp("votes_run") / "run"
+    return mlm(corpus=corpus, output_dir=folder, max_steps=1, **SETTINGS)
+
+
+def test_a_run_is_as_right_as_a_regression_after_one_step(run: Path) -> None:
+    scores = evaluate(run, cells(200, seed=1), calibrate=False)["cell_type"]
+    assert scores["alone"]["accuracy"] > 0.95
+
+
+def test_a_run_answers_cells_that_were_read_four_times_as_deep(run: Path) -> None:
+    scores = evaluate(run, cells(200, seed=2, depth=4.0), calibrate=False)["cell_type"]
+    assert scores["alone"]["accuracy"] > 0.95
+
+
+def test_what_genes_do_not_show_is_answered_near_chance_and_not_with_false_confidence(run: Path) -> None:
+    scores = evaluate(run, cells(300, seed=3), calibrate=False)["sex"]["alone"]
+    assert scores["log_loss"] < 0.72  # ln 2 = 0.69
+
+
+def test_votes_and_shares_are_saved_with_the_weights(run: Path) -> None:
+    path = votes.direct_path(load_run(run).model)
+    assert path is not None and path.votes_tk.abs().max() > 0.1
+    assert path.share_p2.shape == (2, 2) and path.share_p2[0, 0] in votes.SHARES
+    assert votes.describe_shares(load_run(run).model, load_run(run).tokenizer)[0].startswith(
+        "cell_type: the genes' vot"
+    )
+
+
+def test_large_data_are_thinned_evenly(corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(votes, "MOST_VALUES", 3000)
+    folder = mlm(corpus=corpus, output_dir=tmp_path / "run", max_steps=1, **SETTINGS)
+    scores = evaluate(folder, cells(200, seed=1), calibrate=False)["cell_type"]
+    assert scores["alone"]["accuracy"] > 0.8
