@@ -111,8 +111,8 @@ class ModelOptions(BaseConfig):
         "the bin - 1). 0 only adds the two vectors (BERT).", within="[0, 1]",
     )  # fmt: skip
     direct_path: Literal["auto", "always", "never"] = option(
-        "auto", "Add a term to the logits of labels that is linear in the expressed genes. auto: unless labels "
-        "outnumber hidden_size.",
+        "auto", "Let the expressed genes vote for labels: a regression, solved before training, to which the "
+        "transformer adds what it earns on held-out cells. auto and always do, never does not.",
     )  # fmt: skip
     attn_implementation: Literal["auto", "matmul", "sdpa", "varlen", "flash"] = option(
         "auto", "How attention is computed; auto chooses the fastest that the device supports."

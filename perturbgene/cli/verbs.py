@@ -53,7 +53,10 @@ class PrepareConfig(BinOptions):
         "follow behind (--num_top_genes counts all). Training that starts from it then keeps all that it has learned.",
         group=GENES, is_path=True, may_be_on_hub=True, excludes=("panel", "bin_edges", "bin_edges_path"),
     )  # fmt: skip
-    num_bins: int = option(8, "Number of quantile bins of the expressed values.", group=GENES, within="[1, inf)")
+    num_bins: int = option(
+        8, "Number of quantile bins of the expressed values. Bins of width 1 follow above the highest.", group=GENES,
+        within="[1, inf)",
+    )  # fmt: skip
     min_genes: int = option(1, "Drop cells that express fewer genes of the panel.", group=GENES, within="[0, inf)")
     shard_size: int = option(10000, "Number of cells per shard.", group=IN_OUT, within="[1, inf)")
     hvg_flavor: HvgFlavor = option(
