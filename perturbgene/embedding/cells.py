@@ -21,6 +21,7 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
+from perturbgene.errors import InputError
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 KEY = "X_perturbgene"
+Pooling = Literal["auto", "asked", "cls", "genes"]
 
 
 def label_embeddings(run: Run, category: str) -> pd.DataFrame:
@@ -65,14 +67,20 @@ class CellEmbedder:
     """
 
     run: Run
-    pooling: Literal["cls", "genes"]  # the final state of `[CLS]`, or the mean of the final states of the cell's genes
+    pooling: Pooling  # see `embed`
     phenotypes: Sequence[str]  # asked one at a time; the final state of each one's `[MASK]`
     genes: Sequence[str]  # ids or symbols
     given: Mapping[str, str | None]  # phenotype -> label of all cells, or None to read `obs`; all others are absent
 
     def __post_init__(self) -> None:
-        if self.phenotypes:
+        if self.phenotypes or self.pooling == "asked":
             self.run.require_mlm("phenotypes")
+        asked = [name for name in self.run.tokenizer.included_phenotypes if name not in self.given]
+        if self.pooling == "asked" and not asked:
+            raise InputError("nothing is left to ask: the run has no phenotype that is not given. Change --pooling.")
+        if self.pooling == "auto":
+            pooling = "cls" if self.run.is_classifier else "asked" if asked else "genes"
+            object.__setattr__(self, "pooling", pooling)
         for category in self.phenotypes:
             self.run.tokenizer.vocabulary.check_category(category)
         check_question(self.phenotypes, self.given, flag="phenotype")
@@ -96,15 +104,21 @@ class CellEmbedder:
         if self.pooling == "genes":
             read_m = tokens.position_m
         else:
-            read_m = np.union1d(block.offsets_n1[:-1], tokens.position_m[np.isin(tokens.gene_m, named)])
+            read_m = tokens.position_m[np.isin(tokens.gene_m, named)]
+            read_m = np.union1d(block.offsets_n1[:-1], read_m) if self.pooling == "cls" else read_m
         hidden_mh = run.hidden_at(pack(block), read_m)
         if self.pooling == "genes":
             sums = torch.zeros((len(block), hidden_mh.shape[1]), dtype=torch.float64)
             sums.index_add_(0, torch.from_numpy(tokens.cell_m), torch.from_numpy(hidden_mh).double())
             count_n1 = num_genes(block, run.tokenizer)[:, None]
             cells_nh = (sums.numpy() / np.maximum(count_n1, 1)).astype(np.float32)
-        else:
+        elif self.pooling == "cls":
             cells_nh = hidden_mh[np.searchsorted(read_m, block.offsets_n1[:-1])]
+        else:
+            asked = [name for name in run.tokenizer.included_phenotypes if name not in self.given]
+            batch = ask(block, run.tokenizer, asked=asked, given=list(self.given))
+            states_mh = run.hidden_at(batch, batch.pop("label_positions").numpy())
+            cells_nh = states_mh.reshape(len(block), len(asked), -1).mean(axis=1)
         found = [cells_nh]
         for category in self.phenotypes:
             batch = ask(block, run.tokenizer, asked=[category], given=list(self.given))
@@ -148,7 +162,7 @@ def embed(
     adata: "AnnData | str | Path",
     model: str | Path | Run,
     *,
-    pooling: Literal["cls", "genes"] = EmbedConfig.pooling,
+    pooling: Pooling = EmbedConfig.pooling,
     phenotype: Sequence[str] = (),
     genes: Sequence[str] = (),
     given: Given | None = None,
@@ -161,7 +175,9 @@ def embed(
     Args:
         adata: Cells, or the path of an h5ad file that fits into memory; no label column is needed.
         model: Run folder, or a loaded run.
-        pooling: "cls" takes the final state of `[CLS]`, "genes" the mean of the final states of the cell's genes.
+        pooling: "asked" asks all phenotypes that are not given, at once, and takes the mean of the final states of
+            their `[MASK]`; "cls" takes the final state of `[CLS]`, "genes" the mean of those of the cell's genes.
+            "auto" is "asked" for a run with phenotypes, "cls" for a classifier, else "genes".
         phenotype: Phenotypes, asked one at a time; `obsm["X_perturbgene_PHENOTYPE"]` holds the state of the question.
         genes: Ids or symbols; `obsm["X_perturbgene_gene_GENE"]` holds each one's contextual embedding, NaN in cells
             without it, and `obs["perturbgene_has_GENE"]` says which cells have it.

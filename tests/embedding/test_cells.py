@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from perturbgene.data_utils.data_collators import ask, block_of
 from perturbgene.embedding.cells import KEY, embed, label_embeddings
 from perturbgene.embedding.genes import gene_embeddings
 from perturbgene.errors import InputError
@@ -37,8 +38,22 @@ def states_of(run: Run, cells: ad.AnnData, row: int) -> tuple[np.ndarray, np.nda
 # -- cells --------------------------------------------------------------------------------------------------------
 
 
-def test_the_embedding_of_a_cell_is_the_final_state_of_cls(run: Run, cells: ad.AnnData) -> None:
-    np.testing.assert_allclose(embed(cells, run).obsm[KEY][5], states_of(run, cells, 5)[1][0], atol=1e-6)
+def test_the_embedding_of_a_cell_is_the_mean_of_what_its_loss_has_trained(run: Run, cells: ad.AnnData) -> None:
+    block = block_of(run.tokenizer.with_settings(included=[])(cells[4:7]))
+    batch = ask(block, run.tokenizer, asked=run.tokenizer.included_phenotypes)
+    states_nph = run.hidden_at(batch, batch.pop("label_positions").numpy()).reshape(3, 2, -1)
+    found = embed(cells, run)
+    np.testing.assert_allclose(found.obsm[KEY][4:7], states_nph.mean(axis=1), atol=1e-6)
+    given = embed(cells, run, given={"tissue": "blood"}, phenotype=["cell_type"]).obsm
+    np.testing.assert_allclose(given[KEY], given[f"{KEY}_cell_type"], atol=1e-6)  # one phenotype is left to ask
+    assert found.uns["perturbgene"]["pooling"] == "asked"
+    classifier = a_run("cls")
+    np.testing.assert_array_equal(embed(cells, classifier).obsm[KEY], embed(cells, classifier, pooling="cls").obsm[KEY])
+
+
+def test_cls_is_the_final_state_of_the_first_token(run: Run, cells: ad.AnnData) -> None:
+    found = embed(cells, run, pooling="cls").obsm[KEY]
+    np.testing.assert_allclose(found[5], states_of(run, cells, 5)[1][0], atol=1e-6)
 
 
 def test_pooled_genes_are_the_mean_of_their_final_states(run: Run, cells: ad.AnnData) -> None:
@@ -47,7 +62,7 @@ def test_pooled_genes_are_the_mean_of_their_final_states(run: Run, cells: ad.Ann
     np.testing.assert_allclose(embed(cells, run, pooling="genes").obsm[KEY][5], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "genes"])
+@pytest.mark.parametrize("pooling", ["asked", "cls", "genes"])
 def test_batches_of_64_equal_one_cell_at_a_time(run: Run, pooling: str) -> None:
     cells = some_cells(100, seed=1)
     options = {"pooling": pooling, "phenotype": ["tissue"], "genes": ["G3"], "given": {"cell_type": None}}
@@ -72,7 +87,7 @@ def test_a_label_said_of_all_cells_is_the_label_read_from_obs(run: Run, cells: a
 
 
 def test_a_cell_without_genes_is_nan_throughout(run: Run, cells: ad.AnnData) -> None:
-    for pooling in ("cls", "genes"):
+    for pooling in ("asked", "cls", "genes"):
         found = embed(cells, run, pooling=pooling, phenotype=["cell_type"]).obsm
         for key in (KEY, f"{KEY}_cell_type"):
             assert np.flatnonzero(np.isnan(found[key]).all(axis=1)).tolist() == [2]
@@ -139,7 +154,7 @@ def test_static_embeddings_of_labels_stand_in_the_provenance(run: Run, cells: ad
     assert table.equals(label_embeddings(run, "tissue"))
 
 
-@pytest.mark.parametrize("pooling", ["cls", "genes"])
+@pytest.mark.parametrize("pooling", ["asked", "cls", "genes"])
 def test_a_named_gene_is_its_final_state_where_the_cell_has_it_and_nan_elsewhere(
     run: Run, cells: ad.AnnData, pooling: str
 ) -> None:
@@ -222,7 +237,7 @@ def test_provenance_says_what_was_asked_of_which_run(run: Run, cells: ad.AnnData
     assert main(f"embed {folder} {tmp_path}/in.h5ad --output {tmp_path}/out.h5ad --device cpu".split()) == 0
     facts = ad.read_h5ad(tmp_path / "out.h5ad").uns["perturbgene"]
     shown = {name: facts[name] for name in ("verb", "run", "pooling", "given", "gene_coverage")}
-    assert shown == {"verb": "embed", "run": folder, "pooling": "cls", "given": "{}", "gene_coverage": 1.0}
+    assert shown == {"verb": "embed", "run": folder, "pooling": "asked", "given": "{}", "gene_coverage": 1.0}
 
 
 NONSENSE = {
@@ -234,6 +249,7 @@ NONSENSE = {
     "--groupby nothing": "'nothing'",
     "--groupby tissue --genes G1": "Remove --genes",
     "--pooling mean": "pooling",
+    "--pooling asked --given tissue cell_type": "nothing is left to ask",
     "--network --top_k 0": "top_k",
 }
 
