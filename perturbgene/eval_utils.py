@@ -194,11 +194,12 @@ class Confusion:
         np.add.at(self.counts_kk, tuple(pairs_2n), 1)
 
     def scores(self) -> Scores:
-        """Return `n`, `accuracy`, `macro_precision`, `macro_recall`, `macro_f1` and `balanced_accuracy`.
+        """Return `n`, `accuracy`, `macro_precision`, `macro_recall`, `macro_f1`, `balanced_accuracy`, `majority_share`.
 
         The macro scores are plain means over the classes that occur among the true or the predicted labels
         (scikit-learn's default); macro F1 is the mean of per-class F1. Balanced accuracy is the mean recall over
-        classes with true cells. All but `n` are NaN when no cell was counted.
+        classes with true cells, and the majority share the share of the most frequent true class: the accuracy of
+        always answering it. All but `n` are NaN when no cell was counted.
 
         Example:
             >>> confusion = Confusion(["B", "T"])
@@ -206,18 +207,18 @@ class Confusion:
             >>> {name: round(value, 3) for name, value in confusion.scores().items()}
             ... # doctest: +NORMALIZE_WHITESPACE
             {'n': 8, 'accuracy': 0.875, 'macro_precision': 0.9, 'macro_recall': 0.875, 'macro_f1': 0.873,
-             'balanced_accuracy': 0.875}
+             'balanced_accuracy': 0.875, 'majority_share': 0.5}
         """
         num_cells = int(self.counts_kk.sum())
         if not num_cells:
-            names = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "balanced_accuracy")
+            names = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "balanced_accuracy", "majority_share")
             return {"n": 0, **dict.fromkeys(names, float("nan"))}
         of_class = {name: values.to_numpy() for name, values in self.per_class().items()}
         occurs_k = (self.counts_kk.sum(axis=0) + self.counts_kk.sum(axis=1)) > 0
         macro = {f"macro_{name}": float(of_class[name][occurs_k].mean()) for name in ("precision", "recall", "f1")}
         balanced = float(of_class["recall"][of_class["n"] > 0].mean())
-        accuracy = float(np.trace(self.counts_kk) / num_cells)
-        return {"n": num_cells, "accuracy": accuracy, **macro, "balanced_accuracy": balanced}
+        accuracy, share = (float(count / num_cells) for count in (np.trace(self.counts_kk), of_class["n"].max()))
+        return {"n": num_cells, "accuracy": accuracy, **macro, "balanced_accuracy": balanced, "majority_share": share}
 
     def table(self) -> pd.DataFrame:
         """Return the counts with the true classes as named rows and the predicted ones as columns, shape (k, k)."""
@@ -444,7 +445,8 @@ class ClassEvaluator(Evaluator):
         """Return metrics by plain names, as a trainer logs them: `loss`, `accuracy`, `macro_f1`, ..."""
         [tally] = self.tallies.values()
         scores = tally.scores()
-        return {**{key: scores[key] for key in scores if key not in ("n", "log_loss")}, "loss": scores["log_loss"]}
+        fixed = ("n", "majority_share", "log_loss")  # of the cells, not of the model; the loss has its own name
+        return {**{key: scores[key] for key in scores if key not in fixed}, "loss": scores["log_loss"]}
 
 
 def run_evaluator(

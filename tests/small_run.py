@@ -12,6 +12,8 @@ from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.eval_utils import MlmEvaluator, Question, run_evaluator
+from perturbgene.files import write_json
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
 from perturbgene.training.train import tokenizer_facts
 
@@ -36,10 +38,10 @@ def three_types() -> ad.AnnData:
 def train(
     corpus: Path, folder: Path, *, num_epochs: int, learning_rate: float = 3e-3, wide: bool = False, **masks: Any
 ) -> None:
-    """Train on a corpus and write the run folder and its `run.yaml`; on one thread: the steps are too small for more.
+    """Train on a corpus and write the run folder; on one thread: the steps are too small for more.
 
     Args:
-        corpus, folder: Read, and written.
+        corpus, folder: Read, and written with `run.yaml` and `metrics.json`.
         num_epochs, learning_rate: How long and how fast.
         wide: True draws weights so wide that the interaction of a label and a gene is learnt in a few hundred steps.
         masks: Of the collator and `run.yaml`.
@@ -64,6 +66,10 @@ def train(
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     MlmConfig(output_dir=str(folder), corpus=str(corpus), **masks).save(folder / "run.yaml")
+    questions = [Question("alone", (category,)) for category in tokenizer.included_phenotypes]
+    held_out = IterableAnnDataset(Corpus.open(corpus).paths("eval"), tokenizer)
+    scored = run_evaluator(MlmEvaluator(tokenizer, collator=None, questions=questions), model, held_out.blocks())
+    write_json(folder / "metrics.json", scored.results())
 
 
 def make_folder(folder: Path) -> None:

@@ -413,6 +413,10 @@ class CounterfactualConfig(FileOptions):
     )  # fmt: skip
     num_null: int = option(20, "Number of random changes that form the null; 0 means no test.", within="[0, inf)")
     force: bool = option(False, "Allow combinations of phenotypes that the run has never seen.")
+    show_q: bool = option(
+        False, "Give p and q even where the run is not better than the most frequent label on held-out cells, or where "
+        "nothing can be checked.",
+    )  # fmt: skip
     seed: int = option(0, "Seed of the masks and the null.", within="[0, 4294967295]", group=RUNNING)
 
     @property
@@ -490,6 +494,10 @@ class PerturbConfig(ScoringOptions):
     donor: str | None = option(None, "Column of obs with donors, the unit of statistics. Default: donor_id, if any.")
     groupby: str | None = option(None, "Column of obs; effects are computed for each of its groups.")
     min_cells: int = option(5, "Ignore a donor for a gene if fewer of its cells change.", within="[1, inf)")
+    show_q: bool = option(
+        False, "Give p and q of --towards even where the run is not better than the most frequent label on held-out "
+        "cells, or has no such score.",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()

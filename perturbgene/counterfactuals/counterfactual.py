@@ -7,18 +7,17 @@ combinations of training cells.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from perturbgene.cli.options import conditions
 from perturbgene.cli.verbs import CounterfactualConfig
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
-from perturbgene.counterfactuals.statistics import change_table
+from perturbgene.counterfactuals.statistics import change_table, observed_agreement
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, columns_of
 from perturbgene.data_utils.labels import ABSENT
@@ -26,6 +25,7 @@ from perturbgene.data_utils.opening import FileList, one_source, open_source
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_new, whole_files
+from perturbgene.inference.held_out import HeldOutScore, about_q, doubt_about, held_out_score
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALONE,
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 #: The null is computed on so many cells of each group.
 NULL_CELLS = 256
+#: The command prints the first groups only.
+MOST_SHOWN = 6
 
 
 # -- what may be asked --------------------------------------------------------------------------------------------
@@ -185,7 +187,11 @@ class CounterfactualTask:
 
 
 def expected_changes(task: CounterfactualTask, *, target: Path | None = None, ranks: Ranks = ALONE) -> pd.DataFrame:
-    """Predict the changes of all cells; only rank 0 gets those of all ranks, which meet next to `target`."""
+    """Predict the changes of all cells; only rank 0 gets those of all ranks, which meet next to `target`.
+
+    `attrs["agreement"]` of the table says how each group agrees with cells that have the label, and `attrs["doubts"]`
+    why the q-values of a group are not to be trusted. Without `--show_q` such a group has no p and q.
+    """
     dataset, selection, contrast = task.dataset, task.selection, task.contrast
     tokenizer = dataset.tokenizer
     predictor = GenePredictor(task.run, contrast, tokenizer=tokenizer)
@@ -217,7 +223,30 @@ def expected_changes(task: CounterfactualTask, *, target: Path | None = None, ra
     *arrays, empty = sum_over_ranks(own, target=target, ranks=ranks)
     if empty and ranks.is_main:
         logger.warning("%d cells express no gene of the panel and are left out", empty)
-    return change_table(Sums(*arrays), tokenizer.panel, groups=selection.groups)
+    table = change_table(Sums(*arrays), tokenizer.panel, groups=selection.groups)
+    agreement = observed_agreement(table).to_dict(orient="records")
+    doubts = doubts_of(task, agreement)
+    table.attrs |= {"agreement": agreement, "doubts": doubts}
+    if not task.config.show_q:
+        table.loc[table["group"].isin(doubts), ["p_value", "q_value"]] = np.nan
+    return table
+
+
+def doubts_of(task: CounterfactualTask, agreement: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return why the changes of groups deserve no p and q; groups without a doubt are left out, and all without a null.
+
+    The run must tell the phenotype on held-out cells, and cells that have the label must not contradict the changes.
+    """
+    if not task.contrast.num_null:
+        return {}
+    doubt, set_label = doubt_about(task.run, task.contrast.category), task.config.set
+    if doubt is None and not task.selection.has_label_n.any():
+        doubt = f"no cell here has {set_label}, so the changes cannot be checked (let --where include such cells)"
+    doubts = {}
+    for row in agreement:
+        if doubt or not row["spearman"] > 0:
+            doubts[row["group"]] = doubt or f"cells that have {set_label} contradict the changes of {row['group']}"
+    return doubts
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------
@@ -234,6 +263,7 @@ def counterfactual(
     num_null: int = CounterfactualConfig.num_null,
     gene_mask_prob: float | None = CounterfactualConfig.gene_mask_prob,
     force: bool = CounterfactualConfig.force,
+    show_q: bool = CounterfactualConfig.show_q,
     seed: int = CounterfactualConfig.seed,
     device: str = CounterfactualConfig.device,
     batch_tokens: int = CounterfactualConfig.batch_tokens,
@@ -254,6 +284,8 @@ def counterfactual(
         gene_mask_prob: Share of genes that are hidden; None uses the run's own. The more is hidden, the more the model
             relies on the label.
         force: True asks about combinations of phenotypes that the run has never seen.
+        show_q: True gives p and q even where the run is not better than the most frequent label on held-out cells or
+            has no such score, and where no cell has the label or those that have it contradict the changes.
         seed: Of masks and null.
         device, batch_tokens, reading: As for `embed`.
 
@@ -263,7 +295,8 @@ def counterfactual(
         is that of `change` over cells and masks; for `null_mean`, `null_sd`, `t`, `p_value` and `q_value` see
         `statistics.against_null`; `observed` is the difference between cells that have the label and these cells;
         `change_expressed`, `change_unexpressed` and `share_expressed` describe the cells that express the gene and
-        those that do not; `n_cells`. Cells that express no gene of the panel are left out.
+        those that do not; `n_cells`. Cells that express no gene of the panel are left out. See `expected_changes` for
+        `attrs`.
 
     Raises:
         InputError: See `CounterfactualTask.open`.
@@ -279,12 +312,15 @@ def counterfactual(
     [(category, label)] = set.items()
     config = CounterfactualConfig(
         run="loaded", input="in memory", output="returned.h5ad", set=f"{category}={label}", groupby=groupby,
-        num_passes=num_passes, num_null=num_null, gene_mask_prob=gene_mask_prob, force=force, seed=seed, device=device,
-        batch_tokens=batch_tokens, **reading,
+        num_passes=num_passes, num_null=num_null, gene_mask_prob=gene_mask_prob, force=force, show_q=show_q,
+        seed=seed, device=device, batch_tokens=batch_tokens, **reading,
     )  # fmt: skip
     others = None if given is None else given_labels(given)
     task = CounterfactualTask.open(adata, load_run(model, device=device), config, others)
-    return expected_changes(task)
+    table = expected_changes(task)
+    for doubt in dict.fromkeys(table.attrs["doubts"].values()):
+        logger.warning(about_q(doubt, is_shown=show_q))
+    return table
 
 
 def run_counterfactual(config: CounterfactualConfig) -> str | None:
@@ -300,32 +336,46 @@ def run_counterfactual(config: CounterfactualConfig) -> str | None:
         table = expected_changes(task, target=target, ranks=ranks)
         if not ranks.is_main:
             return None
-        names = ("groupby", "num_passes", "num_null", "gene_mask_prob", "force", "seed")
-        question = {"verb": config.verb, "set": config.set, "given": task.given}
+        names = ("groupby", "num_passes", "num_null", "gene_mask_prob", "force", "show_q", "seed")
+        question: dict[str, Any] = {"verb": config.verb, "set": config.set, "given": task.given}
         question |= {name: getattr(config, name) for name in names}
-        facts = provenance(run, question, coverage=task.dataset.coverage)
+        score = held_out_score(run, task.contrast.category)
+        question |= {"held_out": asdict(score) if score else None, "doubts": table.attrs["doubts"]}
+        agreement = pd.DataFrame(table.attrs["agreement"])
+        facts = {"agreement": agreement, **provenance(run, question, coverage=task.dataset.coverage)}
         rows = table.assign(**{name: pd.Categorical(table[name]) for name in ("group", "gene", "symbol")})
         rows.index = pd.Index(table["gene"] + "|" + table["group"])
-        figure = changes_figure(table, title=f"set to {config.set}", value="change of the expected value")
+        title = f"set to {config.set}; rank correlation with observed: {_ranks(agreement.head(1))}"
+        figure = changes_figure(table, title=title, value="change of the expected value")
         with whole_files(target, csv, png) as folder:
             anndata.AnnData(obs=rows, uns={"perturbgene": facts}).write_h5ad(folder / target.name)
             table.to_csv(folder / csv.name, index=False)
             save_figure(figure, folder / png.name)
-        return "\n".join([*_summary(table, task), f"written to {target}, {csv} and {png}"])
+        return "\n".join([*_summary(table, task, score), f"written to {target}, {csv} and {png}"])
 
 
-def _summary(table: pd.DataFrame, task: CounterfactualTask) -> list[str]:
-    """Say for the first groups which genes rise and fall, and how that compares with the observed difference."""
-    num_changed = int(table["n_cells"].max()) if len(table) else 0
-    num_labeled = int(task.selection.has_label_n.sum())
-    lines = [f"{num_changed:,} cells set to {task.config.set}; {num_labeled:,} cells have it already"]
-    for group, part in list(table.groupby("group", sort=False))[:6]:
-        hits = int((part["q_value"] < 0.05).sum())
+def _ranks(agreement: pd.DataFrame) -> str:
+    known = [
+        f"{group} {rank:.2f} over {num_genes:,} genes"
+        for group, rank, num_genes in agreement.itertuples(index=False)
+        if np.isfinite(rank)
+    ]
+    return "; ".join(known) or "not known"
+
+
+def _summary(table: pd.DataFrame, task: CounterfactualTask, score: HeldOutScore | None) -> list[str]:
+    """Say how changes agree with cells that have the label, how good the run is, and then what rises and falls."""
+    set_label, num_labeled = task.config.set, int(task.selection.has_label_n.sum())
+    agreement, doubts = pd.DataFrame(table.attrs["agreement"]).head(MOST_SHOWN), table.attrs["doubts"]
+    lines = [f"agreement: not known, since no cell here has {set_label}"]
+    if num_labeled:
+        lines = [f"agreement with {num_labeled:,} cells that have {set_label} (rank correlation): {_ranks(agreement)}"]
+    lines += [str(score)] if score else []
+    lines += [about_q(doubt, is_shown=task.config.show_q) for doubt in dict.fromkeys(doubts.values())]
+    lines.append(f"{int(table['n_cells'].max()) if len(table) else 0:,} cells set to {set_label}")
+    for group, part in list(table.groupby("group", sort=False))[:MOST_SHOWN]:
         up = ", ".join(part["symbol"][part["change"] > 0].head(5)) or "none"
         down = ", ".join(part["symbol"][part["change"] < 0].tail(5)[::-1]) or "none"
-        lines.append(f"{group}: {hits:,} of {len(part):,} genes with q < 0.05; up {up}; down {down}")
-        known = part[["change", "observed"]].dropna()
-        if len(known) > 2:
-            rank = stats.spearmanr(known["change"], known["observed"]).statistic
-            lines.append(f"  Spearman correlation with the observed difference {rank:.2f} over {len(known):,} genes")
+        hits = f"{int((part['q_value'] < 0.05).sum()):,} of {len(part):,} genes with q < 0.05; "
+        lines.append(f"{group}: {hits if part['q_value'].notna().any() else ''}up {up}; down {down}")
     return lines

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from perturbgene.counterfactuals.contrast import EXPRESSED, UNEXPRESSED, Sums
 from perturbgene.data_utils.genes import GenePanel
@@ -87,6 +88,26 @@ def against_null(change_g: np.ndarray, null_rg: np.ndarray, error_g: np.ndarray,
     errors_2g = np.stack([sd_g**2 * (1 + 1 / num_null), error_g**2])
     tested = welch_test(np.where(sd_g > 0, change_g - mean_g, np.nan), errors_2g, freedoms_2g)
     return pd.DataFrame(dict(zip(names, (mean_g, sd_g, *tested), strict=True)))
+
+
+def observed_agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how the changes of each group agree with what cells that have the label show.
+
+    Returns:
+        `group`, `spearman` (rank correlation of `change` and `observed`; NaN for fewer than three genes), `num_genes`.
+
+    Example:
+        >>> changes = {"group": "all", "change": [2.0, 1.0, -1.0, 0.5], "observed": [3.0, 0.1, -4.0, np.nan]}
+        >>> observed_agreement(pd.DataFrame(changes)).to_dict("records")
+        [{'group': 'all', 'spearman': 1.0, 'num_genes': 3}]
+    """
+    rows = []
+    for group, part in table.groupby("group", sort=False):
+        known = part[["change", "observed"]].dropna()
+        is_ranked = len(known) > 2 and known.nunique().min() > 1
+        rank = float(stats.spearmanr(known["change"], known["observed"]).statistic) if is_ranked else np.nan
+        rows.append({"group": group, "spearman": rank, "num_genes": len(known)})
+    return pd.DataFrame(rows, columns=["group", "spearman", "num_genes"])
 
 
 def change_table(sums: Sums, panel: GenePanel, *, groups: Sequence[str]) -> pd.DataFrame:

@@ -172,7 +172,8 @@ class PartStore:
         Raises:
             InputError: It cannot be written.
         """
-        facts: dict[str, Any] = {name: settings[name] for name in settings if name not in ("overwrite", "output")}
+        other = ("overwrite", "output", "show_q")  # what no effect depends on
+        facts: dict[str, Any] = {name: settings[name] for name in settings if name not in other}
         if is_url(source):
             facts["source"] = shown_path(source)
         else:

@@ -7,7 +7,7 @@ perturbations, m effects, k groups, u units (a donor's cells of a group).
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from perturbgene.data_utils.labels import label_text
 from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.files import check_new
+from perturbgene.inference.held_out import about_q, doubt_about, held_out_score
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALL,
@@ -33,7 +34,14 @@ from perturbgene.inference.streaming import (
 )
 from perturbgene.perturbation.cells import GroupedCells, PartStore, sum_effects
 from perturbgene.perturbation.edits import ALL_GENES, REMOVED, Perturbations, changed_pairs, perturbations_of
-from perturbgene.perturbation.readouts import Readout, StateReadout, exact_effects, label_readout, sequences
+from perturbgene.perturbation.readouts import (
+    LabelReadout,
+    Readout,
+    StateReadout,
+    exact_effects,
+    label_readout,
+    sequences,
+)
 from perturbgene.perturbation.screening import screen_removals
 from perturbgene.perturbation.statistics import against_null, agreement, mean_over_donors
 from perturbgene.plots import effects_figure
@@ -58,6 +66,7 @@ class Experiment:
     cells: GroupedCells
     readout: Readout  # what of the cells is compared
     asked: Perturbations  # the perturbations that are asked for
+    doubt: str | None = None  # why effects on a label deserve no p and q
 
     @classmethod
     def open(cls, source: Any, run: Run, config: PerturbConfig, given: Mapping[str, str | None]) -> "Experiment":
@@ -68,9 +77,13 @@ class Experiment:
             readout = label_readout(run, towards=config.towards, away=config.from_, given=tuple(given))
         columns = {"donor": config.donor, "groupby": config.groupby}
         cells = GroupedCells.open(source, run, readout, given=given, **columns, **reading_options(config))
-        if config.towards:
-            report_labels(cells, config.towards, config.from_)
-        return cls(config, run, cells, readout, asked)
+        doubt = None
+        if isinstance(readout, LabelReadout):
+            report_labels(cells, str(config.towards), config.from_)
+            doubt = doubt_about(run, readout.category)
+        if doubt and len(cells.donors) > 1:  # now, since the effects may take hours
+            logger.warning(about_q(doubt, is_shown=config.show_q))
+        return cls(config, run, cells, readout, asked, doubt)
 
     @property
     def is_all(self) -> bool:
@@ -229,7 +242,9 @@ def effect_table(experiment: Experiment, effects: Effects) -> pd.DataFrame:
     if len(whole) and whole["effect"].isna().all():
         min_cells = experiment.config.min_cells
         logger.warning("no donor has %d cells in which a gene changes: lower --min_cells", min_cells)
-    whole.attrs["screen"] = effects.agreement
+    if experiment.doubt and not experiment.config.show_q:
+        whole[["p_value", "q_value"]] = np.nan
+    whole.attrs |= {"doubt": experiment.doubt, "screen": effects.agreement}
     return whole
 
 
@@ -282,6 +297,7 @@ def perturb(
     top_k: int = PerturbConfig.top_k,
     num_controls: int = PerturbConfig.num_controls,
     min_cells: int = PerturbConfig.min_cells,
+    show_q: bool = PerturbConfig.show_q,
     device: str = PerturbConfig.device,
     batch_tokens: int | None = PerturbConfig.batch_tokens,
     **reading: Any,
@@ -299,14 +315,15 @@ def perturb(
         embedding: State: "cls", or "mean" over gene tokens other than the perturbed gene's.
         donor: Column of `obs` with donors; None uses `donor_id` if there is one.
         groupby: Column of `obs`: effects of each of its groups.
-        exact, top_k, num_controls, min_cells: As on the command line, see `PerturbConfig`.
+        exact, top_k, num_controls, min_cells, show_q: As on the command line, see `PerturbConfig`.
         device, batch_tokens: How the model runs: "auto", "cpu" or "cuda", and the maximum number of tokens at once.
         reading: `where` (which cells are perturbed) and how they are read, as on the command line: `batch_size`,
             `layer`, `gene_id_column`, `normalization`, `missing_labels`, `min_gene_coverage`.
 
     Returns:
         A row per perturbation (and group), strongest first; docs/perturbation.md defines the columns.
-        `attrs["screen"]` says how well the screen agrees with exact effects of random genes.
+        `attrs["screen"]` says how well the screen agrees with exact effects of random genes, and `attrs["doubt"]` why
+        p and q of effects on a label are missing, if they are.
 
     Example:
         >>> import perturbgene as pg
@@ -318,7 +335,8 @@ def perturb(
     config = PerturbConfig(
         run="loaded", input="in memory", output="returned.csv", genes=names, kind=kind, bin=bin, towards=towards,
         from_=from_, embedding=embedding, donor=donor, groupby=groupby, exact=exact, top_k=top_k,
-        num_controls=num_controls, min_cells=min_cells, device=device, batch_tokens=batch_tokens, **reading,
+        num_controls=num_controls, min_cells=min_cells, show_q=show_q, device=device, batch_tokens=batch_tokens,
+        **reading,
     )  # fmt: skip
     experiment = Experiment.open(adata, load_run(model, device=device), config, given_labels(given))
     return effect_table(experiment, compute(experiment))
@@ -346,18 +364,22 @@ def run_perturb(config: PerturbConfig) -> str | None:
         donors = f"{num_donors} donors" if num_donors > 1 else "one donor" if is_known else "donors unknown"
         cells = f"{len(experiment.cells):,} cells, {donors}"
         figure = effects_figure(table, title=f"{config.kind.replace('_', ' ')}, {cells}\n{aim}", effect=effect)
-        store.finish(target, table, figure, {**facts, "screen": table.attrs["screen"], "effect": effect})
+        readout = experiment.readout
+        score = held_out_score(run, readout.category) if isinstance(readout, LabelReadout) else None
+        record = {"held_out": asdict(score) if score else None, **table.attrs, **facts, "effect": effect}
+        store.finish(target, table, figure, record)
         counts = table["method"].value_counts()
         first = (
             f"{cells}: {counts.get('exact', 0):,} exact and {counts.get('screened', 0):,} screened effects, written to "
             f"{target} and {target.with_suffix('.png').name}"
         )
-        return "\n".join([first, *_report(table, effects.agreement, num_donors=num_donors)])
+        known = [str(score)] if score else []
+        return "\n".join([*known, first, *_report(table, num_donors=num_donors, is_shown=config.show_q)])
 
 
-def _report(table: pd.DataFrame, screen: dict[str, float] | None, *, num_donors: int) -> list[str]:
-    """Say how good the screen was, and which effects are the strongest."""
-    lines = []
+def _report(table: pd.DataFrame, *, num_donors: int, is_shown: bool) -> list[str]:
+    """Say how good the screen was, why there are no p-values, and which effects are the strongest."""
+    lines, screen, doubt = [], table.attrs["screen"], table.attrs["doubt"]
     if screen is not None:
         lines.append(
             "The screen, checked on {num_genes} random genes: rank correlation with the exact effects {spearman:.3f}; "
@@ -366,5 +388,8 @@ def _report(table: pd.DataFrame, screen: dict[str, float] | None, *, num_donors:
         )
     if num_donors < 2:
         lines.append("No p-values: they need two donors or more (--donor), since cells of one donor are no replicates.")
-    shown = table.drop(columns=["standard_error", "null_mean"]).head(12)
+    elif doubt:
+        lines.append(about_q(doubt, is_shown=is_shown))
+    dropped = ["standard_error", "null_mean", *(["p_value", "q_value"] if doubt and not is_shown else [])]
+    shown = table.drop(columns=dropped).head(12)
     return [*lines, shown.to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="")]

@@ -37,7 +37,7 @@ from perturbgene.main import main
 from perturbgene.plots import MOST_CHANGES, changes_figure
 from tests.inference.test_streaming import ThreadRanks
 from tests.nine_genes import LABELS
-from tests.untrained import a_run, save, some_cells
+from tests.untrained import a_run, save, save_score, some_cells
 
 DOCS = Path(__file__).parents[2] / "docs/embedding.md"
 SPLEEN = 8  # input id of tissue=spleen
@@ -276,6 +276,103 @@ def test_a_group_that_is_called_all_does_not_lend_its_error_to_all_groups(run: R
 def test_without_a_null_there_is_no_p_value(run: Run, cells: ad.AnnData) -> None:
     table = counterfactual(cells, run, set={"tissue": "spleen"}, num_null=0, force=True)
     assert table[["t", "p_value", "q_value"]].isna().all(axis=None) and table["change"].notna().all()
+
+
+# -- q only where something supports it ---------------------------------------------------------------------------
+
+
+def scored(run: Run, folder: Path, *, accuracy: float | None = 0.9) -> Run:
+    """The run, with a held-out score of tissue in its folder."""
+    if accuracy is not None:
+        save_score(folder, "tissue", accuracy=accuracy)
+    return Run(run.model, run.tokenizer, str(folder))
+
+
+def cells_that(run: Run, *, agree: bool) -> ad.AnnData:
+    """Draw cells until their differences between tissues agree, or do not, with what the untrained run expects."""
+    for seed in range(30):
+        cells = some_cells(40, seed=seed)
+        table = counterfactual(cells, run, set={"tissue": "spleen"}, num_null=0, num_passes=2, force=True)
+        if (table.attrs["agreement"][0]["spearman"] > 0.1) == agree:
+            return cells
+    raise AssertionError("no such cells")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "agree", "others", "doubt"),
+    [
+        (0.9, True, True, None),
+        (0.5, True, True, "the run is not better than the most frequent label (tissue of 100 held-out cells"),
+        (None, True, True, "has no score of tissue on held-out cells"),
+        (0.9, True, False, "no cell here has tissue=spleen, so the changes cannot be checked"),
+        (0.9, False, True, "cells that have tissue=spleen contradict the changes of all"),
+    ],
+    ids=["supported", "not better than the majority", "no score", "no cells to compare with", "contradicted"],
+)
+def test_p_and_q_need_a_held_out_score_and_cells_that_agree(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, accuracy: float | None, agree: bool, others: bool,
+    doubt: str | None,
+) -> None:  # fmt: skip
+    cells = cells_that(run, agree=agree)
+    cells = cells if others else cells[(cells.obs["tissue"] != "spleen").to_numpy()].copy()
+    model, options = scored(run, tmp_path, accuracy=accuracy), {**QUICK, "set": {"tissue": "spleen"}}
+    table = counterfactual(cells, model, **options)
+    shown = counterfactual(cells, model, show_q=True, **options)
+    tested = ["p_value", "q_value"]
+    assert shown[tested].notna().all(axis=None)
+    if doubt is None:
+        pd.testing.assert_frame_equal(table, shown)
+        assert table.attrs["doubts"] == {} and "No p and q" not in caplog.text
+        return
+    assert table[tested].isna().all(axis=None) and list(table.columns) == list(shown.columns)
+    pd.testing.assert_frame_equal(table.drop(columns=tested), shown.drop(columns=tested))
+    assert doubt in table.attrs["doubts"]["all"] and doubt in shown.attrs["doubts"]["all"]
+    lines = [record.getMessage() for record in caplog.records if doubt in record.getMessage()]
+    assert [line.partition(":")[0] for line in lines] == [
+        "No p and q",
+        "Do not trust p and q, which --show_q asked for",
+    ]
+
+
+def test_only_the_group_that_is_contradicted_loses_its_p_and_q(run: Run, tmp_path: Path) -> None:
+    cells = ad.concat([cells_that(run, agree=True), cells_that(run, agree=False)], merge="same")
+    cells.obs_names_make_unique()
+    cells.obs["batch"] = ["good"] * 40 + ["bad"] * 40
+    table = counterfactual(cells, scored(run, tmp_path), set={"tissue": "spleen"}, groupby="batch", **QUICK)
+    of_group = {row["group"]: row["spearman"] for row in table.attrs["agreement"]}
+    assert of_group["good"] > 0 > of_group["bad"]
+    has_q = table["q_value"].notna().groupby(table["group"]).all()
+    assert has_q["good"] and not table["q_value"][table["group"] == "bad"].notna().any()
+    assert "bad" in table.attrs["doubts"] and "good" not in table.attrs["doubts"]
+
+
+@pytest.mark.parametrize("accuracy", [0.9, 0.4])
+def test_the_command_says_first_how_the_changes_agree_with_cells_that_have_the_label(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], accuracy: float
+) -> None:
+    cells = cells_that(run, agree=True)
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    path = save(run, tmp_path / "run")
+    save_score(tmp_path / "run", "tissue", accuracy=accuracy)
+    line = f"counterfactual {path} {tmp_path}/in.h5ad --output {tmp_path}/out.h5ad --set tissue=spleen --device cpu"
+    assert main([*line.split(), "--num_passes", "2", "--num_null", "5", "--force"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [row] = ad.read_h5ad(tmp_path / "out.h5ad").uns["perturbgene"]["agreement"].to_dict("records")
+    share = f"all {row['spearman']:.2f} over {row['num_genes']} genes"
+    num_labeled = int((cells.obs["tissue"] == "spleen").sum())
+    assert lines[0] == f"agreement with {num_labeled} cells that have tissue=spleen (rank correlation): {share}"
+    score = f"tissue of 100 held-out cells: accuracy {accuracy:.3f}, the most frequent label alone 0.500"
+    assert lines[1] == score
+    facts = ad.read_h5ad(tmp_path / "out.h5ad").uns["perturbgene"]
+    assert json.loads(facts["held_out"])["accuracy"] == accuracy
+    is_counted = any("genes with q < 0.05" in line for line in lines)
+    if accuracy > 0.5:
+        assert is_counted and json.loads(facts["doubts"]) == {}
+        return
+    why = f"the run is not better than the most frequent label ({score})"
+    assert not is_counted and lines[2] == f"No p and q: {why}. --show_q gives them anyway."
+    assert json.loads(facts["doubts"]) == {"all": why}
+    assert pd.read_csv(tmp_path / "out.csv")["q_value"].isna().all()
 
 
 # -- combinations that were never seen ----------------------------------------------------------------------------

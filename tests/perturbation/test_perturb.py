@@ -26,6 +26,7 @@ from perturbgene.perturbation.perturb import perturb
 from perturbgene.perturbation.readouts import StateReadout
 from perturbgene.training.train import tokenizer_facts
 from tests.nine_genes import a_tokenizer
+from tests.untrained import save_score
 
 GENES = [f"G{i}" for i in range(40)]
 TOKENIZER = a_tokenizer(genes=GENES, max_length=64)
@@ -33,13 +34,16 @@ TOWARDS = "cell_type=B cell"
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def run(tmp_path_factory) -> Run:
+    """A run that tells cell types on held-out cells, as its folder says."""
+    path = tmp_path_factory.mktemp("scored")
+    save_score(path, "cell_type", accuracy=0.9)
     torch.manual_seed(0)
     config = GeneBertConfig(
         **tokenizer_facts(TOKENIZER), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         norm_position="branch", initializer_range=0.2, embedding_range=0.5,
     )  # fmt: skip
-    return Run(GeneBertForPhenotypicMLM(config).eval(), TOKENIZER, "memory")
+    return Run(GeneBertForPhenotypicMLM(config).eval(), TOKENIZER, str(path))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,7 @@ def folder(run: Run, cells: ad.AnnData, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("perturb")
     run.model.save_pretrained(folder / "run")
     TOKENIZER.save_pretrained(folder / "run")
+    save_score(folder / "run", "cell_type", accuracy=0.9)
     cells.write_h5ad(folder / "cells.h5ad")
     return folder
 
@@ -339,6 +344,45 @@ def test_what_cannot_be_asked_is_refused(folder, tmp_path, capsys, more, message
 def test_a_label_to_leave_needs_one_to_go_to(run, cells):
     with pytest.raises(InputError, match="Give --towards as well"):
         perturb(cells, run, genes="G1", from_="cell_type=B cell")
+
+
+@pytest.mark.parametrize("accuracy", [None, 0.3, 0.5])
+def test_a_run_that_does_not_beat_the_most_frequent_label_gives_no_p_and_q(run, cells, tmp_path, caplog, accuracy):
+    doubtful = Run(run.model, run.tokenizer, str(tmp_path))
+    reason = f"{tmp_path} has no score of cell_type on held-out cells"
+    if accuracy is not None:
+        save_score(tmp_path, "cell_type", accuracy=accuracy)
+        reason = "the run is not better than the most frequent label"
+    options = {"genes": ["G30", "G31"], "towards": TOWARDS, "num_controls": 12}
+    believed = perturb(cells, run, **options)
+    table = perturb(cells, doubtful, **options)
+    assert table[["p_value", "q_value"]].isna().all(axis=None) and believed["q_value"].notna().all()
+    assert reason in caplog.text and reason in table.attrs["doubt"] and believed.attrs["doubt"] is None
+    pd.testing.assert_frame_equal(
+        table.drop(columns=["p_value", "q_value"]), believed[table.columns.drop(["p_value", "q_value"])]
+    )
+    pd.testing.assert_frame_equal(perturb(cells, doubtful, show_q=True, **options), believed)
+    state = perturb(cells, doubtful, genes=["G30"], num_controls=12)  # no label is read
+    assert state["q_value"].notna().all() and state.attrs["doubt"] is None
+
+
+def test_the_command_says_the_held_out_score_first_and_why_there_is_no_q(folder, tmp_path, capsys):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    save_score(tmp_path / "run", "cell_type", accuracy=0.4)
+    (tmp_path / "cells.h5ad").symlink_to(folder / "cells.h5ad")
+    assert main(command(tmp_path, tmp_path / "out.csv")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    score = "cell_type of 100 held-out cells: accuracy 0.400, the most frequent label alone 0.500"
+    assert lines[0] == score
+    why = f"No p and q: the run is not better than the most frequent label ({score}). --show_q gives them anyway."
+    assert why in lines and not any("q_value" in line for line in lines)
+    assert pd.read_csv(tmp_path / "out.csv")["q_value"].isna().all()
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["held_out"]["majority"] == 0.5 and score in record["doubt"]
+    assert main(command(tmp_path, tmp_path / "shown.csv", "--show_q")) == 0
+    output = capsys.readouterr().out
+    assert "Do not trust p and q, which --show_q asked for" in output and "q_value" in output
+    assert pd.read_csv(tmp_path / "shown.csv")["q_value"].notna().any()
 
 
 def labeled(cells: ad.AnnData) -> ad.AnnData:

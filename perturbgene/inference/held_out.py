@@ -1,0 +1,66 @@
+"""Whether a run can tell the labels of a phenotype at all: its held-out score next to the most frequent label.
+
+Owns reading that score from the run folder, and the line that says why p and q are left out; leaves computing scores to
+`training` and `evaluate`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perturbgene.inference.run import Run
+
+#: Where a run has scores of held-out cells: those of its training, then those of `evaluate`.
+SCORE_FILES = ("metrics.json", "evaluation/metrics.json")
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """How often a run is right about a phenotype of cells that it was not trained on."""
+
+    category: str
+    accuracy: float
+    majority: float  # accuracy of answering the most frequent label for every cell
+    num_cells: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.category} of {self.num_cells:,} held-out cells: accuracy {self.accuracy:.3f}, "
+            f"the most frequent label alone {self.majority:.3f}"
+        )
+
+
+def held_out_score(run: Run, category: str) -> HeldOutScore | None:
+    """Return the score of a phenotype asked alone; None if the run folder has none, or not its majority baseline."""
+    for name in SCORE_FILES:
+        try:
+            scores_of: Any = json.loads((Path(run.path) / name).read_text(encoding="utf-8"))[category]
+            scores = scores_of["classifier" if run.is_classifier else "alone"]
+            share = scores["majority_share"] if "majority_share" in scores else scores_of["majority"]["accuracy"]
+            found = HeldOutScore(category, float(scores["accuracy"]), float(share), int(scores["n"]))
+        except (OSError, ValueError, KeyError, TypeError):  # no such file, phenotype or number (NaN is stored as null)
+            continue
+        if not scores.get("n_training_cells"):
+            return found
+    return None
+
+
+def doubt_about(run: Run, category: str) -> str | None:
+    """Say why the run's answers about a phenotype deserve no p and q; None if its held-out score supports them."""
+    score = held_out_score(run, category)
+    if score is None:
+        return (
+            f"{run.path} has no score of {category} on held-out cells next to the most frequent label "
+            f"(`perturbgene evaluate {run.path}` computes it)"
+        )
+    if score.accuracy <= score.majority:
+        return f"the run is not better than the most frequent label ({score})"
+    return None
+
+
+def about_q(doubt: str, *, is_shown: bool) -> str:
+    """Say in one line that p and q are left out, or shown all the same, and why they should not be trusted."""
+    if is_shown:
+        return f"Do not trust p and q, which --show_q asked for: {doubt}."
+    return f"No p and q: {doubt}. --show_q gives them anyway."
