@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
+from perturbgene.eval_utils import without_nan
 from perturbgene.files import whole_file, whole_files, write_json
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
@@ -214,7 +215,7 @@ class PartStore:
             else:
                 table.to_csv(folder / target.name, index=False)
             save_figure(figure, folder / png.name)
-            write_json(folder / about.name, record)
+            write_json(folder / about.name, without_nan(record))
         assert self.folder is not None
         stem = glob.escape(self.folder.name.rsplit(".", 2)[0])
         for folder in self.folder.parent.glob(f"{stem}.{'[0-9a-f]' * 12}.parts"):  # those of other settings too

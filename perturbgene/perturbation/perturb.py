@@ -380,7 +380,9 @@ def run_perturb(config: PerturbConfig) -> str | None:
 def _report(table: pd.DataFrame, *, num_donors: int, is_shown: bool) -> list[str]:
     """Say how good the screen was, why there are no p-values, and which effects are the strongest."""
     lines, screen, doubt = [], table.attrs["screen"], table.attrs["doubt"]
-    if screen is not None:
+    if screen is not None and np.isnan(screen["spearman"]):
+        lines.append(f"The screen was not checked: effects of {screen['num_genes']} random genes have no ranks.")
+    elif screen is not None:
         lines.append(
             "The screen, checked on {num_genes} random genes: rank correlation with the exact effects {spearman:.3f}; "
             "its top quarter contains {recall:.0%} of the exact top eighth (25% would be chance); exact effects are "

@@ -234,6 +234,13 @@ def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.png"]
 
 
+def test_a_screen_that_cannot_be_checked_is_reported_and_has_no_numbers_in_the_record(folder, tmp_path, capsys):
+    assert main([*command(folder, tmp_path / "out.csv"), "--num_controls", "1"]) == 0
+    assert "The screen was not checked: effects of 1 random genes have no ranks." in capsys.readouterr().out
+    screen = json.loads((tmp_path / "out.json").read_text())["screen"]
+    assert screen == {"spearman": None, "recall": None, "scale": None, "num_genes": 1}
+
+
 def test_a_parquet_table_reads_back_as_the_csv(folder, tmp_path):
     pytest.importorskip("pyarrow")
     for suffix in ("csv", "parquet"):
