@@ -5,6 +5,7 @@ callers and figures to `plots`. Letters: n cells, m labelled tokens, v input ids
 """
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -231,9 +232,10 @@ class Confusion:
         scores_4k: Iterable[np.ndarray] = np.zeros((4, len(self.labels)))
         if len(true_c):
             times_c = self.counts_kk[true_c, predicted_c].astype(np.float64)
-            scores_4k = precision_recall_fscore_support(
-                true_c, predicted_c, labels=range(len(self.labels)), sample_weight=times_c, zero_division=0
-            )
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # scikit-learn < 1.8: "many classes"
+                scores_4k = precision_recall_fscore_support(
+                    true_c, predicted_c, labels=range(len(self.labels)), sample_weight=times_c, zero_division=0
+                )
         table = pd.DataFrame(dict(zip(("precision", "recall", "f1", "n"), scores_4k, strict=True)))
         return table.astype({"n": np.int64}).set_index(pd.Index(self.labels, name="label"))
 

@@ -73,17 +73,15 @@ def donors_of(dataset: IterableAnnDataset, donor_column: str | None) -> np.ndarr
     return np.concatenate([file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files])
 
 
-def _with_panel(dataset: IterableAnnDataset, panel: GenePanel) -> ShardCache:
-    """Return the files of a data set, read in the same way but for the genes."""
-    shards = dataset.shards
-    options = {name: value for name, value in shards.options.items() if name not in ("alignments", "measured")}
-    return ShardCache(shards.sources, layer=shards.layer, where=shards.where, **{**options, "panel": panel})
-
-
-def _all_genes(train: IterableAnnDataset, evaluation: IterableAnnDataset) -> tuple[GenePanel, np.ndarray]:
-    """Return the run's genes with those of the first training file behind them, and which of them all cells have.
+def _with_all_genes(
+    train: IterableAnnDataset, evaluation: IterableAnnDataset
+) -> tuple[ShardCache, ShardCache, np.ndarray]:
+    """Return the files of both, read with the run's genes and behind them the others of the first training file.
 
     A prepared shard has no genes but the run's.
+
+    Returns:
+        The training and the evaluated files, and which of the genes all of their cells were measured with.
     """
     own, first = train.tokenizer.panel, train.shards[0]
     names_c, _, symbols = names_of(first.source, first.gene_id_column)
@@ -95,14 +93,19 @@ def _all_genes(train: IterableAnnDataset, evaluation: IterableAnnDataset) -> tup
         if name and name not in known:
             others.setdefault(name, "" if symbol in taken else symbol)
     own_symbols = own.symbols or ("",) * len(own)
-    panel = GenePanel((*own.genes, *others), (*own_symbols, *others.values()))
+    wide = GenePanel((*own.genes, *others), (*own_symbols, *others.values()))
+    files = []
+    for shards in (train.shards, evaluation.shards):
+        options = {name: value for name, value in shards.options.items() if name not in ("alignments", "measured")}
+        options["panel"] = wide
+        files.append(ShardCache(shards.sources, layer=shards.layer, where=shards.where, **options))
     try:
-        measured = [shard.is_measured_g for data in (train, evaluation) for shard in _with_panel(data, panel)]
+        measured = [shard.is_measured_g for shards in files for shard in shards]
     except InputError as error:  # an ambiguous gene that the run does not need
         logger.info("baselines use the genes of the run alone: %s", error)
-        panel = own
-        measured = [shard.is_measured_g for data in (train, evaluation) for shard in data.shards]
-    return panel, np.all(measured, axis=0)
+        files = [train.shards, evaluation.shards]
+        measured = [shard.is_measured_g for shards in files for shard in shards]
+    return files[0], files[1], np.all(measured, axis=0)
 
 
 def _read(shards: ShardCache, rows_n: IntArray, *, sizes: Sequence[int]) -> sparse.csr_matrix:
@@ -197,7 +200,7 @@ def baselines(
     Returns:
         Phenotype -> name of the baseline -> its answers.
     """
-    panel, is_shared_g = _all_genes(train, evaluation)
+    train_files, files, is_shared_g = _with_all_genes(train, evaluation)
     rows_n = sample(sum(train.sizes), most=MOST_BASELINE_CELLS, seed=seed)
     logger.info(
         "fitting the baselines to %s of %s training cells and the %s genes that all cells were measured with",
@@ -205,15 +208,15 @@ def baselines(
     )  # fmt: skip
     donors_n = donors_of(train, donor_column)
     cells = _TrainingCells(
-        _read(_with_panel(train, panel), rows_n, sizes=train.sizes),
+        _read(train_files, rows_n, sizes=train.sizes),
         None if donors_n is None else donors_n[rows_n],
         num_panel_genes=len(train.tokenizer.panel), shared_g=np.flatnonzero(is_shared_g), seed=seed,
     )  # fmt: skip
     fitted = {category: list(cells.fit(_labels(train, category)[rows_n])) for category in categories}
-    shards, num_cells = _with_panel(evaluation, panel), sum(evaluation.sizes)
+    num_cells = sum(evaluation.sizes)
     predicted: dict[tuple[str, str], list[IntArray]] = {}
     for start in range(0, num_cells, CELLS_AT_ONCE):
-        part_mg = _read(shards, np.arange(start, min(num_cells, start + CELLS_AT_ONCE)), sizes=evaluation.sizes)
+        part_mg = _read(files, np.arange(start, min(num_cells, start + CELLS_AT_ONCE)), sizes=evaluation.sizes)
         for category in categories:
             for name, predict, _ in fitted[category]:
                 predicted.setdefault((category, name), []).append(predict(part_mg))

@@ -180,6 +180,7 @@ def ridge(
     """
     if min(train_ng.shape) > MOST_ROWS:
         rows_n = sample(train_ng.shape[0], most=MOST_ROWS, seed=seed)
+        logger.info("ridge is fitted to %s of %s cells", f"{len(rows_n):,}", f"{train_ng.shape[0]:,}")
         train_ng, labels_n = train_ng[rows_n], labels_n[rows_n]
         groups_n = None if groups_n is None else groups_n[rows_n]
     num_cells, num_groups = len(labels_n), 0 if groups_n is None else np.unique(groups_n).size
