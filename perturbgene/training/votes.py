@@ -37,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 #: Weights of the penalty, strongest first, relative to the summed variance of the genes' expression. The strongest are
 #: for labels that genes do not show, and for votes of another run that are better than what the cells say.
-PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+#: What a gene's standard deviation may be raised to before its expression is divided by it, and the least deviation
+#: that counts, relative to the greatest.
+POWERS, LEAST_DEVIATION = (0.0, 0.5, 1.0), 0.01
 NUM_FOLDS = 3
 #: Expressed genes that a regression is solved on, in all cells together (8 bytes each); more cells are thinned evenly.
 MOST_VALUES = 50_000_000
@@ -73,33 +76,40 @@ def solve(
     *,
     penalty: float,
     prior: Regression,
+    power: float = 0.0,
     start: Regression | None = None,
     weight_k: np.ndarray | None = None,
 ) -> Regression:
     """Return the multinomial regression with a squared penalty on how far the votes are from a prior's.
 
     Minimizes, by L-BFGS, the mean negative log-likelihood (nats) plus half of `penalty` times the summed squares of
-    `votes - prior`, where expression is scaled so that the variances of all genes add up to 1. Intercepts are free.
+    `votes - prior`, where each gene is divided by its standard deviation to a power, and then all by a number that
+    makes their variances add up to 1. Intercepts are free.
 
     Args:
         expression_ng: Expression of n cells.
         label_n: Label of each cell, 0..k-1.
         penalty: Weight of the penalty.
         prior: What the votes are drawn to.
+        power: 0 leaves genes as they are, 1 makes the penalty of all genes equal whatever their variance.
         start: Where to start; by default at the prior.
         weight_k: Weight of the cells of each label; by default 1.
     """
     num_cells, shape = expression_ng.shape[0], prior.votes_gk.shape
-    start, transposed_gn = start or prior, expression_ng.T.tocsr()
     mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
-    strength = penalty * max(total_variance(expression_ng), 1e-12)
+    deviation_g = np.sqrt(np.maximum(np.asarray(expression_ng.power(2).mean(axis=0)).ravel() - mean_g**2, 0))
+    scale_g = np.maximum(deviation_g, max(LEAST_DEVIATION * deviation_g.max(), 1e-12)) ** -power
+    scaled_ng = (expression_ng.astype(np.float64) @ sparse.diags_array(scale_g)).tocsr()
+    transposed_gn, mean_g = scaled_ng.T.tocsr(), mean_g * scale_g
+    strength = penalty * max(float(((deviation_g * scale_g) ** 2).sum()), 1e-12)
+    start, prior_gk = start or prior, prior.votes_gk / scale_g[:, None]
     weight_n = np.ones(num_cells) if weight_k is None else weight_k[label_n]
     weight_n = (weight_n / weight_n.sum())[:, None]
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         step_gk, center_k = flat[: shape[0] * shape[1]].reshape(shape), flat[shape[0] * shape[1] :]
-        votes_gk = prior.votes_gk + step_gk
-        logits_nk = np.asarray(expression_ng @ votes_gk) + (center_k - mean_g @ votes_gk)
+        votes_gk = prior_gk + step_gk
+        logits_nk = np.asarray(scaled_ng @ votes_gk) + (center_k - mean_g @ votes_gk)
         losses_n = logsumexp(logits_nk, axis=1) - logits_nk[np.arange(num_cells), label_n]
         slope_nk = softmax(logits_nk, axis=1)
         slope_nk[np.arange(num_cells), label_n] -= 1
@@ -109,32 +119,37 @@ def solve(
         value = float(weight_n[:, 0] @ losses_n + strength / 2 * (step_gk**2).sum())
         return value, np.concatenate([slope_gk.ravel(), slope_k])
 
-    first = np.concatenate([(start.votes_gk - prior.votes_gk).ravel(), start.intercept_k + mean_g @ start.votes_gk])
-    limits = {
-        "maxiter": MOST_ITERATIONS,
-        "gtol": 1e-6,
-        "maxcor": int(np.clip(MOST_REMEMBERED // len(first) // 2, 3, 10)),
-    }
+    start_gk = start.votes_gk / scale_g[:, None]
+    first = np.concatenate([(start_gk - prior_gk).ravel(), start.intercept_k + mean_g @ start_gk])
+    memory = int(np.clip(MOST_REMEMBERED // (2 * len(first)), 3, 10))
+    limits = {"maxiter": MOST_ITERATIONS, "gtol": 1e-6, "maxcor": memory}
     found = minimize(loss, first, jac=True, method="L-BFGS-B", options=limits)
-    votes_gk = prior.votes_gk + found.x[: shape[0] * shape[1]].reshape(shape)
-    return Regression(votes_gk, found.x[shape[0] * shape[1] :] - mean_g @ votes_gk)
+    votes_gk = prior_gk + found.x[: shape[0] * shape[1]].reshape(shape)
+    return Regression(votes_gk * scale_g[:, None], found.x[shape[0] * shape[1] :] - mean_g @ votes_gk)
 
 
-def total_variance(expression_ng: sparse.csr_matrix) -> float:
-    """Return the summed variances of the genes' expression over cells."""
-    mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
-    return float(np.asarray(expression_ng.power(2).mean(axis=0)).sum() - (mean_g**2).sum())
+@dataclass(frozen=True)
+class Choice:
+    """What cross-validation chose."""
+
+    penalty: float
+    power: float
+    losses_n: np.ndarray  # of each cell, in the fold that held it out (nats)
+    start: Regression
 
 
-def choose_penalty(
+def choose(
     expression_ng: sparse.csr_matrix,
     label_n: np.ndarray,
     *,
     group_n: np.ndarray | None,
     prior: Regression,
     **options: Any,
-) -> tuple[float, float, Regression]:
-    """Return the penalty with the lowest held-out log loss, that loss (nats), and a regression to start from.
+) -> Choice:
+    """Return the penalty and the power with the lowest held-out log loss, by cross-validation.
+
+    Genes stay as they are (power 0) unless another power is better by more than the standard error of the paired
+    difference: equal penalties make more of weakly expressed genes, which other technologies measure worst.
 
     Args:
         expression_ng: Expression of n cells.
@@ -147,22 +162,31 @@ def choose_penalty(
         folds = list(GroupKFold(num_folds).split(label_n, groups=group_n))
     else:
         folds = list(KFold(num_folds, shuffle=True, random_state=0).split(label_n))
-    found: list[Regression | None] = [None] * num_folds
-    losses: list[float] = []
-    for penalty in PENALTIES:
-        total = 0.0
-        for number, (fitted, held_out) in enumerate(folds):
-            found[number] = one = solve(
-                expression_ng[fitted], label_n[fitted], penalty=penalty, prior=prior, start=found[number], **options
-            )
-            logits_nk = one.logits(expression_ng[held_out])
-            true_n = logits_nk[np.arange(len(held_out)), label_n[held_out]]
-            total += float((logsumexp(logits_nk, axis=1) - true_n).sum())
-        losses.append(total / len(label_n))
-        if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
-            break
-    best = int(np.argmin(losses))
-    return PENALTIES[best], losses[best], found[0] or prior
+    best: Choice | None = None
+    for power in POWERS:
+        found: list[Regression | None] = [None] * num_folds
+        tried: list[Choice] = []
+        for penalty in PENALTIES:
+            losses_n = np.empty(len(label_n))
+            for number, (fitted, held_out) in enumerate(folds):
+                settings: dict[str, Any] = {"penalty": penalty, "power": power, "prior": prior, "start": found[number]}
+                one = found[number] = solve(expression_ng[fitted], label_n[fitted], **settings, **options)
+                losses_n[held_out] = log_losses(one.logits(expression_ng[held_out]), label_n[held_out])
+            tried.append(Choice(penalty, power, losses_n, found[0] or prior))
+            means = [choice.losses_n.mean() for choice in tried]
+            if len(means) > 2 and means[-1] > means[-2] > means[-3]:
+                break
+        other = tried[int(np.argmin(means))]
+        gain_n = other.losses_n - other.losses_n if best is None else best.losses_n - other.losses_n
+        if best is None or gain_n.mean() > gain_n.std() / np.sqrt(len(gain_n)):
+            best = other
+    assert best is not None
+    return best
+
+
+def log_losses(logits_nk: np.ndarray, label_n: np.ndarray) -> np.ndarray:
+    """Return the negative log-likelihood of each cell's label (nats), shape (n,)."""
+    return np.asarray(logsumexp(logits_nk, axis=1) - logits_nk[np.arange(len(label_n)), label_n])
 
 
 def _thinned(expression_ng: sparse.csr_matrix, *, most_values: int) -> slice:
@@ -208,6 +232,7 @@ def solve_votes(
     if path is None:
         return
     votes_tk = path.votes_tk
+    logger.info("solving the genes' votes for labels")
     with quiet_reading():
         groups, (expression_nt, labels, number_n) = _groups(cells, donor_column), _read(model, cells)
     group_n = None if groups is None else groups[number_n]
@@ -230,14 +255,16 @@ def solve_votes(
         known_nt, label_n = expression_nt[rows], label_n[rows]
         donor_n = None if group_n is None else group_n[rows]
         few = _thinned(known_nt, most_values=MOST_PRODUCTS_OF_CHOICE // (stop - start))
-        penalty, loss, first = choose_penalty(
-            known_nt[few], label_n[few], group_n=None if donor_n is None else donor_n[few], **options
-        )
-        found = solve(known_nt, label_n, penalty=penalty, start=first, **options)
+        few_donor_n = None if donor_n is None else donor_n[few]
+        chosen = choose(known_nt[few], label_n[few], group_n=few_donor_n, **options)
+        options |= {"penalty": chosen.penalty, "power": chosen.power, "start": chosen.start}
+        found = solve(known_nt, label_n, **options)
         solved_tk[0, start:stop], solved_tk[1:, start:stop] = found.intercept_k, found.votes_gk
         logger.info(
-            "%s: the genes' votes are a regression on %d cells, penalty %g (log loss %.3f in cross-validation by %s)",
-            name, len(rows), penalty, loss, "cell" if donor_n is None else donor_column,
+            "%s: the genes' votes are a regression on %s cells: penalty %g, expression divided by its standard "
+            "deviation to the power of %g (log loss %.3f in cross-validation by %s)",
+            name, f"{len(rows):,}", chosen.penalty, chosen.power, chosen.losses_n.mean(),
+            "cell" if donor_n is None else donor_column,
         )  # fmt: skip
     votes_tk.copy_(torch.from_numpy(solved_tk))
 
@@ -312,11 +339,10 @@ def earned_share(own_nk: np.ndarray, votes_nk: np.ndarray, label_n: np.ndarray) 
         ...     -votes_nk, votes_nk, np.array([0, 1] * 20))
         (2.0, 0.0)
     """
-    rows = np.arange(len(label_n))
     losses_sn, right_s = np.empty((len(SHARES), len(label_n))), np.empty(len(SHARES))
     for number, share in enumerate(SHARES):
         logits_nk = share * own_nk + votes_nk
-        losses_sn[number] = logsumexp(logits_nk, axis=1) - logits_nk[rows, label_n]
+        losses_sn[number] = log_losses(logits_nk, label_n)
         right_s[number] = (logits_nk.argmax(axis=1) == label_n).sum()
     losses_s = np.where(right_s >= right_s[0], losses_sn.mean(axis=1), np.inf)
     best = int(losses_s.argmin())

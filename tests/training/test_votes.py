@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from perturbgene import evaluate, load_run, mlm, prepare
 from perturbgene.training import votes
-from perturbgene.training.votes import Regression, choose_penalty, earned_share, solve, total_variance
+from perturbgene.training.votes import Regression, choose, earned_share, solve
 
 NUM_GENES, LABELS = 40, ["B", "NK", "T"]
 
@@ -31,14 +31,17 @@ def planted(num_cells: int = 300, *, strength: float = 1.0, seed: int = 0) -> tu
     return sparse.csr_matrix(expression_ng), label_n
 
 
-def test_the_solution_is_that_of_scikit_learn() -> None:
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_solution_is_that_of_scikit_learn(power: float) -> None:
     expression_ng, label_n = planted()
     penalty = 1e-2
-    found = solve(expression_ng, label_n, penalty=penalty, prior=zero())
-    strength = penalty * total_variance(expression_ng)
-    reference = LogisticRegression(C=1 / (strength * len(label_n)), tol=1e-8, max_iter=5000).fit(expression_ng, label_n)
-    np.testing.assert_allclose(found.votes_gk.T, reference.coef_, atol=2e-3)
-    wanted_nk = reference.predict_log_proba(expression_ng)
+    found = solve(expression_ng, label_n, penalty=penalty, prior=zero(), power=power)
+    scale_g = expression_ng.toarray().std(axis=0) ** power
+    scaled_ng = expression_ng.toarray() / scale_g
+    strength = penalty * scaled_ng.var(axis=0).sum()
+    reference = LogisticRegression(C=1 / (strength * len(label_n)), tol=1e-8, max_iter=5000).fit(scaled_ng, label_n)
+    np.testing.assert_allclose(found.votes_gk.T, reference.coef_ / scale_g, atol=2e-3)
+    wanted_nk = reference.predict_log_proba(scaled_ng)
     found_nk = torch.from_numpy(found.logits(expression_ng)).log_softmax(dim=1).numpy()
     np.testing.assert_allclose(found_nk, wanted_nk, atol=5e-3)
 
@@ -65,8 +68,8 @@ def test_weights_of_labels_shift_the_answers_towards_the_heavier() -> None:
 def test_labels_that_genes_do_not_show_get_a_stronger_penalty_than_labels_that_they_do() -> None:
     expression_ng, label_n = planted(strength=3.0)
     noise_n = np.random.default_rng(5).permutation(label_n)
-    clear, noise = (choose_penalty(expression_ng, one, group_n=None, prior=zero()) for one in (label_n, noise_n))
-    assert clear[0] < noise[0] and clear[1] < 0.3 < 1.0 < noise[1]
+    clear, noise = (choose(expression_ng, one, group_n=None, prior=zero()) for one in (label_n, noise_n))
+    assert clear.penalty < noise.penalty and clear.losses_n.mean() < 0.3 < 1.0 < noise.losses_n.mean()
 
 
 def test_folds_keep_donors_whole() -> None:
@@ -76,10 +79,18 @@ def test_folds_keep_donors_whole() -> None:
     for donor in range(6):
         marked[donor_n == donor, 10 + donor] = 5.0
     label_n = donor_n % 3
-    by_cell, by_donor = (
-        choose_penalty(marked.tocsr(), label_n, group_n=group_n, prior=zero()) for group_n in (None, donor_n)
-    )
-    assert by_cell[1] < 0.1 < 1.0 < by_donor[1]
+    by_cell, by_donor = (choose(marked.tocsr(), label_n, group_n=one, prior=zero()) for one in (None, donor_n))
+    assert by_cell.losses_n.mean() < 0.1 < 1.0 < by_donor.losses_n.mean()
+
+
+def test_genes_of_little_variance_count_as_much_as_others_only_where_that_is_better() -> None:
+    draw = np.random.default_rng(0)
+    label_n = draw.integers(0, 3, 600)
+    quiet_ng = draw.normal(size=(600, NUM_GENES)) * np.where(np.arange(NUM_GENES) < 9, 0.05, 3.0)
+    quiet_ng[np.arange(600), label_n] += 0.1  # what tells the labels apart is in the genes that vary least
+    quiet = choose(sparse.csr_matrix(quiet_ng), label_n, group_n=None, prior=zero())
+    loud_ng, label_n = planted(600, strength=3.0)
+    assert quiet.power == 1.0 and choose(loud_ng, label_n, group_n=None, prior=zero()).power == 0.0
 
 
 def test_the_transformer_earns_a_share_only_where_it_helps() -> None:
