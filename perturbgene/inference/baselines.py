@@ -158,13 +158,13 @@ class _TrainingCells:
         yield "majority", lambda cells_ng: np.full(cells_ng.shape[0], majority), {"n_train": len(known_n)}
         if np.unique(labels_n).size < 2:
             return
-        known_ng, num_own = self.values_ng[known_n], self.num_panel_genes
-        by_panel = logistic_regression(known_ng[:, :num_own], labels_n, seed=seed)
-        facts: Scores = {"n_train": len(known_n), "n_genes": num_own}
-        yield "logistic_regression", lambda cells_ng: by_panel(cells_ng[:, :num_own]), facts
-        if not len(shared_g):
-            logger.warning("training and evaluated cells share no gene: ridge and nearest neighbors are left out")
+        known_ng, panel_g = self.values_ng[known_n], shared_g[shared_g < self.num_panel_genes]
+        if not len(panel_g):
+            logger.warning("training and evaluated cells share no gene of the run: most baselines are left out")
             return
+        by_panel = logistic_regression(known_ng[:, panel_g], labels_n, seed=seed)
+        facts: Scores = {"n_train": len(known_n), "n_genes": len(panel_g)}
+        yield "logistic_regression", lambda cells_ng: by_panel(cells_ng[:, panel_g]), facts
         known_ng, donors_n = known_ng[:, shared_g], None if self.donors_n is None else self.donors_n[known_n]
         facts = {"n_train": len(known_n), "n_genes": len(shared_g)}
         by_ridge, chosen = ridge(known_ng, labels_n, groups_n=donors_n, seed=seed)

@@ -164,6 +164,13 @@ def test_genes_that_the_evaluated_cells_lack_are_left_out(scored):
     assert scores["ridge"]["accuracy"] < 0.9
 
 
+def test_logistic_regression_does_not_rely_on_a_gene_that_the_evaluated_cells_lack(scored):
+    train, held_out = cells(60, marker="G3"), cells(30, marker="G4", seed=1)
+    train.X[1::2, FILE_GENES.index("G4")] *= 2  # in training, a weaker marker than G3
+    scores = scored(train, held_out[:, [name != "G3" for name in FILE_GENES]].copy())
+    assert (scores["logistic_regression"]["n_genes"], scores["logistic_regression"]["accuracy"]) == (8, 1.0)
+
+
 def test_a_gene_is_found_under_its_symbol_in_the_other_file(scored):
     train, held_out = cells(60, marker="OTHER"), cells(30, marker="OTHER", seed=1)
     train.var["feature_name"] = train.var_names
