@@ -45,7 +45,7 @@ NUM_FOLDS = 3
 #: Expressed genes that a regression is solved on, in all cells together (8 bytes each); more cells are thinned evenly.
 MOST_VALUES = 50_000_000
 #: Expressed genes times labels that a solution, and the choice of its penalty, may cost at each iteration.
-MOST_PRODUCTS, MOST_PRODUCTS_OF_CHOICE = 1_000_000_000, 200_000_000
+MOST_PRODUCTS, MOST_PRODUCTS_OF_CHOICE = 300_000_000, 20_000_000
 MOST_ITERATIONS = 300
 #: Numbers that L-BFGS may keep of earlier steps (8 bytes each).
 MOST_REMEMBERED = 200_000_000
