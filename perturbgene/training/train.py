@@ -309,7 +309,7 @@ def _train(
         held_out = cells.whole("eval")
         parts["before_scoring"] = lambda trained: fit_shares(trained, held_out)
     elif model.config.direct_path:
-        logger.warning("there are no evaluation cells to say what the transformer may add to the genes' votes: all of it")
+        logger.warning("no evaluation cells say how much the transformer may add to the genes' votes: all of it")
     trainer = ShardedTrainer(args=arguments, model=model, train_dataset=cells.train, eval_dataset=evaluation, **parts)
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
     checkpoint = _checkpoint(config, arguments)
