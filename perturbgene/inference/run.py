@@ -174,6 +174,11 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{run} holds no finished run ({reason}). Train it again or name another folder.") from error
     strange = [*report["missing_keys"], *report["unexpected_keys"]]
+    if strange and all(name.endswith(".share_p2") for name in strange):
+        raise InputError(
+            f"{run} was trained before genes' votes were solved as a regression, so its answers would not be those of "
+            "then. Train it again."
+        )
     if strange or config.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise InputError(
             f"{run}: weights and settings do not belong together ({listed(strange) or 'another tokenizer.json'}). "

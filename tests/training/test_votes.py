@@ -1,5 +1,6 @@
 """The genes' votes: a regression that is solved, its penalty, and what the transformer may add to it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from perturbgene import evaluate, load_run, mlm, prepare
+from perturbgene.errors import InputError
 from perturbgene.training import votes
 from perturbgene.training.votes import Regression, choose, earned_share, solve
 
@@ -162,6 +165,15 @@ def test_votes_and_shares_are_saved_with_the_weights(run: Path) -> None:
     assert votes.describe_shares(load_run(run).model, load_run(run).tokenizer)[0].startswith(
         "cell_type: the genes' vot"
     )
+
+
+def test_a_run_of_before_votes_were_solved_is_refused_with_the_reason(run: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(run, tmp_path / "old"))
+    weights = load_file(old / "model.safetensors")
+    del weights["direct_labels.share_p2"]
+    save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="was trained before genes' votes were solved.*Train it again"):
+        load_run(old)
 
 
 def test_large_data_are_thinned_evenly(corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
