@@ -100,6 +100,14 @@ def columns_of(phenotypes: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     return {name: str(column) for name, column in columns.items()}
 
 
+def donors_of(dataset: "IterableAnnDataset", donor_column: str | None) -> np.ndarray | None:
+    """Return the donor of each cell, text of shape (n,), or None if a file lacks the column."""
+    files = [shard.source for shard in dataset.shards]
+    if not donor_column or not all(donor_column in file.columns_of("obs") for file in files):
+        return None
+    return np.concatenate([file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files])
+
+
 class IterableAnnDataset(IterableDataset[Cell]):
     """Streams cells from h5ad files (or AnnData objects in memory).
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from perturbgene.data_utils.genes import GenePanel, clean_gene, names_of
-from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.order import split_rows
 from perturbgene.data_utils.scale import log_matrix
@@ -63,14 +63,6 @@ class Answers:
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
-
-
-def donors_of(dataset: IterableAnnDataset, donor_column: str | None) -> np.ndarray | None:
-    """Return the donor of each cell, text of shape (n,), or None if a file lacks the column."""
-    files = [shard.source for shard in dataset.shards]
-    if not donor_column or not all(donor_column in file.columns_of("obs") for file in files):
-        return None
-    return np.concatenate([file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files])
 
 
 def _with_all_genes(

@@ -21,7 +21,7 @@ from perturbgene.cli.verbs import EvaluateConfig, MlmConfig
 from perturbgene.configs import check_question
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
-from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import expand_paths
 from perturbgene.errors import InputError, listed
@@ -38,7 +38,7 @@ from perturbgene.eval_utils import (
 )
 from perturbgene.files import claimed
 from perturbgene.hub import is_hub_name
-from perturbgene.inference.baselines import NAMES, baselines, donors_of, mark_best
+from perturbgene.inference.baselines import NAMES, baselines, mark_best
 from perturbgene.inference.calibration import (
     LEAST_CELLS,
     MOST_CELLS,

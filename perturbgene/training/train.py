@@ -38,8 +38,8 @@ from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
 from perturbgene.training.tokenizer import tokenizer_of
-from perturbgene.training.transfer import run_config, start_from
-from perturbgene.training.votes import describe_shares, fit_shares, quiet_reading, solve_votes
+from perturbgene.training.transfer import quiet, run_config, start_from
+from perturbgene.training.votes import READING, describe_shares, fit_shares, solve_votes
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
     donor_column = (corpus.split_by if corpus else None) or "donor_id"
 
     def whole(split: str) -> IterableAnnDataset:
-        with quiet_reading():
+        with quiet(READING):
             return IterableAnnDataset(paths[split], tokenizer, **options)
 
     return _Cells(tokenizer, train, evaluation, whole, donor_column)

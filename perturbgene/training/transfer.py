@@ -16,7 +16,6 @@ import torch
 from scipy import sparse
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from perturbgene.data_utils.labels import ABSENT, SPECIAL_TOKENS
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -30,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {kind.__name__: kind for kind in (GeneBertForPhenotypicMLM, GeneBertForClassification, GeneBertModel)}
 _NUM_SPECIAL = len(SPECIAL_TOKENS)
+LOADING = "transformers.modeling_utils"  # prints a table of weights, for which our line is the summary
 
 
 # -- names --------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def start_from(
     for name, value in {"attention_kernel": config.attn_implementation, **settings}.items():
         setattr(now, name, value)
     old_kind = _KINDS.get((then.architectures or [""])[0], GeneBertModel)
-    with _quiet_loading(), torch.random.fork_rng(), errors_of_weights(path):
+    with quiet(LOADING), torch.random.fork_rng(), errors_of_weights(path):
         state = old_kind.from_pretrained(path).state_dict()
     if old_kind is GeneBertModel:
         state = {f"genebert.{key}": tensor for key, tensor in state.items()}
@@ -292,7 +292,7 @@ def start_from(
     heads = [_Head.of(old_kind, then, old), _Head.of(kind, now, tokenizer)]
     weights = {key: tensor for key, tensor in state.items() if key.startswith("genebert.")}
     weights |= _embeddings(state, names, old, tokenizer, seed=seed) | _head_weights(state, names, *heads)
-    with _quiet_loading():
+    with quiet(LOADING):
         pair: Any = kind.from_pretrained(None, config=now, state_dict=weights, output_loading_info=True)
     model, report = pair
     missing = [key for key in report["missing_keys"] if not key.endswith(".share_p2")]
@@ -306,12 +306,12 @@ def start_from(
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Leave out transformers' table of weights, for which our line is the summary."""
-    table = transformers_logging.get_logger("transformers.modeling_utils")
-    level = table.level
-    table.setLevel(logging.ERROR)
+def quiet(name: str) -> Iterator[None]:
+    """Let a logger, and those below it, say nothing but errors for a while."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        table.setLevel(level)
+        log.setLevel(level)

@@ -6,7 +6,6 @@ Owns the regression's penalty and solution and the transformer's shares; leaves 
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.model_selection import GroupKFold, KFold
 
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
-from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.eval_utils import (
     class_logits,
@@ -32,6 +31,7 @@ from perturbgene.model import GeneBertForClassification
 from perturbgene.model.heads import DirectPath
 from perturbgene.model.layers import expression_levels
 from perturbgene.model.packing import pack_cells
+from perturbgene.training.transfer import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 #: that counts, relative to the greatest.
 POWERS, LEAST_DEVIATION = (0.0, 0.5, 1.0), 0.01
 NUM_FOLDS = 3
+READING = "perturbgene.data_utils"  # says nothing new of cells that are read a second time
 #: Expressed genes that a regression is solved on, in all cells together (8 bytes each); more cells are thinned evenly.
 MOST_VALUES = 50_000_000
 #: Expressed genes times labels that a solution, and the choice of its penalty, may cost at each iteration.
@@ -194,18 +195,6 @@ def _thinned(expression_ng: sparse.csr_matrix, *, most_values: int) -> slice:
     return slice(None, None, max(1, -(-expression_ng.nnz // most_values)))
 
 
-@contextmanager
-def quiet_reading() -> Iterator[None]:
-    """Say nothing of cells that are read a second time: the first time, everything was said."""
-    reading = logging.getLogger("perturbgene.data_utils")
-    level = reading.level
-    reading.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        reading.setLevel(level)
-
-
 # -- the votes of a model -----------------------------------------------------------------------------------------
 
 
@@ -233,9 +222,11 @@ def solve_votes(
         return
     votes_tk = path.votes_tk
     logger.info("solving the genes' votes for labels")
-    with quiet_reading():
-        groups, (expression_nt, labels, number_n) = _groups(cells, donor_column), _read(model, cells)
-    group_n = None if groups is None else groups[number_n]
+    with quiet(READING):
+        donors, (expression_nt, labels, number_n) = donors_of(cells, donor_column), _read(model, cells)
+    group_n = None if donors is None else np.unique(donors, return_inverse=True)[1][number_n]
+    if donors is not None and len(np.unique(donors)) < NUM_FOLDS:
+        group_n = None
     if isinstance(model, GeneBertForClassification):
         columns = {str(model.config.phenotype_category): (0, votes_tk.shape[1])}
     else:
@@ -267,16 +258,6 @@ def solve_votes(
             "cell" if donor_n is None else donor_column,
         )  # fmt: skip
     votes_tk.copy_(torch.from_numpy(solved_tk))
-
-
-def _groups(cells: IterableAnnDataset, donor_column: str | None) -> np.ndarray | None:
-    """Return the donor of each cell as a number; None if a file does not say or there are fewer than three."""
-    files = [cells.shards[index].source for index in range(len(cells.shards))]
-    if donor_column is None or not all(donor_column in file.columns_of("obs") for file in files):
-        return None
-    names = np.concatenate([file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files])
-    _, group_n = np.unique(names, return_inverse=True)
-    return group_n if group_n.max(initial=0) + 1 >= NUM_FOLDS else None
 
 
 def _read(model: Any, cells: IterableAnnDataset) -> tuple[sparse.csr_matrix, dict[str, np.ndarray], np.ndarray]:
@@ -361,7 +342,7 @@ def fit_shares(model: Any, cells: IterableAnnDataset) -> None:
     if path is None:
         return
     answers: dict[tuple[int, int], list[tuple[np.ndarray, ...]]] = {}
-    with quiet_reading():
+    with quiet(READING):
         for number, has_given, *arrays in _answers(model, path, cells):
             answers.setdefault((number, has_given), []).append(tuple(arrays))
     for place, batches in answers.items():
