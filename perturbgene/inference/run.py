@@ -25,6 +25,7 @@ from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import inference_mode, to_device
 from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
+from perturbgene.model.config import RUN_FORMAT
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
             run = newest
     tokenizer = GeneTokenizer.from_pretrained(run)
     try:
+        written = GeneBertConfig.get_config_dict(run)[0].get("run_format", 1)
         config = GeneBertConfig.from_pretrained(run, trust_remote_code=False)
         is_classifier = "GeneBertForClassification" in (config.architectures or [])
         kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
@@ -173,12 +175,14 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{run} holds no finished run ({reason}). Train it again or name another folder.") from error
-    strange = [*report["missing_keys"], *report["unexpected_keys"]]
-    if strange and all(name.endswith(".share_p2") for name in strange):
+    if isinstance(written, int) and written > RUN_FORMAT:
+        raise InputError(f"{run} was written by a newer perturbgene. Update with `pip install -U perturbgene`.")
+    if written != RUN_FORMAT and config.direct_path:
         raise InputError(
             f"{run} was trained before genes' votes were solved as a regression, so its answers would not be those of "
             "then. Train it again."
         )
+    strange = [*report["missing_keys"], *report["unexpected_keys"]]
     if strange or config.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         raise InputError(
             f"{run}: weights and settings do not belong together ({listed(strange) or 'another tokenizer.json'}). "

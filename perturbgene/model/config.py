@@ -15,6 +15,8 @@ from perturbgene.errors import InputError, did_you_mean
 PRESETS = {"tiny": (2, 64, 4), "small": (4, 256, 4), "base": (12, 768, 12), "large": (24, 1024, 16)}
 ATTENTION_KERNELS = ("auto", "matmul", "sdpa", "varlen", "flash")
 NORM_POSITIONS = ("post", "branch")
+#: Of a run's weights: 2 has votes that are solved and shares; of before, without a number, they were trained together.
+RUN_FORMAT = 2
 
 
 class GeneBertConfig(PreTrainedConfig):
@@ -52,6 +54,7 @@ class GeneBertConfig(PreTrainedConfig):
     class_weights: list[float] | None = None  # one per class of the classifier; None means equal weights
     phenotype_category: str | None = None  # that a classifier predicts
     tokenizer_fingerprint: str | None = None  # of the tokenizer that the weights were trained with
+    run_format: int = RUN_FORMAT
     #: "auto" picks the fastest kernel for device and precision; "matmul" and "sdpa" run anywhere, "varlen" and "flash"
     #: need CUDA and half precision. Not saved, because it depends on the machine.
     attention_kernel: str = "auto"

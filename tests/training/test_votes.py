@@ -1,5 +1,6 @@
 """The genes' votes: a regression that is solved, its penalty, and what the transformer may add to it."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
@@ -169,10 +169,13 @@ def test_votes_and_shares_are_saved_with_the_weights(run: Path) -> None:
 
 def test_a_run_of_before_votes_were_solved_is_refused_with_the_reason(run: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(run, tmp_path / "old"))
-    weights = load_file(old / "model.safetensors")
-    del weights["direct_labels.share_p2"]
-    save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((old / "config.json").read_text())
+    assert settings.pop("run_format") == 2
+    (old / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="was trained before genes' votes were solved.*Train it again"):
+        load_run(old)
+    (old / "config.json").write_text(json.dumps(settings | {"run_format": 3}))
+    with pytest.raises(InputError, match="newer perturbgene"):
         load_run(old)
 
 
