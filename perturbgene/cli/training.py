@@ -64,7 +64,10 @@ class DataOptions(BinOptions):
     included_phenotypes: list[str] = option(
         [], "Phenotypes in a sequence, in this order. Default: all.", is_unique=True
     )
-    max_length: int = option(2048, "Maximum number of tokens of a cell, with [CLS] and [EOS].", within="[3, inf)")
+    max_length: int = option(
+        2048, "Maximum number of a cell's tokens that the transformer reads, with [CLS] and [EOS]. Votes for labels "
+        "(--direct_path) always come from all of its genes.", within="[3, inf)",
+    )  # fmt: skip
     pad_to_multiple_of: int | None = option(None, "Pad to a multiple of this; tensor cores like 8.", within="[1, inf)")
     allow_overlap: bool = option(False, "Continue even if a file or cell is in both training and evaluation.")
 

@@ -187,7 +187,7 @@ class DataCollatorForPhenotypicMLM:
     type kept, labelled). Genes are masked with `gene_mask_prob`, at least one per cell, and joined by masked genes that
     the cell does *not* express, labelled `bin_0`: otherwise "masked" would mean "expressed". Genes that the file does
     not measure, or that truncation may have cut, never serve as unexpressed. A full cell gives up its last unmasked
-    genes for them, so no sequence grows past `max_length`.
+    genes for them, so no sequence grows past `max_length`; longer cells are cut to it first.
 
     `gene_drop_prob` thins cells like a shallower sequencing would: each cell loses a share of its genes, drawn again
     from [0, `gene_drop_prob`) every epoch, before any gene is hidden. It keeps small data from being learnt by heart.
@@ -247,6 +247,7 @@ class DataCollatorForPhenotypicMLM:
 
     def _mask(self, block: TokenBlock, tokens: TokenBuffer, labels_: TokenBuffer) -> tuple[TokenBlock, np.ndarray]:
         tokenizer, num_cells = self.tokenizer, len(block)
+        block = block.cut(tokenizer.max_length)
         num_genes, dtype = len(tokenizer.panel), block.input_ids_l.dtype
         room = int(len(block.input_ids_l) * (1 + self.unexpressed_ratio)) + 2 * num_cells
         ids, types = tokens.rows(room, dtype)
@@ -262,20 +263,11 @@ class DataCollatorForPhenotypicMLM:
         return TokenBlock(ids[:stop], types[:stop], offsets, block.cells_n), labels[:stop]
 
 
-def _gene_number(types_l: np.ndarray, offsets_n1: np.ndarray, first_gene_type: int) -> np.ndarray:
-    """Count the genes of the same cell before each gene token, shape (l,); -1 for tokens that are no genes."""
-    is_gene_l = types_l >= first_gene_type
-    genes_before_l1 = np.concatenate([[0], np.cumsum(is_gene_l)])
-    number_l = genes_before_l1[:-1] - np.repeat(genes_before_l1[offsets_n1[:-1]], np.diff(offsets_n1))
-    return np.where(is_gene_l, number_l, -1)
-
-
 def ask(block: TokenBlock, tokenizer: GeneTokenizer, *, asked: Sequence[str], given: Sequence[str] = ()) -> Batch:
     """Pose one question to every cell: a packed batch that asks some phenotypes and gives others.
 
     Every asked slot is `[MASK]`, whether or not the cell has a label there; given slots keep their token where the cell
-    has one; all other phenotypes are absent. A long cell keeps the first genes that it would keep with all its labels,
-    so the answer does not depend on whether it has any, and no sequence grows past `max_length`.
+    has one; all other phenotypes are absent.
 
     Returns:
         A packed batch with `label_positions` (n * a,), cell by cell, for the a asked phenotypes in the order asked.
@@ -285,8 +277,6 @@ def ask(block: TokenBlock, tokenizer: GeneTokenizer, *, asked: Sequence[str], gi
     types_l = block.token_type_ids_l.astype(np.int64)
     is_kept_l = (types_l == 0) | (types_l >= tokenizer.first_gene_type) | np.isin(types_l, given_types)
     is_kept_l &= ~np.isin(types_l, asked_types)
-    most_genes = tokenizer.most_genes(num_slots=len(asked) + len(given))
-    is_kept_l &= _gene_number(types_l, block.offsets_n1, tokenizer.first_gene_type) < most_genes
     kept_before = np.concatenate([[0], np.cumsum(is_kept_l)])[block.offsets_n1]
     kept_n, num_asked = np.diff(kept_before), len(asked_types)
     offsets = np.concatenate([[0], np.cumsum(kept_n + num_asked)]).astype(np.int64)

@@ -281,7 +281,7 @@ def genes_per_value(
     rows_m = np.unique(np.concatenate([np.arange(*span) for span in sampled_spans(len(shard))]))
     if not stored_n[rows_m].any():
         return 1.0
-    unlimited = tokenizer.with_settings(max_length=len(tokenizer.panel) + len(tokenizer.included_phenotypes) + 2)
+    unlimited = tokenizer.reading(tokenizer.included_phenotypes, is_whole=True)
     block = unlimited.tokenize_block(shard.read(rows_m))
     is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
     genes_m = np.diff(np.concatenate([[0], np.cumsum(is_gene_l)])[block.offsets_n1])
@@ -298,7 +298,7 @@ def gene_counts(shard: "Shard", tokenizer: "GeneTokenizer", *, budget: int | Non
     """
     if len(shard) == 0:
         return np.zeros(0, dtype=np.uint32)
-    stored_n, most_genes = stored_values(shard.source), tokenizer.most_genes()
+    stored_n, most_genes = stored_values(shard.source), tokenizer.most_genes
     cells_per_batch = np.inf if budget is None else budget / max(1.0, min(most_genes, stored_n.mean()))
     share = genes_per_value(shard, tokenizer, stored_n, cells_per_batch=cells_per_batch)
     return np.minimum(np.ceil(stored_n * share), most_genes).astype(np.uint32)

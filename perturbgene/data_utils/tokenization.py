@@ -116,6 +116,17 @@ class TokenBlock:
         per_cell = {name: values[rows_m] for name, values in self._per_cell().items()}
         return replace(self, input_ids_l=ids, token_type_ids_l=types, offsets_n1=offsets, **per_cell)
 
+    def cut(self, max_length: int) -> "TokenBlock":
+        """Return the cells with at most so many tokens each: the first ones, and the last."""
+        lengths_n = np.diff(self.offsets_n1)
+        if not len(lengths_n) or lengths_n.max() <= max_length:
+            return self
+        offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths_n, max_length))]).astype(np.int64)
+        at_l = np.arange(offsets[-1]) + np.repeat(self.offsets_n1[:-1] - offsets[:-1], np.diff(offsets))
+        at_l[offsets[1:] - 1] = self.offsets_n1[1:] - 1
+        ids_l, types_l = self.input_ids_l[at_l], self.token_type_ids_l[at_l]
+        return replace(self, input_ids_l=ids_l, token_type_ids_l=types_l, offsets_n1=offsets)
+
     def _per_cell(self) -> dict[str, np.ndarray]:
         names = ("cells_n", "table_n", "epochs_n", "labels_n")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -284,17 +295,21 @@ class GeneTokenizer:
         """Half-open range of label ids of token types 1..P, in order."""
         return [list(self.vocabulary.id_range(category)) for category in self.vocabulary.categories]
 
-    def most_genes(self, *, num_slots: int = 0) -> int:
-        """Return how many genes fit into a sequence next to [CLS], [EOS] and the phenotype slots of a question.
+    @property
+    def most_genes(self) -> int:
+        """How many genes of a cell the transformer reads: what fits next to [CLS], [EOS] and all included phenotypes.
 
-        The slots that the cells were trained with are always kept free: a long cell keeps its genes whatever is asked.
+        So a long cell keeps its genes whatever is asked and given.
         """
-        return max(0, self.max_length - 2 - max(len(self.included_phenotypes), num_slots))
+        return self.max_length - 2 - len(self.included_phenotypes)
 
-    def reading(self, included: Sequence[str], *, num_slots: int = 0) -> "GeneTokenizer":
-        """Return a copy that reads only some phenotypes and cuts long cells to `most_genes` of this one."""
-        most_genes = max(1, self.most_genes(num_slots=num_slots))
-        return self.with_settings(included=included, max_length=2 + len(included) + most_genes)
+    def reading(self, included: Sequence[str], *, is_whole: bool = False) -> "GeneTokenizer":
+        """Return a copy that reads only some phenotypes, and of long cells `most_genes` genes or all of them.
+
+        All of them are for questions about labels: genes vote, and the model itself cuts what its transformer reads.
+        """
+        most_genes = len(self.panel) if is_whole else self.most_genes
+        return self.with_settings(included=included, max_length=2 + len(included) + max(1, most_genes))
 
     def convert_tokens_to_ids(self, tokens: str | tuple[str, str] | Sequence[Any]) -> int | list[int]:
         """Return ids of token texts, or an InputError; a label of several categories needs (category, label)."""

@@ -138,7 +138,7 @@ def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading
         if train_paths is None:
             raise
         trained, as_trained = train_paths, {**reading, "where": ()}
-    tokenizer, size = run.tokenizer.reading([], num_slots=0), EvaluateConfig.batch_size
+    tokenizer, size = run.tokenizer.reading([]), EvaluateConfig.batch_size
     cells = IterableAnnDataset(eval_paths, tokenizer, batch_size=size, **reading)
     training = IterableAnnDataset(trained, tokenizer, batch_size=size, **as_trained)
     is_counted_g = np.all([cells.shards[index].alignment.is_measured_g for index in range(len(cells.shards))], axis=0)
@@ -308,8 +308,9 @@ def evaluate(
     evaluator = _evaluator(run, ask, given, mask_rates or {})
     with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
         options = {"batch_size": batch_size, **reading}
+        tokenizer = run.tokenizer.reading(run.tokenizer.included_phenotypes, is_whole=True)
         dataset = IterableAnnDataset(
-            eval_paths, run.tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
+            eval_paths, tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
         )
         if labeled := _labeled_phenotypes(dataset, evaluator, is_named=bool(ask)):
             evaluator = _evaluator(run, labeled, given, mask_rates or {})
@@ -337,7 +338,7 @@ def evaluate(
             for scores in [scores for scores_of in results.values() for scores in scores_of.values()]:
                 scores["n_training_cells"] = int(is_seen_n.sum())
         if train_paths is not None and run.binary_label is None:
-            train = IterableAnnDataset(train_paths, run.tokenizer, **{**options, "where": ()})
+            train = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()})
             _add_baselines(results, evaluator, answers, cells=(train, dataset), donor_column=donor_column)
         if output is not None:
             write_results(results, evaluator.confusions(), output, text="held-out cells")

@@ -128,11 +128,10 @@ class Predictor:
     @cached_property
     def tokenizer(self) -> GeneTokenizer:
         """Reads the cells with only those labels that are used."""
-        if self.run.is_classifier:
-            return self.run.tokenizer
         read = list(dict.fromkeys([*self.given, *(name for audit in self.audits for name in audit.given)]))
-        num_slots = max(len(question.asked) + len(question.given) for question in self.questions)
-        return self.run.tokenizer.reading(read, num_slots=num_slots)
+        if self.run.is_classifier:
+            read = list(self.run.tokenizer.included_phenotypes)
+        return self.run.tokenizer.reading(read, is_whole=True)
 
     def open(self, data: Any, **reading: Any) -> IterableAnnDataset:
         """Open a file or an AnnData; see `open_cells`.

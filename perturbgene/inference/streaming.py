@@ -208,7 +208,7 @@ def open_cells(
     options = {"batch_size": FileOptions.batch_size, **reading, "constant_labels": constants}
     options |= {"rank": ranks.rank, "world_size": ranks.size}
     dataset = IterableAnnDataset(
-        as_sources(data, is_one=True), tokenizer or run.tokenizer.reading(list(given), num_slots=len(given)), **options
+        as_sources(data, is_one=True), tokenizer or run.tokenizer.reading(list(given)), **options
     )
     for index in range(len(dataset.shards)):
         for name in [name for name, label in given.items() if label is None]:

@@ -53,6 +53,7 @@ class GeneBertConfig(PreTrainedConfig):
     gene_loss_weight: float | int = 0.3
     class_weights: list[float] | None = None  # one per class of the classifier; None means equal weights
     phenotype_category: str | None = None  # that a classifier predicts
+    most_genes: int | None = None  # of a cell, that the transformer reads outside of training; None: all, see `encode`
     tokenizer_fingerprint: str | None = None  # of the tokenizer that the weights were trained with
     run_format: int = RUN_FORMAT
     #: "auto" picks the fastest kernel for device and precision; "matmul" and "sdpa" run anywhere, "varlen" and "flash"

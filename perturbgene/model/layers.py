@@ -280,9 +280,20 @@ class GeneBertModel(GeneBertPreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Return the last hidden states, packed, and on request all of them, in the batch's shape.
 
+        Outside of training, the transformer reads only the first ``config.most_genes`` genes of a cell, as it did in
+        training, and those at ``read_positions``. The states of the others are 0.
+
         On a CPU the rows are rounded up to a multiple of ``BATCH_STEP``. Float32 does not need that, but draws the same
         dropout as bfloat16 with it.
         """
+        whole, most = cells, self.config.most_genes
+        if self.training or most is None or cells.token_type_ids is None:
+            most = cells.packing.max_seqlen
+        if cells.packing.max_seqlen > most + 2:
+            first_gene_type = 1 + len(self.config.phenotype_id_ranges)
+            cells = cells.first_genes(most, first_gene_type=first_gene_type, kept_a=read_positions)
+            if read_positions is not None:
+                read_positions = torch.searchsorted(cast(Tensor, cells.packing.positions), read_positions)
         hidden_lh = self.embeddings(cells.input_ids, cells.token_type_ids, cells.inputs_embeds)
         gate_l, num_tokens = cells.key_log_gate, len(hidden_lh)
         step = BATCH_STEP if hidden_lh.device.type == "cpu" else 1
@@ -296,13 +307,22 @@ class GeneBertModel(GeneBertPreTrainedModel):
             queries = cells.packing.at(F.pad(read_positions, (0, num_added), value=num_tokens - 1))
         is_kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: list[Tensor] = []
+
+        def of_all(hidden_lh: Tensor) -> Tensor:
+            if cells is whole:
+                return hidden_lh
+            index = cast(Tensor, cells.packing.positions)
+            shape = (len(cast(Tensor, whole.token_type_ids)), hidden_lh.shape[1])
+            return hidden_lh.new_zeros(shape).index_copy(0, index, hidden_lh)
+
         for layer in self.layers:
             if is_kept:
-                states.append(cells.repad(hidden_lh[:num_tokens]))
+                states.append(whole.repad(of_all(hidden_lh[:num_tokens])))
             hidden_lh = layer(hidden_lh, cells.packing, queries if layer is self.layers[-1] else None, gate_l)
         last = self.final_norm(hidden_lh)[:num_read]
+        last = of_all(last) if read_positions is None else last
         if is_kept:
-            states.append(cells.repad(last) if read_positions is None else last)
+            states.append(whole.repad(last) if read_positions is None else last)
         return last, tuple(states) if is_kept else None
 
     @contextmanager

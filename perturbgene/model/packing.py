@@ -59,6 +59,23 @@ class PackedCells:
     padded_index: Tensor | None = None  # flat position of each token in the padded batch, (l,); None if it came packed
     padded_shape: tuple[int, int] | None = None  # (n, l) of the padded batch
 
+    def first_genes(self, count: int, *, first_gene_type: int, kept_a: Tensor | None) -> "PackedCells":
+        """Return the cells without all but their first genes; those at flat positions `kept_a` stay, (a,).
+
+        The packing of what is returned has the ``positions`` of its tokens.
+        """
+        assert self.token_type_ids is not None
+        is_gene_l, starts_n1 = self.token_type_ids >= first_gene_type, self.packing.cu_seqlens.long()
+        before_l1 = F.pad(is_gene_l.cumsum(0), (1, 0))
+        before_l = before_l1[:-1] - before_l1[starts_n1[:-1]].repeat_interleave(starts_n1.diff())
+        is_read_l = ~is_gene_l | (before_l < count)
+        if kept_a is not None:
+            is_read_l[kept_a] = True
+        index = is_read_l.nonzero().squeeze(1)
+        parts = (self.input_ids, self.token_type_ids, self.inputs_embeds, self.key_log_gate)
+        ids, types, embeds, gate = (None if part is None else part.index_select(0, index) for part in parts)
+        return PackedCells(self.packing.at(index), ids, types, embeds, gate)
+
     def pack(self, values_nl: Tensor) -> Tensor:
         """Drop the padding of further per-token values; packed ones stay as they are."""
         if self.padded_index is None or values_nl.ndim == 1:

@@ -32,7 +32,7 @@ from perturbgene.files import whole_file, whole_files, write_json
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import ALONE, Ranks, open_cells, read_groups, unwritable
-from perturbgene.perturbation.readouts import Readout
+from perturbgene.perturbation.readouts import LabelReadout, Readout
 from perturbgene.plots import save_figure
 from perturbgene.urls import is_url, shown_path
 
@@ -69,9 +69,7 @@ class GroupedCells:
         """
         for name in given:
             run.tokenizer.vocabulary.check_category(name)
-        # Given labels only, and long cells cut where `data_utils.ask` cuts them.
-        num_slots = len(readout.asked) + len(readout.given)
-        tokenizer = run.tokenizer.reading(list(readout.given), num_slots=num_slots)
+        tokenizer = run.tokenizer.reading(list(readout.given), is_whole=isinstance(readout, LabelReadout))
         dataset = open_cells(source, run, given, tokenizer=tokenizer, **reading)
         if donor is None and DONOR_COLUMN in dataset.shards[0].source.columns_of("obs"):
             donor = DONOR_COLUMN

@@ -157,7 +157,7 @@ def exact_effects(
         return np.zeros(0, dtype=np.float32)
     budget = token_budget(run.model, budget)
     first_gene_type = run.tokenizer.first_gene_type
-    room = run.tokenizer.most_genes(num_slots=len(readout.asked) + len(readout.given))
+    room = len(run.tokenizer.panel) if isinstance(readout, LabelReadout) else run.tokenizer.most_genes
     is_gene_l = block.token_type_ids_l >= first_gene_type
     is_mean = isinstance(readout, StateReadout) and readout.pooling == "mean"
     if is_mean:

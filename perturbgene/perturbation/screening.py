@@ -219,7 +219,7 @@ class _Piece:
 
     queries: tuple[slice, slice]  # index of heads and queries
     keys: tuple[slice, slice]  # index of heads and keys
-    of_cell: slice  # the cell's tokens
+    of_cell: slice | Tensor  # the places of the cell's keys in the whole batch
     own_a: Tensor  # each query's own place among the keys
 
 
@@ -237,7 +237,9 @@ def _pieces(packing: Packing, reads_a: Tensor | None, *, heads: int, most: int) 
             for query in range(first, last, queries_at_once):
                 some = slice(query, min(query + queries_at_once, last))
                 own_a = (position_a[some] - start).to(packing.cu_seqlens.device)
-                yield _Piece((few, some), (few, slice(start, stop)), slice(start, stop), own_a)
+                of_cell = slice(start, stop)
+                places = of_cell if packing.positions is None else packing.positions[of_cell]
+                yield _Piece((few, some), (few, of_cell), places, own_a)
 
 
 class _ScreenedAttention(torch.autograd.Function):

@@ -243,13 +243,14 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
             f"processes. Lower --{flag}."
         )
     size = arguments.per_device_eval_batch_size
-    evaluation = IterableAnnDataset(paths["eval"], tokenizer, batch_size=size, **options) if paths["eval"] else None
+    unlimited = tokenizer.reading(tokenizer.included_phenotypes, is_whole=True)
+    evaluation = IterableAnnDataset(paths["eval"], unlimited, batch_size=size, **options) if paths["eval"] else None
     options |= {"rank": 0, "world_size": 1, "batch_size": size}
     donor_column = (corpus.split_by if corpus else None) or "donor_id"
 
     def whole(split: str) -> IterableAnnDataset:
         with quiet(READING):
-            return IterableAnnDataset(paths[split], tokenizer, **options)
+            return IterableAnnDataset(paths[split], unlimited, **options)
 
     return _Cells(tokenizer, train, evaluation, whole, donor_column)
 
@@ -281,6 +282,7 @@ def tokenizer_facts(tokenizer: GeneTokenizer) -> dict[str, Any]:
         "first_bin_id": tokenizer.first_bin_id,
         "phenotype_id_ranges": tokenizer.phenotype_id_ranges,
         "bin_levels": tokenizer.bin_edges.levels(),
+        "most_genes": tokenizer.most_genes,
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
 

@@ -426,16 +426,12 @@ def test_a_label_that_is_there_does_not_change_what_is_asked() -> None:
     assert all(torch.equal(torch.as_tensor(labelled[name]), torch.as_tensor(unlabelled[name])) for name in labelled)
 
 
-def test_long_cells_are_asked_the_same_with_and_without_labels_and_stay_within_max_length() -> None:
+def test_long_cells_are_asked_with_all_their_genes_and_masked_with_the_first() -> None:
     tokenizer, adata = a_tokenizer(max_length=7), ad.AnnData(np.full((1, 9), 2.0), var=pd.DataFrame(index=GENES))
-    bare = tokenizer(adata)
-    adata.obs["cell_type"], adata.obs["tissue"] = "B cell", "blood"
-    labelled = tokenizer(adata)
-    for question in ({"asked": ["cell_type"]}, {"asked": ["cell_type", "tissue"]}):
-        batches = [ask(block_of([cell]), tokenizer, **question) for cell in (bare, labelled)]
-        assert batches[0]["token_type_ids"].tolist() == batches[1]["token_type_ids"].tolist()
-        assert batches[0]["token_type_ids"].tolist()[-4:] == [3, 4, 5, 0]
-        assert batches[0]["max_seqlen"] <= 7
+    cell = tokenizer.reading(["cell_type", "tissue"], is_whole=True)(adata)
+    assert ask(block_of([cell]), tokenizer, asked=["cell_type"])["token_type_ids"].tolist() == [0, 1, *range(3, 12), 0]
+    masked = DataCollatorForPhenotypicMLM(tokenizer, packed=True, unexpressed_ratio=0)([cell])
+    assert masked["token_type_ids"].tolist() == [0, *range(3, 8), 0]
 
 
 def test_asking_an_unknown_phenotype_is_refused() -> None:

@@ -137,7 +137,7 @@ def test_a_file_of_cellbender_is_read_as_10x(counts: ad.AnnData, tokenizer: Gene
 
 
 def without_labels(tokenizer: GeneTokenizer) -> GeneTokenizer:
-    return tokenizer.reading([], num_slots=0)
+    return tokenizer.reading([])
 
 
 @pytest.mark.parametrize(

@@ -586,9 +586,21 @@ def test_other_settings_keep_the_ids(four_gene_tokenizer: GeneTokenizer) -> None
 
 def test_a_copy_that_reads_fewer_phenotypes_keeps_the_genes_of_a_long_cell(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(max_length=6)
-    assert (tokenizer.most_genes(), tokenizer.most_genes(num_slots=3)) == (2, 1)
     bare = tokenizer.reading([])
-    assert (bare.included_phenotypes, bare.max_length, bare.most_genes()) == ((), 4, 2)
+    assert (tokenizer.most_genes, bare.included_phenotypes, bare.max_length, bare.most_genes) == (2, (), 4, 2)
+    whole = tokenizer.reading(["sex"], is_whole=True)
+    assert (whole.max_length, whole.most_genes) == (7, len(tokenizer.panel))
+
+
+def test_cutting_tokens_equals_tokenizing_with_less_room(make_tokenizer: Make, make_adata: Make) -> None:
+    long, short = make_tokenizer(included_phenotypes=()), make_tokenizer(max_length=4, included_phenotypes=())
+    shard = long.open(MemoryFile(make_adata([LONG[0], [0, 1, 0, 0], LONG[0]])))
+    whole, cut = (one.tokenize_block(shard.read(np.arange(3))) for one in (long, short))
+    found = whole.cut(4)
+    assert [tokens.tolist() for tokens in (found.input_ids_l, found.token_type_ids_l, found.offsets_n1)] == [
+        tokens.tolist() for tokens in (cut.input_ids_l, cut.token_type_ids_l, cut.offsets_n1)
+    ]
+    assert whole.cut(6) is whole
 
 
 @pytest.mark.parametrize("truncation", ["variable", "random"])

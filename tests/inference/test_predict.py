@@ -887,13 +887,14 @@ def test_predict_is_as_right_as_training_said_at_its_end(trained, held_out, expe
 
 def test_predict_and_evaluate_agree_on_cells_that_are_too_long(copied_run, held_out):
     folder = copied_run()
-    content = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(content | {"max_length": 10}))
+    whole = predict_table(held_out, folder, ask=["cell_type"])[PROBABILITY]
+    _changed_config(most_genes=8)(folder)
     run = load_run(folder, device="cpu")
     labelled = block_of(list(IterableAnnDataset(held_out, run.tokenizer)))
     asked = answer(run, labelled, Question("alone", ("cell_type",)))["cell_type"]
     by_predict = predict_table(held_out, run, ask=["cell_type"])[PROBABILITY]
     np.testing.assert_allclose(by_predict, asked.max(axis=1), atol=1e-5)
+    assert np.abs(by_predict - whole).max() > 1e-3
 
 
 def test_a_confusion_has_the_true_classes_as_rows(evaluation, held_out):

@@ -33,7 +33,7 @@ def edited(block: TokenBlock, genes: list[str], tokenizer: GeneTokenizer = TOKEN
     """Return ids, types and own tokens of every sequence that the perturbations change, and which these are."""
     perturbations = perturbations_of(genes, tokenizer, **options)
     pairs = changed_pairs(block, perturbations, tokenizer)
-    room = tokenizer.most_genes()
+    room = tokenizer.most_genes
     out, is_own_l = edit(block, perturbations, tokenizer, pairs=pairs, most_genes=room)
     rows = [
         [part.tolist() for part in (*out.cell(row), is_own_l[out.offsets_n1[row] : out.offsets_n1[row + 1]])]

@@ -14,6 +14,7 @@ from perturbgene.eval_utils import inference_mode
 from perturbgene.inference.run import Run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 from perturbgene.model.attention import attention
+from perturbgene.model.layers import expression_levels
 from perturbgene.perturbation import screening
 from perturbgene.perturbation.edits import Perturbations, changed_pairs, perturbations_of
 from perturbgene.perturbation.readouts import StateReadout, exact_effects, label_readout, sequences
@@ -60,6 +61,31 @@ def effects(run: Run, block: TokenBlock, readout, genes: list[str], **options) -
     perturbations = perturbations_of(genes, TOKENIZER)
     pairs = changed_pairs(asked, perturbations, TOKENIZER)
     return pairs, exact_effects(run, asked, perturbations, readout, pairs=pairs, **options)
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_genes_that_the_transformer_does_not_read_still_vote(classifier: bool) -> None:
+    run, block = a_run(classifier=classifier), cells([0, 1, 2, 5, 8], [2, 3], [0, 1, 2])
+    run.model.config.most_genes = 3
+    readout = READOUTS["two_labels"](run)
+    asked = sequences(block, TOKENIZER, readout)
+    (cell_m, perturbation_m), exact = effects(run, block, readout, list(TOKENIZER.panel.genes))
+    path = run.model.direct_classes if classifier else run.model.direct_labels
+    first = TOKENIZER.vocabulary.id_range("cell_type")[0] - run.model.config.first_label_id
+    column = {"B cell": 0, "NK cell": 1, "T cell": 2} if classifier else {"B cell": first, "T cell": first + 2}
+    far = (perturbation_m >= 3) & (cell_m == 0)  # of the first cell's five genes, three are read
+    votes_gk = path.votes_tk[TOKENIZER.first_gene_type :] * expression_levels(run.model.config)[10]
+    expected_g = votes_gk[:, column["T cell"]] - votes_gk[:, column["B cell"]]
+    np.testing.assert_allclose(exact[far], expected_g[perturbation_m[far]], atol=1e-5)
+    screened_l = screen_removals(run, asked, readout)
+    np.testing.assert_allclose(screened_l[: asked.offsets_n1[1]][-3:-1], exact[far], atol=1e-5)
+    with inference_mode(run.model):
+        whole = readout.log_odds(readout.logits(run.model, pack(asked)))
+        path.votes_tk.zero_()
+        cut = readout.log_odds(readout.logits(run.model, pack(asked.cut(asked.offsets_n1[1] - 2))))
+        without = readout.log_odds(readout.logits(run.model, pack(asked)))
+    np.testing.assert_allclose(without.numpy(), cut.numpy(), atol=1e-5)  # the transformer reads the same
+    assert (whole - without).abs().min() > 1e-3
 
 
 @pytest.mark.bf16
