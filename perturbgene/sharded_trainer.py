@@ -41,9 +41,12 @@ from perturbgene.training.callbacks import (
     WithCells,
     outlive_signals,
 )
+from perturbgene.training.trainable import LowRank
+from perturbgene.training.transfer import quiet
 
 logger = logging.getLogger(__name__)
 
+LOADING_WEIGHTS = "transformers.trainer"
 _PARTS = ("loss_phenotypes", "loss_genes")
 
 
@@ -67,6 +70,7 @@ class ShardedTrainer(Trainer):
         final_evaluator: Scores the last step and the delivered weights; `evaluator` by default.
         early_stopping: Ends training when the metric no longer improves; None never does.
         before_scoring: Called with the model before it is scored.
+        adapters: LoRA's updates of the model, which are merged into the weights that are saved.
         *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
 
     Attributes:
@@ -84,6 +88,7 @@ class ShardedTrainer(Trainer):
         final_evaluator: Evaluator | None = None,
         early_stopping: StopEarly | None = None,
         before_scoring: Callable[[Any], None] | None = None,
+        adapters: LowRank | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -105,7 +110,7 @@ class ShardedTrainer(Trainer):
         self._step_of_last_parts = 0
         self._resumed: _Resumed | None = None
         self.stop, self.progress, self.speed = StopOnSignal(), Progress(), Speed(self._sum_over_ranks)
-        self.early_stopping, self.before_scoring = early_stopping, before_scoring
+        self.early_stopping, self.before_scoring, self.adapters = early_stopping, before_scoring, adapters
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         for callback in (self.stop, self.progress, early_stopping, KeepPosition(self.cells)):
@@ -139,7 +144,9 @@ class ShardedTrainer(Trainer):
         return self.early_stopping is not None and self.early_stopping.has_stopped(state)
 
     def _is_last(self, state: TrainerState) -> bool:
-        """True if the run of a saved state has no step left to do."""
+        """True if the run of a saved state has no step left to do; with a `max_steps` of 0, no run has."""
+        if self.args.max_steps == 0:
+            return True
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return state.global_step >= max_steps or self._has_stopped_early(state)
 
@@ -277,8 +284,12 @@ class ShardedTrainer(Trainer):
     # -- loss and scores ------------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Exclude the gains of bins from weight decay, like biases and norms: they rest at 1, not at 0."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("type_gain")]
+        """Exclude the gains of bins from weight decay, like biases and norms: they rest at 1, not at 0.
+
+        With LoRA, exclude the embeddings too: most of their rows must stay as they are.
+        """
+        rests = ("type_gain",) if self.adapters is None else ("type_gain", "_embeddings.weight")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(rests)]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Count labeled tokens of the global batch: (phenotypes, genes) for MLM, cells for classes."""
@@ -416,6 +427,34 @@ class ShardedTrainer(Trainer):
             ) from error
         finally:
             self._partial = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write weights that every verb can read, and next to them LoRA's updates, which they no longer show."""
+        if self.adapters is not None:
+            state_dict = self.adapters.merged_state()
+        super()._save(output_dir, state_dict)
+        if self.adapters is not None and self.args.should_save:
+            self.adapters.save(Path(str(output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint, and LoRA's updates."""
+        with quiet(LOADING_WEIGHTS) if self.adapters is not None else nullcontext():  # it misses merged weights
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.adapters is not None:
+            self.adapters.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the best weights, and LoRA's updates."""
+        with quiet(LOADING_WEIGHTS) if self.adapters is not None else nullcontext():
+            super()._load_best_model()
+        if self.adapters is not None:
+            self.adapters.load(Path(str(self.state.best_model_checkpoint)))
+
+    def merge_adapters(self) -> None:
+        """Turn the trained model into a plain one, in place."""
+        if self.adapters is not None:
+            self.adapters.merge()
+        self.adapters = None
 
     def deliver(self, write_more: Callable[[Path], None]) -> None:
         """Write final weights, settings, tokenizer and state into the run folder, each file whole.

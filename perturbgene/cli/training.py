@@ -7,6 +7,7 @@ training arguments.
 import re
 import sys
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from perturbgene.cli.base import BaseConfig, BinOptions
@@ -101,6 +102,11 @@ class ModelOptions(BaseConfig):
     pretrained_model_path: str | None = option(
         None, "Run folder or Hugging Face model with weights and sizes to start from.", is_path=True, may_be_on_hub=True
     )
+    train_only: Literal["all", "head", "lora", "votes"] = option(
+        "all", "What learns. head: only the output layers of a pretrained model. lora: these, a low-rank update of "
+        "each matrix of its encoder (needs peft), and what is new to it. votes: only the regression of labels on "
+        "genes, which takes no training steps.",
+    )  # fmt: skip
     num_hidden_layers: int | None = option(None, "Number of layers.", within="[1, inf)")
     num_attention_heads: int | None = option(None, "Number of attention heads per layer.", within="[1, inf)")
     hidden_size: int | None = option(None, "Size of a token's vector.", within="[1, inf)")
@@ -130,6 +136,18 @@ class ModelOptions(BaseConfig):
                 raise InputError(
                     f"{name} is given, but the model of --pretrained_model_path has its own. Remove --{name}."
                 )
+        if self.train_only in ("head", "lora") and not self.pretrained_model_path:
+            raise InputError(
+                f"train_only is {self.train_only}, which keeps the encoder as it is, but without a pretrained model it "
+                "is random. Give --pretrained_model_path, or remove --train_only."
+            )
+        if self.train_only == "lora" and find_spec("peft") is None:
+            raise InputError("train_only is lora, which needs the package peft. Install it with `pip install peft`.")
+        if self.train_only == "votes" and self.direct_path == "never":
+            raise InputError(
+                "train_only is votes, but direct_path never leaves the genes' votes out, so nothing would learn. "
+                "Remove --train_only or --direct_path."
+            )
         heads, hidden = self.num_attention_heads, self.hidden_size
         if heads and hidden and hidden % heads:
             raise InputError(
@@ -221,6 +239,12 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         "high value (0.9) helps against overfitting on a few hundred cells.", group=TRAINING, within="[0, 1]",
     )  # fmt: skip
 
+    sample_by: str | None = option(
+        None, "Draw cells of rare labels more often: a phenotype, or a column of obs that the corpus keeps. A label's "
+        "share of the draws grows with the square root of its number of cells, and an epoch has as many draws as there "
+        "are cells. Cells without a label are drawn once.", group=TRAINING,
+    )  # fmt: skip
+
     def check(self) -> None:
         super().check()
         budget, packed = self.tokens_per_batch, ("per_device_train_batch_size", "pad_to_multiple_of")
@@ -245,6 +269,13 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
                 "early_stopping_patience needs evaluations, but there are none. Give --corpus or --eval_data_paths, "
                 "and remove --eval_strategy no."
             )
+        if self.train_only == "votes" and self.early_stopping_patience:
+            raise InputError(
+                "train_only is votes, which takes no training steps: --early_stopping_patience has nothing to stop. "
+                "Remove one of them."
+            )
+        if self.train_only == "lora" and self.training_overrides.get("fsdp"):
+            raise InputError("train_only is lora, which cannot be combined with --fsdp. Remove one of them.")
         for name, reason in IMPOSSIBLE.items():
             value = self.training_overrides.get(name)
             if value not in (None, "random") and (value or name == "neftune_noise_alpha"):  # 0 adds its hook, too

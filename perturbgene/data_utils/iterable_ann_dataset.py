@@ -23,20 +23,22 @@ from torch.utils.data import IterableDataset, get_worker_info
 from perturbgene.cli.base import Normalization, ReadingConfig
 from perturbgene.cli.options import conditions, named_values
 from perturbgene.data_utils.chosen_cells import ChosenCells, Where, check_where
-from perturbgene.data_utils.labels import ABSENT
+from perturbgene.data_utils.labels import ABSENT, Labels, is_missing
 from perturbgene.data_utils.opening import as_sources
 from perturbgene.data_utils.order import (
     DEFAULT_BLOCK_ROWS,
     DEFAULT_BUFFER_ROWS,
     BudgetSampler,
+    CellDraws,
     CellSampler,
     WorkerSampler,
+    draw_rates,
     gene_counts,
     split_rows,
 )
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock, TokenBuffer
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.urls import shown_path
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class Cell(dict[str, torch.Tensor]):
 
     Attributes:
         index: Number of the cell in the data set.
-        epoch: Epoch in which it was drawn.
+        epoch: Epoch in which it was drawn; with `sample_by`, how often it was drawn before.
         is_measured_g: True for genes that it was measured with, shape (g,); None for all.
     """
 
@@ -135,6 +137,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
         rank, world_size: Which part of the cells this process yields.
         keep_all: True yields each cell exactly once over all ranks (evaluation); False gives every rank the same
             number. Default: the opposite of `shuffle`.
+        sample_by: Phenotype or obs column whose rare labels are drawn more often per cell, see `order.draw_rates`. An
+            epoch then has about as many draws as there are cells.
         phenotypes: Phenotype -> obs column where the names differ; also as texts "cell_type=CellType".
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
         optional_labels: False refuses a file that lacks the column of an included phenotype.
@@ -170,6 +174,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         rank: int = 0,
         world_size: int = 1,
         keep_all: bool | None = None,
+        sample_by: str | None = None,
         phenotypes: Mapping[str, str] | Sequence[str] = (),
         constant_labels: dict[str, int] | None = None,
         optional_labels: bool = True,
@@ -186,6 +191,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self.block_rows, self.buffer_rows, self.threads = block_rows, buffer_rows, threads
         self.tokens_per_batch = tokens_per_batch
         self._last_batches: BudgetSampler | None = None
+        self._last_drawn: tuple[int, np.ndarray] | None = None  # the rows of the last epoch that was asked for
         if tokens_per_batch is not None and tokens_per_batch < tokenizer.max_length:
             raise InputError(
                 f"tokens_per_batch is {tokens_per_batch}, but one cell may have max_length {tokenizer.max_length}. "
@@ -210,6 +216,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self._class_n = self._classes() if phenotype_category is not None else None
         if sum(self.sizes) == 0:
             raise InputError(f"{listed(self.paths)} hold no cells. Give at least one file with cells.")
+        self._draws = CellDraws(self._draw_rates(sample_by), seed) if sample_by is not None else None
 
     # -- what is decided at the door ------------------------------------------------------------------------------
 
@@ -268,11 +275,42 @@ class IterableAnnDataset(IterableDataset[Cell]):
             raise InputError(f"binary_label {self.binary_label!r} is not a {category}. Choose one of: {known}.")
         return np.where(ids_n == ABSENT, ABSENT, (ids_n == wanted).astype(np.int64))
 
-    def class_counts(self) -> np.ndarray:
-        """Count the labelled cells of each class over all ranks, int64 of shape (k,)."""
+    def _draw_rates(self, sample_by: str) -> np.ndarray:
+        """Return how often each cell is drawn per epoch, by its label in a column; 0 for cells that are left out."""
+        column = self.shards.options["obs_columns"].get(sample_by, sample_by)
+        numbers, columns, label_n = dict[str, int](), set[str](), list[np.ndarray]()
+        for shard in self.shards:
+            columns |= set(shard.source.columns_of("obs"))
+            labels = Labels(np.zeros(len(shard), dtype=np.int32), ("",))
+            if column in shard.source.columns_of("obs"):
+                labels = Labels.of(shard.source.obs_column(column))
+            missing = [is_missing(text, self.shards.options["missing_labels"]) for text in labels.texts]
+            parts = zip(labels.texts, missing, strict=True)
+            known = [ABSENT if is_not else numbers.setdefault(text, len(numbers)) for text, is_not in parts]
+            label_n.append(np.array(known)[labels.codes_n])
+        if column not in columns:
+            raise InputError(
+                f"sample_by is {sample_by!r}, but no training file has that obs column. "
+                f"{did_you_mean(column, sorted(columns))} A corpus keeps its phenotypes and the column of its split. "
+                "Change --sample_by."
+            )
+        rate_n = np.zeros(sum(self.sizes))
+        rows = slice(None) if self._rows_n is None else self._rows_n
+        rate_n[rows] = draw_rates(np.concatenate(label_n)[rows])
+        logger.info(
+            "--sample_by %s: of %d labels, a cell is drawn %.2g to %.2g times per epoch",
+            sample_by, len(numbers), rate_n[rows].min(), rate_n[rows].max(),
+        )  # fmt: skip
+        return rate_n
+
+    def class_counts(self, *, per_draw: bool = False) -> np.ndarray:
+        """Count the labelled cells of each class over all ranks, or how many are drawn per epoch, shape (k,)."""
         assert self._class_n is not None and self.phenotype_category is not None
         num_classes = 2 if self.binary_label else len(self.tokenizer.phenotypes[self.phenotype_category])
-        return np.bincount(self._class_n[self._class_n >= 0], minlength=num_classes)
+        is_known_n, weight_n = self._class_n >= 0, None
+        if per_draw and self._draws is not None:
+            weight_n = self._draws.rate_n[is_known_n]
+        return np.bincount(self._class_n[is_known_n], weights=weight_n, minlength=num_classes)
 
     @property
     def coverage(self) -> float:
@@ -303,7 +341,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     @property
     def num_cells(self) -> int:
-        """Cells of an epoch over all ranks."""
+        """Cells that take part, over all ranks."""
         return sum(self.sizes) if self._rows_n is None else len(self._rows_n)
 
     @property
@@ -320,9 +358,14 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     def cell_sampler(self, epoch: int | None = None) -> CellSampler:
         """The order of all ranks' cells in an epoch, by default the current one."""
+        epoch, rows_n = self.epoch if epoch is None else epoch, self._rows_n
+        if self._draws is not None:
+            if self._last_drawn is None or self._last_drawn[0] != epoch:
+                self._last_drawn = epoch, self._draws.rows(epoch)
+            rows_n = self._last_drawn[1]
         return CellSampler(
-            self.sizes, seed=self.seed, epoch=self.epoch if epoch is None else epoch, is_shuffled=self.shuffle,
-            rows_n=self._rows_n, block_rows=self.block_rows, buffer_rows=self.buffer_rows,
+            self.sizes, seed=self.seed, epoch=epoch, is_shuffled=self.shuffle, rows_n=rows_n,
+            block_rows=self.block_rows, buffer_rows=self.buffer_rows,
         )  # fmt: skip
 
     @cached_property
@@ -342,7 +385,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     def num_units(self, epoch: int | None = None) -> int:
         """Count what is dealt out to ranks in an epoch: cells, or batches under a budget of tokens."""
-        return len(self.batch_sampler(epoch)) if self.tokens_per_batch else self.num_cells
+        return len(self.batch_sampler(epoch) if self.tokens_per_batch else self.cell_sampler(epoch))
 
     @property
     def units_per_batch(self) -> int:
@@ -383,6 +426,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         ]
         rows = b"" if self._rows_n is None else self._rows_n.astype(np.int64).tobytes()
         rows += self._genes_n.tobytes() if self.tokens_per_batch else b""
+        rows += b"" if self._draws is None else self._draws.rate_n.tobytes()
         return hashlib.sha256(json.dumps(facts).encode() + rows).hexdigest()[:16]
 
     @property
@@ -505,16 +549,18 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self, rows_m: np.ndarray, sizes_b: np.ndarray | None, epoch: int, buffer: TokenBuffer, pool: ThreadPoolExecutor
     ) -> _Round:
         """Read and tokenize one round in file order, the chunks of a few files at a time in several threads."""
-        order = np.argsort(rows_m, kind="stable")
+        repetition_m, rows_m = np.divmod(rows_m, sum(self.sizes))
+        read_m, place = np.unique(rows_m, return_inverse=True)  # a row that is drawn twice is read once
         blocks: list[TokenBlock] = []
-        for chunks in self._windows(rows_m[order]):
+        for chunks in self._windows(read_m):
             run = pool.map if self.threads > 1 and get_worker_info() is None else map
             blocks += run(self._tokenize, chunks, itertools.repeat(epoch))
         block = TokenBlock.join(blocks, buffer=buffer)
+        if self._draws is not None:  # each draw of a cell has masks of its own
+            block, place = block.take(place), np.arange(len(place))
+            block = replace(block, epochs_n=self._draws.before(epoch, rows_m) + repetition_m)
         if self._class_n is not None:
             block = replace(block, labels_n=self._class_n[block.cells_n])
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = np.arange(len(order))
         return block, place, sizes_b
 
     def _rounds(self, begin: int, epoch: int) -> Iterator[_Round]:
@@ -571,7 +617,8 @@ class IterableAnnDataset(IterableDataset[Cell]):
                 if not self.tokens_per_batch or row == len(block) - 1:
                     self._done = min(self._done + self.world_size, num_units)
                 cell = Cell(self.tokenizer.as_tensors(*block.cell(row)))
-                cell.index, cell.epoch, cell.is_measured_g = int(block.cells_n[row]), epoch, masks[table_n[row]]
+                drawn = epoch if block.epochs_n is None else int(block.epochs_n[row])
+                cell.index, cell.epoch, cell.is_measured_g = int(block.cells_n[row]), drawn, masks[table_n[row]]
                 if block.labels_n is not None:
                     cell["labels"] = torch.tensor(int(block.labels_n[row]))
                 yield cell

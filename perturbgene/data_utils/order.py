@@ -1,7 +1,7 @@
 """Shuffling and sharding: the order of cells in an epoch, their batches, and which rank and worker gets which.
 
-Owns pure functions of (seed, epoch, cell), and the estimate of how long a cell's sequence is; knows nothing of genes or
-tensors. Letters: n cells, m cells of one round, b batches.
+Owns pure functions of (seed, epoch, cell), how often a cell is drawn, and the estimate of how long its sequence is;
+knows nothing of genes or tensors. Letters: n cells, m cells of one round or draws of one epoch, b batches.
 
 The order works in rounds, so that it never has to be held in memory. Blocks of neighboring rows are permuted across
 all files. Rounds of similar size take at most `buffer_rows` rows each of that permutation and deal their blocks onto
@@ -10,6 +10,7 @@ comes from lane p % NUM_LANES while all lanes last, and a rank that takes every 
 NUM_LANES, little more than its own blocks from disk.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,7 +49,7 @@ class CellSampler:
         sizes: Number of rows of each file, in the order of the paths.
         seed, epoch: What a shuffled order depends on.
         is_shuffled: False keeps the order of the files.
-        rows_n: Row numbers that take part (sorted), or None for all.
+        rows_n: Row numbers that take part (sorted, or as `CellDraws.rows` returns them), or None for all.
         block_rows: Most neighboring rows that travel together; fewer when there are few cells.
         buffer_rows: Most rows of a round.
     """
@@ -148,6 +149,60 @@ def split_rows(rows_m: np.ndarray, *, starts_f: np.ndarray) -> list[tuple[int, n
     return [(int(files[0]), rows - starts_f[files[0]]) for files, rows in parts]
 
 
+# -- how often a cell is drawn ------------------------------------------------------------------------------------
+
+
+def draw_rates(label_n: np.ndarray) -> np.ndarray:
+    """Return how often each cell is drawn per epoch, float64 of shape (n,), with a mean of 1.
+
+    A cell's rate is proportional to one over the square root of its label's number of cells: a label that is 100 times
+    as frequent as another is drawn only 10 times as often. Cells without a label (-1) are drawn once.
+
+    Example:
+        >>> draw_rates(np.array([0] * 4 + [1] + [-1])).round(3).tolist()
+        [0.833, 0.833, 0.833, 0.833, 1.667, 1.0]
+    """
+    rate_n, is_known_n = np.ones(len(label_n)), label_n >= 0
+    root_k = np.sqrt(np.bincount(label_n[is_known_n]))
+    total = math.fsum(root_k)  # to the last bit, on every machine
+    rate_n[is_known_n] = is_known_n.sum() / total / root_k[label_n[is_known_n]] if total else 1.0
+    return rate_n
+
+
+@dataclass(frozen=True)
+class CellDraws:
+    """Which cells an epoch has, and how often, a pure function of its fields and the epoch.
+
+    Draws are spread evenly over epochs: a cell with a rate of 0.25 comes in every fourth epoch, from a random one on.
+
+    Args:
+        rate_n: How often each row is drawn per epoch, shape (n,); 0 leaves it out.
+        seed: What the first epoch of a cell depends on.
+    """
+
+    rate_n: np.ndarray
+    seed: int = 0
+
+    @cached_property
+    def _phase_n(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, 0, 2)).random(len(self.rate_n))
+
+    def before(self, epoch: int, rows_m: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Count how often some rows have been drawn before an epoch, int64 of shape (m,)."""
+        return np.floor(self._phase_n[rows_m] + self.rate_n[rows_m] * epoch).astype(np.int64)
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """Return the rows that are drawn in an epoch; the k-th repetition of a row is `row + k * len(rate_n)`.
+
+        First come all rows that are drawn at all, then those that are drawn a second time, and so on: so the blocks of
+        a `CellSampler` seldom hold a cell twice.
+        """
+        times_n = self.before(epoch + 1) - self.before(epoch)
+        rows_m = np.repeat(np.arange(len(times_n)), times_n)
+        repetition_m = np.arange(len(rows_m)) - np.repeat(np.cumsum(times_n) - times_n, times_n)
+        return np.sort(rows_m + repetition_m * len(times_n))
+
+
 # -- batches under a token budget ---------------------------------------------------------------------------------
 
 
@@ -210,7 +265,7 @@ class BudgetSampler:
 
     Args:
         cells: The order of cells.
-        length_n: Tokens of each row, numbered over all files.
+        length_n: Tokens of each row, numbered over all files; a row beyond them is a repetition.
         budget: Most tokens of a batch, at least as many as the longest cell has.
     """
 
@@ -220,7 +275,7 @@ class BudgetSampler:
 
     def _cut(self, rows_m: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of a round in the order of its batches, and the sizes of these."""
-        order_m, sizes_b = fill(self.length_n[rows_m], budget=self.budget)
+        order_m, sizes_b = fill(self.length_n[rows_m % len(self.length_n)], budget=self.budget)
         if self.cells.is_shuffled:
             rng = np.random.default_rng((self.cells.seed, self.cells.epoch, 1 + number, 1))
             place_b = rng.permutation(len(sizes_b))

@@ -167,7 +167,7 @@ class GeneBertLayer(GradientCheckpointingLayer):
         h = config.hidden_size
         self.config = config
         self.attention: AttentionFunction = attention
-        self.qkv = Linear(h, 3 * h)
+        self.qkv: nn.Module = Linear(h, 3 * h)
         self.attention_out = Linear(h, h)
         self.attention_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
         self.ffn_in = Linear(h, config.intermediate_size)
@@ -184,10 +184,14 @@ class GeneBertLayer(GradientCheckpointingLayer):
         if queries is None:
             q, k, v = self.qkv(hidden_lh).view(-1, 3, heads, h // heads).unbind(1)  # (l, 3 h) -> 3 of (l, heads, d)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
             asked_ah = hidden_lh.index_select(0, cast(Tensor, queries.positions))
-            q = linear(asked_ah, weight[:h], bias[:h]).view(-1, heads, h // heads)
-            k, v = linear(hidden_lh, weight[h:], bias[h:]).view(-1, 2, heads, h // heads).unbind(1)
+            if isinstance(self.qkv, Linear):
+                weight, bias = self.qkv.weight, self.qkv.bias
+                q_ah, kv_lh = linear(asked_ah, weight[:h], bias[:h]), linear(hidden_lh, weight[h:], bias[h:])
+            else:  # LoRA has wrapped it: its weights alone are not what it computes
+                q_ah, kv_lh = self.qkv(asked_ah)[:, :h], self.qkv(hidden_lh)[:, h:]
+            q = q_ah.reshape(-1, heads, h // heads)
+            k, v = kv_lh.reshape(-1, 2, heads, h // heads).unbind(1)
         where = {"queries": queries or keys, "keys": keys, "kernel": self.config.attention_kernel}
         attended_ahd = self.attention(q, k, v, **where, key_log_gate_l=key_log_gate)
         # Selected once more, and here: gradients are added in this order, which decides their last bits.

@@ -187,22 +187,22 @@ _FIXED = (
     "verb", "corpus", "train_data_paths", "where", "layer", "gene_id_column", "vocab_path", "included_phenotypes",
     "panel", "num_top_genes", "normalization", "missing_labels", "phenotypes", "bin_edges", "bin_edges_path",
     "max_length", "seed", "gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpressed_ratio", "gene_drop_prob",
-    "phenotype_category", "binary_label", "balanced_dataset", "phenotype_loss_weight", "gene_loss_weight",
+    "sample_by", "phenotype_category", "binary_label", "balanced_dataset", "phenotype_loss_weight", "gene_loss_weight",
     "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",
     "lr_scheduler_type", "optim", "max_grad_norm", "dropout", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
-#: Settings that shape the model: the weights and the optimizer's moments of a checkpoint fit no other.
+#: Settings that shape the model, or say what learns: weights and the optimizer's moments of a checkpoint fit no other.
 _MODEL_SETTINGS = (
     "model_arch", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "norm_position",
-    "bin_gain_range", "direct_path",
+    "bin_gain_range", "direct_path", "train_only",
 )  # fmt: skip
 
 
 def check_settings(checkpoint: Path, now: Mapping[str, Any], *, num_ranks: int, may_change: bool) -> None:
     """Compare settings with those of a checkpoint's run; refuse those that would make it another run.
 
-    If they may change, a warning names them, but the model must keep its shape. The same number of cells per step,
-    divided otherwise among processes and accumulated batches, is no difference.
+    If they may change, a warning names them, but the model must keep its shape, and what learns. The same number of
+    cells per step, divided otherwise among processes and accumulated batches, is no difference.
     """
     path = checkpoint.parent / SETTINGS_FILE
     if not path.is_file():
@@ -212,8 +212,8 @@ def check_settings(checkpoint: Path, now: Mapping[str, Any], *, num_ranks: int, 
     changed = {name: f"{name} was {then[name]}, is {now[name]}" for name in names}
     if shape := [text for name, text in changed.items() if name in _MODEL_SETTINGS]:
         raise InputError(
-            f"{checkpoint} holds a model of another shape: {'; '.join(shape)}. Give the earlier settings, or start a "
-            "new run in another --output_dir."
+            f"{checkpoint} holds weights that do not fit these settings: {'; '.join(shape)}. Give the earlier "
+            "settings, or start a new run in another --output_dir."
         )
     factors = ("per_device_train_batch_size", "gradient_accumulation_steps")
     cells_then, cells_now = (math.prod(settings.get(name, 1) for name in factors) for settings in (then, now))

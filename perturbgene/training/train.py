@@ -38,8 +38,9 @@ from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
 from perturbgene.training.tokenizer import tokenizer_of
-from perturbgene.training.transfer import quiet, run_config, start_from
-from perturbgene.training.votes import READING, describe_shares, fit_shares, solve_votes
+from perturbgene.training.trainable import choose_weights
+from perturbgene.training.transfer import Start, quiet, run_config, start_from
+from perturbgene.training.votes import READING, describe_shares, fit_shares, solve_votes, vote_alone
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -135,11 +136,12 @@ def run_cls(config: "ClsConfig") -> Path:
             raise InputError(f"all training cells are {names[int(counts_k.argmax())]!r}: there is nothing to classify.")
         if rare := [name for name, count in zip(names, counts_k, strict=True) if count < 2]:
             logger.warning("classes with fewer than two training cells cannot be learned: %s", listed(rare))
+        drawn_k = cells.train.class_counts(per_draw=True)
         head = {
             "id2label": dict(enumerate(names)),
             "label2id": {name: index for index, name in enumerate(names)},
             "phenotype_category": category,
-            "class_weights": class_weights(counts_k) if config.balanced_dataset else None,
+            "class_weights": class_weights(drawn_k) if config.balanced_dataset else None,
         }
         collator = collate_fn_wrapper(
             tokenizer,
@@ -232,8 +234,9 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
     options |= classes
     size, budget = arguments.per_device_train_batch_size, config.tokens_per_batch
     train = IterableAnnDataset(
-        paths["train"], tokenizer, shuffle=True, batch_size=size, tokens_per_batch=budget, **options
-    )
+        paths["train"], tokenizer, shuffle=True, batch_size=size, tokens_per_batch=budget, sample_by=config.sample_by,
+        **options,
+    )  # fmt: skip
     if not train.num_batches() or (not budget and len(train) < train.batch_size):
         what, flag = f"{size} cells", "per_device_train_batch_size"
         if budget:
@@ -300,17 +303,23 @@ def _train(
     """
     tokenizer, evaluation = cells.tokenizer, cells.evaluation
     if config.pretrained_model_path is None:
-        model: Any = kind(model_config(config, tokenizer, **settings))
-        kept: tuple[str, ...] = ()
+        start = Start(kind(model_config(config, tokenizer, **settings)), (), {}, has_head=False)
     else:
         settings |= tokenizer_facts(tokenizer)
-        model, kept = start_from(kind, config, tokenizer, seed=arguments.seed, **settings)
+        start = start_from(kind, config, tokenizer, seed=arguments.seed, **settings)
+    model = start.model
+    has_shares = model.config.direct_path and (start.has_head or config.train_only != "votes")
+    if config.train_only == "votes":
+        arguments.max_steps = 0
+        vote_alone(model, has_head=start.has_head)
+    else:
+        parts["adapters"] = choose_weights(model, config.train_only, is_new=start.is_new)
     if config.early_stopping_patience:
         parts["early_stopping"] = StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
-    if model.config.direct_path and evaluation is not None:
+    if has_shares and evaluation is not None:
         held_out = cells.whole("eval")
         parts["before_scoring"] = lambda trained: fit_shares(trained, held_out)
-    elif model.config.direct_path:
+    elif has_shares:
         logger.warning("no evaluation cells say how much the transformer may add to the genes' votes: all of it")
     trainer = ShardedTrainer(args=arguments, model=model, train_dataset=cells.train, eval_dataset=evaluation, **parts)
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
@@ -326,7 +335,8 @@ def _train(
     if model.config.direct_path and checkpoint is None:
         weights = settings.get("class_weights")
         solve_votes(model, cells.whole("train"), donor_column=cells.donor_column, class_weights=weights)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if arguments.max_steps != 0:
+        trainer.train(resume_from_checkpoint=checkpoint)
     if number := trainer.stop.stopped_by:
         step = trainer.state.global_step
         message = (
@@ -334,10 +344,11 @@ def _train(
             f"saved in {folder}/checkpoint-{step}. The same command with --resume_from_checkpoint continues from there."
         )
         raise StoppedError(message if is_first else "", exit_code=128 + number)  # one process prints
+    trainer.merge_adapters()
     results = trainer.final_results()
     for line in describe_shares(model, tokenizer) if evaluation is not None else ():
         logger.info(line)
-    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results, kept=kept))
+    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results, kept=start.lines))
     return folder
 
 

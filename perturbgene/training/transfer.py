@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {kind.__name__: kind for kind in (GeneBertForPhenotypicMLM, GeneBertForClassification, GeneBertModel)}
 _NUM_SPECIAL = len(SPECIAL_TOKENS)
+_WORDS, _TYPES = (f"genebert.embeddings.{name}_embeddings.weight" for name in ("word", "token_type"))
 LOADING = "transformers.modeling_utils"  # prints a table of weights, for which our line is the summary
 
 
@@ -155,10 +156,7 @@ def _embeddings(
     state: Mapping[str, Tensor], names: NameMap, old: GeneTokenizer, new: GeneTokenizer, *, seed: int
 ) -> dict[str, Tensor]:
     """Return the embeddings of the new ids and types."""
-    words, types, gain = (
-        f"genebert.embeddings.{name}"
-        for name in ("word_embeddings.weight", "token_type_embeddings.weight", "type_gain")
-    )
+    words, types, gain = _WORDS, _TYPES, "genebert.embeddings.type_gain"
     generator, fresh = torch.Generator().manual_seed(seed), {}
     groups = {
         words: [(slice(_NUM_SPECIAL, old.first_bin_id), slice(_NUM_SPECIAL, new.first_bin_id))],
@@ -241,6 +239,15 @@ def _head_weights(state: Mapping[str, Tensor], names: NameMap, old: _Head, new: 
 # -- the model ----------------------------------------------------------------------------------------------------
 
 
+class Start(NamedTuple):
+    """A model that starts from another run."""
+
+    model: Any
+    lines: tuple[str, ...]  # what was kept
+    is_new: dict[str, Tensor]  # name of an embedding -> True for rows that are not a row of the run, (v,) and (t,)
+    has_head: bool  # True if the head means the same as the run's
+
+
 @contextmanager
 def errors_of_weights(path: str) -> Iterator[None]:
     """Explain what transformers raises for a folder without our weights."""
@@ -261,8 +268,8 @@ def run_config(path: str) -> GeneBertConfig:
 
 def start_from(
     kind: type[PreTrainedModel], config: "TrainingConfig", tokenizer: GeneTokenizer, *, seed: int, **settings: Any
-) -> tuple[Any, tuple[str, ...]]:
-    """Return a model that starts from the run at `config.pretrained_model_path`, and what was kept, as lines.
+) -> Start:
+    """Return a model that starts from the run at `config.pretrained_model_path`, and what was kept.
 
     Args:
         kind: Class of the model.
@@ -302,7 +309,11 @@ def start_from(
     if now.direct_path:
         lines = (*lines, f"genes' votes for labels: {'fresh' if 'direct path' in fresh else 'kept'}")
     logger.info("weights from %s: %s", path, "; ".join(lines))
-    return model, lines
+    is_new = {
+        key: torch.from_numpy(shares.max(axis=1).toarray().ravel() < 1)
+        for key, shares in ((_WORDS, names.ids_vo), (_TYPES, names.types_to))
+    }
+    return Start(model, lines, is_new, has_head="head" not in fresh)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from sklearn.model_selection import GroupKFold, KFold
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
+from perturbgene.errors import InputError
 from perturbgene.eval_utils import (
     class_logits,
     inference_mode,
@@ -202,6 +203,26 @@ def direct_path(model: Any) -> DirectPath | None:
     """Return the direct path of a masked model or a classifier; None where there is none, or nothing to vote for."""
     path: DirectPath | None = getattr(model, "direct_classes", None) or getattr(model, "direct_labels", None)
     return path
+
+
+def vote_alone(model: Any, *, has_head: bool) -> None:
+    """Check that a model has votes to solve, and let an untrained head add nothing to them.
+
+    Raises:
+        InputError: It has none.
+    """
+    path = direct_path(model)
+    if path is None:
+        raise InputError(
+            "train_only is votes, but the model has no genes' votes for labels: its run was trained with --direct_path "
+            "never, or there is no phenotype. Change --train_only."
+        )
+    if not has_head:
+        path.share_p2.zero_()
+        logger.warning(
+            "--train_only votes: the transformer has not learned to answer this and adds nothing. Only answers about "
+            "phenotypes mean something, not those about genes"
+        )
 
 
 def solve_votes(

@@ -638,6 +638,95 @@ def test_a_budget_that_may_not_hold_a_single_cell_is_refused(paths: list[str]) -
         a_stream(paths, tokens_per_batch=15)
 
 
+# -- draws by label -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def skewed(tmp_path: Path) -> list[str]:
+    """Two files of 20 and 17 cells; a column `lineage` of obs, which is no phenotype, has 32 x a, 4 x b and nothing."""
+    paths = []
+    for number, (size, first) in enumerate(((20, 0), (17, 20))):
+        cells = some_cells(size, first=first)
+        cells.obs["lineage"] = [{3: "b", 7: "b", 25: "b", 30: "b", 36: ""}.get(first + i, "a") for i in range(size)]
+        paths.append(str(tmp_path / f"skewed{number}.h5ad"))
+        cells.write_h5ad(paths[-1])
+    return paths
+
+
+class Draws:
+    """A collator that keeps the number of each cell and of its draw."""
+
+    def collate_block(self, block: TokenBlock) -> dict[str, Any]:
+        assert block.epochs_n is not None
+        return {"draws": list(zip(block.cells_n.tolist(), block.epochs_n.tolist(), strict=True))}
+
+
+def draws(stream: IterableAnnDataset, **options: Any) -> list[list[tuple[int, int]]]:
+    """Return the draws of each finished batch."""
+    batches = DataLoader(stream.batches(Draws()), batch_size=None, **options)
+    return [[tuple(draw) for draw in batch["draws"]] for batch in batches]  # the loader has made lists of them
+
+
+WITH_DRAWS: list[dict[str, Any]] = [{"sample_by": "lineage"}, {"sample_by": "lineage", **BUDGET}]
+
+
+@pytest.mark.parametrize("options", WITH_DRAWS, ids=["cells", "budget"])
+def test_rare_labels_are_drawn_by_the_square_root_of_their_cells(skewed: list[str], options: dict[str, Any]) -> None:
+    stream, drawn = a_stream(skewed, **options), list[tuple[int, int]]()
+    for epoch in range(12):
+        stream.set_epoch(epoch)
+        drawn += [draw for batch in draws(stream) for draw in batch]
+    assert len(set(drawn)) == len(drawn)  # no draw of a cell has the masks of another
+    times_n = np.bincount([cell for cell, _ in drawn], minlength=37)
+    rate_b = 36 / (np.sqrt(32) + 2) / 2
+    assert times_n[[3, 7, 25, 30]] == pytest.approx(12 * rate_b, abs=1)
+    assert times_n[[0, 1, 35]] == pytest.approx(12 * rate_b * 2 / np.sqrt(32), abs=1)
+    assert times_n[36] == 12
+
+
+@pytest.mark.parametrize("options", WITH_DRAWS, ids=["cells", "budget"])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_draws_are_the_same_for_any_number_of_workers_and_after_resuming(
+    skewed: list[str], options: dict[str, Any], num_workers: int
+) -> None:
+    stream = a_stream(skewed, **options)
+    stream.set_epoch(3)
+    whole = draws(stream)
+    assert draws(stream, num_workers=num_workers) == whole
+    resumed = a_stream(skewed, **options)
+    resumed.load_state_dict(stream.state_after(4))
+    assert draws(resumed, num_workers=num_workers) == whole[4:]
+
+
+def test_ranks_share_the_draws(skewed: list[str]) -> None:
+    ranks = [draws(a_stream(skewed, sample_by="lineage", rank=rank, world_size=2)) for rank in range(2)]
+    together = [draw for rank in ranks for batch in rank for draw in batch]
+    every = [draw for batch in draws(a_stream(skewed, sample_by="lineage")) for draw in batch]
+    assert len(set(together)) == len(together) >= len(every) - 1
+    assert set(together) <= set(every)
+
+
+def test_a_repeated_cell_has_its_own_tokens_and_other_masks(skewed: list[str]) -> None:
+    stream = a_stream(skewed, sample_by="lineage", batch_size=37, seed=1)
+    cells = [cell for cell in stream if cell.index == 3]
+    assert len(cells) == 2
+    assert torch.equal(cells[0]["input_ids"], cells[1]["input_ids"])
+    collator = DataCollatorForPhenotypicMLM(stream.tokenizer, gene_mask_prob=0.5)
+    first, second = (collator([cell])["labels"].tolist() for cell in cells)
+    assert first != second
+
+
+def test_other_draws_are_another_order(skewed: list[str]) -> None:
+    state = a_stream(skewed, sample_by="lineage").state_after(2)
+    with pytest.raises(InputError, match="another corpus"):
+        a_stream(skewed).load_state_dict(state)
+
+
+def test_a_column_to_sample_by_that_no_file_has_is_refused(skewed: list[str]) -> None:
+    with pytest.raises(InputError, match=r"sample_by is 'linage'.*Did you mean 'lineage'\?"):
+        a_stream(skewed, sample_by="linage")
+
+
 # -- labels -------------------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,10 @@ from scipy import sparse
 from perturbgene.data_utils.kernels import cell_key, mix, unit
 from perturbgene.data_utils.order import (
     BudgetSampler,
+    CellDraws,
     CellSampler,
     WorkerSampler,
+    draw_rates,
     fill,
     gene_counts,
     genes_per_value,
@@ -394,3 +396,37 @@ def test_the_fewer_cells_a_batch_has_the_more_room_is_left_for_error(make_adata:
 def test_an_empty_file_has_no_lengths(make_adata: Callable[..., ad.AnnData]) -> None:
     shard, tokenizer = shard_of(make_adata(np.zeros((0, 9), dtype=np.float32), genes=GENES))
     assert gene_counts(shard, tokenizer).tolist() == []
+
+
+# -- draws by label -----------------------------------------------------------------------------------------------
+
+SKEWED_N = np.repeat([0, 1, -1], [900, 9, 91])  # two labels, and cells without one
+
+
+def test_a_label_weighs_as_the_square_root_of_its_cells() -> None:
+    rate_n = draw_rates(SKEWED_N)
+    assert rate_n[900] / rate_n[0] == pytest.approx(10)
+    assert rate_n.mean() == pytest.approx(1)
+    assert (rate_n[909:] == 1).all()
+
+
+def test_cells_are_drawn_at_their_rate_and_evenly_over_epochs() -> None:
+    draws = CellDraws(draw_rates(SKEWED_N), seed=3)
+    counts_en = np.stack([np.bincount(draws.rows(epoch) % 1000, minlength=1000) for epoch in range(20)])
+    assert np.abs(counts_en.sum(axis=0) - 20 * draws.rate_n).max() < 1
+    assert (np.abs(counts_en - draws.rate_n) < 1).all()
+    assert np.abs(counts_en.sum(axis=1) - 1000).max() < 60  # every epoch is about as long as there are cells
+
+
+def test_repetitions_of_a_row_differ_and_follow_all_first_draws() -> None:
+    rows_m = CellDraws(np.array([0.0, 2.0, 1.0, 3.0])).rows(5)
+    assert rows_m.tolist() == [1, 2, 3, 5, 7, 11]
+
+
+def test_every_draw_of_a_cell_over_all_epochs_has_a_number_of_its_own() -> None:
+    draws = CellDraws(draw_rates(SKEWED_N), seed=1)
+    times_en = np.stack([draws.before(epoch) for epoch in range(6)])
+    for epoch in range(5):
+        rows_m, repetition_m = draws.rows(epoch) % 1000, draws.rows(epoch) // 1000
+        numbers_m = times_en[epoch][rows_m] + repetition_m
+        assert (numbers_m < times_en[epoch + 1][rows_m]).all()

@@ -179,7 +179,7 @@ def test_other_settings_are_distinguished_by_what_depends_on_them(tmp_path: Path
     now = {"seed": 2, "learning_rate": 0.2, "max_steps": 4, "output_dir": "b", "dataloader_num_workers": 2}
     with pytest.raises(InputError, match=r"other settings: seed was 1, is 2; learning_rate was 0.1, is 0.2\. The"):
         check(then, now, tmp_path)
-    with pytest.raises(InputError, match="another shape: hidden_size was 32, is 64. Give"):
+    with pytest.raises(InputError, match="do not fit these settings: hidden_size was 32, is 64. Give"):
         check({"hidden_size": 32}, {"hidden_size": 64}, tmp_path)
 
 

@@ -159,12 +159,14 @@ def test_resuming_a_finished_run_trains_no_further_step(
     assert (short_run / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["--direct_path never", "--num_hidden_layers 1", "--bin_gain_range 0"])
+@pytest.mark.parametrize(
+    "change", ["--direct_path never", "--num_hidden_layers 1", "--bin_gain_range 0", "--train_only votes"]
+)
 @pytest.mark.parametrize("more", ["", "--allow_changed"])
 def test_a_checkpoint_of_another_shape_is_refused(change: str, more: str, short_run: Path, corpus: Path) -> None:
     before = (short_run / "run.yaml").read_bytes()
     name = change.split()[0].removeprefix("--")
-    with pytest.raises(InputError, match=f"holds a model of another shape: {name} was"):
+    with pytest.raises(InputError, match=f"weights that do not fit these settings: {name} was"):
         mlm(
             f"--corpus {corpus} --output_dir {short_run} {COMMON} --max_steps 6 --eval_steps 2 "
             f"--resume_from_checkpoint {change} {more}"

@@ -24,8 +24,8 @@ def started(
 ) -> Any:
     """Write a run and start a model for another tokenizer from it; returns the model and the report as one text."""
     config: Any = SimpleNamespace(pretrained_model_path=save(run, folder / "old"), attn_implementation="sdpa")
-    model, lines = start_from(kind, config, tokenizer, seed=0, **{**tokenizer_facts(tokenizer), **more})
-    return model.eval(), "\n".join(lines)
+    start = start_from(kind, config, tokenizer, seed=0, **{**tokenizer_facts(tokenizer), **more})
+    return start.model.eval(), "\n".join(start.lines)
 
 
 def logits(model: Any, tokenizer: GeneTokenizer) -> torch.Tensor:
