@@ -241,8 +241,9 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
     sample_by: str | None = option(
         None, "Draw cells of rare labels more often: a phenotype, or a column of obs that the corpus keeps. A label's "
-        "share of the draws grows with the square root of its number of cells, and an epoch has as many draws as there "
-        "are cells. Cells without a label are drawn once.", group=TRAINING,
+        "share of the draws grows with the square root of its number of cells, and an epoch has about as many draws as "
+        "there are cells. Cells without a label are drawn once. The regression of labels on genes weights cells in the "
+        "same way.", group=TRAINING,
     )  # fmt: skip
 
     def check(self) -> None:

@@ -313,6 +313,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
         return np.bincount(self._class_n[is_known_n], weights=weight_n, minlength=num_classes)
 
     @property
+    def rate_n(self) -> np.ndarray | None:
+        """How often each cell is drawn per epoch, shape (n,); None if all come once."""
+        return None if self._draws is None else self._draws.rate_n
+
+    @property
     def coverage(self) -> float:
         """Share of the panel's genes that the files measure, in 0..1: of several files, the least."""
         return min(shard.coverage for shard in self.shards)

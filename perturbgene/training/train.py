@@ -333,8 +333,8 @@ def _train(
         config.save(folder / checkpoints.SETTINGS_FILE)
         tokenizer.save_pretrained(folder)
     if model.config.direct_path and checkpoint is None:
-        weights = settings.get("class_weights")
-        solve_votes(model, cells.whole("train"), donor_column=cells.donor_column, class_weights=weights)
+        weights: dict[str, Any] = {"class_weights": settings.get("class_weights"), "rate_n": cells.train.rate_n}
+        solve_votes(model, cells.whole("train"), donor_column=cells.donor_column, **weights)
     if arguments.max_steps != 0:
         trainer.train(resume_from_checkpoint=checkpoint)
     if number := trainer.stop.stopped_by:

@@ -80,7 +80,7 @@ def solve(
     prior: Regression,
     power: float = 0.0,
     start: Regression | None = None,
-    weight_k: np.ndarray | None = None,
+    weight_n: np.ndarray | None = None,
 ) -> Regression:
     """Return the multinomial regression with a squared penalty on how far the votes are from a prior's.
 
@@ -95,7 +95,7 @@ def solve(
         prior: What the votes are drawn to.
         power: 0 leaves genes as they are, 1 makes the penalty of all genes equal whatever their variance.
         start: Where to start; by default at the prior.
-        weight_k: Weight of the cells of each label; by default 1.
+        weight_n: Weight of each cell; by default 1.
     """
     num_cells, shape = expression_ng.shape[0], prior.votes_gk.shape
     mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
@@ -105,8 +105,8 @@ def solve(
     transposed_gn, mean_g = scaled_ng.T.tocsr(), mean_g * scale_g
     strength = penalty * max(float(((deviation_g * scale_g) ** 2).sum()), 1e-12)
     start, prior_gk = start or prior, prior.votes_gk / scale_g[:, None]
-    weight_n = np.ones(num_cells) if weight_k is None else weight_k[label_n]
-    weight_n = (weight_n / weight_n.sum())[:, None]
+    weight_n = np.ones(num_cells) if weight_n is None else weight_n
+    weight_n1 = (weight_n / weight_n.sum())[:, None]
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         step_gk, center_k = flat[: shape[0] * shape[1]].reshape(shape), flat[shape[0] * shape[1] :]
@@ -115,10 +115,10 @@ def solve(
         losses_n = logsumexp(logits_nk, axis=1) - logits_nk[np.arange(num_cells), label_n]
         slope_nk = softmax(logits_nk, axis=1)
         slope_nk[np.arange(num_cells), label_n] -= 1
-        slope_nk *= weight_n
+        slope_nk *= weight_n1
         slope_k = slope_nk.sum(axis=0)
         slope_gk = np.asarray(transposed_gn @ slope_nk) - np.outer(mean_g, slope_k) + strength * step_gk
-        value = float(weight_n[:, 0] @ losses_n + strength / 2 * (step_gk**2).sum())
+        value = float(weight_n1[:, 0] @ losses_n + strength / 2 * (step_gk**2).sum())
         return value, np.concatenate([slope_gk.ravel(), slope_k])
 
     start_gk = start.votes_gk / scale_g[:, None]
@@ -146,7 +146,7 @@ def choose(
     *,
     group_n: np.ndarray | None,
     prior: Regression,
-    **options: Any,
+    weight_n: np.ndarray | None = None,
 ) -> Choice:
     """Return the penalty and the power with the lowest held-out log loss, by cross-validation.
 
@@ -157,7 +157,7 @@ def choose(
         expression_ng: Expression of n cells.
         label_n: Label of each cell, 0..k-1.
         group_n: The donor of each cell: folds keep donors whole if there are enough of them.
-        prior, options: As for `solve`.
+        prior, weight_n: As for `solve`.
     """
     num_folds = min(NUM_FOLDS, len(label_n))
     if group_n is not None and len(np.unique(group_n)) >= num_folds:
@@ -172,7 +172,8 @@ def choose(
             losses_n = np.empty(len(label_n))
             for number, (fitted, held_out) in enumerate(folds):
                 settings: dict[str, Any] = {"penalty": penalty, "power": power, "prior": prior, "start": found[number]}
-                one = found[number] = solve(expression_ng[fitted], label_n[fitted], **settings, **options)
+                settings["weight_n"] = None if weight_n is None else weight_n[fitted]
+                one = found[number] = solve(expression_ng[fitted], label_n[fitted], **settings)
                 losses_n[held_out] = log_losses(one.logits(expression_ng[held_out]), label_n[held_out])
             tried.append(Choice(penalty, power, losses_n, found[0] or prior))
             means = [choice.losses_n.mean() for choice in tried]
@@ -226,7 +227,12 @@ def vote_alone(model: Any, *, has_head: bool) -> None:
 
 
 def solve_votes(
-    model: Any, cells: IterableAnnDataset, *, donor_column: str | None, class_weights: Sequence[float] | None = None
+    model: Any,
+    cells: IterableAnnDataset,
+    *,
+    donor_column: str | None,
+    class_weights: Sequence[float] | None = None,
+    rate_n: np.ndarray | None = None,
 ) -> None:
     """Set the votes of a model's direct path to the solution of a regression on the training cells.
 
@@ -237,6 +243,7 @@ def solve_votes(
         cells: All training cells, in the order of the files.
         donor_column: Column of `obs` whose cells stay in one fold; None, or where it is missing: cells are drawn.
         class_weights: One weight per class of a classifier.
+        rate_n: How often training draws each cell, which is its weight; by default 1.
     """
     tokenizer, path = cells.tokenizer, direct_path(model)
     if path is None:
@@ -260,17 +267,17 @@ def solve_votes(
         rows = np.flatnonzero(label_n >= 0)
         if len(rows) < NUM_FOLDS or len(np.unique(label_n[rows])) < 2:
             continue
-        options: dict[str, Any] = {"prior": Regression(solved_tk[1:, start:stop], solved_tk[0, start:stop])}
-        if class_weights is not None:
-            options["weight_k"] = np.asarray(class_weights)
+        prior = Regression(solved_tk[1:, start:stop], solved_tk[0, start:stop])
         rows = rows[_thinned(expression_nt[rows], most_values=MOST_PRODUCTS // (stop - start))]
         known_nt, label_n = expression_nt[rows], label_n[rows]
         donor_n = None if group_n is None else group_n[rows]
+        weight_n = np.ones(len(rows)) if rate_n is None else rate_n[number_n[rows]]
+        weight_n = weight_n if class_weights is None else weight_n * np.asarray(class_weights)[label_n]
         few = _thinned(known_nt, most_values=MOST_PRODUCTS_OF_CHOICE // (stop - start))
         few_donor_n = None if donor_n is None else donor_n[few]
-        chosen = choose(known_nt[few], label_n[few], group_n=few_donor_n, **options)
-        options |= {"penalty": chosen.penalty, "power": chosen.power, "start": chosen.start}
-        found = solve(known_nt, label_n, **options)
+        chosen = choose(known_nt[few], label_n[few], group_n=few_donor_n, prior=prior, weight_n=weight_n[few])
+        settings: dict[str, Any] = {"penalty": chosen.penalty, "power": chosen.power, "start": chosen.start}
+        found = solve(known_nt, label_n, prior=prior, weight_n=weight_n, **settings)
         solved_tk[0, start:stop], solved_tk[1:, start:stop] = found.intercept_k, found.votes_gk
         logger.info(
             "%s: the genes' votes are a regression on %s cells: penalty %g, expression divided by its standard "

@@ -716,6 +716,14 @@ def test_a_repeated_cell_has_its_own_tokens_and_other_masks(skewed: list[str]) -
     assert first != second
 
 
+def test_classes_are_counted_by_cells_or_by_draws(skewed: list[str]) -> None:
+    stream = a_stream(skewed, sample_by="lineage", phenotype_category="cell_type")
+    rate_n = stream.rate_n
+    assert rate_n is not None
+    assert stream.class_counts().tolist() == [13, 12, 12]
+    assert stream.class_counts(per_draw=True) == pytest.approx([rate_n[first::3].sum() for first in range(3)])
+
+
 def test_other_draws_are_another_order(skewed: list[str]) -> None:
     state = a_stream(skewed, sample_by="lineage").state_after(2)
     with pytest.raises(InputError, match="another corpus"):

@@ -13,9 +13,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from perturbgene.configs import parse_args
 from perturbgene.corpus.prepare import prepare
+from perturbgene.errors import InputError
 from perturbgene.main import main
 from perturbgene.sharded_trainer import ShardedTrainer
+from perturbgene.training.train import run_mlm
 from tests.faults import Killed, plant
 
 # 96 training cells, 16 a step: 6 steps an epoch, so that saves every 4 steps fall into the midst of epochs.
@@ -105,6 +108,17 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_run_that_goes_on
     assert (out / ".checkpoint-8.partial" / "written_by_perturbgene").exists()
     assert resume(corpus, out) == 0
     assert (out / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_a_killed_run_that_samples_by_label_ends_with_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+    whole, out, sampled = tmp_path / "whole", tmp_path / "run", "--sample_by cell_type"
+    assert main(command(corpus, whole, sampled)) == 0
+    with pytest.raises(Killed), plant("step", 10, raise_killed):
+        main(command(corpus, out, sampled))
+    assert resume(corpus, out, sampled) == 0
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="sample_by was cell_type, is None"):
+        run_mlm(parse_args([*command(corpus, out), "--resume_from_checkpoint"]))  # type: ignore[arg-type]
 
 
 def test_a_torn_newest_checkpoint_is_set_aside_and_the_one_before_is_used(

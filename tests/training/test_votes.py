@@ -61,7 +61,7 @@ def test_a_strong_penalty_keeps_the_votes_of_another_run() -> None:
 def test_weights_of_labels_shift_the_answers_towards_the_heavier() -> None:
     expression_ng, label_n = planted(strength=0.2)
     even, heavy = (
-        solve(expression_ng, label_n, penalty=1e-3, prior=zero(), weight_k=np.array(weight_k))
+        solve(expression_ng, label_n, penalty=1e-3, prior=zero(), weight_n=np.array(weight_k)[label_n])
         for weight_k in ([1.0, 1.0, 1.0], [1.0, 1.0, 20.0])
     )
     shares = [(one.logits(expression_ng).argmax(axis=1) == 2).mean() for one in (even, heavy)]
