@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
+from scipy.special import logsumexp
 from sklearn.model_selection import GroupKFold, KFold
 
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
@@ -38,17 +38,22 @@ logger = logging.getLogger(__name__)
 
 #: Weights of the penalty, strongest first, relative to the summed variance of the genes' expression. The strongest are
 #: for labels that genes do not show, and for votes of another run that are better than what the cells say.
-PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 #: What a gene's standard deviation may be raised to before its expression is divided by it, and the least deviation
 #: that counts, relative to the greatest.
 POWERS, LEAST_DEVIATION = (0.0, 0.5, 1.0), 0.01
-NUM_FOLDS = 3
+#: Folds of up to `FEW_CELLS` cells, and of more; fewer donors than the latter are not kept whole.
+MOST_FOLDS, LEAST_FOLDS, FEW_CELLS = 5, 3, 1_000
 READING = "perturbgene.data_utils"  # says nothing new of cells that are read a second time
 #: Expressed genes that a regression is solved on, in all cells together (8 bytes each); more cells are thinned evenly.
 MOST_VALUES = 50_000_000
-#: Expressed genes times labels that a solution, and the choice of its penalty, may cost at each iteration.
-MOST_PRODUCTS, MOST_PRODUCTS_OF_CHOICE = 300_000_000, 20_000_000
-MOST_ITERATIONS = 300
+#: Cells up to which a regression is solved in the principal axes of the cells, and which choose its penalty.
+MOST_CELLS_OF_AXES = 2_000
+#: Expressed genes times labels that a solution on more cells may cost at each iteration.
+MOST_PRODUCTS = 300_000_000
+#: Votes of a phenotype, genes times labels: beyond, the genes that vary least have none.
+MOST_VOTES = 10_000_000
+MOST_ITERATIONS, TOLERANCE = 300, 1e-5
 #: Numbers that L-BFGS may keep of earlier steps (8 bytes each).
 MOST_REMEMBERED = 200_000_000
 #: What the transformer's logits may be multiplied by.
@@ -62,7 +67,7 @@ MOST_CELLS, LEAST_CELLS = 2_000, 30
 
 @dataclass(frozen=True)
 class Regression:
-    """A multinomial regression on centered expression: `votes_gk` and the intercepts of cells as they are."""
+    """A multinomial regression: `votes_gk` and the intercepts of cells as they are."""
 
     votes_gk: np.ndarray
     intercept_k: np.ndarray
@@ -70,6 +75,95 @@ class Regression:
     def logits(self, expression_ng: sparse.csr_matrix) -> np.ndarray:
         """Return the logits of cells, float64 of shape (n, k)."""
         return np.asarray(expression_ng @ self.votes_gk) + self.intercept_k
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Expression of n cells, each gene divided by a power of its standard deviation."""
+
+    values_ng: sparse.csr_matrix
+    mean_g: np.ndarray
+    variance_g: np.ndarray
+    scale_g: np.ndarray  # what each gene was multiplied by
+
+    @classmethod
+    def of(cls, expression_ng: sparse.csr_matrix, *, power: float) -> "_Scaled":
+        mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
+        variance_g = np.maximum(np.asarray(expression_ng.power(2).mean(axis=0)).ravel() - mean_g**2, 0)
+        deviation_g = np.sqrt(variance_g)
+        scale_g = np.maximum(deviation_g, max(LEAST_DEVIATION * deviation_g.max(), 1e-12)) ** -power
+        values_ng = (expression_ng.astype(np.float64) @ sparse.diags_array(scale_g)).tocsr()
+        return cls(values_ng, mean_g * scale_g, variance_g * scale_g**2, scale_g)
+
+    @property
+    def total_variance(self) -> float:
+        return max(float(self.variance_g.sum()), 1e-12)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The r principal axes of some cells: a regression with a squared penalty is the same in them, and much smaller."""
+
+    values_nr: np.ndarray  # of the cells themselves, centered
+    axes_nr: np.ndarray  # turns products with these cells, centered, into values
+
+    @classmethod
+    def of(cls, products_nn: np.ndarray) -> "_Axes":
+        means_n = products_nn.mean(axis=0)
+        squares_r, axes_nr = np.linalg.eigh(products_nn - means_n - means_n[:, None] + means_n.mean())
+        kept = squares_r > 1e-10 * max(squares_r[-1], 1e-12)
+        length_r = np.sqrt(squares_r[kept])
+        return cls(axes_nr[:, kept] * length_r, axes_nr[:, kept] / length_r)
+
+    def of_others(self, products_mn: np.ndarray, products_nn: np.ndarray) -> np.ndarray:
+        """Return the values of other cells, of which the products with these ones are known, (m, r)."""
+        means_n = products_nn.mean(axis=0)
+        centered_mn = products_mn - products_mn.mean(axis=1, keepdims=True) - means_n + means_n.mean()
+        return np.asarray(centered_mn @ self.axes_nr)
+
+
+def _fit(
+    values_nr: Any, label_n: np.ndarray, *, strength: float, offset_nk: np.ndarray, weight_n: np.ndarray,
+    mean_r: np.ndarray | None = None, variance_r: np.ndarray | None = None,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Minimize the weighted negative log-likelihood plus `strength / 2` times the summed squares of `votes_rk`.
+
+    By L-BFGS on votes that are scaled so that their curvatures are about equal, which saves most of the iterations.
+
+    Returns:
+        The votes of centered values, (r, k), which come on top of `offset_nk`, and the center, (k,).
+    """
+    num_cells, num_values = values_nr.shape
+    shape = (num_values, offset_nk.shape[1])
+    mean_r = np.zeros(num_values) if mean_r is None else mean_r
+    variance_r = (values_nr**2).mean(axis=0) if variance_r is None else variance_r
+    step_r1 = 1 / np.sqrt(variance_r / shape[1] + strength)[:, None]
+    transposed_rn = values_nr.T.tocsr() if sparse.issparse(values_nr) else values_nr.T
+    weight_n1 = (weight_n / weight_n.sum())[:, None]
+    rows_n = np.arange(num_cells)
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        votes_rk, center_k = flat[: num_values * shape[1]].reshape(shape) * step_r1, flat[num_values * shape[1] :]
+        logits_nk = np.asarray(values_nr @ votes_rk) + (center_k - mean_r @ votes_rk) + offset_nk
+        top_n1 = logits_nk.max(axis=1, keepdims=True)
+        slope_nk = np.exp(logits_nk - top_n1)
+        total_n1 = slope_nk.sum(axis=1, keepdims=True)
+        losses_n = np.log(total_n1[:, 0]) + top_n1[:, 0] - logits_nk[rows_n, label_n]
+        slope_nk /= total_n1
+        slope_nk[rows_n, label_n] -= 1
+        slope_nk *= weight_n1
+        slope_k = slope_nk.sum(axis=0)
+        slope_rk = np.asarray(transposed_rn @ slope_nk) - np.outer(mean_r, slope_k) + strength * votes_rk
+        value = float(weight_n1[:, 0] @ losses_n + strength / 2 * (votes_rk**2).sum())
+        return value, np.concatenate([(slope_rk * step_r1).ravel(), slope_k])
+
+    votes_rk, center_k = start or (np.zeros(shape), np.zeros(shape[1]))
+    first = np.concatenate([(votes_rk / step_r1).ravel(), center_k])
+    memory = int(np.clip(MOST_REMEMBERED // (2 * len(first)), 3, 10))
+    limits = {"maxiter": MOST_ITERATIONS, "gtol": TOLERANCE, "ftol": TOLERANCE**2, "maxcor": memory}
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options=limits)
+    return found.x[: num_values * shape[1]].reshape(shape) * step_r1, found.x[num_values * shape[1] :]
 
 
 def solve(
@@ -84,9 +178,9 @@ def solve(
 ) -> Regression:
     """Return the multinomial regression with a squared penalty on how far the votes are from a prior's.
 
-    Minimizes, by L-BFGS, the mean negative log-likelihood (nats) plus half of `penalty` times the summed squares of
+    Minimizes the mean negative log-likelihood (nats) plus half of `penalty` times the summed squares of
     `votes - prior`, where each gene is divided by its standard deviation to a power, and then all by a number that
-    makes their variances add up to 1. Intercepts are free.
+    makes their variances add up to 1. Intercepts are free. Of few cells it is solved in their principal axes.
 
     Args:
         expression_ng: Expression of n cells.
@@ -94,40 +188,27 @@ def solve(
         penalty: Weight of the penalty.
         prior: What the votes are drawn to.
         power: 0 leaves genes as they are, 1 makes the penalty of all genes equal whatever their variance.
-        start: Where to start; by default at the prior.
+        start: Where to start with many cells; by default at the prior.
         weight_n: Weight of each cell; by default 1.
     """
-    num_cells, shape = expression_ng.shape[0], prior.votes_gk.shape
-    mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
-    deviation_g = np.sqrt(np.maximum(np.asarray(expression_ng.power(2).mean(axis=0)).ravel() - mean_g**2, 0))
-    scale_g = np.maximum(deviation_g, max(LEAST_DEVIATION * deviation_g.max(), 1e-12)) ** -power
-    scaled_ng = (expression_ng.astype(np.float64) @ sparse.diags_array(scale_g)).tocsr()
-    transposed_gn, mean_g = scaled_ng.T.tocsr(), mean_g * scale_g
-    strength = penalty * max(float(((deviation_g * scale_g) ** 2).sum()), 1e-12)
-    start, prior_gk = start or prior, prior.votes_gk / scale_g[:, None]
-    weight_n = np.ones(num_cells) if weight_n is None else weight_n
-    weight_n1 = (weight_n / weight_n.sum())[:, None]
-
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        step_gk, center_k = flat[: shape[0] * shape[1]].reshape(shape), flat[shape[0] * shape[1] :]
-        votes_gk = prior_gk + step_gk
-        logits_nk = np.asarray(scaled_ng @ votes_gk) + (center_k - mean_g @ votes_gk)
-        losses_n = logsumexp(logits_nk, axis=1) - logits_nk[np.arange(num_cells), label_n]
-        slope_nk = softmax(logits_nk, axis=1)
-        slope_nk[np.arange(num_cells), label_n] -= 1
-        slope_nk *= weight_n1
-        slope_k = slope_nk.sum(axis=0)
-        slope_gk = np.asarray(transposed_gn @ slope_nk) - np.outer(mean_g, slope_k) + strength * step_gk
-        value = float(weight_n1[:, 0] @ losses_n + strength / 2 * (step_gk**2).sum())
-        return value, np.concatenate([slope_gk.ravel(), slope_k])
-
-    start_gk = start.votes_gk / scale_g[:, None]
-    first = np.concatenate([(start_gk - prior_gk).ravel(), start.intercept_k + mean_g @ start_gk])
-    memory = int(np.clip(MOST_REMEMBERED // (2 * len(first)), 3, 10))
-    limits = {"maxiter": MOST_ITERATIONS, "gtol": 1e-6, "maxcor": memory}
-    found = minimize(loss, first, jac=True, method="L-BFGS-B", options=limits)
-    votes_gk = prior_gk + found.x[: shape[0] * shape[1]].reshape(shape)
-    return Regression(votes_gk * scale_g[:, None], found.x[shape[0] * shape[1] :] - mean_g @ votes_gk)
+    scaled = _Scaled.of(expression_ng, power=power)
+    weight_n = np.ones(len(label_n)) if weight_n is None else weight_n
+    prior_gk = prior.votes_gk / scaled.scale_g[:, None]
+    settings: dict[str, Any] = {"strength": penalty * scaled.total_variance, "weight_n": weight_n}
+    settings["offset_nk"] = np.asarray(scaled.values_ng @ prior_gk) - scaled.mean_g @ prior_gk
+    if len(label_n) <= MOST_CELLS_OF_AXES:
+        axes = _Axes.of((scaled.values_ng @ scaled.values_ng.T).toarray())
+        votes_rk, center_k = _fit(axes.values_nr, label_n, **settings)
+        weights_nk = axes.axes_nr @ votes_rk
+        step_gk = np.asarray(scaled.values_ng.T @ weights_nk) - np.outer(scaled.mean_g, weights_nk.sum(axis=0))
+    else:
+        of_genes: dict[str, Any] = {"mean_r": scaled.mean_g, "variance_r": scaled.variance_g}
+        if start is not None:
+            start_gk = start.votes_gk / scaled.scale_g[:, None]
+            of_genes["start"] = (start_gk - prior_gk, start.intercept_k + scaled.mean_g @ start_gk)
+        step_gk, center_k = _fit(scaled.values_ng, label_n, **settings, **of_genes)
+    votes_gk = prior_gk + step_gk
+    return Regression(votes_gk * scaled.scale_g[:, None], center_k - scaled.mean_g @ votes_gk)
 
 
 @dataclass(frozen=True)
@@ -137,7 +218,6 @@ class Choice:
     penalty: float
     power: float
     losses_n: np.ndarray  # of each cell, in the fold that held it out (nats)
-    start: Regression
 
 
 def choose(
@@ -154,28 +234,39 @@ def choose(
     difference: equal penalties make more of weakly expressed genes, which other technologies measure worst.
 
     Args:
-        expression_ng: Expression of n cells.
+        expression_ng: Expression of n cells, of which all products are held at once.
         label_n: Label of each cell, 0..k-1.
         group_n: The donor of each cell: folds keep donors whole if there are enough of them.
         prior, weight_n: As for `solve`.
     """
-    num_folds = min(NUM_FOLDS, len(label_n))
-    if group_n is not None and len(np.unique(group_n)) >= num_folds:
-        folds = list(GroupKFold(num_folds).split(label_n, groups=group_n))
+    num_folds = min(MOST_FOLDS if len(label_n) <= FEW_CELLS else LEAST_FOLDS, len(label_n))
+    num_donors = 0 if group_n is None else len(np.unique(group_n))
+    if num_donors >= LEAST_FOLDS:
+        folds = list(GroupKFold(min(num_folds, num_donors)).split(label_n, groups=group_n))
     else:
         folds = list(KFold(num_folds, shuffle=True, random_state=0).split(label_n))
+    offset_nk = prior.logits(expression_ng)
+    weight_n = np.ones(len(label_n)) if weight_n is None else weight_n
     best: Choice | None = None
     for power in POWERS:
-        found: list[Regression | None] = [None] * num_folds
+        scaled = _Scaled.of(expression_ng, power=power)
+        products_nn = (scaled.values_ng @ scaled.values_ng.T).toarray()
+        axes, others, found = [], [], list[Any]([None] * len(folds))
+        for fitted, held_out in folds:
+            products = products_nn[np.ix_(fitted, fitted)]
+            axes.append(_Axes.of(products))
+            others.append(axes[-1].of_others(products_nn[np.ix_(held_out, fitted)], products))
         tried: list[Choice] = []
         for penalty in PENALTIES:
             losses_n = np.empty(len(label_n))
             for number, (fitted, held_out) in enumerate(folds):
-                settings: dict[str, Any] = {"penalty": penalty, "power": power, "prior": prior, "start": found[number]}
-                settings["weight_n"] = None if weight_n is None else weight_n[fitted]
-                one = found[number] = solve(expression_ng[fitted], label_n[fitted], **settings)
-                losses_n[held_out] = log_losses(one.logits(expression_ng[held_out]), label_n[held_out])
-            tried.append(Choice(penalty, power, losses_n, found[0] or prior))
+                votes_rk, center_k = found[number] = _fit(
+                    axes[number].values_nr, label_n[fitted], strength=penalty * scaled.total_variance,
+                    offset_nk=offset_nk[fitted], weight_n=weight_n[fitted], start=found[number],
+                )  # fmt: skip
+                logits_nk = others[number] @ votes_rk + center_k + offset_nk[held_out]
+                losses_n[held_out] = log_losses(logits_nk, label_n[held_out])
+            tried.append(Choice(penalty, power, losses_n))
             means = [choice.losses_n.mean() for choice in tried]
             if len(means) > 2 and means[-1] > means[-2] > means[-3]:
                 break
@@ -192,9 +283,9 @@ def log_losses(logits_nk: np.ndarray, label_n: np.ndarray) -> np.ndarray:
     return np.asarray(logsumexp(logits_nk, axis=1) - logits_nk[np.arange(len(label_n)), label_n])
 
 
-def _thinned(expression_ng: sparse.csr_matrix, *, most_values: int) -> slice:
-    """Return which cells keep the number of expressed genes below a limit: all, or every second, third, ..."""
-    return slice(None, None, max(1, -(-expression_ng.nnz // most_values)))
+def _thinned(num_cells: int, *, most: int) -> slice:
+    """Return which cells are at most so many: all, or every second, third, ..."""
+    return slice(None, None, max(1, -(-num_cells // max(1, most))))
 
 
 # -- the votes of a model -----------------------------------------------------------------------------------------
@@ -253,7 +344,7 @@ def solve_votes(
     with quiet(READING):
         donors, (expression_nt, labels, number_n) = donors_of(cells, donor_column), _read(model, cells)
     group_n = None if donors is None else np.unique(donors, return_inverse=True)[1][number_n]
-    if donors is not None and len(np.unique(donors)) < NUM_FOLDS:
+    if donors is not None and len(np.unique(donors)) < LEAST_FOLDS:
         group_n = None
     if isinstance(model, GeneBertForClassification):
         columns = {str(model.config.phenotype_category): (0, votes_tk.shape[1])}
@@ -265,27 +356,42 @@ def solve_votes(
     for name, (start, stop) in columns.items():
         label_n = labels[name]
         rows = np.flatnonzero(label_n >= 0)
-        if len(rows) < NUM_FOLDS or len(np.unique(label_n[rows])) < 2:
+        if len(rows) < LEAST_FOLDS or len(np.unique(label_n[rows])) < 2:
             continue
-        prior = Regression(solved_tk[1:, start:stop], solved_tk[0, start:stop])
-        rows = rows[_thinned(expression_nt[rows], most_values=MOST_PRODUCTS // (stop - start))]
-        known_nt, label_n = expression_nt[rows], label_n[rows]
-        donor_n = None if group_n is None else group_n[rows]
+        num_labels, prior_gk = stop - start, solved_tk[1:, start:stop]
+        per_cell = max(1.0, expression_nt.nnz / expression_nt.shape[0])
+        rows = rows[_thinned(len(rows), most=int(MOST_PRODUCTS / num_labels / per_cell))]
+        genes = _voters(expression_nt[rows], most=MOST_VOTES // num_labels)
+        known_ng, label_n = expression_nt[rows][:, genes], label_n[rows]
         weight_n = np.ones(len(rows)) if rate_n is None else rate_n[number_n[rows]]
         weight_n = weight_n if class_weights is None else weight_n * np.asarray(class_weights)[label_n]
-        few = _thinned(known_nt, most_values=MOST_PRODUCTS_OF_CHOICE // (stop - start))
-        few_donor_n = None if donor_n is None else donor_n[few]
-        chosen = choose(known_nt[few], label_n[few], group_n=few_donor_n, prior=prior, weight_n=weight_n[few])
-        settings: dict[str, Any] = {"penalty": chosen.penalty, "power": chosen.power, "start": chosen.start}
-        found = solve(known_nt, label_n, prior=prior, weight_n=weight_n, **settings)
-        solved_tk[0, start:stop], solved_tk[1:, start:stop] = found.intercept_k, found.votes_gk
+        few, prior = _thinned(len(rows), most=MOST_CELLS_OF_AXES), Regression(prior_gk[genes], solved_tk[0, start:stop])
+        of_few: dict[str, Any] = {"prior": prior, "weight_n": weight_n[few]}
+        few_donor_n = None if group_n is None else group_n[rows][few]
+        chosen = choose(known_ng[few], label_n[few], group_n=few_donor_n, **of_few)
+        settings: dict[str, Any] = {"penalty": chosen.penalty, "power": chosen.power}
+        found = solve(known_ng[few], label_n[few], **settings, **of_few)
+        if few.step > 1:
+            found = solve(known_ng, label_n, prior=prior, weight_n=weight_n, start=found, **settings)
+        prior_gk[genes] = found.votes_gk
+        solved_tk[0, start:stop] = found.intercept_k
         logger.info(
             "%s: the genes' votes are a regression on %s cells: penalty %g, expression divided by its standard "
             "deviation to the power of %g (log loss %.3f in cross-validation by %s)",
             name, f"{len(rows):,}", chosen.penalty, chosen.power, chosen.losses_n.mean(),
-            "cell" if donor_n is None else donor_column,
+            "cell" if group_n is None else donor_column,
         )  # fmt: skip
     votes_tk.copy_(torch.from_numpy(solved_tk))
+
+
+def _voters(expression_ng: sparse.csr_matrix, *, most: int) -> np.ndarray:
+    """Return which genes may vote, ascending: all, or those whose expression varies most."""
+    if expression_ng.shape[1] <= most:
+        return np.arange(expression_ng.shape[1])
+    variance_g = _Scaled.of(expression_ng, power=0.0).variance_g
+    logger.warning("%s of %s genes vote, those that vary most: more votes would not fit into memory",
+                   f"{most:,}", f"{len(variance_g):,}")  # fmt: skip
+    return np.sort(np.argsort(-variance_g, kind="stable")[:most])
 
 
 def _read(model: Any, cells: IterableAnnDataset) -> tuple[sparse.csr_matrix, dict[str, np.ndarray], np.ndarray]:
