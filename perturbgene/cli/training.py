@@ -24,6 +24,8 @@ RATE_TIMES_WIDTH = 0.128
 #: Factor of the rate when training starts from given weights: a new head still needs a high rate. Fine-tuned on 560
 #: PBMC, 64 wide, 1e-3 did best; 3e-4 for six epochs left the head untrained.
 RATE_OF_FINE_TUNING = 0.5
+#: Cells that a run reads by default, of few cells again and again: 800 batches of 32.
+DRAWN_CELLS = 25_600
 
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
@@ -98,7 +100,9 @@ class ModelOptions(BaseConfig):
 
     group = MODEL
 
-    model_arch: Literal["tiny", "small", "base", "large"] = option("small", "Preset sizes; flags below change them.")
+    model_arch: Literal["auto", "tiny", "small", "base", "large"] = option(
+        "auto", "Preset sizes; flags below change them. auto: tiny for up to 50,000 training cells, small above."
+    )
     pretrained_model_path: str | None = option(
         None, "Run folder or Hugging Face model with weights and sizes to start from.", is_path=True, may_be_on_hub=True
     )
@@ -182,11 +186,16 @@ class TrainOptions(BaseConfig):
     )  # fmt: skip
     per_device_eval_batch_size: int = option(64, "Number of cells per evaluation batch and device.", within="[1, inf)")
     gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.", within="[1, inf)")
-    num_train_epochs: float = option(10.0, "Number of passes over the training cells.", within="(0, inf)")
+    num_train_epochs: float | None = option(
+        None, "Number of passes over the training cells. Default: as many as read about 25,600 cells, but 3 to 40; a "
+        "quarter of them, but 3 to 10, if training starts from a pretrained model.", within="(0, inf)",
+    )  # fmt: skip
     max_steps: int = option(-1, "Stop after this many steps, even within an epoch; -1: no limit.", within="[-1, inf)")
     lr_scheduler_type: Schedule = option("cosine", "Schedule of the learning rate.")
     warmup_steps: float = option(0.1, "Steps to the peak learning rate; below 1, a share of all.", within="[0, inf)")
-    weight_decay: float = option(0.01, "Decoupled weight decay.", within="[0, inf)")
+    weight_decay: float | None = option(
+        None, "Decoupled weight decay. Default: 0.3 for up to 10,000 training cells, 0.01 above.", within="[0, inf)"
+    )
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", within="[0, inf)")
     bf16: bool | None = option(None, "Compute in bfloat16. Default: only if the device is fast at it.")
     use_cpu: bool = option(False, "Use the CPU even if there is a GPU.")
@@ -234,9 +243,10 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
     best_metric: ClassVar[str] = "eval_loss"
 
     training_overrides: dict[str, Any] = field(default_factory=dict)
-    gene_drop_prob: float = option(
-        0.0, "Drop a random share of each training cell's genes, between 0 and this, drawn again in every epoch. A "
-        "high value (0.9) helps against overfitting on a few hundred cells.", group=TRAINING, within="[0, 1]",
+    gene_drop_prob: float | None = option(
+        None, "Drop a random share of each training cell's genes, between 0 and this, drawn again in every epoch, "
+        "against learning few cells by heart. Default: 0.9 for up to 1,000 training cells, 0.5 for up to 10,000, 0 "
+        "above.", group=TRAINING, within="[0, 1]",
     )  # fmt: skip
 
     sample_by: str | None = option(
@@ -287,6 +297,20 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
                 "Give --bin_edges 0.5 1 2 4, or --bin_edges_path."
             )
 
+    def suited_to(self, num_cells: int) -> Self:
+        """Return the settings with what suits so many training cells, where nothing is given (docs/experiments.md)."""
+        is_start = self.pretrained_model_path is None
+        draws, most = (DRAWN_CELLS, 40.0) if is_start else (DRAWN_CELLS / 4, 10.0)
+        suited: dict[str, Any] = {
+            "num_train_epochs": float(round(min(max(draws / num_cells, 3.0), most))),
+            "weight_decay": 0.3 if num_cells <= 10_000 else 0.01,
+            "gene_drop_prob": 0.9 if num_cells <= 1_000 else 0.5 if num_cells <= 10_000 else 0.0,
+        }
+        suited = {name: value for name, value in suited.items() if getattr(self, name) is None}
+        if self.model_arch == "auto":
+            suited["model_arch"] = "tiny" if num_cells <= 50_000 else "small"
+        return replace(self, **suited)
+
     def with_learning_rate(self, hidden_size: int) -> Self:
         """Return the settings with a learning rate: the one given, or one that suits the width of the model."""
         if self.learning_rate is not None:
@@ -305,7 +329,8 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
 
         known = {declared.name for declared in fields(TrainingArguments)}
         own = {name: getattr(self, name) for name in own_flags(type(self)) if name in known}
-        own = own if self.learning_rate else own | {"learning_rate": TrainingArguments.learning_rate}
+        not_yet_known = ("learning_rate", "num_train_epochs", "weight_decay")
+        own = {name: value for name, value in own.items() if value is not None or name not in not_yet_known}
         use_cpu = self.use_cpu or not torch.accelerator.is_available()
         device_type = "cpu" if use_cpu else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
         has_fp16 = bool(self.training_overrides.get("fp16"))

@@ -92,7 +92,7 @@ class MlmConfig(TrainingConfig):
     """
 
     verb = "mlm"
-    example = "perturbgene mlm --corpus corpus --output_dir runs/mlm --model_arch small --num_train_epochs 20"
+    example = "perturbgene mlm --corpus corpus --output_dir runs/mlm"
 
     gene_mask_prob: float = option(0.15, "Share of a cell's expressed genes to hide.", within="[0, 1]")
     phenotype_mask_prob: float = option(0.5, "Share of the phenotypes in a sequence to hide.", within="[0, 1]")

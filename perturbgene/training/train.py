@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
 
 logger = logging.getLogger(__name__)
+ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
 
 #: Spread of fresh embeddings. It is small next to that of linear layers (1 / sqrt(h), which keeps the size of signals),
 #: so that what the model learns about a gene soon outweighs the gene's random start (docs/experiments.md).
@@ -106,14 +107,14 @@ def run_mlm(config: "MlmConfig") -> Path:
     """Train by masking genes and phenotypes together; returns the run folder. Raises what `mlm` raises."""
     with _run_folder(config) as (config, arguments):
         cells = _data(config, arguments)
-        tokenizer = cells.tokenizer
+        config, tokenizer = _suited(config, arguments, cells), cells.tokenizer
         collator = DataCollatorForPhenotypicMLM(
             tokenizer,
             **config.mask_rates,
             seed=arguments.seed,
             pad_to_multiple_of=config.pad_to_multiple_of,
             packed=config.pad_to_multiple_of is None,
-            gene_drop_prob=config.gene_drop_prob,
+            gene_drop_prob=config.gene_drop_prob or 0.0,
         )
         packed = replace(collator, packed=True, gene_drop_prob=0.0)  # whole cells are scored
         alone = [Question("alone", (category,)) for category in tokenizer.included_phenotypes]
@@ -129,7 +130,7 @@ def run_cls(config: "ClsConfig") -> Path:
     category, one = config.phenotype_category, config.binary_label
     with _run_folder(config) as (config, arguments):
         cells = _data(config, arguments, phenotype_category=category, binary_label=one)
-        tokenizer = cells.tokenizer
+        config, tokenizer = _suited(config, arguments, cells), cells.tokenizer
         names = [f"not {one}", one] if one else list(tokenizer.phenotypes[category])
         counts_k = cells.train.class_counts()
         if (counts_k > 0).sum() < 2:
@@ -147,7 +148,7 @@ def run_cls(config: "ClsConfig") -> Path:
             tokenizer,
             config.pad_to_multiple_of,
             packed=config.pad_to_multiple_of is None,
-            gene_drop_prob=config.gene_drop_prob,
+            gene_drop_prob=config.gene_drop_prob or 0.0,
             seed=arguments.seed,
         )
         evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=category)
@@ -171,12 +172,7 @@ def class_weights(counts_k: np.ndarray) -> list[float]:
 
 @contextmanager
 def _run_folder(config: "TrainingConfig") -> Iterator[tuple[Any, TrainingArguments]]:
-    """Hold the run folder; yield the settings with the learning rate filled in, so that `run.yaml` has it."""
-    if config.pretrained_model_path:
-        hidden_size = run_config(str(config.pretrained_model_path)).hidden_size
-    else:
-        hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
-    config = config.with_learning_rate(hidden_size)
+    """Hold the run folder while the block runs; yield the settings and those of the trainer."""
     arguments, folder = config.training_arguments(), Path(config.output_dir)
     set_seed(arguments.seed)
     if arguments.process_index:  # the first process holds it for all processes of `torchrun`
@@ -189,6 +185,24 @@ def _run_folder(config: "TrainingConfig") -> Iterator[tuple[Any, TrainingArgumen
                 "another --output_dir, or continue with --resume_from_checkpoint."
             )
         yield config, arguments
+
+
+def _suited(config: ConfigT, arguments: TrainingArguments, cells: "_Cells") -> ConfigT:
+    """Return the settings with what suits the cells and the model filled in, so that `run.yaml` has it."""
+    config = config.suited_to(cells.train.num_cells)
+    if config.pretrained_model_path:
+        hidden_size = run_config(str(config.pretrained_model_path)).hidden_size
+    else:
+        hidden_size = config.hidden_size or load_preset(config.model_arch)["hidden_size"]
+    config = config.with_learning_rate(hidden_size)
+    for name in ("num_train_epochs", "weight_decay", "learning_rate"):
+        setattr(arguments, name, getattr(config, name))
+    logger.info(
+        "settings: %g passes over %s cells, learning rate %g, weight decay %g, up to %g of a cell's genes dropped",
+        config.num_train_epochs, f"{cells.train.num_cells:,}", config.learning_rate, config.weight_decay,
+        config.gene_drop_prob,
+    )  # fmt: skip
+    return config
 
 
 @dataclass(frozen=True)

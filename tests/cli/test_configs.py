@@ -510,6 +510,25 @@ def test_the_learning_rate_falls_with_the_width_and_is_halved_on_given_weights(t
     assert parse_args(tokens).with_learning_rate(hidden_size).learning_rate == expected
 
 
+SUITED = ("model_arch", "num_train_epochs", "weight_decay", "gene_drop_prob")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_cells", "expected"),
+    [
+        (MLM, 500, ("tiny", 40.0, 0.3, 0.9)),
+        (MLM, 5_000, ("tiny", 5.0, 0.3, 0.5)),
+        (MLM, 2_000_000, ("small", 3.0, 0.01, 0.0)),
+        ([*MLM, "--pretrained_model_path", "."], 500, ("tiny", 10.0, 0.3, 0.9)),
+        ([*MLM, "--num_train_epochs", "7", "--gene_drop_prob", "0"], 500, ("tiny", 7.0, 0.3, 0.0)),
+        ([*MLM, "--model_arch", "base", "--weight_decay", "0"], 500, ("base", 40.0, 0.0, 0.9)),
+    ],
+)
+def test_what_is_not_given_suits_the_number_of_cells(tokens, num_cells, expected):
+    suited = parse_args(tokens).suited_to(num_cells)
+    assert tuple(getattr(suited, name) for name in SUITED) == expected
+
+
 def test_the_best_model_is_told_by_loss_for_mlm_and_by_macro_f1_for_cls():
     mlm, cls = parse_args(MLM).training_arguments(), parse_args(CLS).training_arguments()
     assert (mlm.metric_for_best_model, mlm.greater_is_better) == ("eval_loss", False)
