@@ -19,7 +19,7 @@ import pandas as pd
 
 from perturbgene.data_utils.chosen_cells import ChosenCells
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of, species_of
-from perturbgene.data_utils.labels import ABSENT, Vocabulary, label_text, plain_spelling
+from perturbgene.data_utils.labels import ABSENT, Vocabulary, is_missing, label_text, plain_spelling
 from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.scale import ExpressionBlock, Normalization
 from perturbgene.data_utils.sources import CellSource
@@ -200,13 +200,19 @@ class Shard:
 
     def no_known_label(self, category: str) -> InputError:
         """Return the error for cells without a label that the vocabulary has: what obs has instead, and what to do."""
-        found = sorted({label_text(value) for value in self.label_column(category).unique()} - {""})
+        texts = {label_text(value) for value in self.label_column(category).unique()}
+        found = sorted(text for text in texts if not is_missing(text, self.missing_labels))
         known = self.vocabulary.phenotypes[category]
+        if not found:
+            return InputError(
+                f"no cell of {self.path!r} has a {category!r}: its column in obs is empty. Give labeled cells; "
+                "in a corpus, hold some of them out with `prepare --eval_donors`, or with `prepare --split_by cell`."
+            )
         advice = f"Rename them, or name another column with --phenotypes {category}=COLUMN."
         if {plain_spelling(label) for label in found} & {plain_spelling(label) for label in known}:
             advice = "They differ in case and punctuation: rename them."
         return InputError(
-            f"no cell of {self.path!r} has a known {category!r}: obs has {listed(found) or 'no label'}, the vocabulary "
+            f"no cell of {self.path!r} has a known {category!r}: obs has {listed(found)}, the vocabulary "
             f"{listed(known)}. {advice}"
         )
 

@@ -816,6 +816,11 @@ def test_a_missing_label_column_is_refused_with_the_nearest_name() -> None:
         IterableAnnDataset(adata, a_tokenizer(), phenotype_category="cell_type")
 
 
+def test_cells_without_labels_are_no_data_set_of_a_classifier() -> None:
+    with pytest.raises(InputError, match=r"no cell of 'AnnData' has a 'cell_type'.*hold some of them out"):
+        IterableAnnDataset(with_labels(["", "unknown"]), a_tokenizer(), phenotype_category="cell_type")
+
+
 def test_a_data_set_without_any_known_label_is_refused() -> None:
     with pytest.raises(InputError, match="no cell of 'AnnData' has a known 'cell_type'"):
         IterableAnnDataset(with_labels(["x", "y"]), a_tokenizer(), phenotype_category="cell_type")
