@@ -285,17 +285,18 @@ class GeneBertModel(GeneBertPreTrainedModel):
         """Return the last hidden states, packed, and on request all of them, in the batch's shape.
 
         Outside of training, the transformer reads only the first ``config.most_genes`` genes of a cell, as it did in
-        training, and those at ``read_positions``. The states of the others are 0.
+        training, unless the batch says what ``is_read``; and what is at ``read_positions``. Other states are 0.
 
         On a CPU the rows are rounded up to a multiple of ``BATCH_STEP``. Float32 does not need that, but draws the same
         dropout as bfloat16 with it.
         """
-        whole, most = cells, self.config.most_genes
+        whole, most, is_read_l = cells, self.config.most_genes, cells.is_read
         if self.training or most is None or cells.token_type_ids is None:
             most = cells.packing.max_seqlen
-        if cells.packing.max_seqlen > most + 2:
-            first_gene_type = 1 + len(self.config.phenotype_id_ranges)
-            cells = cells.first_genes(most, first_gene_type=first_gene_type, kept_a=read_positions)
+        if is_read_l is None and cells.packing.max_seqlen > most + 2:
+            is_read_l = cells.is_among_first(most, first_gene_type=1 + len(self.config.phenotype_id_ranges))
+        if is_read_l is not None:
+            cells = cells.only(is_read_l if read_positions is None else is_read_l.index_fill(0, read_positions, True))
             if read_positions is not None:
                 read_positions = torch.searchsorted(cast(Tensor, cells.packing.positions), read_positions)
         hidden_lh = self.embeddings(cells.input_ids, cells.token_type_ids, cells.inputs_embeds)

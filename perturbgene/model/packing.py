@@ -56,22 +56,21 @@ class PackedCells:
     token_type_ids: Tensor | None = None  # (l,)
     inputs_embeds: Tensor | None = None  # (l, h)
     key_log_gate: Tensor | None = None  # (l,)
+    is_read: Tensor | None = None  # tokens that the transformer reads, (l,); None: what the model decides
     padded_index: Tensor | None = None  # flat position of each token in the padded batch, (l,); None if it came packed
     padded_shape: tuple[int, int] | None = None  # (n, l) of the padded batch
 
-    def first_genes(self, count: int, *, first_gene_type: int, kept_a: Tensor | None) -> "PackedCells":
-        """Return the cells without all but their first genes; those at flat positions `kept_a` stay, (a,).
-
-        The packing of what is returned has the ``positions`` of its tokens.
-        """
+    def is_among_first(self, count: int, *, first_gene_type: int) -> Tensor:
+        """Return True for tokens that are no genes and for the first genes of each cell, (l,)."""
         assert self.token_type_ids is not None
         is_gene_l, starts_n1 = self.token_type_ids >= first_gene_type, self.packing.cu_seqlens.long()
         before_l1 = F.pad(is_gene_l.cumsum(0), (1, 0))
         before_l = before_l1[:-1] - before_l1[starts_n1[:-1]].repeat_interleave(starts_n1.diff())
-        is_read_l = ~is_gene_l | (before_l < count)
-        if kept_a is not None:
-            is_read_l[kept_a] = True
-        index = is_read_l.nonzero().squeeze(1)
+        return ~is_gene_l | (before_l < count)
+
+    def only(self, is_kept_l: Tensor) -> "PackedCells":
+        """Return the cells with some of their tokens; its packing has the ``positions`` of these."""
+        index = is_kept_l.nonzero().squeeze(1)
         parts = (self.input_ids, self.token_type_ids, self.inputs_embeds, self.key_log_gate)
         ids, types, embeds, gate = (None if part is None else part.index_select(0, index) for part in parts)
         return PackedCells(self.packing.at(index), ids, types, embeds, gate)
@@ -98,6 +97,7 @@ def pack_cells(
     *,
     inputs_embeds: Tensor | None = None,
     key_log_gate: Tensor | None = None,
+    is_read: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     lengths: Sequence[int] | Tensor | None = None,
@@ -113,6 +113,8 @@ def pack_cells(
         inputs_embeds: Replaces the sum of word and type embedding, (n, l, h) or (l, h). The heads still need the ids.
         key_log_gate: Added to every query's attention logit for a token, in every layer; (n, l) or packed (l,). Zero
             changes nothing, -1e4 hides the token from all others; keep it finite.
+        is_read: True for the tokens that the transformer reads, bool, (n, l) or packed (l,); the others only vote.
+            Without it, ``GeneBertModel.encode`` decides.
         cu_seqlens: Packed only: start of each cell and end of the last, (n + 1,).
         max_seqlen: Packed only: length of the longest cell; saves a copy from the device.
         lengths: Packed only: length of each cell, on the host; saves a copy from the device.
@@ -122,7 +124,7 @@ def pack_cells(
     Raises:
         InputError: Inputs are missing or have a wrong shape, or a cell is empty.
     """
-    parts = (input_ids, token_type_ids, inputs_embeds, key_log_gate)
+    parts = (input_ids, token_type_ids, inputs_embeds, key_log_gate, is_read)
     tokens = input_ids if input_ids is not None else inputs_embeds
     if tokens is None:
         raise InputError("The model got neither input_ids nor inputs_embeds. Give one of them.")
@@ -145,5 +147,5 @@ def pack_cells(
     packing = Packing.of(F.pad(lengths_n.cumsum(0, dtype=torch.int32), (1, 0)), lengths=known)
     index = is_token_nl.flatten().nonzero().squeeze(1)
     cells = PackedCells(packing, padded_index=index, padded_shape=(tokens.shape[0], tokens.shape[1]))
-    ids, types, embeds, gate = (None if part is None else cells.pack(part) for part in parts)
-    return replace(cells, input_ids=ids, token_type_ids=types, inputs_embeds=embeds, key_log_gate=gate)
+    ids, types, embeds, gate, read = (None if part is None else cells.pack(part) for part in parts)
+    return replace(cells, input_ids=ids, token_type_ids=types, inputs_embeds=embeds, key_log_gate=gate, is_read=read)

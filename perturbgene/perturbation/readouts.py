@@ -167,12 +167,17 @@ def exact_effects(
         hidden_lh = torch.cat(states).cpu().numpy()
     else:
         before = read_block(run.model, block, readout, is_counted_l=is_gene_l, budget=budget)
+    last_type_n = _last_types(block, most=run.model.config.most_genes, first_gene_type=first_gene_type)
     effects = []
     for piece in in_budget(np.diff(block.offsets_n1)[cell_m], budget=budget):
         part = (cell_m[piece], perturbation_m[piece])
         edited, is_own_l = edit(block, perturbations, run.tokenizer, pairs=part, most_genes=room)
         is_counted_l = (edited.token_type_ids_l >= first_gene_type) & ~is_own_l
-        after = read_block(run.model, edited, readout, is_counted_l=is_counted_l, budget=budget)
+        is_read_l = None
+        if last_type_n is not None:  # a gene that the transformer did not read does not take the place of another
+            last_type_l = last_type_n[part[0]].repeat(np.diff(edited.offsets_n1))
+            is_read_l = (edited.token_type_ids_l <= last_type_l) | is_own_l
+        after = read_block(run.model, edited, readout, is_counted_l=is_counted_l, is_read_l=is_read_l, budget=budget)
         if after.ndim == 1:
             effects.append(after - before[part[0]])
         elif is_mean:
@@ -194,12 +199,30 @@ def batches(model: torch.nn.Module, block: TokenBlock, *, budget: int | None) ->
         yield slice(block.offsets_n1[piece.start], block.offsets_n1[piece.stop]), batch
 
 
+def _last_types(block: TokenBlock, *, most: int | None, first_gene_type: int) -> np.ndarray | None:
+    """Return the highest token type that the transformer reads of each cell, (n,), or None where it reads all genes."""
+    is_gene_l = block.token_type_ids_l >= first_gene_type
+    genes_before_l1 = np.concatenate([[0], np.cumsum(is_gene_l)])
+    counts_n = np.diff(genes_before_l1[block.offsets_n1])
+    if most is None or counts_n.max(initial=0) <= most:
+        return None
+    number_l = genes_before_l1[:-1] - genes_before_l1[block.offsets_n1[:-1]].repeat(np.diff(block.offsets_n1))
+    last_type_n = np.full(len(block), np.iinfo(np.int64).max)
+    last_type_n[counts_n > most] = block.token_type_ids_l[is_gene_l & (number_l == most - 1)][
+        counts_n[counts_n >= most] > most
+    ]
+    return last_type_n
+
+
 def read_block(
-    model: torch.nn.Module, block: TokenBlock, readout: Readout, *, is_counted_l: np.ndarray, budget: int | None = None
-) -> np.ndarray:
-    """Read all sequences of a block: (n,) or (n, h), float32."""
+    model: torch.nn.Module, block: TokenBlock, readout: Readout, *, is_counted_l: np.ndarray,
+    is_read_l: np.ndarray | None = None, budget: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Read all sequences of a block: (n,) or (n, h), float32; `is_read_l` is what the transformer reads of them."""
     values = []
     for span, batch in batches(model, block, budget=budget):
+        if is_read_l is not None:
+            batch["is_read"] = torch.from_numpy(is_read_l[span]).to(batch["input_ids"].device)
         is_counted = torch.from_numpy(is_counted_l[span]).to(batch["input_ids"].device)
         with inference_mode(model):
             values.append(readout.read(model, batch, is_counted_l=is_counted).cpu().numpy())

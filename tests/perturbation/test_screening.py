@@ -86,6 +86,8 @@ def test_genes_that_the_transformer_does_not_read_still_vote(classifier: bool) -
         without = readout.log_odds(readout.logits(run.model, pack(asked)))
     np.testing.assert_allclose(without.numpy(), cut.numpy(), atol=1e-5)  # the transformer reads the same
     assert (whole - without).abs().min() > 1e-3
+    read = [effects(run, cells(genes), readout, ["G1"])[1] for genes in ([0, 1, 2, 5, 8], [0, 1, 2])]
+    np.testing.assert_allclose(*read, atol=1e-5)  # no other gene is read in place of the one that is knocked out
 
 
 @pytest.mark.bf16
