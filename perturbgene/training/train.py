@@ -40,7 +40,7 @@ from perturbgene.training.callbacks import StopEarly
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.trainable import choose_weights
 from perturbgene.training.transfer import Start, quiet, run_config, start_from
-from perturbgene.training.votes import READING, describe_shares, fit_shares, solve_votes, vote_alone
+from perturbgene.training.votes import READING, describe_shares, direct_path, fit_shares, solve_votes, vote_alone
 from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def _train(
         settings |= tokenizer_facts(tokenizer)
         start = start_from(kind, config, tokenizer, seed=arguments.seed, **settings)
     model = start.model
-    has_shares = model.config.direct_path and (start.has_head or config.train_only != "votes")
+    has_shares = direct_path(model) is not None and (start.has_head or config.train_only != "votes")
     if config.train_only == "votes":
         arguments.max_steps = 0
         vote_alone(model, has_head=start.has_head)
