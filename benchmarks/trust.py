@@ -79,7 +79,7 @@ def strangers(folder: Path, cells: ad.AnnData, held_out: str) -> dict[str, float
     answers = predict(asked, run, ask=[CATEGORY], ood=True, layer="raw", device="cpu").obs
     is_new_n = (answers["bulk_labels"] == held_out).to_numpy()
     scores = {
-        "energy": answers[f"ood_{CATEGORY}_energy"],
+        "score": answers[f"ood_{CATEGORY}_score"],
         "gene log-likelihood": -answers["ood_gene_log_likelihood"],
         "1 - probability": 1 - answers[f"predicted_{CATEGORY}_probability"],
         "entropy": answers[f"predicted_{CATEGORY}_entropy"],

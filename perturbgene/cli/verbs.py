@@ -272,8 +272,9 @@ class AnswerOptions(BaseConfig):
     abstain: float = option(0.0, "Write `unknown` if the calibrated probability is below this.", within="[0, 1]")
     calibrate: bool = option(True, "Divide logits by the temperatures that evaluate fitted.")
     ood: bool = option(
-        False, "Write how unusual each cell is: energy, log-likelihood of masked genes (a second forward pass), and "
-        "their percentiles among the run's evaluation cells.",
+        False, "Write how unusual each cell is: a score of new types (far from the training cells of its label, and a "
+        "doubtful label), the log-likelihood of masked genes (a second forward pass), and their percentiles among "
+        "the run's evaluation cells. The run must have been evaluated.",
     )  # fmt: skip
     audit: bool = option(False, "Write the probability of each cell's own label, given its genes and other phenotypes.")
 

@@ -137,7 +137,8 @@ class _TrainingCells:
     @cached_property
     def project(self) -> Classifier | None:
         """What projects cells on the principal components of their shared genes."""
-        return principal_components(self.values_ng[:, self.shared_g], seed=self.seed)
+        components = principal_components(self.values_ng[:, self.shared_g], seed=self.seed)
+        return None if components is None else components.transform
 
     def fit(self, labels_n: IntArray) -> Iterator[tuple[str, Classifier, Scores]]:
         """Fit one baseline after the other to the cells with a known label; only the majority if they have one label.

@@ -1,7 +1,7 @@
-"""Calibrated probabilities, and how unusual a cell is: temperatures and quantiles fitted on held-out cells.
+"""Calibrated probabilities, and what is unusual: temperatures and quantiles fitted on held-out cells.
 
 Owns fitting, scoring, storing (`calibration.json` in the run) and looking up; leaves the logits to those who ask the
-model. Letters: n cells, k labels, q quantiles.
+model and how unusual a cell is to `novelty`. Letters: n cells, k labels, q quantiles.
 
 A temperature T divides the logits of one phenotype under one question (Guo et al. 2017, "On calibration of modern
 neural networks", section 4.2): the most probable label stays the same, its probability changes. T is fitted on half of
@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp, softmax
+from scipy.special import log_softmax, softmax
 
 from perturbgene.files import write_json
+from perturbgene.inference.novelty import NOVELTY_FILE, Usual
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: Most cells whose logits are kept for fitting: only one number is fitted.
 MOST_CELLS = 50_000
 #: With fewer labeled cells nothing is fitted; the temperature stays 1.
@@ -33,11 +34,6 @@ LEAST_CELLS = 20
 NUM_BINS = 15  # of the calibration error, as in Guo et al.
 #: Limits of the logarithm of a temperature: 0.05 to 20.
 _LOG_BOUNDS = (-3.0, 3.0)
-
-
-def energy(logits_nk: np.ndarray) -> np.ndarray:
-    """Return -logsumexp of each cell's logits, shape (n,): high where no label fits (Liu et al. 2020, equation 4)."""
-    return -np.asarray(logsumexp(logits_nk, axis=-1))
 
 
 def log_loss(logits_nk: np.ndarray, labels_n: np.ndarray, *, temperature: float = 1.0) -> float:
@@ -82,8 +78,9 @@ class Temperature:
     temperature: float  # divides the logits
     num_cells: int  # labeled cells it was fitted on
     scores: dict[str, float] = field(default_factory=dict)  # `log_loss_before`, `ece_after`, ..., of `n` other cells
-    energy_quantiles: tuple[float, ...] = ()  # 0, 1, ..., 100 % quantiles of the energy of held-out cells
     is_at_limit: bool = False  # the best temperature may be outside the range that was searched
+    usual: Usual | None = None  # of the held-out cells' novelty
+    novelty_quantiles: tuple[float, ...] = ()  # 0, 1, ..., 100 % quantiles of their score
 
     def distance(self, asked: Sequence[str], given: Sequence[str]) -> int:
         """Return how many phenotypes differ between this question and another."""
@@ -154,8 +151,9 @@ def fit(
     for name, t in (("before", 1.0), ("after", temperature)) if second.any() else ():
         scores[f"log_loss_{name}"] = log_loss(logits_nk[second], labels_n[second], temperature=t)
         scores[f"ece_{name}"] = calibration_error(logits_nk[second], labels_n[second], temperature=t)
-    question, energies_q = (phenotype, tuple(asked), tuple(given)), quantiles(energy(logits_nk))
-    fitted = Temperature(*question, temperature, int(first.sum()), scores, energies_q, is_at_limit)
+    fitted = Temperature(
+        phenotype, tuple(asked), tuple(given), temperature, int(first.sum()), scores, is_at_limit=is_at_limit
+    )
     if is_at_limit:
         logger.warning(
             "%s. The logits of these cells say %s about the labels, so the probabilities are not to be trusted.",
@@ -201,10 +199,7 @@ def read_calibration(run: str | Path) -> Calibration | None:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format_version") != FORMAT_VERSION:
             raise ValueError("another version")
-        entries = [
-            Temperature(**{**entry, **{name: tuple(entry[name]) for name in ("asked", "given", "energy_quantiles")}})
-            for entry in content.pop("temperatures")
-        ]
+        entries = [_temperature(**entry) for entry in content.pop("temperatures")]
         genes = tuple(content.pop("gene_quantiles"))
         calibration = Calibration(tuple(entries), genes, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -216,9 +211,16 @@ def read_calibration(run: str | Path) -> Calibration | None:
     return calibration
 
 
+def _temperature(usual: dict[str, Any] | None, **entry: Any) -> Temperature:
+    """Return an entry of `calibration.json`, whose lists are tuples."""
+    lists = {name: tuple(entry[name]) for name in ("asked", "given", "novelty_quantiles")}
+    return Temperature(**{**entry, **lists}, usual=None if usual is None else Usual(**usual))
+
+
 def weights_hash(run: str | Path) -> str:
     """Return the SHA-256 of a run's weights; "" if the folder holds none."""
-    digest, files = hashlib.sha256(), sorted(Path(run).glob("*.safetensors"))
+    files = sorted(path for path in Path(run).glob("*.safetensors") if path.name != NOVELTY_FILE)
+    digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -207,14 +207,13 @@ def ridge(
 # -- nearest neighbors --------------------------------------------------------------------------------------------
 
 
-def principal_components(train_ng: sparse.csr_matrix, *, seed: int) -> Callable[[sparse.csr_matrix], np.ndarray] | None:
-    """Fit principal components; return what projects cells on them, or None if there are too few cells or genes."""
-    num_components = min(NUM_COMPONENTS, min(train_ng.shape) - 1)
+def principal_components(train_ng: sparse.csr_matrix, *, seed: int, most: int = NUM_COMPONENTS) -> PCA | None:
+    """Return at most so many principal components of some of the cells; None if there are too few cells or genes."""
+    num_components = min(most, min(train_ng.shape) - 1)
     if num_components < 1:
         return None
     part_ng = train_ng[sample(train_ng.shape[0], most=MOST_CELLS_FOR_COMPONENTS, seed=seed)]
-    components = PCA(num_components, svd_solver="arpack", random_state=seed).fit(part_ng)
-    return lambda cells_ng: np.asarray(components.transform(cells_ng))
+    return PCA(num_components, svd_solver="arpack", random_state=seed).fit(part_ng)
 
 
 def nearest_neighbors(points_nc: np.ndarray, labels_n: IntArray) -> Callable[[np.ndarray], IntArray]:

@@ -24,6 +24,7 @@ from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import expand_paths
+from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
     AnswerCollector,
@@ -43,14 +44,18 @@ from perturbgene.inference.calibration import (
     LEAST_CELLS,
     MOST_CELLS,
     Calibration,
+    Temperature,
     fit,
     quantiles,
     split_halves,
     weights_hash,
 )
+from perturbgene.inference.novelty import TrainingCells, Usual, expression, fit_training_cells
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
 from perturbgene.inference.streaming import FEW_GENES, Ranks, num_genes, stream_batches
+from perturbgene.training.transfer import quiet
+from perturbgene.training.votes import READING
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +116,30 @@ def _is_own(run: Run, eval_paths: Any) -> bool:
     return False
 
 
+def _open_training_cells(
+    run: Run, tokenizer: GeneTokenizer, train_paths: Any = None, *, classes: Mapping[str, Any] | None = None,
+    **reading: Any,
+) -> IterableAnnDataset:  # fmt: skip
+    """Open what a run was trained on, read as in training; `classes` says what a classifier tells apart.
+
+    Raises:
+        InputError: The cells are not there.
+    """
+    try:
+        trained = run.own_files("train")
+        names = [one.name for one in dataclasses.fields(ReadingConfig)]
+        if getattr(run.settings, "corpus", None):
+            names = ["where"]
+        as_trained = {name: getattr(run.settings, name) for name in names} | {"has_all_values": False}
+    except InputError:
+        if train_paths is None:
+            raise
+        trained, as_trained = train_paths, {**reading, "where": ()}
+    return IterableAnnDataset(
+        trained, tokenizer, **{**as_trained, **(classes or {}), "batch_size": EvaluateConfig.batch_size}
+    )
+
+
 def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading: Any) -> np.ndarray:
     """Find cells that the run was trained on: those with the bins of a training cell, in all genes that they measure.
 
@@ -128,19 +157,9 @@ def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading
     Raises:
         InputError: The training cells are not there.
     """
-    try:
-        trained = run.own_files("train")
-        names = [one.name for one in dataclasses.fields(ReadingConfig)]
-        if getattr(run.settings, "corpus", None):
-            names = ["where"]
-        as_trained = {name: getattr(run.settings, name) for name in names} | {"has_all_values": False}
-    except InputError:
-        if train_paths is None:
-            raise
-        trained, as_trained = train_paths, {**reading, "where": ()}
     tokenizer, size = run.tokenizer.reading([]), EvaluateConfig.batch_size
     cells = IterableAnnDataset(eval_paths, tokenizer, batch_size=size, **reading)
-    training = IterableAnnDataset(trained, tokenizer, batch_size=size, **as_trained)
+    training = _open_training_cells(run, tokenizer, train_paths, **reading)
     is_counted_g = np.all([cells.shards[index].alignment.is_measured_g for index in range(len(cells.shards))], axis=0)
     found = []
     for dataset, text in ((cells, "cells"), (training, "training cells")):
@@ -198,11 +217,54 @@ def _labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is
 # -- calibration --------------------------------------------------------------------------------------------------
 
 
+class _Unusual:
+    """Keeps of every evaluation cell what says how unusual it is, besides its logits.
+
+    Training cells that are not there are warned of, and then nothing is kept of genes' expression.
+    """
+
+    def __init__(self, run: Run, dataset: IterableAnnDataset, train_paths: Any, **reading: Any) -> None:
+        classes = {"phenotype_category": run.category or None, "binary_label": run.binary_label}
+        self.training: TrainingCells | None = None
+        try:
+            with quiet(READING):
+                cells = _open_training_cells(run, dataset.tokenizer, train_paths, classes=classes, **reading)
+                self.training = fit_training_cells(run, cells)
+        except InputError as error:
+            logger.warning("`predict --ood` cannot say how unusual a cell is: %s", error)
+        num_cells, num_axes = sum(dataset.sizes), self.training.axes_tr.shape[1] if self.training else 0
+        self.points_nr = np.zeros((num_cells, num_axes), dtype=np.float32)
+        self.num_genes_n = np.zeros(num_cells, dtype=np.int64)
+        self.gene_scores: list[np.ndarray] = []
+
+    def add(self, run: Run, block: TokenBlock) -> None:
+        """Keep a batch."""
+        if self.training is not None:
+            self.points_nr[block.cells_n] = self.training.locate(expression(block, run))
+        self.num_genes_n[block.cells_n] = num_genes(block, run.tokenizer)
+        if not run.is_classifier:
+            scores_n = gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=run.mask_rates)
+            self.gene_scores.append(scores_n)
+
+    def added_to(self, entry: Temperature, cells_n: np.ndarray, logits_nk: np.ndarray) -> Temperature:
+        """Return an entry of the calibration with what is usual for these cells."""
+        if self.training is None:
+            return entry
+        parts_np = self.training.parts(entry.phenotype, self.points_nr[cells_n], logits_nk)
+        num_genes_n = self.num_genes_n[cells_n]
+        if (usual := Usual.fit(parts_np, num_genes_n)) is None:
+            return entry
+        score_n = usual.score(parts_np, num_genes_n)[num_genes_n > 0]
+        return dataclasses.replace(entry, usual=usual, novelty_quantiles=quantiles(score_n))
+
+
 def _calibrate(
     run: Run, collector: LogitCollector, dataset: IterableAnnDataset, results: dict[str, Any], *,
-    donors_n: np.ndarray | None, gene_scores: Sequence[np.ndarray], is_seen_n: np.ndarray,
+    donors_n: np.ndarray | None, unusual: _Unusual, is_seen_n: np.ndarray,
 ) -> None:  # fmt: skip
     """Fit a temperature for each question on half of the donors, add it to the results and store it in the run.
+
+    All held-out cells say what is usual.
 
     Cells that were seen in training do not take part, and a question with too few labels keeps its temperature.
     """
@@ -218,7 +280,7 @@ def _calibrate(
                 question.describe(), entry.num_cells, LEAST_CELLS,
             )  # fmt: skip
             continue
-        fitted.append(entry)
+        fitted.append(unusual.added_to(entry, cells_n, logits_nk))
         facts = {"temperature": entry.temperature, "is_at_limit": entry.is_at_limit, "n_fitted": entry.num_cells}
         results[category][question.name]["calibration"] = {**facts, "split_by": split, **entry.scores}
     if split == "cells":
@@ -226,6 +288,9 @@ def _calibrate(
             "The evaluation cells name fewer than two donors, so temperatures are fitted on half of the cells and "
             "scored on the other half, from the same donors."
         )
+    if unusual.training is not None:
+        unusual.training.save(run.path)
+    gene_scores = unusual.gene_scores
     gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
     path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)
     logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
@@ -319,19 +384,17 @@ def evaluate(
             is_seen_n |= _seen_in_training(run, eval_paths, train_paths, calibrates=calibrates, **reading)
         questions = "; ".join(question.describe() for question in evaluator.questions)
         logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", questions)
-        gene_scores: list[np.ndarray] = []
+        unusual = _Unusual(run, dataset, train_paths, **reading) if calibrates else None
         answers, logits = AnswerCollector(), LogitCollector(-(-dataset.num_cells // MOST_CELLS))
         evaluator.collectors = [answers, logits] if calibrates else [answers]
         for block in stream_batches(dataset, text="evaluate", most_tokens=batch_tokens):
             evaluator.add(run.model, block)
-            if calibrates and not run.is_classifier:
-                gene_scores.append(gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=run.mask_rates))
+            if unusual is not None:
+                unusual.add(run, block)
         results = evaluator.results()
-        if calibrates:
-            _calibrate(
-                run, logits, dataset, results, donors_n=donors_of(dataset, donor_column), gene_scores=gene_scores,
-                is_seen_n=is_seen_n,
-            )  # fmt: skip
+        if unusual is not None:
+            donors_n = donors_of(dataset, donor_column)
+            _calibrate(run, logits, dataset, results, donors_n=donors_n, unusual=unusual, is_seen_n=is_seen_n)
         else:
             logger.info("temperatures in %s stay as they are; --calibrate fits them on these cells", run.path)
         if is_seen_n.any():

@@ -25,7 +25,8 @@ from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import Question, class_logits, gene_log_likelihood, question_logits
-from perturbgene.inference.calibration import Calibration, Temperature, energy, percentile, read_calibration
+from perturbgene.inference.calibration import Calibration, Temperature, percentile, read_calibration
+from perturbgene.inference.novelty import LEAST_CELLS, TrainingCells, Usual, expression
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -108,11 +109,28 @@ class Predictor:
         self.questions = questions_of(run, self.ask, list(self.given), joint=options.joint)
         self.question_of = {name: question for question in self.questions for name in question.asked}
         self.asked = list(self.question_of)
-        found = read_calibration(run.path) if options.calibrate else None
-        self.is_calibrated, self.calibration = found is not None, found or Calibration()
+        found = read_calibration(run.path) if options.calibrate or options.ood else None
+        self.is_calibrated, self.calibration = options.calibrate and found is not None, found or Calibration()
+        self.training_cells = self._training_cells() if options.ood else None
         self.collate = collate_fn_wrapper(run.tokenizer, packed=True)
         self.mask_rates = run.mask_rates if options.ood else {}
         self._own_label_n: dict[str, np.ndarray] = {}
+
+    def _training_cells(self) -> TrainingCells:
+        """Return the statistics of training cells that say how unusual a cell is.
+
+        Raises:
+            InputError: The run has none, or none for a phenotype that is asked.
+        """
+        found = TrainingCells.read(self.run.path)
+        lacking = [name for name, question in self.question_of.items() if not self._usual(name, question)]
+        if found is not None and not lacking:
+            return found
+        what = "statistics of its training cells" if found is None else f"what is usual for {listed(lacking)}"
+        raise InputError(
+            f"{self.run.path} does not hold {what}, which --ood needs. Run `perturbgene evaluate {self.run.path}` "
+            f"again where its training and evaluation cells (at least {LEAST_CELLS}) are, or leave out --ood."
+        )
 
     @cached_property
     def audits(self) -> list[Question]:
@@ -158,6 +176,11 @@ class Predictor:
         """Return the temperature of this question or the most similar one; None without calibration."""
         return self.calibration.nearest(phenotype, asked=question.asked, given=question.given)
 
+    def _usual(self, phenotype: str, question: Question) -> Usual | None:
+        """Return what is usual under this question or the most similar one; None if `evaluate` did not fit it."""
+        fitted = self.temperature(phenotype, question)
+        return fitted.usual if fitted else None
+
     def _asked(self, block: TokenBlock, question: Question) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Yield each asked phenotype with the logits and the calibrated probabilities of its labels, (n, k)."""
         if self.run.is_classifier:
@@ -166,11 +189,13 @@ class Predictor:
             found = question_logits(self.run.model, block, self.run.tokenizer, question)
         for name, logits_nk in found.items():
             fitted = self.temperature(name, question)
-            yield name, logits_nk, softmax(logits_nk / np.float32(fitted.temperature if fitted else 1.0), axis=-1)
+            temperature = fitted.temperature if fitted and self.is_calibrated else 1.0
+            yield name, logits_nk, softmax(logits_nk / np.float32(temperature), axis=-1)
 
     def answer(self, block: TokenBlock) -> dict[str, np.ndarray]:
         """Answer one batch: named arrays with a row per cell, -1 and NaN for cells without genes."""
-        has_genes_n, answers = num_genes(block, self.run.tokenizer) > 0, dict[str, np.ndarray]()
+        num_genes_n, answers = num_genes(block, self.run.tokenizer), dict[str, np.ndarray]()
+        has_genes_n = num_genes_n > 0
         for question in self.questions:
             for name, logits_nk, probability_nk in self._asked(block, question):
                 order_nt = np.argsort(-probability_nk, axis=1, kind="stable")[:, : self.options.top_k]
@@ -181,8 +206,10 @@ class Predictor:
                 if self.options.probabilities:
                     answers[f"probabilities:{name}"] = _where(probability_nk, has_genes_n[:, None])
                 answers[f"entropy:{name}"] = _where(np.abs(entropy_n), has_genes_n)
-                if self.options.ood:
-                    answers[f"energy:{name}"] = _where(energy(logits_nk), has_genes_n)
+                if self.training_cells and (usual := self._usual(name, question)):
+                    points_nr = self.training_cells.locate(expression(block, self.run))
+                    parts_np = self.training_cells.parts(name, points_nr, logits_nk)
+                    answers[f"novelty:{name}"] = _where(usual.score(parts_np, num_genes_n), has_genes_n)
         if self.options.ood and not self.run.is_classifier:
             answers["genes"] = gene_log_likelihood(self.run.model, block, self.tokenizer, mask_rates=self.mask_rates)
         for question in self.audits:
@@ -219,8 +246,8 @@ class Predictor:
                     columns[f"predicted_{name}_{rank + 1}_probability"] = probability_nt[:, rank]
             if self.options.ood:
                 fitted = self.temperature(name, question)
-                quantiles_q = fitted.energy_quantiles if fitted else ()
-                columns |= _ood_columns(f"ood_{name}_energy", merged[f"energy:{name}"], quantiles_q)
+                quantiles_q = fitted.novelty_quantiles if fitted else ()
+                columns |= _ood_columns(f"ood_{name}_score", merged[f"novelty:{name}"], quantiles_q)
         if "genes" in merged:
             quantiles_q = self.calibration.gene_quantiles
             columns |= _ood_columns("ood_gene_log_likelihood", merged["genes"], quantiles_q, sign=-1)

@@ -108,16 +108,22 @@ def test_ranks_of_an_audit_begin_with_the_least_probable_label(run):
     assert predictor.columns(answers)["audit_sex_rank"].tolist() == [3, 1, 0, 2]
 
 
-def test_a_low_log_likelihood_is_as_strange_as_a_high_energy(run):
-    predictor = Predictor(run, ["sex"], {}, AnswerOptions(ood=True, top_k=1))
-    entry = Temperature("sex", ("sex",), (), 2.0, 50, energy_quantiles=(-4.0, -2.0, 0.0))
+def test_a_low_log_likelihood_is_as_strange_as_a_high_score(run):
+    predictor = Predictor(run, ["sex"], {}, AnswerOptions(top_k=1))
+    predictor.options = AnswerOptions(ood=True, top_k=1)
+    entry = Temperature("sex", ("sex",), (), 2.0, 50, novelty_quantiles=(-1.0, 1.0, 3.0))
     predictor.calibration = Calibration((entry,), gene_quantiles=(-3.0, -2.0, -1.0))
     answers = row_arrays({"code:sex": [[0]] * 2, "probability:sex": [[1.0]] * 2, "entropy:sex": [0.0] * 2,
-                  "energy:sex": [-4.0, -1.0], "genes": [-1.0, -2.5]})  # fmt: skip
+                  "novelty:sex": [-1.0, 2.0], "genes": [-1.0, -2.5]})  # fmt: skip
     columns = {
         name: values.tolist() for name, values in predictor.columns(answers).items() if name.endswith("percentile")
     }
-    assert columns == {"ood_sex_energy_percentile": [0, 75], "ood_gene_log_likelihood_percentile": [0, 75]}
+    assert columns == {"ood_sex_score_percentile": [0, 75], "ood_gene_log_likelihood_percentile": [0, 75]}
+
+
+def test_a_run_that_was_not_evaluated_says_so_instead_of_scoring_cells(run):
+    with pytest.raises(InputError, match="does not hold statistics of its training cells, which --ood needs.*evaluate"):
+        Predictor(run, ["sex"], {}, AnswerOptions(ood=True))
 
 
 def test_an_audit_reads_the_other_phenotypes_of_each_cell(run, make_adata):

@@ -12,7 +12,6 @@ from perturbgene.inference.calibration import (
     Calibration,
     Temperature,
     calibration_error,
-    energy,
     fit,
     fit_temperature,
     log_loss,
@@ -38,10 +37,6 @@ def test_the_temperature_undoes_how_much_too_sure_a_model_is(sharpness: float) -
     assert fit_temperature(*drawn(20_000, sharpness=sharpness)) == pytest.approx(sharpness, rel=0.05)
 
 
-def test_energy_is_low_where_a_logit_is_large() -> None:
-    np.testing.assert_allclose(energy(np.array([[0.0, 0.0], [10.0, 0.0]])), [-np.log(2), -np.log(np.exp(10) + 1)])
-
-
 def test_log_loss_is_that_of_the_softened_probabilities() -> None:
     logits_nk = np.array([[np.log(9.0), 0.0]])
     assert log_loss(logits_nk, np.array([0]), temperature=2.0) == pytest.approx(-np.log(3 / 4))
@@ -62,13 +57,11 @@ def test_a_fit_is_scored_on_the_cells_that_it_has_not_seen() -> None:
     assert entry.scores["ece_after"] < 0.03 < 0.1 < entry.scores["ece_before"]
 
 
-def test_cells_without_a_label_are_not_fitted_on_but_count_for_the_energy() -> None:
+def test_cells_without_a_label_are_not_fitted_on() -> None:
     logits_nk, labels_n = drawn(100, sharpness=1.0)
     labels_n[:40] = -1
-    logits_nk[0] = -50
     entry = fit(logits_nk, labels_n, np.arange(100) < 60, phenotype="x", asked=["x"], given=[])
     assert (entry.num_cells, entry.scores["n"]) == (20, 40)
-    assert entry.energy_quantiles[-1] == pytest.approx(50 - np.log(4))
 
 
 def test_too_few_cells_fit_nothing() -> None:

@@ -130,10 +130,10 @@ def test_products_of_columns_do_not_depend_on_the_parts(monkeypatch):
 def test_nearest_neighbors_answer_by_their_commonest_class():
     train_ng, train_n = two_blobs(60, seed=0)
     eval_ng, eval_n = two_blobs(30, seed=1)
-    project = principal_components(train_ng, seed=0)
-    assert project is not None and project(eval_ng).shape == (30, 5)
-    answer = nearest_neighbors(project(train_ng), 3 * train_n)
-    assert answer(project(eval_ng)).tolist() == (3 * eval_n).tolist()
+    components = principal_components(train_ng, seed=0)
+    assert components is not None and components.transform(eval_ng).shape == (30, 5)
+    answer = nearest_neighbors(components.transform(train_ng), 3 * train_n)
+    assert answer(components.transform(eval_ng)).tolist() == (3 * eval_n).tolist()
 
 
 def test_fewer_cells_than_neighbors_vote_all():

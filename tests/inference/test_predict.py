@@ -1307,11 +1307,12 @@ def test_an_answer_that_is_not_sure_enough_becomes_unknown(held_out, mlm, expect
     assert table[f"{COLUMN}_1"].tolist() == expected[COLUMN].tolist()
 
 
-def test_a_cell_without_genes_is_missing_and_not_unknown(cells, mlm):
+def test_a_cell_without_genes_is_missing_and_not_unknown(cells, calibrated):
     cells.X[1:] = 0
     cells.X.eliminate_zeros()
-    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(abstain=0.9, ood=True))[1:]
-    assert table[[COLUMN, "ood_gene_log_likelihood", "ood_cell_type_energy"]].isna().all(axis=None)
+    table = predict_table(cells, calibrated, ask=["cell_type"], options=AnswerOptions(abstain=0.9, ood=True))[1:]
+    names = [COLUMN, "ood_gene_log_likelihood", "ood_cell_type_score", "ood_cell_type_score_percentile"]
+    assert table[names].isna().all(axis=None)
 
 
 # -- strange cells and wrong labels -------------------------------------------------------------------------------
@@ -1323,13 +1324,8 @@ def strangeness(held_out: ad.AnnData, calibrated: Run) -> pd.DataFrame:
     return predict_table(held_out, calibrated, ask=["cell_type"], options=AnswerOptions(ood=True))
 
 
-def test_energy_is_that_of_the_logits(strangeness, logits):
-    energy_n = -torch.logsumexp(torch.from_numpy(logits), dim=1).numpy()
-    np.testing.assert_allclose(strangeness["ood_cell_type_energy"], energy_n, atol=1e-5)
-
-
 def test_percentiles_are_shares_of_the_evaluation_cells_and_high_for_strange_ones(strangeness):
-    for name, sign in (("ood_cell_type_energy", 1), ("ood_gene_log_likelihood", -1)):
+    for name, sign in (("ood_cell_type_score", 1), ("ood_gene_log_likelihood", -1)):
         ranks = 100 * np.argsort(np.argsort(sign * strangeness[name].to_numpy())) / 139
         np.testing.assert_allclose(strangeness[f"{name}_percentile"], ranks, atol=1.5)
 
@@ -1337,18 +1333,53 @@ def test_percentiles_are_shares_of_the_evaluation_cells_and_high_for_strange_one
 def test_how_strange_a_cell_is_does_not_depend_on_its_row(strangeness, held_out, calibrated):
     rows = [120, 3, 77]
     found = predict_table(held_out[rows], calibrated, ask=["cell_type"], options=AnswerOptions(ood=True))
-    for name in ("ood_gene_log_likelihood", "ood_cell_type_energy"):
+    for name in ("ood_gene_log_likelihood", "ood_cell_type_score"):
         np.testing.assert_allclose(found[name], strangeness[name].to_numpy()[rows], atol=1e-5)
 
 
-def test_strangeness_without_calibration_has_no_percentile(cells, mlm):
-    table = predict_table(cells, mlm, ask=["cell_type"], options=AnswerOptions(ood=True))
-    assert [name for name in table if name.startswith("ood_")] == ["ood_cell_type_energy", "ood_gene_log_likelihood"]
+def test_a_type_that_was_not_learned_scores_above_those_that_were(held_out, calibrated, strangeness):
+    """Its cells are planted: each expresses other genes in place of its own."""
+    planted = held_out.copy()
+    planted.X = planted.X[:, np.roll(np.arange(planted.n_vars), 37)]
+    found = predict_table(planted, calibrated, ask=["cell_type"], options=AnswerOptions(ood=True))
+    scores = [table["ood_cell_type_score"] for table in (strangeness, found)]
+    assert scores[1].quantile(0.25) > scores[0].median() and scores[1].median() > scores[0].quantile(0.9)
 
 
-def test_a_classifier_tells_energy_only(cells, cls):
-    table = predict_table(cells, cls, options=AnswerOptions(ood=True))
-    assert [name for name in table if name.startswith("ood_")] == ["ood_cell_type_energy"]
+def test_strangeness_of_a_run_that_was_not_evaluated_is_refused(trained, small, tmp_path, capsys):
+    assert run_on(trained, small, tmp_path / "out.h5ad", "--ood") == 2
+    assert "does not hold statistics of its training cells" in error_line(capsys)
+    assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_temperatures_do_not_change_how_strange_a_cell_is(held_out, calibrated, strangeness):
+    options = AnswerOptions(ood=True, calibrate=False)
+    table = predict_table(held_out, calibrated, ask=["cell_type"], options=options)
+    np.testing.assert_allclose(table["ood_cell_type_score"], strangeness["ood_cell_type_score"])
+
+
+@pytest.mark.parametrize("name", ["cls", "binary"])
+def test_a_classifier_scores_new_types_too(name, copied_run, held_out):
+    folder = copied_run(name)
+    assert main(["evaluate", str(folder), "--no_baselines"]) == 0
+    table = predict_table(held_out, load_run(folder, device="cpu"), options=AnswerOptions(ood=True))
+    assert [name for name in table if name.startswith("ood_")] == [
+        "ood_cell_type_score", "ood_cell_type_score_percentile",
+    ]  # fmt: skip
+    assert table["ood_cell_type_score"].notna().all()
+
+
+def test_training_cells_that_are_gone_leave_temperatures_but_no_score(copied_run, held_out, caplog):
+    folder = copied_run()
+    text = (folder / "run.yaml").read_text()
+    corpus = next(line for line in text.splitlines() if line.startswith("corpus:"))
+    (folder / "run.yaml").write_text(text.replace(corpus, "corpus: gone"))
+    run = load_run(folder, device="cpu")
+    evaluate(run, held_out, calibrate=True)
+    assert "`predict --ood` cannot say how unusual a cell is" in caplog.text
+    assert predict_table(held_out, run).attrs["calibration"]
+    with pytest.raises(InputError, match="does not hold statistics of its training cells"):
+        predict_table(held_out, run, options=AnswerOptions(ood=True))
 
 
 def test_an_audit_gives_the_probability_of_the_own_label_given_the_others(cells, mlm):
