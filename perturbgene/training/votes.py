@@ -47,10 +47,10 @@ MOST_FOLDS, LEAST_FOLDS, FEW_CELLS = 5, 3, 1_000
 READING = "perturbgene.data_utils"  # says nothing new of cells that are read a second time
 #: Expressed genes that a regression is solved on, in all cells together (8 bytes each); more cells are thinned evenly.
 MOST_VALUES = 50_000_000
-#: Cells up to which a regression is solved in the principal axes of the cells, and which choose its penalty.
-MOST_CELLS_OF_AXES = 2_000
+#: Cells that choose the penalty, and cells up to which a regression is solved in their principal axes.
+MOST_CHOOSING, MOST_CELLS_OF_AXES = 2_000, 4_000
 #: Expressed genes times labels that a solution on more cells may cost at each iteration.
-MOST_PRODUCTS = 300_000_000
+MOST_PRODUCTS = 1_000_000_000
 #: Votes of a phenotype, genes times labels: beyond, the genes that vary least have none.
 MOST_VOTES = 10_000_000
 MOST_ITERATIONS, TOLERANCE = 300, 1e-5
@@ -218,6 +218,7 @@ class Choice:
     penalty: float
     power: float
     losses_n: np.ndarray  # of each cell, in the fold that held it out (nats)
+    loss: float  # their weighted mean
 
 
 def choose(
@@ -266,13 +267,15 @@ def choose(
                 )  # fmt: skip
                 logits_nk = others[number] @ votes_rk + center_k + offset_nk[held_out]
                 losses_n[held_out] = log_losses(logits_nk, label_n[held_out])
-            tried.append(Choice(penalty, power, losses_n))
-            means = [choice.losses_n.mean() for choice in tried]
+            tried.append(Choice(penalty, power, losses_n, float(np.average(losses_n, weights=weight_n))))
+            means = [choice.loss for choice in tried]
             if len(means) > 2 and means[-1] > means[-2] > means[-3]:
                 break
         other = tried[int(np.argmin(means))]
-        gain_n = other.losses_n - other.losses_n if best is None else best.losses_n - other.losses_n
-        if best is None or gain_n.mean() > gain_n.std() / np.sqrt(len(gain_n)):
+        if best is not None:
+            gain_n, gain = best.losses_n - other.losses_n, best.loss - other.loss
+            error = np.sqrt(np.square(weight_n * (gain_n - gain)).sum()) / weight_n.sum()
+        if best is None or gain > error:
             best = other
     assert best is not None
     return best
@@ -283,9 +286,30 @@ def log_losses(logits_nk: np.ndarray, label_n: np.ndarray) -> np.ndarray:
     return np.asarray(logsumexp(logits_nk, axis=1) - logits_nk[np.arange(len(label_n)), label_n])
 
 
-def _thinned(num_cells: int, *, most: int) -> slice:
-    """Return which cells are at most so many: all, or every second, third, ..."""
-    return slice(None, None, max(1, -(-num_cells // max(1, most))))
+def thinned(label_n: np.ndarray, *, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most about so many cells, evenly spaced and equally many of each label where it has them.
+
+    Returns:
+        Rows of the cells, ascending, and how many cells each stands for.
+
+    Example:
+        >>> rows, weights = thinned(np.array([0, 0, 0, 0, 0, 0, 1, 1]), most=5)
+        >>> rows.tolist(), weights.tolist()
+        ([0, 2, 4, 6, 7], [2.0, 2.0, 2.0, 1.0, 1.0])
+    """
+    count_k = np.bincount(label_n)
+    if len(label_n) <= most:
+        return np.arange(len(label_n)), np.ones(len(label_n))
+    kept = 1
+    while np.minimum(count_k, kept + 1).sum() <= most:
+        kept += 1
+    order_n = np.argsort(label_n, kind="stable")
+    number_n = np.empty(len(label_n), dtype=np.int64)  # of each cell among those of its label
+    number_n[order_n] = np.arange(len(label_n)) - np.repeat(np.cumsum(count_k) - count_k, count_k)
+    kept_k = np.minimum(count_k, kept)
+    place_n, of_label_n = number_n * kept_k[label_n], count_k[label_n]
+    rows = np.flatnonzero((place_n - 1) // of_label_n != (place_n + kept_k[label_n] - 1) // of_label_n)
+    return rows, (count_k / np.maximum(kept_k, 1))[label_n[rows]]
 
 
 # -- the votes of a model -----------------------------------------------------------------------------------------
@@ -360,25 +384,29 @@ def solve_votes(
             continue
         num_labels, prior_gk = stop - start, solved_tk[1:, start:stop]
         per_cell = max(1.0, expression_nt.nnz / expression_nt.shape[0])
-        rows = rows[_thinned(len(rows), most=int(MOST_PRODUCTS / num_labels / per_cell))]
+        label_n = label_n[rows]
+        most = max(MOST_CELLS_OF_AXES, int(MOST_PRODUCTS / num_labels / per_cell))
+        chosen_n, weight_n = thinned(label_n, most=most)
+        rows, label_n = rows[chosen_n], label_n[chosen_n]
         genes = _voters(expression_nt[rows], most=MOST_VOTES // num_labels)
-        known_ng, label_n = expression_nt[rows][:, genes], label_n[rows]
-        weight_n = np.ones(len(rows)) if rate_n is None else rate_n[number_n[rows]]
+        known_ng = expression_nt[rows][:, genes]
+        weight_n = weight_n if rate_n is None else weight_n * rate_n[number_n[rows]]
         weight_n = weight_n if class_weights is None else weight_n * np.asarray(class_weights)[label_n]
-        few, prior = _thinned(len(rows), most=MOST_CELLS_OF_AXES), Regression(prior_gk[genes], solved_tk[0, start:stop])
-        of_few: dict[str, Any] = {"prior": prior, "weight_n": weight_n[few]}
+        prior = Regression(prior_gk[genes], solved_tk[0, start:stop])
+        few, times_n = thinned(label_n, most=MOST_CHOOSING)
+        of_few: dict[str, Any] = {"prior": prior, "weight_n": weight_n[few] * times_n}
         few_donor_n = None if group_n is None else group_n[rows][few]
         chosen = choose(known_ng[few], label_n[few], group_n=few_donor_n, **of_few)
         settings: dict[str, Any] = {"penalty": chosen.penalty, "power": chosen.power}
         found = solve(known_ng[few], label_n[few], **settings, **of_few)
-        if few.step > 1:
+        if len(few) < len(rows):
             found = solve(known_ng, label_n, prior=prior, weight_n=weight_n, start=found, **settings)
         prior_gk[genes] = found.votes_gk
         solved_tk[0, start:stop] = found.intercept_k
         logger.info(
             "%s: the genes' votes are a regression on %s cells: penalty %g, expression divided by its standard "
             "deviation to the power of %g (log loss %.3f in cross-validation by %s)",
-            name, f"{len(rows):,}", chosen.penalty, chosen.power, chosen.losses_n.mean(),
+            name, f"{len(rows):,}", chosen.penalty, chosen.power, chosen.loss,
             "cell" if group_n is None else donor_column,
         )  # fmt: skip
     votes_tk.copy_(torch.from_numpy(solved_tk))
