@@ -47,7 +47,8 @@ MOST_FOLDS, LEAST_FOLDS, FEW_CELLS = 5, 3, 1_000
 READING = "perturbgene.data_utils"  # says nothing new of cells that are read a second time
 #: Expressed genes that a regression is solved on, in all cells together (8 bytes each); more cells are thinned evenly.
 MOST_VALUES = 50_000_000
-#: Cells that choose the penalty, and cells up to which a regression is solved in their principal axes.
+#: Cells that choose the penalty, in their principal axes; and cells up to which a regression with many labels is solved
+#: in them, which takes more than solving it gene by gene with few labels.
 MOST_CHOOSING, MOST_CELLS_OF_AXES = 2_000, 4_000
 #: Expressed genes times labels that a solution on more cells may cost at each iteration.
 MOST_PRODUCTS = 1_000_000_000
@@ -196,7 +197,8 @@ def solve(
     prior_gk = prior.votes_gk / scaled.scale_g[:, None]
     settings: dict[str, Any] = {"strength": penalty * scaled.total_variance, "weight_n": weight_n}
     settings["offset_nk"] = np.asarray(scaled.values_ng @ prior_gk) - scaled.mean_g @ prior_gk
-    if len(label_n) <= MOST_CELLS_OF_AXES:
+    is_costly = expression_ng.nnz * prior.votes_gk.shape[1] > MOST_PRODUCTS
+    if len(label_n) <= (MOST_CELLS_OF_AXES if is_costly else MOST_CHOOSING):
         axes = _Axes.of((scaled.values_ng @ scaled.values_ng.T).toarray())
         votes_rk, center_k = _fit(axes.values_nr, label_n, **settings)
         weights_nk = axes.axes_nr @ votes_rk
