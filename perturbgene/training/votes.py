@@ -54,7 +54,9 @@ MOST_CHOOSING, MOST_CELLS_OF_AXES = 2_000, 4_000
 MOST_PRODUCTS = 1_000_000_000
 #: Votes of a phenotype, genes times labels: beyond, the genes that vary least have none.
 MOST_VOTES = 10_000_000
-MOST_ITERATIONS, TOLERANCE = 300, 1e-5
+MOST_STEPS, MOST_STEPS_OF_CHOICE, TOLERANCE = 300, 100, 1e-5
+#: With more labels, only every second penalty is tried, and genes stay as they are.
+MANY_LABELS = 200
 #: Numbers that L-BFGS may keep of earlier steps (8 bytes each).
 MOST_REMEMBERED = 200_000_000
 #: What the transformer's logits may be multiplied by.
@@ -126,7 +128,7 @@ class _Axes:
 def _fit(
     values_nr: Any, label_n: np.ndarray, *, strength: float, offset_nk: np.ndarray, weight_n: np.ndarray,
     mean_r: np.ndarray | None = None, variance_r: np.ndarray | None = None,
-    start: tuple[np.ndarray, np.ndarray] | None = None,
+    start: tuple[np.ndarray, np.ndarray] | None = None, most_steps: int = MOST_STEPS,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Minimize the weighted negative log-likelihood plus `strength / 2` times the summed squares of `votes_rk`.
 
@@ -162,7 +164,7 @@ def _fit(
     votes_rk, center_k = start or (np.zeros(shape), np.zeros(shape[1]))
     first = np.concatenate([(votes_rk / step_r1).ravel(), center_k])
     memory = int(np.clip(MOST_REMEMBERED // (2 * len(first)), 3, 10))
-    limits = {"maxiter": MOST_ITERATIONS, "gtol": TOLERANCE, "ftol": TOLERANCE**2, "maxcor": memory}
+    limits = {"maxiter": most_steps, "gtol": TOLERANCE, "ftol": TOLERANCE**2, "maxcor": memory}
     found = minimize(loss, first, jac=True, method="L-BFGS-B", options=limits)
     return found.x[: num_values * shape[1]].reshape(shape) * step_r1, found.x[num_values * shape[1] :]
 
@@ -250,8 +252,9 @@ def choose(
         folds = list(KFold(num_folds, shuffle=True, random_state=0).split(label_n))
     offset_nk = prior.logits(expression_ng)
     weight_n = np.ones(len(label_n)) if weight_n is None else weight_n
+    has_many = offset_nk.shape[1] > MANY_LABELS
     best: Choice | None = None
-    for power in POWERS:
+    for power in POWERS[:1] if has_many else POWERS:
         scaled = _Scaled.of(expression_ng, power=power)
         products_nn = (scaled.values_ng @ scaled.values_ng.T).toarray()
         axes, others, found = [], [], list[Any]([None] * len(folds))
@@ -260,12 +263,13 @@ def choose(
             axes.append(_Axes.of(products))
             others.append(axes[-1].of_others(products_nn[np.ix_(held_out, fitted)], products))
         tried: list[Choice] = []
-        for penalty in PENALTIES:
+        for penalty in PENALTIES[::2] if has_many else PENALTIES:
             losses_n = np.empty(len(label_n))
             for number, (fitted, held_out) in enumerate(folds):
                 votes_rk, center_k = found[number] = _fit(
                     axes[number].values_nr, label_n[fitted], strength=penalty * scaled.total_variance,
                     offset_nk=offset_nk[fitted], weight_n=weight_n[fitted], start=found[number],
+                    most_steps=MOST_STEPS_OF_CHOICE,
                 )  # fmt: skip
                 logits_nk = others[number] @ votes_rk + center_k + offset_nk[held_out]
                 losses_n[held_out] = log_losses(logits_nk, label_n[held_out])
