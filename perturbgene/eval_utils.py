@@ -473,11 +473,19 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion], folder: Path, *, text: str) -> None:
+def write_results(
+    results: Mapping[str, Any],
+    confusions: Mapping[str, Confusion],
+    folder: Path,
+    *,
+    text: str,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+) -> None:
     """Write each confusion by name as CSV and PNG with its per-class scores, and at last `metrics.json`.
 
     Args:
         text: What was scored on which cells; becomes part of each title.
+        tables: Further CSV files by name.
 
     Raises:
         InputError: The folder cannot be written.
@@ -491,6 +499,9 @@ def write_results(results: Mapping[str, Any], confusions: Mapping[str, Confusion
                     table.to_csv(temporary)
             figure = confusion_figure(confusion.table(), title=f"{title.replace('.', ', ')} ({text})")
             save_figure(figure, folder / f"confusion.{name}.png")
+        for file, table in (tables or {}).items():
+            with whole_file(folder / file) as temporary:
+                table.to_csv(temporary, index=False)
         write_json(folder / "metrics.json", without_nan(results), indent=1)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error}). Choose another --output.") from error

@@ -270,6 +270,10 @@ class AnswerOptions(BaseConfig):
         "for each phenotype X; its labels are in uns['perturbgene'] under the same name.",
     )  # fmt: skip
     abstain: float = option(0.0, "Write `unknown` if the calibrated probability is below this.", within="[0, 1]")
+    conformal: float | None = option(
+        None, "Write for each cell the set of labels that holds the true one in this share of the cells of a new "
+        "donor, such as 0.9, and its size. Needs evaluate.", within="(0, 1)",
+    )  # fmt: skip
     calibrate: bool = option(True, "Divide logits by the temperatures that evaluate fitted.")
     ood: bool = option(
         False, "Write how unusual each cell is: a score of new types (far from the training cells of its label, and a "
@@ -277,6 +281,11 @@ class AnswerOptions(BaseConfig):
         "the run's evaluation cells. The run must have been evaluated.",
     )  # fmt: skip
     audit: bool = option(False, "Write the probability of each cell's own label, given its genes and other phenotypes.")
+
+    def check(self) -> None:
+        super().check()
+        if self.conformal is not None and not self.calibrate:
+            raise InputError("conformal sets need calibrated probabilities. Remove --no_calibrate or --conformal.")
 
 
 @dataclass(frozen=True, kw_only=True)

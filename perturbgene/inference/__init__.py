@@ -1,6 +1,6 @@
 """The verbs `check`, `predict` and `evaluate`: files are looked at, and a trained run is asked about cells.
 
 Read `run` (load a run), `streaming` (open cells, ranks, batches with their progress bar, and per-cell results of every
-verb that writes a file), `predict` (questions and answers), `evaluate` (scores), `baselines` and `calibration`
-(temperatures), `check` (what files hold and what verbs would do with them).
+verb that writes a file), `predict` (questions and answers), `evaluate` (scores), `baselines`, `calibration`
+(temperatures) and `conformal` (sets of labels), `check` (what files hold and what verbs would do with them).
 """

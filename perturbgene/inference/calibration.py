@@ -1,7 +1,8 @@
 """Calibrated probabilities, and what is unusual: temperatures and quantiles fitted on held-out cells.
 
 Owns fitting, scoring, storing (`calibration.json` in the run) and looking up; leaves the logits to those who ask the
-model and how unusual a cell is to `novelty`. Letters: n cells, k labels, q quantiles.
+model, how unusual a cell is to `novelty`, and what sets of labels are to `conformal`. Letters: n cells, k labels, q
+quantiles.
 
 A temperature T divides the logits of one phenotype under one question (Guo et al. 2017, "On calibration of modern
 neural networks", section 4.2): the most probable label stays the same, its probability changes. T is fitted on half of
@@ -21,6 +22,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from perturbgene.files import write_json
+from perturbgene.inference.conformal import fit_floors
 from perturbgene.inference.novelty import NOVELTY_FILE, Usual
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class Temperature:
     is_at_limit: bool = False  # the best temperature may be outside the range that was searched
     usual: Usual | None = None  # of the held-out cells' novelty
     novelty_quantiles: tuple[float, ...] = ()  # 0, 1, ..., 100 % quantiles of their score
+    floors: tuple[float, ...] = ()  # of sets of labels, one for each of `conformal.LEVELS`
+    num_units: int = 0  # donors that the floors were fitted on, or cells if these name no two donors
 
     def distance(self, asked: Sequence[str], given: Sequence[str]) -> int:
         """Return how many phenotypes differ between this question and another."""
@@ -138,10 +142,11 @@ def fit(
     phenotype: str,
     asked: Sequence[str],
     given: Sequence[str],
+    donors_n: np.ndarray | None = None,
 ) -> Temperature:
     """Fit one phenotype under one question, and score it on the cells that it was not fitted on.
 
-    A label of -1 is unknown. A temperature at the limit of its range is reported.
+    A label of -1 is unknown. Without donors, each cell is one. A temperature at the limit of its range is reported.
     """
     is_known_n = labels_n >= 0
     first, second = is_known_n & is_fitted_n, is_known_n & ~is_fitted_n
@@ -151,8 +156,19 @@ def fit(
     for name, t in (("before", 1.0), ("after", temperature)) if second.any() else ():
         scores[f"log_loss_{name}"] = log_loss(logits_nk[second], labels_n[second], temperature=t)
         scores[f"ece_{name}"] = calibration_error(logits_nk[second], labels_n[second], temperature=t)
+    units_n = (np.arange(len(labels_n)) if donors_n is None else donors_n)[first]
+    probability_nk = softmax(logits_nk[first] / temperature, axis=-1)
+    floors_q = fit_floors(probability_nk[np.arange(len(units_n)), labels_n[first]], units_n) if len(units_n) else ()
     fitted = Temperature(
-        phenotype, tuple(asked), tuple(given), temperature, int(first.sum()), scores, is_at_limit=is_at_limit
+        phenotype,
+        tuple(asked),
+        tuple(given),
+        temperature,
+        int(first.sum()),
+        scores,
+        is_at_limit=is_at_limit,
+        floors=floors_q,
+        num_units=len(np.unique(units_n)),
     )
     if is_at_limit:
         logger.warning(
@@ -213,7 +229,7 @@ def read_calibration(run: str | Path) -> Calibration | None:
 
 def _temperature(usual: dict[str, Any] | None, **entry: Any) -> Temperature:
     """Return an entry of `calibration.json`, whose lists are tuples."""
-    lists = {name: tuple(entry[name]) for name in ("asked", "given", "novelty_quantiles")}
+    lists = {name: tuple(entry[name]) for name in ("asked", "given", "novelty_quantiles", "floors")}
     return Temperature(**{**entry, **lists}, usual=None if usual is None else Usual(**usual))
 
 

@@ -1,7 +1,7 @@
 """The verb `evaluate`: score a run on held-out cells next to its baselines, and calibrate it.
 
-Owns which cells and questions are scored and what is reported; leaves counting to `eval_utils`, temperatures to
-`calibration` and the baselines to `baselines`. Letters: n cells.
+Owns which cells and questions are scored and what is reported; leaves counting to `eval_utils`, temperatures and
+sets of labels to `calibration` and `conformal`, and the baselines to `baselines`. Letters: n cells.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.options import conditions
@@ -50,6 +51,7 @@ from perturbgene.inference.calibration import (
     split_halves,
     weights_hash,
 )
+from perturbgene.inference.conformal import coverage_by_donor, floor_at
 from perturbgene.inference.novelty import TrainingCells, Usual, expression, fit_training_cells
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
@@ -68,9 +70,16 @@ ROW_NAMES = {
     "masked": "bins of masked genes",
     **{name: f"(baseline) {text.removeprefix('the ')}" for name, text in NAMES.items()},
 }
+#: Coverage of sets of labels for each donor, in the output.
+COVERAGE_FILE = "coverage.csv"
+#: Levels whose coverage is written there, and the one that is printed.
+COVERAGE_LEVELS, SHOWN_LEVEL = (0.8, 0.9, 0.95, 0.99), 0.9
 LEGEND = (
     "n: cells with a known label, or masked genes. log_loss: mean negative log-probability of the true label; lower is "
     "better.\ntemperature: `predict` divides the logits by it; above 1, the run was too confident.\n"
+    "ece: calibration error before and after that, of cells that it was not fitted on.\n"
+    "sets: share of cells whose 90 % set (`predict --conformal 0.9`) holds the true label, mean of the donors that "
+    "fitted nothing (lowest donor; mean number of labels); " + COVERAGE_FILE + " has each donor.\n"
     "best: right in most cells, of the run with nothing given and the baselines."
 )
 
@@ -258,22 +267,39 @@ class _Unusual:
         return dataclasses.replace(entry, usual=usual, novelty_quantiles=quantiles(score_n))
 
 
+def _coverage(entry: Temperature, logits_nk: np.ndarray, true_n: np.ndarray, donors_n: np.ndarray) -> pd.DataFrame:
+    """Return how often sets of labels hold the true one, at `COVERAGE_LEVELS` and for each donor."""
+    probability_nk = softmax(logits_nk / entry.temperature, axis=-1)
+    parts = [
+        coverage_by_donor(probability_nk, true_n, donors_n, floor_at(entry.floors, level)).assign(level=level)
+        for level in COVERAGE_LEVELS
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
 def _calibrate(
     run: Run, collector: LogitCollector, dataset: IterableAnnDataset, results: dict[str, Any], *,
     donors_n: np.ndarray | None, unusual: _Unusual, is_seen_n: np.ndarray,
-) -> None:  # fmt: skip
+) -> pd.DataFrame:  # fmt: skip
     """Fit a temperature for each question on half of the donors, add it to the results and store it in the run.
 
     All held-out cells say what is usual.
 
     Cells that were seen in training do not take part, and a question with too few labels keeps its temperature.
+
+    Returns:
+        The coverage of sets of labels by phenotype, question, level and donor, of the other half.
     """
-    fitted, split = [], "cells"
+    fitted, split, tables = [], "cells", [pd.DataFrame()]
     for category, question, *answers in collector.joined():
         is_new_n = ~is_seen_n[answers[0]]
         cells_n, logits_nk, true_n = (values_n[is_new_n] for values_n in answers)
-        is_fitted_n, split = split_halves(None if donors_n is None else donors_n[cells_n], num_cells=len(cells_n))
-        entry = fit(logits_nk, true_n, is_fitted_n, phenotype=category, asked=question.asked, given=question.given)
+        of_donor_n = np.full(len(cells_n), "") if donors_n is None else donors_n[cells_n]
+        is_fitted_n, split = split_halves(of_donor_n, num_cells=len(cells_n))
+        entry = fit(
+            logits_nk, true_n, is_fitted_n, phenotype=category, asked=question.asked, given=question.given,
+            donors_n=of_donor_n if split == "donors" else None,
+        )  # fmt: skip
         if entry.num_cells < LEAST_CELLS:
             logger.warning(
                 "%s: only %d labeled cells to fit on, of at least %d; no temperature is fitted",
@@ -282,6 +308,12 @@ def _calibrate(
             continue
         fitted.append(unusual.added_to(entry, cells_n, logits_nk))
         facts = {"temperature": entry.temperature, "is_at_limit": entry.is_at_limit, "n_fitted": entry.num_cells}
+        rows_n = np.flatnonzero(~is_fitted_n & (true_n >= 0))
+        table = _coverage(entry, logits_nk[rows_n], true_n[rows_n], of_donor_n[rows_n])
+        tables.append(table.assign(phenotype=category, question=question.name, num_fitted=entry.num_units))
+        shown = table[table["level"] == SHOWN_LEVEL]
+        facts |= {"coverage": shown["coverage"].mean(), "lowest_coverage": shown["coverage"].min()}
+        facts |= {"mean_set_size": shown["mean_set_size"].mean(), "coverage_level": SHOWN_LEVEL}
         results[category][question.name]["calibration"] = {**facts, "split_by": split, **entry.scores}
     if split == "cells":
         logger.warning(
@@ -294,6 +326,7 @@ def _calibrate(
     gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
     path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)
     logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
+    return pd.concat(tables, ignore_index=True)
 
 
 def _add_baselines(
@@ -391,10 +424,13 @@ def evaluate(
             evaluator.add(run.model, block)
             if unusual is not None:
                 unusual.add(run, block)
-        results = evaluator.results()
+        results, tables = evaluator.results(), {}
         if unusual is not None:
             donors_n = donors_of(dataset, donor_column)
-            _calibrate(run, logits, dataset, results, donors_n=donors_n, unusual=unusual, is_seen_n=is_seen_n)
+            coverage = _calibrate(
+                run, logits, dataset, results, donors_n=donors_n, unusual=unusual, is_seen_n=is_seen_n
+            )
+            tables = {COVERAGE_FILE: coverage} if len(coverage) else {}
         else:
             logger.info("temperatures in %s stay as they are; --calibrate fits them on these cells", run.path)
         if is_seen_n.any():
@@ -404,7 +440,7 @@ def evaluate(
             train = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()})
             _add_baselines(results, evaluator, answers, cells=(train, dataset), donor_column=donor_column)
         if output is not None:
-            write_results(results, evaluator.confusions(), output, text="held-out cells")
+            write_results(results, evaluator.confusions(), output, text="held-out cells", tables=tables)
     return results
 
 
@@ -418,6 +454,9 @@ def _table(results: Mapping[str, Any]) -> str:
             fitted = scores.get("calibration", {})
             limit = " (limit)" if fitted.get("is_at_limit") else ""
             row["temperature"] = f"{fitted['temperature']:.3f}{limit}" if fitted else ""
+            row["ece"] = "{ece_before:.3f} -> {ece_after:.3f}".format(**fitted) if "ece_after" in fitted else ""
+            text = "{coverage:.3f} ({lowest_coverage:.3f}; {mean_set_size:.1f})"
+            row["sets"] = text.format(**fitted) if "ece_after" in fitted else ""
             rows.append({**row, "best": "best" if scores.get("best") else ""})
     return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
 

@@ -26,6 +26,7 @@ from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import Question, class_logits, gene_log_likelihood, question_logits
 from perturbgene.inference.calibration import Calibration, Temperature, percentile, read_calibration
+from perturbgene.inference.conformal import floor_at, label_sets
 from perturbgene.inference.novelty import LEAST_CELLS, TrainingCells, Usual, expression
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 
 #: Written in place of a label that is not probable enough.
 UNKNOWN = "unknown"
+
+#: Between the labels of a set.
+SEPARATOR = " | "
 
 #: Columns of `obs` by name: arrays (n,) or categoricals.
 Columns = dict[str, Any]
@@ -113,6 +117,7 @@ class Predictor:
         self.is_calibrated, self.calibration = options.calibrate and found is not None, found or Calibration()
         self.training_cells = self._training_cells() if options.ood else None
         self.collate = collate_fn_wrapper(run.tokenizer, packed=True)
+        self.floors = {name: self._floor(name) for name in self.asked} if options.conformal is not None else {}
         self.mask_rates = run.mask_rates if options.ood else {}
         self._own_label_n: dict[str, np.ndarray] = {}
 
@@ -181,6 +186,19 @@ class Predictor:
         fitted = self.temperature(phenotype, question)
         return fitted.usual if fitted else None
 
+    def _floor(self, phenotype: str) -> float:
+        """Return the probability that a label needs to be in a set; refuse a question that `evaluate` did not ask."""
+        question, level = self.question_of[phenotype], self.options.conformal
+        fitted = self.temperature(phenotype, question)
+        if level is not None and fitted and fitted.floors and not fitted.distance(question.asked, question.given):
+            return floor_at(fitted.floors, level)
+        is_standard = self.run.is_classifier or not question.given
+        flags = "" if is_standard else f" --ask {' '.join(question.asked)} --given {' '.join(question.given)}"
+        raise InputError(
+            f"{self.run.path} has no sets of labels for this question about {phenotype}: `evaluate` has not fitted "
+            f"them. Run `perturbgene evaluate {self.run.path}{flags}`, or remove --conformal."
+        )
+
     def _asked(self, block: TokenBlock, question: Question) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Yield each asked phenotype with the logits and the calibrated probabilities of its labels, (n, k)."""
         if self.run.is_classifier:
@@ -206,6 +224,8 @@ class Predictor:
                 if self.options.probabilities:
                     answers[f"probabilities:{name}"] = _where(probability_nk, has_genes_n[:, None])
                 answers[f"entropy:{name}"] = _where(np.abs(entropy_n), has_genes_n)
+                if name in self.floors:
+                    answers[f"set:{name}"] = label_sets(probability_nk, self.floors[name]).astype(np.int8)
                 if self.training_cells and (usual := self._usual(name, question)):
                     points_nr = self.training_cells.locate(expression(block, self.run))
                     parts_np = self.training_cells.parts(name, points_nr, logits_nk)
@@ -244,6 +264,8 @@ class Predictor:
                 columns[f"predicted_{name}_{rank + 1}"] = next_n
                 if rank:
                     columns[f"predicted_{name}_{rank + 1}_probability"] = probability_nt[:, rank]
+            if name in self.floors:
+                columns |= _set_columns(name, merged[f"set:{name}"], codes_nt[:, 0] >= 0, labels)
             if self.options.ood:
                 fitted = self.temperature(name, question)
                 quantiles_q = fitted.novelty_quantiles if fitted else ()
@@ -278,6 +300,8 @@ class Predictor:
             facts["where"] = dataset.where
         if options.abstain:
             facts["abstain"] = options.abstain
+        if options.conformal is not None:
+            facts["conformal"], facts["conformal_floors"] = options.conformal, self.floors
         if options.probabilities:
             facts |= {matrix_key(name): self.labels_of(name) for name in self.asked}
         if options.ood:
@@ -328,6 +352,19 @@ def matrix_key(phenotype: str) -> str:
 
 def _where(values_n: np.ndarray, is_valid_n: np.ndarray) -> np.ndarray:
     return np.where(is_valid_n, values_n, np.nan).astype(np.float32)
+
+
+def _set_columns(name: str, is_in_nk: np.ndarray, is_answered_n: np.ndarray, labels: Sequence[str]) -> Columns:
+    """Return each cell's set of labels as text, in the order of the run's labels, and its size; 0 without an answer."""
+    is_in_nk = (is_in_nk == 1) & is_answered_n[:, None]
+    packed_sb, set_n = np.unique(np.packbits(is_in_nk, axis=1), axis=0, return_inverse=True)
+    is_in_sk = np.unpackbits(packed_sb, axis=1, count=len(labels)) == 1
+    texts = [SEPARATOR.join(labels[label] for label in np.flatnonzero(is_in_k).tolist()) for is_in_k in is_in_sk]
+    texts_n = np.array([text or None for text in texts], dtype=object)[set_n.ravel()]
+    return {
+        f"predicted_{name}_set": pd.Categorical(texts_n),
+        f"predicted_{name}_set_size": is_in_nk.sum(axis=1, dtype=np.int32),
+    }
 
 
 def _ood_columns(name: str, values_n: np.ndarray, quantiles_q: Sequence[float], *, sign: int = 1) -> Columns:
@@ -394,6 +431,7 @@ def predict(
     probabilities: bool = AnswerOptions.probabilities,
     joint: bool = AnswerOptions.joint,
     abstain: float = AnswerOptions.abstain,
+    conformal: float | None = AnswerOptions.conformal,
     ood: bool = AnswerOptions.ood,
     audit: bool = AnswerOptions.audit,
     calibrate: bool = AnswerOptions.calibrate,
@@ -410,7 +448,7 @@ def predict(
         adata: Cells, in memory or backed, or the path or URL of an h5ad file; no label column is needed.
         model: Run folder, or a loaded run.
         ask, given, batch_tokens, reading: See `predict_table`.
-        top_k, probabilities, joint, abstain, ood, audit, calibrate: See `perturbgene predict -h`.
+        top_k, probabilities, joint, abstain, conformal, ood, audit, calibrate: See `perturbgene predict -h`.
         device: "auto", "cpu", "cuda", ...
 
     Raises:
@@ -423,8 +461,8 @@ def predict(
         ['monocyte', 'NK cell', 'B cell']
     """
     options = AnswerOptions(
-        top_k=top_k, probabilities=probabilities, joint=joint, abstain=abstain, ood=ood, audit=audit,
-        calibrate=calibrate,
+        top_k=top_k, probabilities=probabilities, joint=joint, abstain=abstain, conformal=conformal, ood=ood,
+        audit=audit, calibrate=calibrate,
     )  # fmt: skip
     predictor = Predictor(load_run(model, device=device), ask, given, options)
     cells = read_cells(adata)
