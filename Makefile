@@ -36,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m perturbgene.demo
 
 test: $(STAMP)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-avx2: $(STAMP)
 	@ONEDNN_MAX_CPU_ISA=AVX2 $(ONE_THREAD) $(BIN)/python -m pytest -q -m bf16 tests/model tests/cli/test_configs.py tests/perturbation tests/test_devices.py tests/test_benchmark_flops.py

@@ -1,8 +1,12 @@
 """Where the docstring examples of the verbs run: a folder with `cells.h5ad`, a `corpus` of them and `runs/mlm`."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# The threads of OpenMP do not survive a fork, and several processes of tests would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Small real inputs that several test files share: a four-gene tokenizer, hand-made cells, and PBMC cells."""
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from scipy import sparse
 from perturbgene.data_utils.tokenization import GeneTokenizer
 
 FOUR_GENES = ("CD3E", "MS4A1", "NKG7", "LYZ")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from walking all imported modules again after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def _adata(

@@ -1,11 +1,10 @@
 """Faults at chosen moments of a training run: `plant("save:optimizer", 6, action)` acts while checkpoint 6 is written.
 
-Owns where the moments are; the action is killing the process (`python tests/faults.py`, see `main`) or raising.
+Owns where the moments are; the action is killing the process (`die`) or raising.
 """
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,18 +71,3 @@ def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
     inner = ShardedTrainer.get_batch_samples
     with patch.object(ShardedTrainer, "get_batch_samples", note), patch.object(owner, name, faulty):
         yield
-
-
-def main() -> int:
-    """Run a command line; with PG_FAULT=phase@step in the environment, die there."""
-    from perturbgene.main import main as run
-
-    if "PG_FAULT" not in os.environ:
-        return run(sys.argv[1:])
-    phase, step = os.environ["PG_FAULT"].split("@")
-    with plant(phase, int(step), die):
-        return run(sys.argv[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from perturbgene.data_utils.sources import H5adFile
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 from perturbgene.errors import InputError
+from tests.forked import needs_fork, start
 
 GENES = [f"G{i}" for i in range(8)]
 
@@ -878,20 +878,27 @@ def test_files_larger_than_a_part_are_dealt_whole(tmp_path: Path, monkeypatch: p
     assert corpus_tokens(made) == tokens_by_name(source, GeneTokenizer.from_pretrained(made), source.obs_names)
 
 
-COMMAND = "from perturbgene.corpus.prepare import prepare; import sys; prepare(sys.argv[3:], sys.argv[1], num_processes=int(sys.argv[2]), phenotypes=['cell_type'], shard_size=30)"  # noqa: E501
-
-
-def slow_prepare(target: Path, files: Sequence[Path], *, num_lines: int) -> "subprocess.Popen[bytes]":
+def slow_prepare(target: Path, files: Sequence[Path], *, num_lines: int) -> BaseProcess:
     """Start a prepare in another process, as on a slow disk; return when it has finished a number of files."""
-    slow = "import time, perturbgene.corpus.workers as j; add = j.Journal.add; j.Journal.add = lambda s, e: (add(s, e), time.sleep(0.05)); "  # noqa: E501
-    child = subprocess.Popen([sys.executable, "-c", slow + COMMAND, str(target), "1", *map(str, files)])
+    add = Journal.add
+
+    def add_slowly(self: Journal, entry: dict[str, Any]) -> None:
+        add(self, entry)
+        time.sleep(0.05)
+
+    def run() -> None:
+        Journal.add = add_slowly  # type: ignore[method-assign]
+        prepare(files, target, **OPTIONS)
+
+    child = start(run)
     journal, deadline = target.with_name(target.name + ".part") / "journal.jsonl", time.monotonic() + 120
     while not (journal.exists() and journal.read_text().count("\n") > num_lines):
-        assert child.poll() is None and time.monotonic() < deadline
+        assert child.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     return child
 
 
+@needs_fork
 def test_a_second_prepare_into_the_same_folder_is_refused_and_the_first_one_finishes(
     tmp_path: Path, files: list[Path], undisturbed: Path
 ) -> None:
@@ -899,10 +906,12 @@ def test_a_second_prepare_into_the_same_folder_is_refused_and_the_first_one_fini
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"corpus is being written by another process .* choose another --output"):
             prepare(files, tmp_path / "corpus", overwrite=overwrite, **OPTIONS)
-    assert child.wait() == 0
+    child.join()
+    assert child.exitcode == 0
     assert checksums(tmp_path / "corpus") == checksums(undisturbed)
 
 
+@needs_fork
 @pytest.mark.parametrize("num_lines", [5, 18, 30], ids=["counting", "dealing", "writing"])
 def test_a_killed_run_continues_to_the_same_bytes(
     tmp_path: Path, files: list[Path], undisturbed: Path, num_lines: int, caplog: pytest.LogCaptureFixture
@@ -911,7 +920,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     journal = tmp_path / "corpus.part" / "journal.jsonl"
     child = slow_prepare(target, files, num_lines=num_lines)
     child.kill()
-    child.wait()
+    child.join()
     for folder in ("spool", "corpus/train"):
         (tmp_path / "corpus.part" / folder / "shard_00000.h5ad.0f.tmp").write_bytes(b"torn")
     with journal.open("a") as stream:
@@ -990,18 +999,24 @@ def test_a_scheduler_that_does_not_answer_is_refused(tmp_path: Path, files: list
         prepare(files, tmp_path / "corpus", scheduler="nonsense://x", **OPTIONS)
 
 
+@needs_fork
 def test_a_cluster_that_loses_a_worker_loses_no_cell(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:
-    distributed = pytest.importorskip("distributed")
+    dask, distributed = pytest.importorskip("dask"), pytest.importorskip("distributed")
     killed: list[int] = []
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
-    ) as cluster:
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "fork"}),
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
+        ) as cluster,
+    ):
         add = Journal.add
 
         def add_and_kill(self: Journal, entry: dict[str, Any]) -> None:
             add(self, entry)
             if len(self.done) == 15 and not killed:  # in the middle of dealing
-                killed.append(next(iter(cluster.workers.values())).pid)
+                nanny = next(iter(cluster.workers.values()))
+                nanny.auto_restart = False
+                killed.append(nanny.pid)
                 os.kill(killed[0], signal.SIGKILL)
 
         with pytest.MonkeyPatch.context() as patch:

@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from perturbgene.inference.run import Run, choose_device, load_run
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, load_preset
 from perturbgene.training.train import tokenizer_facts
+from tests.forked import in_two_processes, needs_fork
 
 STEPS = "--model_arch tiny --num_hidden_layers 1 --no_bf16 --report_to none --eval_strategy no --save_strategy no"
 COLUMN, PROBABILITY = "predicted_cell_type", "predicted_cell_type_probability"
@@ -1156,17 +1155,17 @@ def test_a_path_is_read_like_the_cells_in_it(trained, mlm, expected):
     assert predict(trained.eval_shard, mlm, ask=["cell_type"]).obs[COLUMN].tolist() == expected[COLUMN].tolist()
 
 
-@pytest.mark.slow
+@needs_fork
 def test_two_processes_write_what_one_writes(trained, written, tmp_path):
-    """Real processes under torchrun, gloo on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "perturbgene.main", "predict", trained.mlm, trained.eval_shard, "--device", "cpu"]
-    flags = ["--ask", "cell_type", "--output", str(tmp_path / "out.h5ad")]
-    outcome = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
-    assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stdout.count("140 cells predicted") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out.h5ad"]
-    found = ad.read_h5ad(tmp_path / "out.h5ad").obs
+    """Real processes, gloo on the CPU."""
+    target = tmp_path / "answers" / "out.h5ad"
+    target.parent.mkdir()
+    words = ["predict", trained.mlm, trained.eval_shard, "--device", "cpu", "--ask", "cell_type"]
+    done = in_two_processes([*words, "--output", str(target)], tmp_path)
+    assert done.codes == [0, 0], done.printed
+    assert done.printed.count("140 cells predicted") == 1
+    assert [path.name for path in target.parent.iterdir()] == ["out.h5ad"]
+    found = ad.read_h5ad(target).obs
     assert found[COLUMN].tolist() == written.obs[COLUMN].tolist()
     np.testing.assert_allclose(found[PROBABILITY], written.obs[PROBABILITY], atol=1e-5)
 

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
@@ -19,7 +17,8 @@ from perturbgene.errors import InputError
 from perturbgene.main import main
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training.train import run_mlm
-from tests.faults import Killed, plant
+from tests.faults import Killed, die, plant
+from tests.forked import needs_fork, start
 
 # 96 training cells, 16 a step: 6 steps an epoch, so that saves every 4 steps fall into the midst of epochs.
 STEPS = 14
@@ -88,22 +87,20 @@ def raise_killed() -> None:
     raise Killed
 
 
-@pytest.mark.slow
+@needs_fork
 def test_a_process_killed_while_it_writes_a_checkpoint_leaves_a_run_that_goes_on(
     corpus: Path, undisturbed: bytes, tmp_path: Path
 ) -> None:
     """The real thing: the lock stays behind, and the process's loader workers lose their parent."""
     out = tmp_path / "run"
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads would add in another order
-    environment = {
-        **os.environ,
-        **threads,
-        "PG_FAULT": "save:optimizer@8",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    call = [sys.executable, str(Path(__file__).parents[1] / "faults.py"), *command(corpus, out, WORKERS)]
-    done = subprocess.run(call, env=environment, capture_output=True, timeout=200, check=False)
-    assert done.returncode == -signal.SIGKILL
+
+    def train_and_die() -> None:
+        with plant("save:optimizer", 8, die):
+            main(command(corpus, out, WORKERS))
+
+    process = start(train_and_die)
+    process.join(timeout=200)
+    assert process.exitcode == -signal.SIGKILL
     assert (out / ".lock").exists()
     assert (out / ".checkpoint-8.partial" / "written_by_perturbgene").exists()
     assert resume(corpus, out) == 0

@@ -24,6 +24,8 @@ from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 from perturbgene.training.checkpoints import take_settings
 from perturbgene.training.train import run_mlm
+from tests.forked import in_two_processes, needs_fork
+from tests.fsdp_on_cpu import allow_fsdp
 
 COMMON = (
     "--model_arch tiny --no_bf16 --report_to none --max_length 60 --dropout 0 --optim sgd --learning_rate 0.1 "
@@ -77,19 +79,15 @@ def test_recomputing_activations_changes_no_step(corpus: Path, uncut: Path, tmp_
     assert_same_steps(run_mlm(parse_args(line)), uncut)  # type: ignore[arg-type]
 
 
-def in_two_processes(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a program, or a module after `-m`, in two processes under torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
-    return subprocess.run(
-        [*launcher, *command], check=False, env=environment, timeout=200, capture_output=True, text=True
-    )
-
-
 def test_two_processes_of_4_cells_make_the_step_of_8(corpus: Path, uncut: Path, tmp_path: Path) -> None:
-    """One process continues from their checkpoint with the same second step."""
+    """Started by torchrun; one process continues from their checkpoint with the same second step."""
     words = [*arguments(corpus, tmp_path / "run", batch=4, accumulated=1), "--use_cpu"]
-    done = in_two_processes("-m", "perturbgene.main", *words)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*launcher, "-m", "perturbgene.main", *words],
+        check=False, env=environment, timeout=200, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_same_steps(tmp_path / "run", uncut)
     assert done.stderr.count("step 2/2 ·") == 1
@@ -99,26 +97,19 @@ def test_two_processes_of_4_cells_make_the_step_of_8(corpus: Path, uncut: Path, 
     assert_same_steps(resumed, uncut)
 
 
-#: What `accelerate launch --use_fsdp --fsdp_version 2` sets.
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "GeneBertLayer",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}  # fmt: skip
-
-
+@needs_fork
 def test_weights_spread_over_two_processes_by_fsdp2_make_the_step_of_8(
     corpus: Path, uncut: Path, tmp_path: Path
 ) -> None:
     """Tried twice: one of two hundred runs ended early, for a reason that was not kept; a warning would now show it."""
-    tests, run = Path(__file__).parents[1], tmp_path / "run"
-    command = [str(tests / "fsdp_on_cpu.py"), *arguments(corpus, run, batch=4, accumulated=1), "--use_cpu"]
-    done = in_two_processes(*command, **FSDP)
-    if done.returncode:
-        warnings.warn(f"two processes under FSDP2 ended with {done.returncode}:\n{done.stderr}", stacklevel=1)
+    run = tmp_path / "run"
+    command = [*arguments(corpus, run, batch=4, accumulated=1), "--use_cpu"]
+    done = in_two_processes(command, tmp_path, before=allow_fsdp)
+    if done.codes != [0, 0]:
+        warnings.warn(f"two processes under FSDP2 ended with {done.codes}:\n{done.printed}", stacklevel=1)
         shutil.rmtree(run, ignore_errors=True)
-        done = in_two_processes(*command, **FSDP)
-    assert done.returncode == 0, done.stderr
+        done = in_two_processes(command, tmp_path, before=allow_fsdp)
+    assert done.codes == [0, 0], done.printed
     assert (run / "checkpoint-1" / "pytorch_model_fsdp.bin").exists()  # written by FSDP only
     for name in ("grad_norm", "loss"):
         assert [e[name] for e in log_of(run)] == pytest.approx([e[name] for e in log_of(uncut)], abs=2e-5)
