@@ -1,7 +1,7 @@
 """Small real inputs that several test files share: a four-gene tokenizer, hand-made cells, and PBMC cells."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import sparse
 
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -20,6 +21,26 @@ def pytest_collection_finish() -> None:
     """Keep the garbage collector from walking all imported modules again after every training."""
     gc.collect()
     gc.freeze()
+
+
+#: Test files whose figures are drawn as users see them.
+DRAWN = ("test_plots", "test_readme", "test_manuals")
+SAVE = Figure.savefig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _figures_are_empty_but_in_few_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Save an empty figure in place of each one: drawing takes most of the time of `evaluate` on few cells."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in DRAWN:
+            patch.setattr(Figure, "savefig", lambda figure, *args, **options: SAVE(Figure((1, 1)), *args, **options))
+        yield
+
+
+@pytest.fixture
+def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures of one test."""
+    monkeypatch.setattr(Figure, "savefig", SAVE)
 
 
 def _adata(

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -44,16 +45,21 @@ def in_new_process(*tokens: str, code: str = "") -> subprocess.CompletedProcess:
 
 
 def test_processes_started_together_close_their_connections_before_they_end(tmp_path: Path) -> None:
-    code = (
+    (tmp_path / "script.py").write_text(
         "import atexit, sys, torch.distributed as dist, perturbgene.main as ours\n"
-        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meeting', rank=0, world_size=1)\n"
+        "dist.init_process_group('gloo')\n"
         "atexit.register(lambda: print('open' if dist.is_initialized() else 'closed'))\n"
         "sys.argv[1:] = ['--version']\n"
         "ours.cli()"
     )
-    done = in_new_process(code=code)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(tmp_path / "script.py")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "closed"
+    assert (done.stdout.count("closed"), done.stdout.count("open")) == (2, 0)
 
 
 NONSENSE = [

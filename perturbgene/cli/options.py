@@ -5,14 +5,17 @@ Letters: e edges.
 """
 
 import dataclasses
+import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from perturbgene.errors import InputError, listed
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 IN_OUT, TASK, DATA, GENES = "Input and output", "Task", "Data", "Genes and bins"
 MODEL, TRAINING, RUNNING, ARGUMENTS = "Model", "Training", "Running", "transformers.TrainingArguments"
@@ -69,6 +72,12 @@ def option(default: Any, help: str, **traits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def once(function: FunctionT) -> FunctionT:
+    """Keep what a function returns of each class; mypy takes dataclasses for unhashable under `functools.cache`."""
+    return cast(FunctionT, functools.cache(function))
+
+
+@once
 def own_flags(config_class: type[Any]) -> dict[str, Flag]:
     """Return the flags of a verb's dataclass by name; a class may name the `group` of the fields that it declares."""
     hints = typing.get_type_hints(config_class)

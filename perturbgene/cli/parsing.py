@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from perturbgene.cli.base import BaseConfig
-from perturbgene.cli.options import ARGUMENTS, GROUPS, IN_OUT, Flag, check_no_repeats, own_flags
+from perturbgene.cli.options import ARGUMENTS, GROUPS, IN_OUT, Flag, check_no_repeats, once, own_flags
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.cli.verbs import CONFIGS
 from perturbgene.errors import InputError, did_you_mean, listed
@@ -98,6 +98,7 @@ def _literal(node: ast.expr | None) -> Any:
         return None
 
 
+@once
 def known_flags(config_class: type[BaseConfig]) -> dict[str, Flag]:
     """Return everything that a verb understands, by the names that may be typed."""
     own = own_flags(config_class)

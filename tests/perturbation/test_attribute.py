@@ -131,6 +131,7 @@ def test_the_share_with_the_highest_scores_leaves():
     assert left.offsets_n1.tolist() == [0, 3, 5]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_verb_writes_table_curves_and_origin(run, cells, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(cells_module, "PART_CELLS", 7)
     run.model.save_pretrained(tmp_path / "run")

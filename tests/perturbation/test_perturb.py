@@ -222,6 +222,7 @@ def test_the_state_moves_by_a_distance(run, cells):
         assert (table["effect"] > 0).all()
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_verb_writes_table_picture_and_origin(folder, tmp_path, capsys):
     assert main(command(folder, tmp_path / "out.csv")) == 0
     table = pd.read_csv(tmp_path / "out.csv")

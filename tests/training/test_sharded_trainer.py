@@ -1,10 +1,7 @@
 """`ShardedTrainer` gives one global batch the same step however cut, reads each cell once, and resumes exactly."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -79,18 +76,14 @@ def test_recomputing_activations_changes_no_step(corpus: Path, uncut: Path, tmp_
     assert_same_steps(run_mlm(parse_args(line)), uncut)  # type: ignore[arg-type]
 
 
+@needs_fork
 def test_two_processes_of_4_cells_make_the_step_of_8(corpus: Path, uncut: Path, tmp_path: Path) -> None:
-    """Started by torchrun; one process continues from their checkpoint with the same second step."""
+    """One process continues from their checkpoint with the same second step."""
     words = [*arguments(corpus, tmp_path / "run", batch=4, accumulated=1), "--use_cpu"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [*launcher, "-m", "perturbgene.main", *words],
-        check=False, env=environment, timeout=200, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = in_two_processes(words, tmp_path)
+    assert done.codes == [0, 0], done.printed
     assert_same_steps(tmp_path / "run", uncut)
-    assert done.stderr.count("step 2/2 ·") == 1
+    assert done.printed.count("step 2/2 ·") == 1
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "run" / "checkpoint-1", resumed / "checkpoint-1")
     run_mlm(parse_args([*arguments(corpus, resumed, batch=8, accumulated=1), "--resume_from_checkpoint"]))  # type: ignore[arg-type]
@@ -198,13 +191,14 @@ def test_a_resumed_run_reads_only_cells_that_were_not_trained_on(
 def test_a_run_resumed_with_other_batches_continues_with_the_cells_that_are_left(
     corpus: Path, tmp_path: Path, trained_cells: list[int], batch: int, accumulated: int
 ) -> None:
-    out = long_run(corpus, tmp_path / "run", "--num_train_epochs 1 --save_steps 2")
+    out = long_run(corpus, tmp_path / "run", "--num_train_epochs 1 --save_steps 2 --direct_path never")
     dataset = IterableAnnDataset(
         Corpus.open(corpus).paths("train"), GeneTokenizer.from_pretrained(out), shuffle=True, seed=42
     )
     left = [cell.index for cell in dataset][4 * 16 :]
     trained_cells.clear()
     more = f"--num_train_epochs 1 --save_strategy no --allow_changed --resume_from_checkpoint {out}/checkpoint-4"
+    more += " --direct_path never"
     long_run(corpus, out, more, batch=batch, accumulated=accumulated)
     assert sorted(trained_cells) == sorted(left)
     steps = 4 + -(-len(left) // (batch * accumulated))

@@ -43,7 +43,7 @@ def cells() -> ad.AnnData:
 @pytest.fixture(scope="module")
 def corpus(cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train") / "corpus"
-    return prepare(cells, folder, phenotypes=["cell_type=bulk_labels", "phase"], num_top_genes=150)
+    return prepare(cells[:400], folder, phenotypes=["cell_type=bulk_labels", "phase"], num_top_genes=100)
 
 
 def mlm(text: str, **paths: object) -> Path:
@@ -58,11 +58,6 @@ def cls(text: str, **paths: object) -> Path:
 def short_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "mlm"
     return mlm(f"--corpus {corpus} --output_dir {out} {COMMON} --max_steps 4 --eval_steps 2")
-
-
-def accuracy_on_training_cells(run: Path, corpus: Path) -> float:
-    scores = json.loads((run / "metrics.json").read_text())
-    return float(scores["cell_type"]["alone"]["accuracy"])
 
 
 def test_a_tiny_model_learns_64_cells_by_heart(cells: ad.AnnData, tmp_path: Path) -> None:
@@ -132,19 +127,10 @@ def test_loader_workers_do_not_change_the_weights(short_run: Path, corpus: Path,
 
 
 def test_evaluation_does_not_change_the_weights(corpus: Path, tmp_path: Path) -> None:
-    text = f"--corpus {corpus} {COMMON} --max_steps 4 --load_best_model_at_end false"
+    text = f"--corpus {corpus} {COMMON} --max_steps 4 --load_best_model_at_end false --direct_path never"
     watched = mlm(f"{text} --output_dir {tmp_path}/watched --eval_steps 1")
     again = mlm(f"{text} --output_dir {tmp_path}/again --eval_strategy no --save_strategy no")
     assert (again / "model.safetensors").read_bytes() == (watched / "model.safetensors").read_bytes()
-
-
-def test_a_resumed_run_ends_with_the_same_weights(corpus: Path, tmp_path: Path) -> None:
-    text = f"--corpus {corpus} {COMMON} --eval_strategy no --save_steps 2 --max_steps 5 --save_total_limit 9"
-    whole = mlm(f"{text} --output_dir {tmp_path}/whole")
-    broken = mlm(f"{text} --output_dir {tmp_path}/broken")
-    expected = (whole / "model.safetensors").read_bytes()
-    resumed = mlm(f"{text} --output_dir {broken} --resume_from_checkpoint {broken}/checkpoint-2")
-    assert (resumed / "model.safetensors").read_bytes() == expected
 
 
 def test_resuming_a_finished_run_trains_no_further_step(
@@ -231,13 +217,13 @@ def test_class_weights_average_one_over_the_training_cells() -> None:
     assert weights_k @ counts_k / counts_k.sum() == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize(("flag", "is_balanced"), [("", True), ("--balanced_dataset", True),
-                                                   ("--no_balanced_dataset", False)])  # fmt: skip
+@pytest.mark.parametrize(("flag", "is_balanced"), [("", True), ("--no_balanced_dataset", False)])
 def test_a_balanced_dataset_weights_rare_classes_more(
     flag: str, is_balanced: bool, corpus: Path, tmp_path: Path
 ) -> None:
     run = cls(
-        f"--corpus {corpus} --output_dir {tmp_path}/cls {QUIET} --phenotype_category cell_type --max_steps 1 {flag}"
+        f"--corpus {corpus} --output_dir {tmp_path}/cls {QUIET} --phenotype_category cell_type --max_steps 1 "
+        f"--direct_path never {flag}"
     )
     weights_k = json.loads((run / "config.json").read_text()).get("class_weights")
     assert (weights_k is not None) is is_balanced
@@ -268,7 +254,7 @@ def test_a_run_folder_that_another_process_writes_is_refused(corpus: Path, tmp_p
         with pytest.raises(InputError, match="being written by another process.*--output_dir"):
             mlm(f"--corpus {corpus} --output_dir {tmp_path}/run {QUIET} --max_steps 1")
         process.kill()  # the lock goes with its process
-    mlm(f"--corpus {corpus} --output_dir {tmp_path}/run {QUIET} --max_steps 1")
+    mlm(f"--corpus {corpus} --output_dir {tmp_path}/run {QUIET} --max_steps 1 --direct_path never")
 
 
 def test_the_last_step_is_evaluated_once_with_every_question(short_run: Path) -> None:
