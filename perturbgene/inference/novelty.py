@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from scipy import sparse
 from scipy.special import logsumexp
 
@@ -122,7 +122,7 @@ class TrainingCells:
         for name, means_kr in self.means_kr.items():
             arrays |= {f"means:{name}": means_kr, f"precision:{name}": self.precision_rr[name]}
         with whole_file(Path(run) / NOVELTY_FILE) as partial:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+            partial.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
     @classmethod
     def read(cls, run: str | Path) -> "TrainingCells | None":

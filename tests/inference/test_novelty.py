@@ -95,6 +95,8 @@ def test_few_cells_say_nothing_of_what_is_usual():
 def test_the_statistics_come_back_from_the_run_and_a_damaged_file_is_as_none(training, tmp_path):
     assert TrainingCells.read(tmp_path) is None
     training.save(tmp_path)
+    (tmp_path / "other").touch()
+    assert (tmp_path / NOVELTY_FILE).stat().st_mode == (tmp_path / "other").stat().st_mode  # what the umask allows
     found = TrainingCells.read(tmp_path)
     assert found is not None
     np.testing.assert_array_equal(found.axes_tr, training.axes_tr)
