@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # The threads of OpenMP do not survive a fork, and several processes of tests would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,11 +12,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of `tests.small_run.make_folder`: 255 PBMC cells and a run trained on them, which nobody changes."""
+    """A folder of `tests.small_run.make_folder`: 255 PBMC cells and a run trained on them, which nobody changes.
+
+    Processes of one `pytest -n` share it; the first one that needs it makes it.
+    """
     from tests.small_run import make_folder
 
-    folder = tmp_path_factory.mktemp("small")
-    make_folder(folder)
+    common = tmp_path_factory.getbasetemp()
+    folder = (common.parent if "PYTEST_XDIST_WORKER" in os.environ else common) / "small"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir()
+            make_folder(folder)
+            (folder / "made").touch()
     return folder
 
 

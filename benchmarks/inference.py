@@ -140,7 +140,7 @@ def knock_out_rows(
         np.concatenate([random.permutation(np.flatnonzero(cell_m == cell))[:sample] for cell in range(len(asked))])
     )
     few = np.sort(random.choice(chosen, min(12, len(chosen)), replace=False))
-    rooms = {"most_genes": run.tokenizer.most_genes(num_slots=len(readout.asked) + len(readout.given))}
+    rooms = {"most_genes": len(run.tokenizer.panel)}  # as for every readout of a label
     clock = Clock(run.model.device)
     screen_removals(run, asked.take(np.arange(1)), readout)  # warm up
     for name, batch_size in (("one edited cell at a time", 1), ("padded batches of 16", 16)):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import PARTS, Part, Row, Setting, largest_difference, run_part, table
+from benchmarks.gpu import PARTS, Part, Row, Setting, largest_difference, main, run_part, table
+from tests.forked import needs_fork, start
 
 ROOT = Path(__file__).parents[1]
 
 
+@needs_fork
 def test_the_quick_run_on_a_cpu_has_rows_of_every_part_and_agrees_with_itself(tmp_path: Path) -> None:
-    call = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(call, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    def run() -> None:
+        os.chdir(ROOT)
+        sys.exit(main(["--device", "cpu", "--quick", "--json", str(tmp_path / "gpu.json")]))
+
+    process = start(run, output=tmp_path / "printed.txt")
+    process.join(timeout=280)
+    printed = (tmp_path / "printed.txt").read_text()
+    assert process.exitcode == 0, printed
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {row["part"] for row in rows} == {part.name for part in PARTS}
     assert not [row for row in rows if row["what"] in ("failed", "died", "stopped")]
     agreement = [row for row in rows if row["part"] == "agreement"]
     assert len(agreement) == 6 and all(row["is_met"] for row in agreement)
-    assert "no GPU was used" in done.stdout
+    assert "no GPU was used" in printed
 
 
 def fails(setting: Setting, rows: list[Row]) -> Iterator[tuple[Any, ...]]:
