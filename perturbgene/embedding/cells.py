@@ -1,17 +1,16 @@
 """The verb `embed`: embeddings of cells, of an asked phenotype and of named genes, as arrays in `obsm`.
 
-Owns which hidden states are read from a cell and how they are pooled; leaves ranks and files to `streaming`, and means
-of genes over cells to `genes`. Letters: n cells, m positions read, h hidden size.
+Owns what is read from a cell; leaves pooling to `inference.pooling`, ranks and files to `streaming`, and means of genes
+over cells to `genes`. Letters: n cells, m positions read, h hidden size.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from perturbgene.cli.options import check_question
 from perturbgene.cli.verbs import EmbedConfig
@@ -22,6 +21,7 @@ from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
 from perturbgene.errors import InputError
+from perturbgene.inference.pooling import Pooling, asked_of, default_pooling, pooled_states
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -31,7 +31,6 @@ from perturbgene.inference.streaming import (
     answered,
     claimed_output,
     given_labels,
-    num_genes,
     open_cells,
     read_cells,
     reading_options,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 KEY = "X_perturbgene"
-Pooling = Literal["auto", "asked", "cls", "genes"]
 
 
 def label_embeddings(run: Run, category: str) -> pd.DataFrame:
@@ -75,12 +73,10 @@ class CellEmbedder:
     def __post_init__(self) -> None:
         if self.phenotypes or self.pooling == "asked":
             self.run.require_mlm("phenotypes")
-        asked = [name for name in self.run.tokenizer.included_phenotypes if name not in self.given]
-        if self.pooling == "asked" and not asked:
+        if self.pooling == "asked" and not asked_of(self.run, self.given):
             raise InputError("nothing is left to ask: the run has no phenotype that is not given. Change --pooling.")
         if self.pooling == "auto":
-            pooling = "cls" if self.run.is_classifier else "asked" if asked else "genes"
-            object.__setattr__(self, "pooling", pooling)
+            object.__setattr__(self, "pooling", default_pooling(self.run, self.given))
         for category in self.phenotypes:
             self.run.tokenizer.vocabulary.check_category(category)
         check_question(self.phenotypes, self.given, flag="phenotype")
@@ -99,35 +95,20 @@ class CellEmbedder:
             `obsm` key -> float32 (n, h), rows in the order of the cells. A cell that expresses no gene of the panel is
             NaN throughout, as it gets no label from `predict`; a named gene is NaN in cells that do not express it.
         """
-        run, tokens = self.run, GeneTokens.of(block, self.run.tokenizer)
-        named = run.tokenizer.panel.find_all(self.genes, flag="genes")
-        if self.pooling == "genes":
-            read_m = tokens.position_m
-        else:
-            read_m = tokens.position_m[np.isin(tokens.gene_m, named)]
-            read_m = np.union1d(block.offsets_n1[:-1], read_m) if self.pooling == "cls" else read_m
-        hidden_mh = run.hidden_at(pack(block), read_m)
-        if self.pooling == "genes":
-            sums = torch.zeros((len(block), hidden_mh.shape[1]), dtype=torch.float64)
-            sums.index_add_(0, torch.from_numpy(tokens.cell_m), torch.from_numpy(hidden_mh).double())
-            count_n1 = num_genes(block, run.tokenizer)[:, None]
-            cells_nh = (sums.numpy() / np.maximum(count_n1, 1)).astype(np.float32)
-        elif self.pooling == "cls":
-            cells_nh = hidden_mh[np.searchsorted(read_m, block.offsets_n1[:-1])]
-        else:
-            asked = [name for name in run.tokenizer.included_phenotypes if name not in self.given]
-            batch = ask(block, run.tokenizer, asked=asked, given=list(self.given))
-            states_mh = run.hidden_at(batch, batch.pop("label_positions").numpy())
-            cells_nh = states_mh.reshape(len(block), len(asked), -1).mean(axis=1)
-        found = [cells_nh]
+        run, given = self.run, list(self.given)
+        found = [pooled_states(run, block, pooling=self.pooling, given=given)]
+        is_empty_n = np.isnan(found[0][:, 0])
         for category in self.phenotypes:
-            batch = ask(block, run.tokenizer, asked=[category], given=list(self.given))
-            found.append(run.hidden_at(batch, batch.pop("label_positions").numpy()))
-        for states_nh in found:
-            states_nh[num_genes(block, run.tokenizer) == 0] = np.nan
+            batch = ask(block, run.tokenizer, asked=[category], given=given)
+            states_nh = run.hidden_at(batch, batch.pop("label_positions").numpy())
+            states_nh[is_empty_n] = np.nan
+            found.append(states_nh)
+        named, tokens = run.tokenizer.panel.find_all(self.genes, flag="genes"), GeneTokens.of(block, run.tokenizer)
+        read_m = tokens.position_m[np.isin(tokens.gene_m, named)]
+        hidden_mh = run.hidden_at(pack(block), read_m)
         for gene in named:
             is_gene_m = tokens.gene_m == gene
-            states_nh = np.full_like(cells_nh, np.nan)
+            states_nh = np.full_like(found[0], np.nan)
             states_nh[tokens.cell_m[is_gene_m]] = hidden_mh[np.searchsorted(read_m, tokens.position_m[is_gene_m])]
             found.append(states_nh)
         return dict(zip(self.keys, found, strict=True))

@@ -100,14 +100,14 @@ def _with_all_genes(
     return files[0], files[1], np.all(measured, axis=0)
 
 
-def _read(shards: ShardCache, rows_n: IntArray, *, sizes: Sequence[int]) -> sparse.csr_matrix:
+def read_expression(shards: ShardCache, rows_n: IntArray, *, sizes: Sequence[int]) -> sparse.csr_matrix:
     """Return log1p counts per 10,000 of some cells of all files, CSR of shape (n, g)."""
     starts_f = np.concatenate([[0], np.cumsum(sizes)])[:-1]
     parts = [log_matrix(shards[file].read(rows_m)) for file, rows_m in split_rows(rows_n, starts_f=starts_f)]
     return sparse.vstack(parts, format="csr")
 
 
-def _labels(dataset: IterableAnnDataset, category: str) -> IntArray:
+def classes_of(dataset: IterableAnnDataset, category: str) -> IntArray:
     """Return the class of each cell of all files, shape (n,), -1 where it is not known."""
     start, _ = dataset.tokenizer.vocabulary.id_range(category)
     ids_n = np.concatenate([shard.label_ids(category) for shard in dataset.shards]).astype(np.int64)
@@ -201,21 +201,23 @@ def baselines(
     )  # fmt: skip
     donors_n = donors_of(train, donor_column)
     cells = _TrainingCells(
-        _read(train_files, rows_n, sizes=train.sizes),
+        read_expression(train_files, rows_n, sizes=train.sizes),
         None if donors_n is None else donors_n[rows_n],
         num_panel_genes=len(train.tokenizer.panel), shared_g=np.flatnonzero(is_shared_g), seed=seed,
     )  # fmt: skip
-    fitted = {category: list(cells.fit(_labels(train, category)[rows_n])) for category in categories}
+    fitted = {category: list(cells.fit(classes_of(train, category)[rows_n])) for category in categories}
     num_cells = sum(evaluation.sizes)
     predicted: dict[tuple[str, str], list[IntArray]] = {}
     for start in range(0, num_cells, CELLS_AT_ONCE):
-        part_mg = _read(files, np.arange(start, min(num_cells, start + CELLS_AT_ONCE)), sizes=evaluation.sizes)
+        part_mg = read_expression(
+            files, np.arange(start, min(num_cells, start + CELLS_AT_ONCE)), sizes=evaluation.sizes
+        )
         for category in categories:
             for name, predict, _ in fitted[category]:
                 predicted.setdefault((category, name), []).append(predict(part_mg))
     found: dict[str, dict[str, Answers]] = {}
     for category in categories:
-        true_n, found[category] = _labels(evaluation, category), {}
+        true_n, found[category] = classes_of(evaluation, category), {}
         for name, _, facts in fitted[category]:
             predicted_n = np.concatenate(predicted[category, name])
             confusion = Confusion(train.tokenizer.phenotypes[category])

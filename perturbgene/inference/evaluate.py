@@ -52,6 +52,7 @@ from perturbgene.inference.calibration import (
     weights_hash,
 )
 from perturbgene.inference.conformal import coverage_by_donor, floor_at
+from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
 from perturbgene.inference.novelty import TrainingCells, Usual, expression, fit_training_cells
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
@@ -81,6 +82,11 @@ LEGEND = (
     "sets: share of cells whose 90 % set (`predict --conformal 0.9`) holds the true label, mean of the donors that "
     "fitted nothing (lowest donor; mean number of labels); " + COVERAGE_FILE + " has each donor.\n"
     "best: right in most cells, of the run with nothing given and the baselines."
+)
+EMBEDDING_LEGEND = (
+    "purity: mean share of a cell's 15 nearest cells that have its label (fewer, where a label is rarer). silhouette: "
+    "from -1\nto 1, how much nearer cells of one label are than others. mixing: how often near cells of one label are "
+    "of another\ndonor; 1: as often as by chance. best: higher purity."
 )
 
 
@@ -343,6 +349,17 @@ def _add_baselines(
                 mark_best(results[category], others, of_run, category=category, run=question.name)
 
 
+def _add_embedding(
+    results: dict[str, Any], embedded: CellEmbeddings, dataset: IterableAnnDataset, *, donor_column: str | None
+) -> dict[str, pd.DataFrame]:
+    """Add the scores of the embedding, if there are any, and return them as a table by its file name."""
+    asked = [name for name in results if name != "genes"]
+    if not (scores := embedded.scores(dataset, asked, donor_column=donor_column)):
+        return {}
+    results["embedding"] = scores
+    return {"embedding.csv": score_table(scores)}
+
+
 # -- the function and the verb ------------------------------------------------------------------------------------
 
 
@@ -385,12 +402,14 @@ def evaluate(
             only if `eval_paths` are the run's own evaluation cells, and all of them.
         donor_column: Column of obs whose values are not split between fitting and scoring temperatures.
         batch_size, batch_tokens: Most cells and tokens in a batch.
-        output: Folder for `metrics.json`, confusion matrices (CSV, PNG) and per-class scores; None writes nothing.
+        output: Folder for `metrics.json`, `embedding.csv`, confusion matrices (CSV, PNG) and per-class scores; None
+            writes nothing.
         reading: `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
 
     Returns:
-        Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes. Of the question in which
-        nothing is given and the baselines, the one that is right most often has `best`.
+        Phenotype -> question or baseline -> scores; `genes` -> scores of masked genes; `embedding` -> phenotype ->
+        `run` or `pca` -> scores of at most 2,000 cells' embedding, see `embedding_scores.compare`. Of the question in
+        which nothing is given and the baselines, the one that is right most often has `best`.
 
     Example:
         >>> import perturbgene as pg
@@ -420,16 +439,16 @@ def evaluate(
         unusual = _Unusual(run, dataset, train_paths, **reading) if calibrates else None
         answers, logits = AnswerCollector(), LogitCollector(-(-dataset.num_cells // MOST_CELLS))
         evaluator.collectors = [answers, logits] if calibrates else [answers]
+        embedded = CellEmbeddings.of(run, ~is_seen_n)
         for block in stream_batches(dataset, text="evaluate", most_tokens=batch_tokens):
             evaluator.add(run.model, block)
+            embedded.add(block)
             if unusual is not None:
                 unusual.add(run, block)
         results, tables = evaluator.results(), {}
         if unusual is not None:
-            donors_n = donors_of(dataset, donor_column)
-            coverage = _calibrate(
-                run, logits, dataset, results, donors_n=donors_n, unusual=unusual, is_seen_n=is_seen_n
-            )
+            seen: dict[str, Any] = {"donors_n": donors_of(dataset, donor_column), "is_seen_n": is_seen_n}
+            coverage = _calibrate(run, logits, dataset, results, unusual=unusual, **seen)
             tables = {COVERAGE_FILE: coverage} if len(coverage) else {}
         else:
             logger.info("temperatures in %s stay as they are; --calibrate fits them on these cells", run.path)
@@ -439,6 +458,7 @@ def evaluate(
         if train_paths is not None and run.binary_label is None:
             train = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()})
             _add_baselines(results, evaluator, answers, cells=(train, dataset), donor_column=donor_column)
+        tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column)
         if output is not None:
             write_results(results, evaluator.confusions(), output, text="held-out cells", tables=tables)
     return results
@@ -447,7 +467,7 @@ def evaluate(
 def _table(results: Mapping[str, Any]) -> str:
     rows = []
     for category, scores_of in results.items():
-        for name, scores in scores_of.items():
+        for name, scores in scores_of.items() if category != "embedding" else ():
             genes = f", {scores['n_genes']:,} genes" if "n_genes" in scores else ""
             row = {"phenotype": category, "question": ROW_NAMES.get(name, name) + genes, "n": scores["n"]}
             row |= {key: scores.get(key, np.nan) for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")}
@@ -458,7 +478,11 @@ def _table(results: Mapping[str, Any]) -> str:
             text = "{coverage:.3f} ({lowest_coverage:.3f}; {mean_set_size:.1f})"
             row["sets"] = text.format(**fitted) if "ece_after" in fitted else ""
             rows.append({**row, "best": "best" if scores.get("best") else ""})
-    return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
+    return _text(pd.DataFrame(rows))
+
+
+def _text(table: pd.DataFrame) -> str:
+    return table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
 
 
 def run_evaluate(config: EvaluateConfig) -> str | None:
@@ -496,4 +520,7 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
         calibrate=config.calibrate, donor_column=(corpus.split_by if corpus else None) or "donor_id",
         batch_size=config.batch_size, batch_tokens=config.batch_tokens, output=output, **reading,
     )  # fmt: skip
-    return f"{_table(results)}\n{LEGEND}\nwritten to {output}"
+    text = f"{_table(results)}\n{LEGEND}"
+    if "embedding" in results:
+        text += f"\n\n{_text(score_table(results['embedding']))}\n{EMBEDDING_LEGEND}"
+    return f"{text}\nwritten to {output}"
