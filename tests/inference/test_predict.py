@@ -864,7 +864,7 @@ def metrics(evaluation: Path) -> dict:
 def test_every_question_and_baseline_is_scored(metrics):
     questions = {"alone", "given_others", "together", "majority", "logistic_regression", "ridge", "nearest_neighbors"}
     assert {name: set(scores) for name, scores in metrics.items()} == {
-        "cell_type": questions, "phase": questions, "genes": {"masked"},
+        "cell_type": questions, "phase": questions, "genes": {"masked"}, "embedding": {"cell_type", "phase"},
     }  # fmt: skip
 
 
