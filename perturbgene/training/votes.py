@@ -42,6 +42,8 @@ PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 #: What a gene's standard deviation may be raised to before its expression is divided by it, and the least deviation
 #: that counts, relative to the greatest.
 POWERS, LEAST_DEVIATION = (0.0, 0.5, 1.0), 0.01
+#: What another power has to gain (nats): where all are nearly perfect, a difference says nothing of other cells.
+LEAST_GAIN = 0.01
 #: Folds of up to `FEW_CELLS` cells, and of more; fewer donors than the latter are not kept whole.
 MOST_FOLDS, LEAST_FOLDS, FEW_CELLS = 5, 3, 1_000
 READING = "perturbgene.data_utils"  # says nothing new of cells that are read a second time
@@ -236,7 +238,8 @@ def choose(
     """Return the penalty and the power with the lowest held-out log loss, by cross-validation.
 
     Genes stay as they are (power 0) unless another power is better by more than the standard error of the paired
-    difference: equal penalties make more of weakly expressed genes, which other technologies measure worst.
+    difference and by `LEAST_GAIN`: equal penalties make more of weakly expressed genes, which other technologies measure
+    worst.
 
     Args:
         expression_ng: Expression of n cells, of which all products are held at once.
@@ -281,7 +284,7 @@ def choose(
         if best is not None:
             gain_n, gain = best.losses_n - other.losses_n, best.loss - other.loss
             error = np.sqrt(np.square(weight_n * (gain_n - gain)).sum()) / weight_n.sum()
-        if best is None or gain > error:
+        if best is None or gain > max(error, LEAST_GAIN):
             best = other
     assert best is not None
     return best
