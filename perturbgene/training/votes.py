@@ -238,8 +238,8 @@ def choose(
     """Return the penalty and the power with the lowest held-out log loss, by cross-validation.
 
     Genes stay as they are (power 0) unless another power is better by more than the standard error of the paired
-    difference and by `LEAST_GAIN`: equal penalties make more of weakly expressed genes, which other technologies measure
-    worst.
+    difference and by `LEAST_GAIN`: equal penalties make more of weakly expressed genes, which other technologies
+    measure worst.
 
     Args:
         expression_ng: Expression of n cells, of which all products are held at once.
