@@ -167,15 +167,17 @@ def exact_effects(
         hidden_lh = torch.cat(states).cpu().numpy()
     else:
         before = read_block(run.model, block, readout, is_counted_l=is_gene_l, budget=budget)
-    last_type_n = _last_types(block, most=run.model.config.most_genes, first_gene_type=first_gene_type)
+    most = run.model.config.most_genes
     effects = []
     for piece in in_budget(np.diff(block.offsets_n1)[cell_m], budget=budget):
         part = (cell_m[piece], perturbation_m[piece])
         edited, is_own_l = edit(block, perturbations, run.tokenizer, pairs=part, most_genes=room)
         is_counted_l = (edited.token_type_ids_l >= first_gene_type) & ~is_own_l
         is_read_l = None
-        if last_type_n is not None:  # a gene that the transformer did not read does not take the place of another
-            last_type_l = last_type_n[part[0]].repeat(np.diff(edited.offsets_n1))
+        lengths_m = np.diff(edited.offsets_n1)
+        if most is not None and lengths_m.max() > most + 2:  # whatever is removed or added, the other genes stay read
+            last_type_n = _last_types(block, most=most, first_gene_type=first_gene_type)
+            last_type_l = last_type_n[part[0]].repeat(lengths_m)
             is_read_l = (edited.token_type_ids_l <= last_type_l) | is_own_l
         after = read_block(run.model, edited, readout, is_counted_l=is_counted_l, is_read_l=is_read_l, budget=budget)
         if after.ndim == 1:
@@ -199,18 +201,14 @@ def batches(model: torch.nn.Module, block: TokenBlock, *, budget: int | None) ->
         yield slice(block.offsets_n1[piece.start], block.offsets_n1[piece.stop]), batch
 
 
-def _last_types(block: TokenBlock, *, most: int | None, first_gene_type: int) -> np.ndarray | None:
-    """Return the highest token type that the transformer reads of each cell, (n,), or None where it reads all genes."""
+def _last_types(block: TokenBlock, *, most: int, first_gene_type: int) -> np.ndarray:
+    """Return the highest token type that the transformer reads of each cell, int64 (n,)."""
     is_gene_l = block.token_type_ids_l >= first_gene_type
     genes_before_l1 = np.concatenate([[0], np.cumsum(is_gene_l)])
-    counts_n = np.diff(genes_before_l1[block.offsets_n1])
-    if most is None or counts_n.max(initial=0) <= most:
-        return None
     number_l = genes_before_l1[:-1] - genes_before_l1[block.offsets_n1[:-1]].repeat(np.diff(block.offsets_n1))
     last_type_n = np.full(len(block), np.iinfo(np.int64).max)
-    last_type_n[counts_n > most] = block.token_type_ids_l[is_gene_l & (number_l == most - 1)][
-        counts_n[counts_n >= most] > most
-    ]
+    is_full_n = np.diff(genes_before_l1[block.offsets_n1]) >= most
+    last_type_n[is_full_n] = block.token_type_ids_l[is_gene_l & (number_l == most - 1)]
     return last_type_n
 
 

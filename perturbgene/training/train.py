@@ -197,11 +197,13 @@ def _suited(config: ConfigT, arguments: TrainingArguments, cells: "_Cells") -> C
     config = config.with_learning_rate(hidden_size)
     for name in ("num_train_epochs", "weight_decay", "learning_rate"):
         setattr(arguments, name, getattr(config, name))
-    logger.info(
-        "settings: %g passes over %s cells, learning rate %g, weight decay %g, up to %g of a cell's genes dropped",
-        config.num_train_epochs, f"{cells.train.num_cells:,}", config.learning_rate, config.weight_decay,
-        config.gene_drop_prob,
-    )  # fmt: skip
+    if config.train_only != "votes":  # it takes no steps
+        logger.info(
+            "settings: %s model, %g passes over %s cells, learning rate %g, weight decay %g, up to %g of a cell's "
+            "genes dropped", "the given" if config.pretrained_model_path else config.model_arch,
+            config.num_train_epochs, f"{cells.train.num_cells:,}", config.learning_rate, config.weight_decay,
+            config.gene_drop_prob,
+        )  # fmt: skip
     return config
 
 

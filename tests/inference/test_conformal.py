@@ -136,10 +136,11 @@ def test_the_command_line_writes_the_same_sets(run, small_folder, tmp_path):
     assert (found.obs.loc[~is_asked_n, "predicted_tissue_set_size"] == 0).all()
 
 
-def test_a_run_without_calibration_is_refused_with_the_remedy(small_folder):
-    run = str(small_folder / "runs/mlm")
+def test_a_run_without_calibration_is_refused_with_the_remedy(small_folder, tmp_path):
+    run = shutil.copytree(small_folder / "runs/mlm", tmp_path / "run")
+    (run / CALIBRATION_FILE).unlink(missing_ok=True)  # the examples of docstrings may have evaluated it
     with pytest.raises(InputError, match=rf"no sets of labels .* Run `perturbgene evaluate {run}`, or remove --conf"):
-        pg.predict(str(small_folder / "cells.h5ad"), run, ask=["cell_type"], conformal=0.9)
+        pg.predict(str(small_folder / "cells.h5ad"), str(run), ask=["cell_type"], conformal=0.9)
 
 
 def test_a_question_that_evaluate_did_not_ask_is_refused(run, small_folder, tmp_path):

@@ -90,6 +90,20 @@ def test_genes_that_the_transformer_does_not_read_still_vote(classifier: bool) -
     np.testing.assert_allclose(*read, atol=1e-5)  # no other gene is read in place of the one that is knocked out
 
 
+@pytest.mark.parametrize("genes", [[0, 3, 8], [0, 3]])
+def test_a_gene_that_is_added_is_read_next_to_the_others(genes: list[int]) -> None:
+    run, block = a_run(), cells(genes)
+    readout, found = READOUTS["two_labels"](run), []
+    asked = sequences(block, TOKENIZER, readout)
+    perturbations = perturbations_of(["G1+G5"], TOKENIZER, kind="over_express")
+    pairs = changed_pairs(asked, perturbations, TOKENIZER)
+    for most in (None, 3):
+        run.model.config.most_genes = most
+        found.append(exact_effects(run, asked, perturbations, readout, pairs=pairs))
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert abs(found[0]).min() > 1e-3
+
+
 @pytest.mark.bf16
 @pytest.mark.parametrize("classifier", [False, True])
 def test_what_a_gene_votes_is_screened_exactly(classifier: bool) -> None:
