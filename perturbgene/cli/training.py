@@ -42,6 +42,11 @@ IMPOSSIBLE = {
     "use_liger_kernel": "its kernels are for language models of words",
     "train_sampling_strategy": "cells are read in random order",
 }
+#: Fields that say what a model looks like; a pretrained one has its own.
+SHAPE = (
+    "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "dropout", "norm_position",
+    "bin_gain_range",
+)  # fmt: skip
 #: Schedules that need arguments -> an example for --lr_scheduler_kwargs.
 SCHEDULE_ARGUMENTS = {
     "cosine_with_min_lr": '{"min_lr_rate": 0.1}',
@@ -111,6 +116,10 @@ class ModelOptions(BaseConfig):
         "each matrix of its encoder (needs peft), and what is new to it. votes: only the regression of labels on "
         "genes, which takes no training steps.",
     )  # fmt: skip
+    compare_scratch: bool = option(
+        False, "Then train the same without --pretrained_model_path, into OUTPUT_DIR/scratch, so that evaluate shows "
+        "whether the start has paid. This takes longer than the run itself.",
+    )  # fmt: skip
     num_hidden_layers: int | None = option(None, "Number of layers.", within="[1, inf)")
     num_attention_heads: int | None = option(None, "Number of attention heads per layer.", within="[1, inf)")
     hidden_size: int | None = option(None, "Size of a token's vector.", within="[1, inf)")
@@ -140,6 +149,11 @@ class ModelOptions(BaseConfig):
                 raise InputError(
                     f"{name} is given, but the model of --pretrained_model_path has its own. Remove --{name}."
                 )
+        if self.compare_scratch and not self.pretrained_model_path:
+            raise InputError(
+                "compare_scratch is given, but without a pretrained model the run is from scratch itself. Give "
+                "--pretrained_model_path, or remove --compare_scratch."
+            )
         if self.train_only in ("head", "lora") and not self.pretrained_model_path:
             raise InputError(
                 f"train_only is {self.train_only}, which keeps the encoder as it is, but without a pretrained model it "
@@ -291,6 +305,11 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
             value = self.training_overrides.get(name)
             if value not in (None, "random") and (value or name == "neftune_noise_alpha"):  # 0 adds its hook, too
                 raise InputError(f"{name} is {value}, but {reason}. Remove --{name}.")
+        if self.compare_scratch and not self.corpus:
+            raise InputError(
+                "compare_scratch is given without a corpus, so the run from scratch has nothing to take genes, labels "
+                "and bins from. Give --corpus, or remove --compare_scratch."
+            )
         if not (self.corpus or self.pretrained_model_path or self.bin_edges or self.bin_edges_path):
             raise InputError(
                 "Bin edges are missing, and there is no corpus or pretrained model to take them from. "

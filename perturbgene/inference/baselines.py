@@ -1,7 +1,8 @@
 """The baselines next to every score: simple classifiers fitted on the training cells, and which answers are best.
 
 Owns reading expression and labels for them, scoring them and comparing them with a run; leaves fitting to
-`classifiers` and the arithmetic of scores to `eval_utils`. Letters: n cells, m cells of a part, g genes.
+`classifiers`, what the run started from to `starts` and the arithmetic of scores to `eval_utils`. Letters: n cells,
+m cells of a part, g genes.
 """
 
 import importlib.util
@@ -46,7 +47,11 @@ NAMES = {
     "ridge": "ridge",
     "nearest_neighbors": "nearest neighbors",
     "celltypist": "CellTypist",
+    "start": "logistic regression on the start's embedding",
+    "scratch": "the same run from scratch",
 }
+#: What it means that one of these is right as often as the run.
+_LESSONS = {"start": "training has not improved on its start", "scratch": "its start has not paid"}
 
 
 @dataclass(frozen=True)
@@ -217,13 +222,18 @@ def baselines(
                 predicted.setdefault((category, name), []).append(predict(part_mg))
     found: dict[str, dict[str, Answers]] = {}
     for category in categories:
-        true_n, found[category] = classes_of(evaluation, category), {}
-        for name, _, facts in fitted[category]:
-            predicted_n = np.concatenate(predicted[category, name])
-            confusion = Confusion(train.tokenizer.phenotypes[category])
-            confusion.add(true_n, predicted_n)
-            found[category][name] = Answers({**confusion.scores(), **facts}, predicted_n)
+        found[category] = {
+            name: scored(evaluation, category, np.concatenate(predicted[category, name]), facts)
+            for name, _, facts in fitted[category]
+        }
     return found
+
+
+def scored(evaluation: IterableAnnDataset, category: str, predicted_n: IntArray, facts: Scores) -> Answers:
+    """Score the class that each evaluated cell was given; `facts` join the scores."""
+    confusion = Confusion(evaluation.tokenizer.phenotypes[category])
+    confusion.add(classes_of(evaluation, category), predicted_n)
+    return Answers({**confusion.scores(), **facts}, predicted_n)
 
 
 # -- comparing ----------------------------------------------------------------------------------------------------
@@ -251,7 +261,8 @@ def mark_best(
 ) -> None:
     """Add `best` to the scores of the one that is right most often, run or baseline; warn if the run is clearly not it.
 
-    Of equals, the one with the larger macro F1 is best; if that is equal too, the run.
+    Of equals, the one with the larger macro F1 is best; if that is equal too, the run. A warning also says so if the
+    run is no better than its start, or than the same run from scratch, by more than the standard error.
 
     Args:
         scores_of: Scores of one phenotype by question and baseline; changed.
@@ -263,13 +274,28 @@ def mark_best(
     best = max([run, *others], key=lambda name: (scores_of[name]["accuracy"], scores_of[name]["macro_f1"]))
     scores_of[best]["best"] = True
     cells_m, true_m, predicted_m = (values_n[answers[1] >= 0] for values_n in answers)
-    if best == run or not len(cells_m):
+    is_right_m = predicted_m == true_m
+    for name in _LESSONS if len(cells_m) else ():
+        if name in others:
+            _warn_of_start(name, is_right_m, others[name].predicted_n[cells_m] == true_m, category=category)
+    if best in (run, *_LESSONS) or not len(cells_m):
         return
-    is_right_m, other_is_right_m = predicted_m == true_m, others[best].predicted_n[cells_m] == true_m
+    other_is_right_m = others[best].predicted_n[cells_m] == true_m
     difference, error = paired_difference(other_is_right_m, is_right_m)
     if difference > error:
         logger.warning(
             "%s: %s is right in %.1f %% of these %s cells, the run in %.1f %%: use %s, or train the run better",
             category, NAMES[best], 100 * other_is_right_m.mean(), f"{len(cells_m):,}", 100 * is_right_m.mean(),
             NAMES[best],
+        )  # fmt: skip
+
+
+def _warn_of_start(name: str, is_right_n: np.ndarray, other_is_right_n: np.ndarray, *, category: str) -> None:
+    """Warn if a run is not right more often than its start, or than itself from scratch."""
+    difference, error = paired_difference(is_right_n, other_is_right_n)
+    if difference <= error:
+        logger.warning(
+            "%s: the run is right in %.1f %% of these %s cells, %s in %.1f %%: %s, as far as these cells show",
+            category, 100 * is_right_n.mean(), f"{len(is_right_n):,}", NAMES[name], 100 * other_is_right_n.mean(),
+            _LESSONS[name],
         )  # fmt: skip

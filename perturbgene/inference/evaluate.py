@@ -56,6 +56,7 @@ from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
 from perturbgene.inference.novelty import TrainingCells, Usual, expression, fit_training_cells
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
+from perturbgene.inference.starts import start_answers
 from perturbgene.inference.streaming import FEW_GENES, Ranks, num_genes, stream_batches
 from perturbgene.training.transfer import quiet
 from perturbgene.training.votes import READING
@@ -336,12 +337,14 @@ def _calibrate(
 
 
 def _add_baselines(
-    results: dict[str, Any], evaluator: Evaluator, answers: AnswerCollector, *,
-    cells: tuple[IterableAnnDataset, IterableAnnDataset], donor_column: str | None,
+    run: Run, results: dict[str, Any], evaluator: Evaluator, answers: AnswerCollector, *,
+    cells: tuple[IterableAnnDataset, IterableAnnDataset], donor_column: str | None, batch_tokens: int,
 ) -> None:  # fmt: skip
     """Add the scores of the baselines, fitted on the first of `cells`, and mark who answers best with nothing given."""
     found = baselines(*cells, [name for name in results if name != "genes"], donor_column=donor_column)
+    starts = start_answers(run, cells, evaluator.questions, batch_tokens=batch_tokens)
     for category, others in found.items():
+        others |= starts.get(category, {})
         results[category] |= {name: other.scores for name, other in others.items()}
         for question in evaluator.questions:
             if question.asked == (category,) and not question.given:
@@ -452,12 +455,12 @@ def evaluate(
             tables = {COVERAGE_FILE: coverage} if len(coverage) else {}
         else:
             logger.info("temperatures in %s stay as they are; --calibrate fits them on these cells", run.path)
-        if is_seen_n.any():
-            for scores in [scores for scores_of in results.values() for scores in scores_of.values()]:
-                scores["n_training_cells"] = int(is_seen_n.sum())
+        for scores in [scores for one in results.values() for scores in one.values()] if is_seen_n.any() else ():
+            scores["n_training_cells"] = int(is_seen_n.sum())
         if train_paths is not None and run.binary_label is None:
             train = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()})
-            _add_baselines(results, evaluator, answers, cells=(train, dataset), donor_column=donor_column)
+            asked: dict[str, Any] = {"donor_column": donor_column, "batch_tokens": batch_tokens}
+            _add_baselines(run, results, evaluator, answers, cells=(train, dataset), **asked)
         tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column)
         if output is not None:
             write_results(results, evaluator.confusions(), output, text="held-out cells", tables=tables)

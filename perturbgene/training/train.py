@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from perturbgene import __version__
 from perturbgene.cli.options import conditions
+from perturbgene.cli.training import SHAPE
 from perturbgene.configs import ClsConfig, MlmConfig, config_of
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.chosen_cells import check_where
@@ -39,7 +40,7 @@ from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.trainable import choose_weights
-from perturbgene.training.transfer import Start, quiet, run_config, start_from
+from perturbgene.training.transfer import ConfigT, Start, from_scratch, quiet, run_config, start_from
 from perturbgene.training.votes import READING, describe_shares, direct_path, fit_shares, solve_votes, vote_alone
 from perturbgene.urls import shown_path
 
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
 
 logger = logging.getLogger(__name__)
-ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
 
 #: Spread of fresh embeddings. It is small next to that of linear layers (1 / sqrt(h), which keeps the size of signals),
 #: so that what the model learns about a gene soon outweighs the gene's random start (docs/experiments.md).
@@ -105,6 +105,8 @@ def cls(**settings: Any) -> Path:
 
 def run_mlm(config: "MlmConfig") -> Path:
     """Train by masking genes and phenotypes together; returns the run folder. Raises what `mlm` raises."""
+    if config.compare_scratch:
+        return _and_from_scratch(run_mlm, config)
     with _run_folder(config) as (config, arguments):
         cells = _data(config, arguments)
         config, tokenizer = _suited(config, arguments, cells), cells.tokenizer
@@ -127,6 +129,8 @@ def run_mlm(config: "MlmConfig") -> Path:
 
 def run_cls(config: "ClsConfig") -> Path:
     """Train a classifier of one phenotype; returns the run folder. Raises what `cls` raises."""
+    if config.compare_scratch:
+        return _and_from_scratch(run_cls, config)
     category, one = config.phenotype_category, config.binary_label
     with _run_folder(config) as (config, arguments):
         cells = _data(config, arguments, phenotype_category=category, binary_label=one)
@@ -154,6 +158,15 @@ def run_cls(config: "ClsConfig") -> Path:
         evaluator = ClassEvaluator(names, tokenizer=tokenizer, category=category)
         parts: dict[str, Any] = {"data_collator": collator, "evaluator": evaluator}
         return _train(GeneBertForClassification, head, config, arguments, cells, **parts)
+
+
+def _and_from_scratch(train: Callable[[ConfigT], Path], config: ConfigT) -> Path:
+    """Train a run, then the same from scratch within its folder; returns the folder of the first."""
+    scratch = from_scratch(config)  # raises before anything is trained
+    folder = train(replace(config, compare_scratch=False))
+    logger.info("training the same from scratch: %s", scratch.output_dir)
+    train(scratch)
+    return folder
 
 
 def class_weights(counts_k: np.ndarray) -> list[float]:
@@ -280,11 +293,7 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
 def model_config(config: "TrainingConfig", tokenizer: GeneTokenizer, **extra: Any) -> GeneBertConfig:
     """Return the model's configuration: the preset, then given sizes, then what the tokenizer decides."""
     sizes = load_preset(config.model_arch)
-    names = (
-        "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "dropout", "norm_position",
-        "bin_gain_range",
-    )  # fmt: skip
-    sizes |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    sizes |= {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
     if config.hidden_size and not config.intermediate_size:
         sizes["intermediate_size"] = 4 * config.hidden_size
     sizes["direct_path"] = config.direct_path != "never"

@@ -8,8 +8,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from scipy import sparse
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perturbgene.cli.training import SHAPE
 from perturbgene.data_utils.labels import ABSENT, SPECIAL_TOKENS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
 
 logger = logging.getLogger(__name__)
+ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
 
 _KINDS = {kind.__name__: kind for kind in (GeneBertForPhenotypicMLM, GeneBertForClassification, GeneBertModel)}
 _NUM_SPECIAL = len(SPECIAL_TOKENS)
 _WORDS, _TYPES = (f"genebert.embeddings.{name}_embeddings.weight" for name in ("word", "token_type"))
 LOADING = "transformers.modeling_utils"  # prints a table of weights, for which our line is the summary
+#: Folder within a run of the same run from scratch (--compare_scratch).
+SCRATCH_FOLDER = "scratch"
 
 
 # -- names --------------------------------------------------------------------------------------------------------
@@ -314,6 +319,23 @@ def start_from(
         for key, shares in ((_WORDS, names.ids_vo), (_TYPES, names.types_to))
     }
     return Start(model, lines, is_new, has_head="head" not in fresh)
+
+
+def from_scratch(config: "ConfigT") -> "ConfigT":
+    """Return the settings of the same run without the weights that it starts from, in a folder within its own.
+
+    The model has the same shape. What was not given (passes, learning rate) suits a run without a start.
+    """
+    then = run_config(str(config.pretrained_model_path))
+    shape = {name: getattr(then, name) for name in SHAPE}
+    folder = Path(config.output_dir) / SCRATCH_FOLDER
+    overrides = {name: value for name, value in config.training_overrides.items() if name != "push_to_hub"}
+    return replace(
+        config, pretrained_model_path=None, compare_scratch=False, output_dir=str(folder),
+        resume_from_checkpoint="latest" if config.resume_from_checkpoint and folder.is_dir() else None,
+        train_only="votes" if config.train_only == "votes" else "all", training_overrides=overrides,
+        direct_path="auto" if then.direct_path else "never", **shape,
+    )  # fmt: skip
 
 
 @contextmanager
