@@ -102,6 +102,10 @@ class ReadingConfig(BaseConfig):
 
     layer: str | None = option(None, "Layer to read instead of X; `raw` means .raw.")
     gene_id_column: str | None = option(None, "Column of var with the gene ids. Default: the index of var.")
+    gene_map: str | None = option(
+        None, "Table (.csv or .tsv) of two columns, a gene's name in the file and its name in the panel: orthologs of "
+        "another species, old symbols, probes.", is_path=True,
+    )  # fmt: skip
     normalization: Normalization = option(
         "auto", "How values are scaled. auto recognizes the scale and brings it to log1p of counts per 10,000, "
         "log1p_cp10k takes values for counts, and none takes them as they are.",

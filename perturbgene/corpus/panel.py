@@ -24,7 +24,6 @@ from perturbgene.data_utils.genes import (
     clean_gene,
     gene_report,
     is_ensembl,
-    names_of,
     read_panel,
     species_of,
 )
@@ -65,7 +64,7 @@ def join_genes(survey: Survey, config: PrepareConfig) -> tuple[GenePanel, np.nda
     with closing(open_files(survey.sources, config)) as cache:
         for index in survey.first_of_table:
             genes = dict[str, str]()
-            for name, id_, symbol in zip(*gene_names_of(cache[index], config.gene_id_column), strict=True):
+            for name, id_, symbol in zip(*gene_names_of(cache[index]), strict=True):
                 own, other, known_as = clean_gene(name), clean_gene(id_), clean_gene(label_text(symbol))
                 # The Ensembl id if the file has it anywhere, else the name of the column. A number counts columns or
                 # rows of a table elsewhere: two files with a gene "17" need not mean the same one.
@@ -142,9 +141,11 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics, *, measured
             shard = cache[index]
             if not measured_tg[table].all():
                 remedies[table] = panel_cache[index].gene_remedy()
-            names = names_of(shard.source, config.gene_id_column).own_c
-            reports.append(gene_report(names, shard.alignment, panel_of_gene=panel_of_union, panel=panel))
+            names_c = shard.renaming.names.own_c
+            reports.append(gene_report(names_c, shard.alignment, panel_of_gene=panel_of_union, panel=panel))
             logger.info("genes of %s:", shard.path)
+            if shard.renaming.text:
+                logger.log(shard.renaming.level, "  %s", shard.renaming.text)
             for kind, found in reports[-1].items():
                 if found["count"]:
                     examples = ", ".join(found["examples"][:3])
@@ -190,7 +191,7 @@ def why_none_is_shared(genes: Sequence[Sequence[str]], cells: Sequence[Sequence[
             return f"Cells and genes of {where} are swapped: transpose it (adata.T)."
     species = [species_of(names) for names in genes]
     if all(species) and species[0] != species[1]:
-        return f"They are of different species ({species[0]} and {species[1]}): map their ids to orthologs first."
+        return f"They are of different species ({species[0]} and {species[1]}): give orthologs with --gene_map."
     if any(species) and not all(species):
         return (
             "One has Ensembl ids, the other has symbols: name a column of var that holds the same kind of names in all "
@@ -200,8 +201,8 @@ def why_none_is_shared(genes: Sequence[Sequence[str]], cells: Sequence[Sequence[
     least = min(map(len, known)) / 2
     if len(known[0] & known[1]) > least:
         return (
-            "Their names differ in upper and lower case only, as mouse symbols differ from human ones: prepare species "
-            "apart; if it is one species, write all as one (var_names.str.upper())."
+            "Their names differ in upper and lower case only, as mouse symbols differ from human ones: give a table of "
+            "orthologs with --gene_map; if it is one species, write all as one (var_names.str.upper())."
         )
     for one, other in either:
         found = [re.match(r"[^_:|]+[_:|]+", name) for name in genes[one]]

@@ -42,7 +42,7 @@ from perturbgene.corpus.survey import (
 from perturbgene.corpus.workers import JOURNAL_FILE, Journal, Workers, WorkStoppedError, open_workers
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.genes import GenePanel
-from perturbgene.data_utils.labels import token_text
+from perturbgene.data_utils.labels import with_new_labels
 from perturbgene.data_utils.opening import FileList, as_sources
 from perturbgene.data_utils.recognition import COUNTS
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -218,7 +218,7 @@ def _plan(survey: Survey, union: GenePanel, config: PrepareConfig, work: Path) -
     if flavor == "auto":
         flavor = "seurat_v3" if is_raw and not config.panel else "seurat"
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OPTIONS_OF_THE_RUN}
-    named = [Path(path) for path in (config.panel, config.bin_edges_path, config.like) if path]
+    named = [Path(path) for path in (config.panel, config.bin_edges_path, config.like, config.gene_map) if path]
     named = [path / "tokenizer.json" if path.is_dir() else path for path in named]
     contents = [sha256_of(path) if path.is_file() else "" for path in named]
     files = [(file.key, file.state) for file in survey.files]
@@ -243,11 +243,7 @@ def _tokenizer(
         raise InputError(f"no training cell has a {empty[0]!r}. Leave it out of --phenotypes, or choose its column.")
     included = list(labels)
     if like:
-        before = {category: list(known) for category, known in like.phenotypes.items()}
-        for category, found in labels.items():
-            known = {token_text(label): label for label in before.get(category, [])}
-            before[category] = [*known.values(), *(label for label in found if token_text(label) not in known)]
-        labels, edges_ge = before, like.bin_edges.edges_ge
+        labels, edges_ge = with_new_labels(like.phenotypes, labels), like.bin_edges.edges_ge
         edges: Any = edges_ge[0].tolist()
         if not like.bin_edges.is_shared:  # a new gene gets the mean edges of the others
             edges = {gene: edges_ge.mean(axis=0).tolist() for gene in genes.panel.genes}

@@ -25,8 +25,16 @@ from perturbgene.cli.verbs import HvgFlavor, PrepareConfig
 from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.workers import Workers
 from perturbgene.data_utils.chosen_cells import check_where
-from perturbgene.data_utils.genes import GenePanel, names_of
-from perturbgene.data_utils.labels import Labels, Vocabulary, is_missing, label_text, plain_spelling
+from perturbgene.data_utils.gene_map import read_gene_map
+from perturbgene.data_utils.genes import GenePanel
+from perturbgene.data_utils.labels import (
+    Labels,
+    Vocabulary,
+    check_are_labels,
+    is_missing,
+    label_text,
+    plain_spelling,
+)  # fmt: skip
 from perturbgene.data_utils.recognition import Scale, check_values
 from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard, ShardCache
@@ -41,9 +49,6 @@ SPLITS = ("train", "eval")
 #: Columns of obs that name the donor, in the order in which they are tried if --split_by is not given.
 DONOR_COLUMNS = ("donor_id", "donor", "individual", "patient", "sample")
 
-#: A numeric obs column with more distinct values than this is a measurement, not a phenotype.
-MOST_NUMERIC_LABELS = 50
-
 #: Rows that a process reads, counts and spools as one task. Fixed: sums of parts are added in order, so that a corpus
 #: does not depend on the number of processes.
 PART_ROWS = 8192
@@ -56,6 +61,7 @@ def open_files(sources: Sequence[Any], config: PrepareConfig, panel: GenePanel |
     return ShardCache(
         sources, layer=config.layer, panel=panel or GenePanel(("none",)), vocabulary=Vocabulary({}),
         normalization=config.normalization, gene_id_column=config.gene_id_column, where=conditions(config.where),
+        gene_map=read_gene_map(config.gene_map),
     )  # fmt: skip
 
 
@@ -90,13 +96,7 @@ class CellTable:
                 labels[category], missing[category] = Labels(np.zeros(len(shard), dtype=np.int32), ("",)), Counter()
                 continue
             values_n = shard.source.obs_column(column)
-            kinds = values_n.cat.categories if isinstance(values_n.dtype, pd.CategoricalDtype) else values_n
-            is_number = pd.api.types.is_numeric_dtype(kinds) and not pd.api.types.is_bool_dtype(kinds)
-            if is_number and values_n.nunique() > MOST_NUMERIC_LABELS:
-                raise InputError(
-                    f"{shard.path}: obs[{column!r}] holds {values_n.nunique():,} different numbers, too many to be "
-                    f"labels of {category!r}. Cut it into groups first, e.g. with pandas.cut."
-                )
+            check_are_labels(values_n, category=category, path=shard.path)
             spelled = Labels.of(values_n)
             unknown = {text for text in spelled.texts if is_missing(text, config.missing_labels)}
             labels[category] = Labels(spelled.codes_n, tuple("" if text in unknown else text for text in spelled.texts))
@@ -186,7 +186,7 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
     with closing(open_files([source], config)) as cache:
         shard = cache[0]
         table = CellTable.of(shard, config, split_by)
-        genes = digest_of(*(str(column) for column in gene_names_of(shard, config.gene_id_column)))
+        genes = digest_of(*(str(column) for column in gene_names_of(shard)))
         digest = hashlib.sha256(f"{genes} {shard.source.shape}".encode())
         digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
         for labels in (table.units, *table.labels.values()):
@@ -211,9 +211,9 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
         )  # fmt: skip
 
 
-def gene_names_of(shard: Shard, gene_id_column: str | None) -> tuple[tuple[object, ...], ...]:
+def gene_names_of(shard: Shard) -> tuple[tuple[object, ...], ...]:
     """Return what a file calls its genes: names, ids and symbols (the names where it has no such column)."""
-    names = names_of(shard.source, gene_id_column)
+    names = shard.renaming.names
     return tuple(map(tuple, (names.own_c, *((columns or (names.own_c,))[0] for columns in names[1:]))))
 
 

@@ -140,6 +140,7 @@ class GeneAlignment:
         other_case: Those of them that the panel has in another case, if it has few of the file's genes.
         num_copies: Columns of a panel gene that are named like another column with a number behind it (`MATR3-1`).
         num_prefixed: Columns that are known without the genome in front of their name.
+        renaming: What a table of the user renamed, in words.
     """
 
     gene_of_column_c: np.ndarray
@@ -150,6 +151,7 @@ class GeneAlignment:
     other_case: tuple[str, ...] = ()
     num_copies: int = 0
     num_prefixed: int = 0
+    renaming: str = ""
 
     @cached_property
     def is_measured_g(self) -> np.ndarray:
@@ -173,7 +175,8 @@ class GeneAlignment:
             (len(self.duplicated), f"summed from several columns ({listed(self.duplicated, most=3)})"),
             (len(self.unknown), "columns not in the panel"),
         ]
-        return ", ".join([*parts, *(f"{count:,} {kind}" for count, kind in kinds if count)])
+        parts += [f"{count:,} {kind}" for count, kind in kinds if count]
+        return ", ".join(parts) + (f"; {self.renaming}" if self.renaming else "")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from perturbgene.cli.base import Normalization, ReadingConfig
 from perturbgene.cli.options import conditions, named_values
 from perturbgene.data_utils.chosen_cells import ChosenCells, Where, check_where
+from perturbgene.data_utils.gene_map import read_gene_map
 from perturbgene.data_utils.labels import ABSENT, Labels, is_missing
 from perturbgene.data_utils.opening import as_sources
 from perturbgene.data_utils.order import (
@@ -130,6 +131,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         binary_label: With `phenotype_category`: 1 for this label, 0 for all others.
         layer, gene_id_column, min_gene_coverage: Which matrix, which var column names the genes, least share of the
             panel that a file must have.
+        gene_map: Table of what the files call a gene and what the panel calls it, see `read_gene_map`.
         normalization: How values are scaled; "auto" leaves that to the tokenizer.
         missing_labels: Labels that mean "not known", in addition to an empty one, NaN and `unknown`.
         where: Only cells that have these values, by columns of `obs`; cells are numbered without the others.
@@ -166,6 +168,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         binary_label: str | None = None,
         layer: str | None = None,
         gene_id_column: str | None = None,
+        gene_map: str | Path | None = None,
         normalization: Normalization = ReadingConfig.normalization,
         missing_labels: Sequence[str] = (),
         min_gene_coverage: float = ReadingConfig.min_gene_coverage,
@@ -204,7 +207,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         self._begin = self._done = 0
         options = {**tokenizer.shard_options(), "gene_id_column": gene_id_column, "obs_columns": columns_of(phenotypes)}
         options |= {"constant_labels": constant_labels or {}, "optional_labels": optional_labels}
-        options |= {"missing_labels": tuple(missing_labels)}
+        options |= {"missing_labels": tuple(missing_labels), "gene_map": read_gene_map(gene_map)}
         options |= {} if normalization == "auto" else {"normalization": normalization}
         sources = as_sources(paths)
         self.where = conditions(where)

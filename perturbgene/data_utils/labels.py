@@ -4,6 +4,7 @@ Owns the id layout and the spelling of labels; knows nothing of genes, files or 
 """
 
 import json
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -26,6 +27,11 @@ CLS_ID, EOS_ID, MASK_ID, PAD_ID = range(4)
 MISSING_LABELS = frozenset({"", "nan", "<na>", "unknown"})
 
 ABSENT = -1
+
+#: A numeric obs column with more distinct values than this is a measurement, not a phenotype.
+MOST_NUMERIC_LABELS = 50
+
+logger = logging.getLogger(__name__)
 
 
 def label_text(value: object) -> str:
@@ -92,6 +98,39 @@ def token_text(label: str) -> str:
     while len(text) > 1 and text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
     return f"[{text}]"
+
+
+def check_are_labels(values_n: pd.Series, *, category: str, path: str) -> None:
+    """Raise an InputError if a column of obs that is to be a phenotype holds measurements."""
+    kinds = values_n.cat.categories if isinstance(values_n.dtype, pd.CategoricalDtype) else values_n
+    is_number = pd.api.types.is_numeric_dtype(kinds) and not pd.api.types.is_bool_dtype(kinds)
+    if is_number and values_n.nunique() > MOST_NUMERIC_LABELS:
+        raise InputError(
+            f"{path}: obs[{values_n.name!r}] holds {values_n.nunique():,} different numbers, too many to be labels of "
+            f"{category!r}. Cut it into groups first, e.g. with pandas.cut."
+        )
+
+
+def with_new_labels(known: Mapping[str, Sequence[str]], found: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Return the known labels of every phenotype in their order, and behind them those that are new, sorted.
+
+    A warning names new labels that differ from a known one in case and punctuation only.
+
+    Example:
+        >>> with_new_labels({"cell_type": ["T", "B cell"]}, {"cell_type": {"NK", "B_cell"}, "sex": {"male"}})
+        {'cell_type': ['T', 'B cell', 'NK'], 'sex': ['male']}
+    """
+    labels = {category: list(of) for category, of in known.items()}
+    for category, of in found.items():
+        before = labels.get(category, [])
+        tokens, spellings = set(map(token_text, before)), {plain_spelling(label): label for label in before}
+        new = [label for label in sorted(of) if token_text(label) not in tokens]
+        labels[category] = [*before, *new]
+        for label in new:
+            if (twin := spellings.get(plain_spelling(label))) is not None:
+                text = "%s %r is new, though %r is known: rename it if they mean the same"
+                logger.warning(text, category, label, twin)
+    return labels
 
 
 def _checked_labels(category: str, labels: Iterable[object]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from perturbgene.data_utils.chosen_cells import ChosenCells
+from perturbgene.data_utils.gene_map import GeneMap, Renaming
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel, names_of, species_of
 from perturbgene.data_utils.labels import ABSENT, Vocabulary, is_missing, label_text, plain_spelling
 from perturbgene.data_utils.opening import open_source
@@ -69,6 +70,7 @@ class Shard:
         source: The open file.
         panel, vocabulary: What the file is aligned to.
         included_phenotypes: Phenotypes whose labels are read, in this order.
+        gene_map: The user's own table of gene names.
         obs_columns: Phenotype -> obs column where the names differ.
         optional_labels: True lets label columns be missing (all absent); False refuses the file.
         constant_labels: Phenotype -> input id that every cell gets, whatever obs says.
@@ -83,6 +85,7 @@ class Shard:
     included_phenotypes: Sequence[str] = ()
     normalization: Normalization = "auto"
     gene_id_column: str | None = None
+    gene_map: GeneMap | None = None
     optional_labels: bool = True
     obs_columns: dict[str, str] = field(default_factory=dict)
     constant_labels: dict[str, int] = field(default_factory=dict)
@@ -103,9 +106,15 @@ class Shard:
         return self.source.shape[0]
 
     @cached_property
+    def renaming(self) -> Renaming:
+        """What the file calls its genes, after the user's own table."""
+        names = names_of(self.source, self.gene_id_column)
+        return self.gene_map.rename(names) if self.gene_map else Renaming(names)
+
+    @cached_property
     def alignment(self) -> GeneAlignment:
         """The file's columns in the panel."""
-        names, ids, symbols = names_of(self.source, self.gene_id_column)
+        names, ids, symbols = self.renaming.names
         others = [*ids, *symbols]
         key = hashlib.blake2b(repr([names_c.tolist() for names_c in (names, *others)]).encode()).digest()
         if key not in self.alignments:
@@ -122,7 +131,7 @@ class Shard:
                 f"{self.path}: several columns are the same gene ({listed(alignment.duplicated)}) and values of "
                 "unknown scale cannot be summed. Give raw counts with --layer, or keep one column of each gene."
             )
-        return alignment
+        return replace(alignment, renaming=self.renaming.text) if self.renaming.text else alignment
 
     @property
     def coverage(self) -> float:
@@ -149,13 +158,15 @@ class Shard:
                 remedy = (
                     f"{len(other_case):,} more differ in upper and lower case only ({listed(other_case, most=3)}), as "
                     "mouse symbols differ from human ones. If it is the same species, write them as the panel does "
-                    "(var_names.str.upper())."
+                    "(var_names.str.upper()); else give a table of orthologs with --gene_map."
                 )
             usual = "Name the right column with --gene_id_column, or lower --min_gene_coverage if the file really "
             raise InputError(
                 f"{self.path}: {alignment.describe()}, under --min_gene_coverage {minimum:g}; its first names are "
                 f"{listed(alignment.unknown, most=3) or 'blank'}. {remedy or f'{usual}measures so few of these genes.'}"
             )
+        if self.renaming.level > logging.INFO:
+            logger.warning("%s: %s", self.path, self.renaming.text)
         if remedy:
             logger.warning("%s: %s. %s", self.path, alignment.describe(), remedy)
         elif alignment.coverage < 0.5:
@@ -170,7 +181,8 @@ class Shard:
         least = self.alignment.coverage + 0.05
         if "raw" in self.source.layers and self.source.layer != "raw":
             with suppress(InputError), closing(self.source.with_layer("raw")) as raw:
-                names, ids, symbols = names_of(raw)
+                of_raw = names_of(raw)
+                names, ids, symbols = self.gene_map.rename(of_raw).names if self.gene_map else of_raw
                 found = self.panel.align(names, other_names_c=[*ids, *symbols]).coverage
                 if found > least:
                     return f".raw has {found:.1%} of the panel: give --layer raw."
@@ -185,7 +197,7 @@ class Shard:
                 return f"var[{column!r}] names {found:.1%} of the panel: give --gene_id_column {column}."
         own, other = species_of(self.panel.genes), species_of(self.alignment.unknown)
         if own and other and own != other:
-            return f"Its ids are of another species ({other}) than the panel's ({own}): map them to orthologs first."
+            return f"Its ids are of another species ({other}) than the panel's ({own}): give orthologs with --gene_map."
         return ""
 
     def label_column(self, category: str) -> pd.Series:

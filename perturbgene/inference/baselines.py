@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
-from perturbgene.data_utils.genes import GenePanel, clean_gene, names_of
+from perturbgene.data_utils.genes import GenePanel, clean_gene
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.order import split_rows
@@ -81,7 +81,7 @@ def _with_all_genes(
         The training and the evaluated files, and which of the genes all of their cells were measured with.
     """
     own, first = train.tokenizer.panel, train.shards[0]
-    names_c, _, symbols = names_of(first.source, first.gene_id_column)
+    names_c, _, symbols = first.renaming.names
     symbols_c = symbols[0] if symbols else np.full(len(names_c), "")
     known, taken = set(own.genes), set(own.symbols)
     others: dict[str, str] = {}

@@ -22,9 +22,9 @@ from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import CheckConfig, PrepareConfig
 from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.prepare import rehearse
-from perturbgene.corpus.survey import MOST_NUMERIC_LABELS, open_files, path_of
+from perturbgene.corpus.survey import open_files, path_of
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.labels import Labels, is_missing
+from perturbgene.data_utils.labels import MOST_NUMERIC_LABELS, Labels, is_missing
 from perturbgene.data_utils.opening import FileList, as_sources, open_source
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import MemoryFile, TenxFile, ZarrFile, sampled_spans

@@ -184,8 +184,9 @@ def move_files(source: Path, target: Path, *, last: Iterable[str]) -> None:
 
 #: Settings on which the order of cells, the meaning of tokens, or what a step does with them depend.
 _FIXED = (
-    "verb", "corpus", "train_data_paths", "where", "layer", "gene_id_column", "vocab_path", "included_phenotypes",
-    "panel", "num_top_genes", "normalization", "missing_labels", "phenotypes", "bin_edges", "bin_edges_path",
+    "verb", "corpus", "train_data_paths", "where", "layer", "gene_id_column", "gene_map", "vocab_path",
+    "included_phenotypes", "panel", "num_top_genes", "normalization", "missing_labels", "phenotypes", "bin_edges",
+    "bin_edges_path",
     "max_length", "seed", "gene_mask_prob", "phenotype_mask_prob", "absent_prob", "unexpressed_ratio", "gene_drop_prob",
     "sample_by", "phenotype_category", "binary_label", "balanced_dataset", "phenotype_loss_weight", "gene_loss_weight",
     "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay",

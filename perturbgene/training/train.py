@@ -256,6 +256,7 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
             check_where((files[index].source for index in range(len(files))), where)
     options: dict[str, Any] = {
         "seed": arguments.seed, "layer": config.layer, "gene_id_column": config.gene_id_column,
+        "gene_map": config.gene_map,
         "missing_labels": config.missing_labels, "phenotypes": config.phenotypes, "where": where,
         "min_gene_coverage": config.min_gene_coverage, "has_all_values": False,
         "rank": arguments.process_index, "world_size": arguments.world_size,

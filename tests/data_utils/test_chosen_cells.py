@@ -229,13 +229,18 @@ def test_mean_embeddings_of_genes_are_those_of_the_chosen_cells(in_folder: Path,
 def test_an_odd_file_is_read_alike_by_every_verb(
     name: str, options: dict[str, Any], in_folder: Path, cells: ad.AnnData
 ) -> None:
-    """Counts in a layer, scaled on request; gene ids in a column of var; a label that means "not known"."""
+    """Counts in a layer, scaled on request; probes in a column of var; a label that means "not known"."""
     counts = np.random.default_rng(0).poisson(np.expm1(cells.X[:60].toarray()))
     plain = ad.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=cells.obs[:60].copy(), var=cells.var)
-    odd = ad.AnnData(sparse.csr_matrix(counts * 0.5), obs=plain.obs.copy(), var=pd.DataFrame({"id": cells.var_names}))
+    odd = ad.AnnData(
+        sparse.csr_matrix(counts * 0.5), obs=plain.obs.copy(), var=pd.DataFrame(index=map(str, range(cells.n_vars)))
+    )
+    odd.var["id"] = [f"probe {number}" for number in range(odd.n_vars)]
+    Path("probes.csv").write_text("".join(f"probe {i},{name}\n" for i, name in enumerate(cells.var_names)))
     odd.layers["half"], odd.X = odd.X, None
     plain.obs["cell_type"] = plain.obs["cell_type"].astype(object).where(plain.obs["cell_type"] != "monocyte", None)
     reading = {"layer": "half", "gene_id_column": "id", "normalization": "log1p_cp10k", "missing_labels": ["monocyte"]}
+    reading["gene_map"] = "probes.csv"
     odd.write_h5ad("odd.h5ad")
     function = getattr(pg, name)
     expected = function(plain, "runs/mlm", **options)

@@ -185,7 +185,7 @@ def test_a_file_without_the_panels_genes_is_refused_with_the_reason(
 
 def test_ids_of_another_species_are_named() -> None:
     tokenizer = GeneTokenizer(genes=[f"ENSG{g:011d}" for g in range(300)], phenotypes={}, bin_edges=EDGES)
-    with pytest.raises(InputError, match=r"another species \(ENSMUSG\) than the panel's \(ENSG\): map them to orth"):
+    with pytest.raises(InputError, match=r"another species \(ENSMUSG\) than the panel's \(ENSG\): give orthologs"):
         tokens(tokenizer, adata_of(COUNTS_NG, [f"ENSMUSG{g:011d}" for g in range(300)]))
 
 
