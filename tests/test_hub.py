@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,9 @@ import perturbgene as pg
 from perturbgene.configs import parse_args
 from perturbgene.errors import InputError
 from perturbgene.hub import local_run
+from perturbgene.model import GeneBertForPhenotypicMLM
+from perturbgene.training.train import tokenizer_facts
+from perturbgene.training.transfer import start_from
 
 
 @pytest.fixture
@@ -41,6 +46,15 @@ def test_a_run_on_the_hub_is_loaded_like_a_folder(hub_cache: Path, small_folder:
         for model in ("lab/pbmc", small_folder / "runs/mlm")
     ]
     assert predicted[0] == predicted[1]
+
+
+def test_a_corpus_and_a_new_run_follow_a_run_on_the_hub(hub_cache: Path, small_folder: Path) -> None:
+    corpus = pg.prepare(small_folder / "cells.h5ad", "like", phenotypes=["cell_type"], like="lab/pbmc", split_by="cell")
+    ours, theirs = (pg.GeneTokenizer.from_pretrained(path) for path in (corpus, "lab/pbmc"))
+    assert ours.genes[: len(theirs.genes)] == theirs.genes and ours.phenotypes == theirs.phenotypes
+    config: Any = SimpleNamespace(pretrained_model_path="lab/pbmc", attn_implementation="auto")
+    start = start_from(GeneBertForPhenotypicMLM, config, ours, seed=0, **tokenizer_facts(ours))
+    assert start.lines[1] == "labels: 5 kept, 0 fresh, 0 dropped" and start.has_head
 
 
 def test_a_command_takes_a_run_on_the_hub() -> None:

@@ -59,7 +59,7 @@ class GeneMap:
         Example:
             >>> names = GeneNames(np.array(["Cd3e", "Lyz2"]), ids=(), symbols=())
             >>> GeneMap("orthologs.csv", {"Cd3e": "CD3E", "Gm1": "GM1"}).rename(names).text
-            '1 columns renamed by --gene_map, 1 names of the table are not in the file'
+            '1 columns renamed by --gene_map, names that the file lacks: 1'
         """
         columns = [[clean_gene(name) for name in names_c] for names_c in (names.own_c, *names.ids, *names.symbols)]
         found = [next((name for name in of if name in self.target_of), "") for of in zip(*columns, strict=True)]
@@ -81,13 +81,16 @@ class GeneMap:
             tuple(np.where(is_renamed_c, "", names_c).astype(object) for names_c in group) for group in names[1:]
         )
         targets = [self.target_of[name] for name in found if name]
-        counts = [
-            (len(targets) - len(set(targets)), "share a gene with another one"),
-            (len(self.target_of.keys() - known), "names of the table are not in the file"),
+        several = [name for name in self.ambiguous if name in known]
+        counts = {
+            "those that share a gene with another one": len(targets) - len(set(targets)),
+            "names that the file lacks": len(self.target_of.keys() - known),
+            f"names of several genes, which rename nothing ({listed(several, most=3)})": len(several),
+        }
+        parts = [
+            f"{len(targets):,} columns renamed by --gene_map",
+            *(f"{what}: {n:,}" for what, n in counts.items() if n),
         ]
-        parts = [f"{len(targets):,} columns renamed by --gene_map", *(f"{n:,} {what}" for n, what in counts if n)]
-        if several := [name for name in self.ambiguous if name in known]:
-            parts.append(f"{len(several):,} have several names there and keep their own ({listed(several, most=3)})")
         return Renaming(GeneNames(own_c, ids, symbols), ", ".join(parts))
 
 

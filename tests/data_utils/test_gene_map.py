@@ -107,8 +107,8 @@ def test_the_line_counts_what_shares_a_gene_what_the_file_lacks_and_what_is_ambi
     renaming = found.rename(GeneNames(np.array(["Cd3e", "Lyz1", "Lyz2", "H2-Q1"], dtype=object), (), ()))
     assert renaming.names.own_c.tolist() == ["CD3E", "LYZ", "LYZ", "H2-Q1"]
     assert renaming.text == (
-        "3 columns renamed by --gene_map, 1 share a gene with another one, 2 names of the table are not in the file, "
-        "1 have several names there and keep their own ('H2-Q1')"
+        "3 columns renamed by --gene_map, those that share a gene with another one: 1, names that the file lacks: 2, "
+        "names of several genes, which rename nothing ('H2-Q1'): 1"
     )
 
 

@@ -4,14 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from perturbgene.configs import parse_args
-from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.data_collators import ask
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.errors import InputError
@@ -155,30 +152,6 @@ def test_votes_take_no_steps_and_leave_the_transformer_as_it_was(
 def test_a_run_without_votes_is_refused(small_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no genes' votes"):
         train("mlm", small_folder, tmp_path / "run", "--train_only votes")
-
-
-def test_a_classifier_of_few_labeled_cells_starts_from_a_run_on_unlabeled_ones(
-    small_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    cells = ad.read_h5ad(small_folder / "cells.h5ad")
-    bare, few = cells[:150].copy(), cells[150:].copy()
-    bare.obs = bare.obs[[]]
-    few.obs["cell_type"] = few.obs["cell_type"].astype(object).where(np.arange(few.n_obs) % 2 == 0)
-    prepare(bare, tmp_path / "bare", split_by="cell", num_top_genes=100)
-    short = "--report_to none --no_bf16 --max_steps 2 --max_length 60"
-    text = f"--corpus {tmp_path}/bare --output_dir {tmp_path}/bare_run --model_arch tiny --num_hidden_layers 1 {short}"
-    config: Any = parse_args(["mlm", *text.split()])
-    first = run_mlm(config)
-    assert "votes" not in caplog.text
-    prepare(few, tmp_path / "few", phenotypes=["cell_type"], split_by="cell", like=str(first))
-    text = f"--corpus {tmp_path}/few --output_dir {tmp_path}/few_run --pretrained_model_path {first} {short}"
-    config = parse_args(["cls", *text.split(), "--phenotype_category=cell_type", "--train_only=lora"])
-    second = run_cls(config)
-    before, after = weights(first)[TYPES], weights(second)[TYPES]
-    assert torch.equal(before[1:101], after[2:102])  # the genes, behind the new phenotype
-    held_out = ad.read_h5ad(tmp_path / "few/eval/shard_00000.h5ad").obs["cell_type"]
-    scores = json.loads((second / "metrics.json").read_text())["cell_type"]["classifier"]
-    assert scores["n"] == held_out.notna().sum() < len(held_out)
 
 
 @pytest.mark.parametrize(
