@@ -30,6 +30,7 @@ VERBS = {
     "counterfactual": ("perturbgene.counterfactuals.counterfactual", "counterfactual"),
     "perturb": ("perturbgene.perturbation.perturb", "perturb"),
     "attribute": ("perturbgene.perturbation.attribute", "attribute"),
+    "report": ("perturbgene.reports.report", "report"),
     "download": ("perturbgene.data_utils.download", "download"),
 }
 #: Anything else -> the module that has it.

@@ -38,6 +38,9 @@ from perturbgene.plots import confusion_figure, save_figure
 
 logger = logging.getLogger(__name__)
 
+#: The confusion of masked genes, among those of phenotypes.
+GENE_BINS = "gene_bins"
+
 IntArray = NDArray[np.int64]
 Scores = dict[str, float]
 
@@ -411,7 +414,7 @@ class MlmEvaluator(Evaluator):
 
     def confusions(self) -> dict[str, Confusion]:
         """Return one confusion for each phenotype and question, and one of gene bins, by name."""
-        return super().confusions() | ({} if self.collator is None else {"gene_bins": self.genes.confusion})
+        return super().confusions() | ({} if self.collator is None else {GENE_BINS: self.genes.confusion})
 
     def flat_metrics(self, *, loss_weights: tuple[float, float]) -> dict[str, float]:
         """Return metrics by plain names, as a trainer logs them: `loss`, `loss_genes`, `cell_type_accuracy`, ..."""
@@ -497,7 +500,8 @@ def write_results(
             for kind, table in (("confusion", confusion.table()), ("per_class", confusion.per_class())):
                 with whole_file(folder / f"{kind}.{name}.csv") as temporary:
                     table.to_csv(temporary)
-            figure = confusion_figure(confusion.table(), title=f"{title.replace('.', ', ')} ({text})")
+            unit = "masked genes" if title == GENE_BINS else "cells"
+            figure = confusion_figure(confusion.table(), title=f"{title.replace('.', ', ')} ({text})", unit=unit)
             save_figure(figure, folder / f"confusion.{name}.png")
         for file, table in (tables or {}).items():
             with whole_file(folder / file) as temporary:

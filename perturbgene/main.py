@@ -104,7 +104,17 @@ def run(tokens: Sequence[str]) -> int:
     outcome = verb_function(config.verb)(config)
     if isinstance(outcome, str | Path) and is_first_process():
         print(outcome, flush=True)
+    if getattr(config, "report", False) and is_first_process():
+        write_report(config)
     return 0
+
+
+def write_report(config: BaseConfig) -> None:
+    """Write the page about what a verb has just written; the verb has done its work even if that fails."""
+    try:
+        print(importlib.import_module("perturbgene.reports.report").report_of(config), flush=True)
+    except InputError as error:
+        logging.getLogger(__name__).warning("no report is written: %s", error)
 
 
 def verb_function(verb: str) -> Callable[[BaseConfig], object]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from perturbgene.files import whole_file
 
@@ -34,12 +34,13 @@ EFFECT_COLORS = (
 )  # fmt: skip
 
 
-def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
+def confusion_figure(table: pd.DataFrame, *, title: str, unit: str = "cells") -> Figure:
     """Draw a confusion matrix: rows are true classes, color is the share of the row, text is the count.
 
     Args:
         table: Counts, true classes as rows and predicted classes as columns, shape (k, k); up to 25 are written.
         title: First line of the title; the number of cells is added.
+        unit: What is counted, if not cells.
     """
     counts_kk = table.to_numpy(dtype=np.float64)
     share_kk = counts_kk / np.maximum(counts_kk.sum(axis=1, keepdims=True), 1.0)
@@ -64,7 +65,7 @@ def confusion_figure(table: pd.DataFrame, *, title: str) -> Figure:
         size = 8 if counts_kk.max() < 10_000 else 6
         text = f"{int(counts_kk[row, column]):,}"
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
-    axes.set_title(f"{_plain(title)}\nn = {int(counts_kk.sum()):,} cells", fontsize=11)
+    axes.set_title(f"{_plain(title)}\nn = {int(counts_kk.sum()):,} {unit}", fontsize=11)
     bar = figure.colorbar(ScalarMappable(Normalize(0.0, 1.0), cmap="cividis"), ax=axes, fraction=0.046, pad=0.03)
     bar.set_label("share of the true class")
     return figure
@@ -93,6 +94,11 @@ def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
     steps = int(history["step"].max()) if len(history) else 0
     axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=f"{_plain(title)}\nn = {steps:,} steps")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if (history[columns].stack() > 0).all() and columns:  # parts differ tenfold, and a linear axis flattens the small
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     if columns:
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
@@ -221,6 +227,60 @@ def changes_figure(table: pd.DataFrame, *, title: str, value: str) -> Figure:
 
     panel = (4.6, 0.19 * 2 * MOST_CHANGES)
     return _panel_figure(table, draw, title=title, base=(1.0, 1.6), panel=panel, legend_columns=1)
+
+
+def cells_figure(places_n2: np.ndarray, labels: pd.Series, probability: pd.Series, *, title: str) -> Figure:
+    """Draw a map of cells twice: by label, of which those with most cells are named, and by probability.
+
+    Args:
+        places_n2: Where each cell is.
+        labels, probability: Of the same cells.
+        title: First line of the title; the number of cells is added.
+    """
+    figure = Figure(figsize=(11.0, 4.8), layout="constrained")
+    by_label, by_probability = figure.subplots(1, 2)
+    size, counts = float(np.clip(20_000 / max(len(labels), 1), 1, 16)), labels.value_counts()
+    named = list(counts[counts > 0].index[: len(OKABE_ITO)])
+    for name, color in [(None, "#BBBBBB"), *zip(named, OKABE_ITO, strict=False)]:
+        is_drawn_n = (~labels.isin(named) if name is None else labels == name).to_numpy()
+        if is_drawn_n.any():
+            text = "others" if name is None else _shortened(name)
+            by_label.scatter(*places_n2[is_drawn_n].T, s=size, color=color, label=text, linewidths=0)
+    by_label.legend(frameon=False, fontsize=7, markerscale=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    drawn = by_probability.scatter(*places_n2.T, s=size, c=probability, cmap="viridis", vmin=0, vmax=1, linewidths=0)
+    figure.colorbar(drawn, ax=by_probability, label="probability of the answer")
+    for axes in (by_label, by_probability):
+        axes.set(xticks=[], yticks=[], aspect="equal")
+    figure.suptitle(f"{_plain(title)}\nn = {len(labels):,} cells", fontsize=11)
+    return figure
+
+
+def certainty_figure(
+    count_b: np.ndarray, coverage_b: np.ndarray, expected_b: np.ndarray, measured_b: np.ndarray | None, *, title: str
+) -> Figure:
+    """Draw how sure answers are, and what is left of them, and how good that is, if the least sure are left out.
+
+    Args:
+        count_b: Number of cells by probability, in bins of equal width from 0 to 1.
+        coverage_b, expected_b, measured_b: Share of cells above the lower end of each bin, their mean probability, and
+            the share of them that is right, if that is known.
+        title: First line of the title; the number of cells is added.
+    """
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    histogram, curve = figure.subplots(1, 2)
+    histogram.bar(
+        np.arange(len(count_b)) / len(count_b), count_b, width=1 / len(count_b), align="edge", color=OKABE_ITO[0]
+    )
+    histogram.set(xlabel="probability of the answer", ylabel="cells", xlim=(0, 1))
+    curve.plot(coverage_b, expected_b, color=OKABE_ITO[0], label="expected from the probabilities")
+    if measured_b is not None:
+        curve.plot(coverage_b, measured_b, "--", color=OKABE_ITO[1], label="measured on these cells")
+    curve.set(xlabel="share of cells that keep a label", ylabel="accuracy of these", xlim=(0, 1.02))
+    curve.legend(frameon=False, fontsize=8)
+    for axes in (histogram, curve):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{_plain(title)}\nn = {int(count_b.sum()):,} cells", fontsize=11)
+    return figure
 
 
 def save_figure(figure: Figure, path: Path | str, *, dots_per_inch: int = 150) -> Path:

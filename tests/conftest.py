@@ -37,6 +37,19 @@ def _figures_are_empty_but_in_few_files(request: pytest.FixtureRequest) -> Itera
         yield
 
 
+#: Test files in which commands write reports, as they do for users.
+REPORTED = ("test_report", "test_outputs")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _reports_are_left_out_but_in_few_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Write no report after a command: laying cells out takes longer than asking about so few."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in REPORTED:
+            patch.setattr("perturbgene.main.write_report", lambda config: None)
+        yield
+
+
 @pytest.fixture
 def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the figures of one test."""

@@ -113,7 +113,7 @@ def check_flag(value: Any, flag: Flag) -> None:
             raise InputError(f"{flag.name} is {number}, but it must be in {flag.within}. Change --{flag.name}.")
     if flag.is_folder and Path(value or ".").suffix in FILE_ENDINGS:
         raise InputError(f"{flag.name} is {value!r}, but a folder is written. Give another --{flag.name}.")
-    if flag.suffixes and Path(value or flag.suffixes[0]).suffix not in flag.suffixes:
+    if flag.suffixes and value and Path(value).suffix not in flag.suffixes:
         known = " or ".join(flag.suffixes)
         raise InputError(f"{flag.name} is {value!r}, but it must end in {known}. Change --{flag.name}.")
     if flag.is_unique:

@@ -202,6 +202,10 @@ class FileOptions(QuestionOptions, ReadingConfig):
             raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
 
 
+def _report_option() -> Any:
+    return option(True, "Also write a report: an HTML page that opens offline, and its figures.", group=IN_OUT)
+
+
 def _mask_rate(what: str, within: str = "[0, 1]") -> Any:
     return option(None, f"{what} when genes are scored. Default: as in training.", within=within)
 
@@ -241,6 +245,7 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
         None, "Fit temperatures on half of the donors and store them in the run, where predict finds them. Default: "
         "only if the run's own evaluation cells are scored.",
     )  # fmt: skip
+    report: bool = _report_option()
     gene_mask_prob: float | None = _mask_rate("Share of expressed genes to hide")
     phenotype_mask_prob: float | None = _mask_rate("Share of phenotypes to hide")
     absent_prob: float | None = _mask_rate("Share of phenotypes to leave out")
@@ -301,6 +306,7 @@ class PredictConfig(AnswerOptions, FileOptions):
     example = "perturbgene predict runs/mlm new.h5ad --output out.h5ad --ask cell_type --given tissue=lung"
 
     ask: list[str] = option([], "Phenotypes to predict. Default: all that are not given.")
+    report: bool = _report_option()
 
     def check(self) -> None:
         super().check()
@@ -536,7 +542,30 @@ class AttributeConfig(ScoringOptions):
         check_question([self.ask], self.given_labels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(BaseConfig):
+    """Write what a run or its predictions are worth as one HTML page.
+
+    Shows a map of the cells, how sure the answers are, what a threshold leaves, and, where labels are known, scores
+    next to baselines, by donor and by label. The page opens offline; its figures are also written as .png. `evaluate`
+    and `predict` write it too.
+    """
+
+    verb = "report"
+    example = "perturbgene report runs/mlm"
+    group = IN_OUT
+
+    source: str = option(
+        "", "Run folder that was evaluated, an output folder of evaluate, or an output file of predict.",
+        is_positional=True, is_path=True,
+    )  # fmt: skip
+    output: str | None = option(
+        None, "Page to write. Default: report.html in the folder, or FILE.report.html.", suffixes=(".html",)
+    )
+    device: str = option("auto", "Device that embeds predicted cells: auto, cpu, mps, cuda or cuda:N.", group=RUNNING)
+
+
 CONFIGS: dict[str, type[BaseConfig]] = {config_class.verb: config_class for config_class in (
     PrepareConfig, CheckConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, EmbedConfig, CounterfactualConfig,
-    PerturbConfig, AttributeConfig, DownloadConfig,
+    PerturbConfig, AttributeConfig, ReportConfig, DownloadConfig,
 )}  # fmt: skip

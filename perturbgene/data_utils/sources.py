@@ -386,6 +386,10 @@ class StoredCells(CellSource):
         node = self.file[frame]
         return _frame_of_table(node, self.file) if isinstance(node, h5py.Dataset) else self._read_elem(frame)
 
+    def element(self, name: str) -> Any:
+        """Return what the file holds under a name such as `obsm/X_umap`, or None."""
+        return self._read_elem(name) if name in self.file else None
+
     def _read_elem(self, name: str) -> Any:
         from anndata.io import read_elem
 

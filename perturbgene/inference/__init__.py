@@ -2,6 +2,6 @@
 
 Read `run` (load a run), `streaming` (open cells, ranks, batches with their progress bar, and per-cell results of every
 verb that writes a file), `predict` (questions and answers), `evaluate` (scores), `baselines`, `calibration`
-(temperatures), `conformal` (sets of labels), `novelty` (unusual cells), `pooling` and `embedding_scores`, `check` (what
-files hold and what verbs would do with them).
+(temperatures), `conformal` (sets of labels), `novelty` (unusual cells), `pooling` and `embedding_scores`,
+`evaluated_cells` (what `evaluate` keeps of each cell), `check` (what files hold and what verbs would do with them).
 """

@@ -144,6 +144,14 @@ class CellEmbeddings:
             states_nh = pooled_states(self.run, block, pooling=default_pooling(self.run))
             self._parts.append((block.cells_n, states_nh))
 
+    def joined(self) -> tuple[IntArray, np.ndarray]:
+        """Return the numbers of the cells that express a gene of the panel, ascending (m,), and embeddings (m, h)."""
+        if not self._parts:
+            return np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
+        cells_m, states_mh = (np.concatenate(arrays) for arrays in zip(*self._parts, strict=True))
+        kept = [row for row in np.argsort(cells_m) if np.isfinite(states_mh[row, 0])]
+        return cells_m[kept], states_mh[kept]
+
     def scores(
         self, dataset: IterableAnnDataset, categories: Sequence[str], *, donor_column: str | None
     ) -> dict[str, dict[str, Scores]]:
@@ -158,11 +166,9 @@ class CellEmbeddings:
             Phenotype -> embedding -> scores, see `compare`. Phenotypes with fewer than `LEAST_CELLS` labeled cells that
             express a gene of the panel, or with one label, are left out.
         """
-        if not self._parts:
+        cells_m, states_mh = self.joined()
+        if not len(cells_m):
             return {}
-        cells_m, states_mh = (np.concatenate(arrays) for arrays in zip(*self._parts, strict=True))
-        kept = [row for row in np.argsort(cells_m) if np.isfinite(states_mh[row, 0])]
-        cells_m, states_mh = cells_m[kept], states_mh[kept]
         expression_mg = read_expression(dataset.shards, cells_m, sizes=dataset.sizes)
         donors_n, found = donors_of(dataset, donor_column), {}
         for category in categories:

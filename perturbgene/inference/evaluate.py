@@ -40,7 +40,7 @@ from perturbgene.eval_utils import (
 )
 from perturbgene.files import claimed
 from perturbgene.hub import is_hub_name
-from perturbgene.inference.baselines import NAMES, baselines, mark_best
+from perturbgene.inference.baselines import NAMES, Answers, baselines, mark_best
 from perturbgene.inference.calibration import (
     LEAST_CELLS,
     MOST_CELLS,
@@ -53,6 +53,7 @@ from perturbgene.inference.calibration import (
 )
 from perturbgene.inference.conformal import coverage_by_donor, floor_at
 from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
+from perturbgene.inference.evaluated_cells import evaluated_cells, write_cells
 from perturbgene.inference.novelty import TrainingCells, Usual, expression, fit_training_cells
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
@@ -287,7 +288,7 @@ def _coverage(entry: Temperature, logits_nk: np.ndarray, true_n: np.ndarray, don
 def _calibrate(
     run: Run, collector: LogitCollector, dataset: IterableAnnDataset, results: dict[str, Any], *,
     donors_n: np.ndarray | None, unusual: _Unusual, is_seen_n: np.ndarray,
-) -> pd.DataFrame:  # fmt: skip
+) -> dict[str, pd.DataFrame]:  # fmt: skip
     """Fit a temperature for each question on half of the donors, add it to the results and store it in the run.
 
     All held-out cells say what is usual.
@@ -295,7 +296,7 @@ def _calibrate(
     Cells that were seen in training do not take part, and a question with too few labels keeps its temperature.
 
     Returns:
-        The coverage of sets of labels by phenotype, question, level and donor, of the other half.
+        The coverage of sets of labels by phenotype, question, level and donor, of the other half, by its file name.
     """
     fitted, split, tables = [], "cells", [pd.DataFrame()]
     for category, question, *answers in collector.joined():
@@ -333,14 +334,15 @@ def _calibrate(
     gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
     path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)
     logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
-    return pd.concat(tables, ignore_index=True)
+    coverage = pd.concat(tables, ignore_index=True)
+    return {COVERAGE_FILE: coverage} if len(coverage) else {}
 
 
 def _add_baselines(
     run: Run, results: dict[str, Any], evaluator: Evaluator, answers: AnswerCollector, *,
     cells: tuple[IterableAnnDataset, IterableAnnDataset], donor_column: str | None, batch_tokens: int,
-) -> None:  # fmt: skip
-    """Add the scores of the baselines, fitted on the first of `cells`, and mark who answers best with nothing given."""
+) -> dict[str, dict[str, Answers]]:  # fmt: skip
+    """Add the scores of the baselines, fitted on the first of `cells`, mark the best, and return their answers."""
     found = baselines(*cells, [name for name in results if name != "genes"], donor_column=donor_column)
     starts = start_answers(run, cells, evaluator.questions, batch_tokens=batch_tokens)
     for category, others in found.items():
@@ -350,6 +352,7 @@ def _add_baselines(
             if question.asked == (category,) and not question.given:
                 of_run = answers.joined(category, question.name)
                 mark_best(results[category], others, of_run, category=category, run=question.name)
+    return found
 
 
 def _add_embedding(
@@ -405,8 +408,8 @@ def evaluate(
             only if `eval_paths` are the run's own evaluation cells, and all of them.
         donor_column: Column of obs whose values are not split between fitting and scoring temperatures.
         batch_size, batch_tokens: Most cells and tokens in a batch.
-        output: Folder for `metrics.json`, `embedding.csv`, confusion matrices (CSV, PNG) and per-class scores; None
-            writes nothing.
+        output: Folder for `metrics.json`, `embedding.csv`, `cells.h5ad` (each cell's answers), confusion matrices (CSV,
+            PNG) and per-class scores; None writes nothing.
         reading: `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
 
     Returns:
@@ -441,18 +444,17 @@ def evaluate(
         logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", questions)
         unusual = _Unusual(run, dataset, train_paths, **reading) if calibrates else None
         answers, logits = AnswerCollector(), LogitCollector(-(-dataset.num_cells // MOST_CELLS))
-        evaluator.collectors = [answers, logits] if calibrates else [answers]
+        evaluator.collectors = [answers, logits]
         embedded = CellEmbeddings.of(run, ~is_seen_n)
         for block in stream_batches(dataset, text="evaluate", most_tokens=batch_tokens):
             evaluator.add(run.model, block)
             embedded.add(block)
             if unusual is not None:
                 unusual.add(run, block)
-        results, tables = evaluator.results(), {}
+        results, tables, others = evaluator.results(), {}, {}
+        seen: dict[str, Any] = {"donors_n": donors_of(dataset, donor_column), "is_seen_n": is_seen_n}
         if unusual is not None:
-            seen: dict[str, Any] = {"donors_n": donors_of(dataset, donor_column), "is_seen_n": is_seen_n}
-            coverage = _calibrate(run, logits, dataset, results, unusual=unusual, **seen)
-            tables = {COVERAGE_FILE: coverage} if len(coverage) else {}
+            tables = _calibrate(run, logits, dataset, results, unusual=unusual, **seen)
         else:
             logger.info("temperatures in %s stay as they are; --calibrate fits them on these cells", run.path)
         for scores in [scores for one in results.values() for scores in one.values()] if is_seen_n.any() else ():
@@ -460,9 +462,10 @@ def evaluate(
         if train_paths is not None and run.binary_label is None:
             train = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()})
             asked: dict[str, Any] = {"donor_column": donor_column, "batch_tokens": batch_tokens}
-            _add_baselines(run, results, evaluator, answers, cells=(train, dataset), **asked)
+            others = _add_baselines(run, results, evaluator, answers, cells=(train, dataset), **asked)
         tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column)
         if output is not None:
+            write_cells(evaluated_cells(run, dataset, evaluator, logits, embedded, others, **seen), output)
             write_results(results, evaluator.confusions(), output, text="held-out cells", tables=tables)
     return results
 

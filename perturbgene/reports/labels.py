@@ -1,0 +1,250 @@
+"""What a report says of one phenotype: types, thresholds, scores, donors, confusion, reliability.
+
+Owns tables and sentences; leaves arithmetic to `statistics` and HTML to `page`. Letters: n cells, k labels, b bins.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from perturbgene.inference.evaluate import ROW_NAMES
+from perturbgene.inference.evaluated_cells import DONOR
+from perturbgene.reports.page import Chart, finite
+from perturbgene.reports.statistics import (
+    NUM_STEPS,
+    Thresholds,
+    by_similarity,
+    confused_pairs,
+    donor_interval,
+    reliability,
+    steps_of,
+)
+
+#: Most labels in the confusion matrix: those of which most cells are wrong.
+MOST_CONFUSED = 60
+MOST_DOUBTFUL = 15
+#: Most donors in the table: those with most cells.
+MOST_DONORS = 60
+
+
+@dataclass(frozen=True)
+class Phenotype:
+    """One phenotype of the cells that a report is about.
+
+    Args:
+        name: Its name.
+        obs: The cells, with the columns of `predict` or of `evaluated_cells`.
+        column: Its name in columns of `obs`.
+        scores: Question or baseline -> scores, as `evaluate` returns them; empty for predictions.
+        coverage: Rows of `coverage.csv` of this phenotype.
+        threshold: Where the slider starts, in 0..1.
+        is_evaluated: True if `obs` holds the true labels.
+    """
+
+    name: str
+    obs: pd.DataFrame
+    column: str
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    coverage: pd.DataFrame | None = None
+    threshold: float = 0.5
+    is_evaluated: bool = False
+
+    @property
+    def answer_n(self) -> pd.Series:
+        """The most probable label of each cell, also where `predict --abstain` has written `unknown`."""
+        first = f"predicted_{self.column}_1"
+        return self.obs[first if first in self.obs else f"predicted_{self.column}"]
+
+    @property
+    def probability_n(self) -> np.ndarray:
+        """The probability of that label; NaN without an answer."""
+        return self.obs[f"predicted_{self.column}_probability"].to_numpy(dtype=np.float64)
+
+    @property
+    def known_n(self) -> np.ndarray:
+        """Whether the true label is known."""
+        return self.obs[self.column].notna().to_numpy() if self.is_evaluated else np.zeros(len(self.obs), dtype=bool)
+
+    def right_n(self, column: str = "") -> np.ndarray:
+        """Return 1 where an answer is right, 0 where it is wrong, NaN where the label is not known."""
+        answer_n = self.obs[column] if column else self.answer_n
+        is_right_n = answer_n.astype(object).to_numpy() == self.obs[self.column].astype(object).to_numpy()
+        return np.where(self.known_n, is_right_n, np.nan)
+
+    # -- sections -------------------------------------------------------------------------------------------------
+
+    def content(self, number: int) -> dict[str, Any]:
+        """Return what the template shows of it; `number` is its place on the page."""
+        found = Thresholds.of(self.probability_n, self.right_n() if self.is_evaluated else None)
+        content = {"name": self.name, "id": f"p{number}", "is_evaluated": self.is_evaluated, "types": self.types()}
+        content |= {"threshold": self.threshold, "charts": self.threshold_charts(found, number)}
+        content |= {"doubtful": self.doubtful(), "scores": [], "donors": [], "pairs": [], "confusion": None}
+        content["reliability"] = None
+        if self.is_evaluated and self.known_n.any():
+            content |= {"scores": self.score_rows(), "donors": self.donor_rows(), "reliability": self.reliability()}
+            content |= {"confusion": self.confusion(), "pairs": self.pairs()}
+        return content
+
+    def data(self) -> dict[str, Any]:
+        """Return what the script needs to move the threshold."""
+        found = Thresholds.of(self.probability_n, self.right_n() if self.is_evaluated else None)
+        curves = {"coverage": found.coverage_b, "expected": found.expected_b, "measured": found.measured_b}
+        return {**{name: finite(values_b) for name, values_b in curves.items()}, "types": self._steps().tolist()}
+
+    def _steps(self) -> np.ndarray:
+        """Return the number of cells by predicted label, most first, and bin of probability, shape (k, b)."""
+        labels = self._labels()
+        code_n = pd.Index(labels).get_indexer(self.answer_n.astype(object))
+        is_counted_n = (code_n >= 0) & np.isfinite(self.probability_n)
+        flat_n = code_n[is_counted_n] * NUM_STEPS + steps_of(self.probability_n[is_counted_n])
+        return np.bincount(flat_n, minlength=len(labels) * NUM_STEPS).reshape(len(labels), NUM_STEPS)
+
+    def _labels(self) -> list[str]:
+        """Return the labels of the table of types: those predicted, most cells first, then those that are only true."""
+        labels = list(self.answer_n.value_counts().loc[lambda count: count > 0].index)
+        if self.is_evaluated:
+            labels += [name for name in self.obs[self.column].dropna().unique() if name not in set(labels)]
+        return labels
+
+    def types(self) -> list[dict[str, Any]]:
+        """Return a row for each label: cells, share of doubtful ones, and precision and recall where they are known."""
+        rows, answer_n = [], self.answer_n.astype(object).to_numpy()
+        true_n = self.obs[self.column].astype(object).to_numpy() if self.is_evaluated else None
+        for label in self._labels():
+            is_called_n = answer_n == label
+            is_doubtful_n = is_called_n & (self.probability_n < self.threshold)
+            row = {"label": label, "n": int(is_called_n.sum()), "mean": _mean(self.probability_n[is_called_n])}
+            row["doubtful"] = float(is_doubtful_n.sum() / max(is_called_n.sum(), 1))
+            if true_n is not None:
+                is_true_n = true_n == label
+                row["n_true"] = int(is_true_n.sum())
+                row["recall"] = _mean(is_called_n[is_true_n])
+                row["precision"] = _mean(is_true_n[is_called_n & self.known_n])
+            rows.append(row)
+        return rows
+
+    def threshold_charts(self, found: Thresholds, number: int) -> list[Chart]:
+        """Return the histogram of probabilities, and accuracy against coverage."""
+        top = float(max(found.count_b.max(), 2))
+        histogram = Chart("How sure the answers are", "probability of the answer", "cells", top=top)
+        histogram.add_bars(found.count_b)
+        drawn = found.expected_b if found.measured_b is None else np.append(found.expected_b, found.measured_b)
+        least = float(np.nanmin(drawn)) if np.isfinite(drawn).any() else 0.0
+        curve = Chart(
+            "What a threshold leaves", "share of cells that keep a label", "accuracy of these",
+            low=float(np.clip(np.floor(10 * least) / 10, 0, 0.9)), marker=f"p{number}-dot",
+        )  # fmt: skip
+        curve.add_line("expected from the probabilities", found.coverage_b.tolist(), found.expected_b.tolist())
+        if found.measured_b is not None:
+            curve.add_line("measured on these cells", found.coverage_b.tolist(), found.measured_b.tolist())
+        return [histogram, curve]
+
+    def doubtful(self) -> list[dict[str, Any]]:
+        """Return the cells whose answer is least probable."""
+        order = np.argsort(np.where(np.isfinite(self.probability_n), self.probability_n, 2), kind="stable")
+        rows, answers = [], self.answer_n.astype(object).to_numpy()
+        for row in order[:MOST_DOUBTFUL]:
+            cell = {"cell": self.obs.index[row], "answer": answers[row], "probability": self.probability_n[row]}
+            others = {"true": self.column, "next": f"predicted_{self.column}_2", "donor": DONOR}
+            if not self.is_evaluated:
+                others.pop("true")
+            cell |= {key: _text(self.obs[name].iloc[row]) for key, name in others.items() if name in self.obs}
+            rows.append(cell)
+        return rows
+
+    def score_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each question and baseline, with an interval over donors."""
+        rows, donors_n = [], self.obs[DONOR].astype(str).to_numpy() if DONOR in self.obs else None
+        for position, (name, scores) in enumerate(self.scores.items()):
+            column = f"predicted_{self.column}" if position == 0 else f"predicted_{self.column}.{name}"
+            interval = None
+            if donors_n is not None and column in self.obs:
+                interval = donor_interval(self.right_n(column)[self.known_n] == 1, donors_n[self.known_n])
+            text = ROW_NAMES.get(name, name)
+            row = {"name": text.removeprefix("(baseline) "), "is_baseline": text.startswith("(baseline)")}
+            row |= {key: scores.get(key) for key in ("n", "accuracy", "balanced_accuracy", "macro_f1", "log_loss")}
+            rows.append({**row, "interval": interval, "best": bool(scores.get("best"))})
+        return rows
+
+    def donor_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each donor, the worst first: cells, accuracy, and coverage of 90 % sets."""
+        if DONOR not in self.obs:
+            return []
+        cells = pd.DataFrame({"donor": self.obs[DONOR].astype(str).to_numpy(), "accuracy": self.right_n()})
+        best = next((name for name, scores in self.scores.items() if scores.get("best")), "")
+        if f"predicted_{self.column}.{best}" in self.obs:
+            cells["best"] = self.right_n(f"predicted_{self.column}.{best}")
+        grouped = cells[self.known_n].groupby("donor")
+        table = grouped.mean().assign(n=grouped.size()).nlargest(MOST_DONORS, "n").sort_values("accuracy")
+        shown = self.coverage
+        if shown is not None:
+            first = next(iter(self.scores), "")
+            shown = shown[(shown["level"] == 0.9) & (shown["question"] == first)].astype({"donor": str})
+            table = table.join(shown.set_index("donor")[["coverage", "mean_set_size"]])
+        other = ROW_NAMES.get(best, best).removeprefix("(baseline) ")
+        return [{"donor": name, "other": other, **row.dropna().to_dict()} for name, row in table.iterrows()]
+
+    def _confusion(self) -> tuple[list[str], np.ndarray]:
+        """Return the labels and counts, true labels as rows."""
+        table = pd.crosstab(
+            self.obs[self.column].astype(object)[self.known_n], self.answer_n.astype(object)[self.known_n]
+        )
+        labels = sorted({*table.index, *table.columns})
+        return labels, table.reindex(index=labels, columns=labels, fill_value=0).to_numpy()
+
+    def confusion(self) -> dict[str, Any]:
+        """Return the confusion matrix in an order that puts confused labels side by side."""
+        labels, counts_kk = self._confusion()
+        wrong_k = counts_kk.sum(axis=0) + counts_kk.sum(axis=1) - 2 * np.diag(counts_kk)
+        kept = np.sort(np.argsort(-wrong_k, kind="stable")[:MOST_CONFUSED])
+        order = kept[by_similarity(counts_kk[np.ix_(kept, kept)])]
+        share_kk = counts_kk / np.maximum(counts_kk.sum(axis=1, keepdims=True), 1)
+        rows = [
+            {"label": labels[row], "cells": [
+                {"count": int(counts_kk[row, column]), "share": float(share_kk[row, column]), "said": labels[column],
+                 "shade": int(np.ceil(10 * share_kk[row, column]))}
+                for column in order
+            ]}
+            for row in order
+        ]  # fmt: skip
+        return {"labels": [labels[at] for at in order], "rows": rows, "left_out": len(labels) - len(order)}
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """Return the pairs that are confused most, with the cells of which the run was most sure."""
+        labels, counts_kk = self._confusion()
+        true_n, answer_n = (it.astype(object).to_numpy() for it in (self.obs[self.column], self.answer_n))
+        rows = []
+        for true, said, count, share in confused_pairs(counts_kk):
+            chosen = np.flatnonzero((true_n == labels[true]) & (answer_n == labels[said]))
+            chosen = chosen[np.argsort(-self.probability_n[chosen], kind="stable")][:3]
+            row = {"true": labels[true], "said": labels[said], "n": count, "share": share}
+            rows.append({**row, "cells": [str(name) for name in self.obs.index[chosen]]})
+        return rows
+
+    def reliability(self) -> dict[str, Any] | None:
+        """Return the reliability diagram before and after the temperature, of cells that it was not fitted on."""
+        fitted_n = self.obs[f"fitted_{self.column}"].to_numpy(dtype=bool)
+        rows = np.flatnonzero(self.known_n & ~fitted_n)
+        if not len(rows) or not fitted_n.any():
+            return None
+        chart = Chart("Whether probabilities can be trusted", "probability", "accuracy", has_diagonal=True)
+        found: dict[str, Any] = {"chart": chart, "n": len(rows)}
+        for key, name, column in (
+            ("before", "before", "raw_probability"),
+            ("after", "after the temperature", "probability"),
+        ):
+            probability_n = self.obs[f"predicted_{self.column}_{column}"].to_numpy(dtype=np.float64)
+            table, found[key] = reliability(probability_n[rows], self.right_n()[rows])
+            chart.add_line(name, table["probability"].tolist(), table["accuracy"].tolist(), has_dots=True)
+        return found
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if len(values) and np.isfinite(values.astype(float)).any() else float("nan")
+
+
+def _text(value: object) -> str:
+    return "" if pd.isna(value) else str(value)

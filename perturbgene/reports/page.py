@@ -1,0 +1,154 @@
+"""From the content of a report to one HTML file that loads nothing: text is escaped, script and style are hashed.
+
+Owns HTML, how arrays reach the script, and the coordinates of charts; leaves what is said to `labels`. Letters: m cells
+on the map, c columns that color them.
+"""
+
+import base64
+import hashlib
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+ASSETS = importlib.resources.files("perturbgene.reports") / "assets"
+#: First words of every page that we write, by which an older one is known.
+MARKER = '<!DOCTYPE html>\n<meta name="generator" content="perturbgene report">'
+#: Most columns that color the map, most labels of one, and most letters of a name.
+MOST_COLUMNS, MOST_LABELS, MOST_LETTERS = 30, 400, 80
+#: The drawing area within the 360 x 250 units of a chart.
+LEFT, TOP, WIDTH, HEIGHT = 48, 12, 300, 190
+
+
+def render(content: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """Return the page.
+
+    Args:
+        content: What the template names.
+        data: What the script reads, as JSON; no NaN.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (ASSETS / name).read_text(encoding="utf-8")), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"percent": percent, "number": number}
+    parts = {name: (ASSETS / f"page.{ending}").read_text(encoding="utf-8") for name, ending in _ENDINGS.items()}
+    hashes = {f"{name}_hash": _hash(text) for name, text in parts.items()}
+    embedded = {name: Markup(text) for name, text in parts.items()}
+    body = environment.get_template("page.html.jinja").render(**content, **embedded, **hashes, data=data)
+    return f"{MARKER}\n{body}"
+
+
+_ENDINGS = {"script": "js", "style": "css"}
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def percent(share: float | None) -> str:
+    """Write a share with one decimal; nothing for None and NaN."""
+    return "" if share is None or not np.isfinite(share) else f"{100 * share:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """Write a score with three decimals, a count with its thousands apart; nothing for None and NaN."""
+    if value is None or not np.isfinite(value):
+        return ""
+    return f"{value:,}" if isinstance(value, int | np.integer) else f"{value:.3f}"
+
+
+def finite(values: np.ndarray | None) -> list[float | None] | None:
+    """Return numbers as JSON takes them: rounded, and None for NaN."""
+    if values is None:
+        return None
+    return [round(value, 4) if np.isfinite(value) else None for value in np.asarray(values, dtype=float).tolist()]
+
+
+# -- the map ------------------------------------------------------------------------------------------------------
+
+
+def packed(values: np.ndarray) -> str:
+    """Return an array of bytes or little-endian 16-bit numbers as base64."""
+    return base64.b64encode(np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def map_data(places_m2: np.ndarray, obs: pd.DataFrame) -> dict[str, Any]:
+    """Return the cells of the map for the script: places, names and the columns that color them.
+
+    Args:
+        places_m2: Where each cell is, finite, shape (m, 2).
+        obs: Rows of the same cells; columns of text or numbers. Those with one value, or too many labels, are left out.
+    """
+    low_2, span_2 = places_m2.min(axis=0), np.maximum(np.ptp(places_m2, axis=0), 1e-9)
+    scaled_m2 = np.round((places_m2 - low_2) / span_2 * 65535).astype(np.uint16)
+    columns = [column for name in obs.columns if (column := _column(str(name), obs[name])) is not None]
+    names = [_short(name) for name in obs.index]
+    places: dict[str, Any] = {"x": packed(scaled_m2[:, 0]), "y": packed(scaled_m2[:, 1])}
+    places["aspect"] = float(np.clip(span_2[0] / span_2[1], 0.1, 10))
+    return {"count": len(obs), **places, "names": names, "columns": columns[:MOST_COLUMNS]}
+
+
+def _column(name: str, values: pd.Series) -> dict[str, Any] | None:
+    """Return a column as codes of its labels, or as steps from its 1 % to its 99 % quantile; 0 has no value."""
+    if values.dtype.kind in "iuf" and values.nunique() > 12:
+        numbers_m = values.astype("float64").to_numpy()
+        low, high = np.nanquantile(numbers_m, (0.01, 0.99)) if np.isfinite(numbers_m).any() else (0.0, 0.0)
+        if not high > low:
+            return None
+        steps_m = 1 + np.clip((numbers_m - low) / (high - low), 0, 1) * 254
+        codes_m = np.where(np.isfinite(numbers_m), np.nan_to_num(steps_m), 0).astype(np.uint8)
+        return {"name": name, "kind": "number", "low": float(low), "high": float(high), "codes": packed(codes_m)}
+    factor = pd.Categorical(values.astype(object).where(values.notna(), None)).remove_unused_categories()
+    if not 1 <= len(factor.categories) <= MOST_LABELS:
+        return None
+    codes_m = (factor.codes.astype(np.int64) + 1).astype(np.uint16)
+    return {"name": name, "kind": "label", "labels": [_short(it) for it in factor.categories], "codes": packed(codes_m)}
+
+
+def _short(name: object) -> str:
+    text = str(name)
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
+
+
+# -- charts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart whose x axis goes from 0 to 1 and whose y axis from `low` to `top`."""
+
+    title: str
+    x_label: str
+    y_label: str
+    low: float = 0.0
+    top: float = 1.0
+    has_diagonal: bool = False
+    marker: str = ""  # id of a dot that the script moves
+    bars: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def x(self, value: float) -> float:
+        """Return where a value of the x axis is."""
+        return round(LEFT + WIDTH * value, 1)
+
+    def y(self, value: float) -> float:
+        """Return where a value of the y axis is."""
+        return round(TOP + HEIGHT * (self.top - value) / (self.top - self.low), 1)
+
+    def add_line(self, name: str, x: Sequence[float], y: Sequence[float], *, has_dots: bool = False) -> None:
+        """Add a line; its color goes by its number."""
+        pairs = [(self.x(at), self.y(value)) for at, value in zip(x, y, strict=True) if np.isfinite([at, value]).all()]
+        self.lines.append({"name": name, "points": pairs, "has_dots": has_dots})
+
+    def add_bars(self, heights_b: np.ndarray) -> None:
+        """Add bars of equal width that fill the x axis."""
+        width = WIDTH / max(len(heights_b), 1)
+        for at, height in enumerate(heights_b.tolist()):
+            place = {"x": round(LEFT + at * width, 2), "width": round(width * 0.85, 2), "y": self.y(height)}
+            self.bars.append({**place, "height": round(TOP + HEIGHT - place["y"], 1)})

@@ -1,0 +1,169 @@
+"""Reports of a real run: what `evaluate` and `predict` write, and what a browser shows of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from perturbgene.inference.evaluated_cells import CELLS_FILE
+from perturbgene.main import main
+from perturbgene.reports.labels import Phenotype
+from perturbgene.reports.report import of_evaluation, report
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was evaluated on all cells, most of which it has seen, and predictions; both with reports."""
+    folder = tmp_path_factory.mktemp("reports")
+    shutil.copytree(small_folder / "runs/mlm", folder / "run")
+    cells, run = small_folder / "cells.h5ad", str(folder / "run")
+    flags = ["--eval_data_paths", str(cells), "--calibrate", "--output", str(folder / "scores")]
+    flags += ["--train_data_paths", str(small_folder / "corpus/train/*.h5ad")]
+    assert main(["evaluate", run, *flags]) == 0
+    assert main(["predict", run, str(cells), "--output", str(folder / "out.h5ad"), "--abstain", "0.9", "--ood"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def phenotype(folder: Path) -> Phenotype:
+    """The cell types of the evaluation."""
+    return next(one for one in of_evaluation(folder / "scores").phenotypes if one.name == "cell_type")
+
+
+def test_verbs_write_a_page_and_its_figures(folder: Path) -> None:
+    for name in ("scores/report", "out.report"):
+        assert "Read this first" in (folder / f"{name}.html").read_text()
+        assert all((folder / f"{name}.{figure}.png").exists() for figure in ("map", "cell_type", "tissue"))
+
+
+def test_no_report_leaves_it_out(folder: Path, tmp_path: Path) -> None:
+    cells = ad.read_h5ad(folder / "out.h5ad")[:20].copy()
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    words = ["predict", str(folder / "run"), str(tmp_path / "in.h5ad"), "--output", str(tmp_path / "out.h5ad")]
+    assert main([*words, "--no_report"]) == 0
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_report_is_written_again_with_the_same_content(folder: Path) -> None:
+    before = (folder / "scores/report.html").read_bytes()
+    assert main(["report", str(folder / "scores")]) == 0
+    assert (folder / "scores/report.html").read_bytes() == before
+
+
+def test_the_cells_have_the_scores_of_the_evaluation(folder: Path, phenotype: Phenotype) -> None:
+    results = json.loads((folder / "scores/metrics.json").read_text())["cell_type"]
+    for name, scores in results.items():
+        column = "predicted_cell_type" if name == "alone" else f"predicted_cell_type.{name}"
+        assert np.nanmean(phenotype.right_n(column)) == pytest.approx(scores["accuracy"]), name
+    found, calibration = phenotype.reliability(), results["alone"]["calibration"]
+    assert found is not None and found["n"] == calibration["n"]
+    assert found["before"] == pytest.approx(calibration["ece_before"], abs=1e-6)
+    assert found["after"] == pytest.approx(calibration["ece_after"], abs=1e-6)
+
+
+def test_the_winner_is_marked_and_donors_have_intervals(phenotype: Phenotype) -> None:
+    rows = phenotype.score_rows()
+    assert [row["name"] for row in rows if row["best"]] and sum(row["best"] for row in rows) == 1
+    assert all(row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in rows)
+    assert [row["donor"] for row in phenotype.donor_rows() if "coverage" in row]
+
+
+def test_training_cells_are_reported_first(folder: Path) -> None:
+    findings = of_evaluation(folder / "scores").findings
+    assert any("are training cells of the run, so scores are too good" in text for text in findings[:4])
+
+
+def test_findings_of_the_corpus_are_reported(folder: Path) -> None:
+    assert any(text.startswith("Corpus: ") for text in of_evaluation(folder / "scores").findings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report {run}", "holds no evaluated cells. Run `perturbgene evaluate"),
+        ("report {cells}", "was not written by `perturbgene predict`"),
+        ("report {folder}/missing", "there is no such file or folder"),
+        ("report {folder}/scores --output page.txt", "must end in .html"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(words: str, message: str, folder: Path, small_folder: Path, capsys) -> None:
+    places = {"run": folder / "run", "cells": small_folder / "cells.h5ad", "folder": folder}
+    assert main(words.format(**places).split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_evaluation_of_before_is_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "scores/metrics.json", tmp_path / "metrics.json")
+    with pytest.raises(Exception, match="Run `perturbgene evaluate"):
+        report(tmp_path)
+    assert not (tmp_path / CELLS_FILE).exists()
+
+
+def test_the_map_of_the_file_is_kept(folder: Path, tmp_path: Path) -> None:
+    cells = ad.read_h5ad(folder / "out.h5ad")
+    cells.obsm["X_umap"] = np.random.default_rng(0).normal(size=(cells.n_obs, 2))
+    cells.write_h5ad(tmp_path / "out.h5ad")
+    assert "The file&#39;s own X_umap: all 255 cells." in report(tmp_path / "out.h5ad").read_text()
+
+
+# -- in a browser -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (apt-get install chromium)")
+@pytest.mark.parametrize("name", ["scores/report.html", "out.report.html"])
+def test_a_browser_shows_the_page_without_errors_or_requests(folder: Path, name: str) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    problems, requests = list[str](), list[str]()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((folder / name).as_uri())
+        assert_colors_switch(page)
+        assert_the_threshold_moves(page)
+        for width, height in SIZES.values():
+            page.set_viewport_size({"width": width, "height": height})
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.close()
+    assert not problems and requests == [(folder / name).as_uri()]
+
+
+def assert_colors_switch(page) -> None:
+    """Choose each column, press a label by keyboard, and point at the middle of a cell."""
+    for column in page.locator("#color option").all():
+        page.select_option("#color", column.get_attribute("value"))
+        assert page.get_attribute("#cells", "data-drawn") == column.text_content()
+    page.select_option("#color", "0")
+    first = page.locator("#legend button").first
+    first.focus()
+    page.keyboard.press("Enter")
+    assert first.get_attribute("aria-pressed") == "true"
+    box = page.locator("#cells").bounding_box()
+    seen = set()
+    for across in np.linspace(0.05, 0.95, 25):
+        for down in np.linspace(0.05, 0.95, 15):
+            page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+            seen.add(page.text_content("#hover"))
+    assert len(seen) > 2
+
+
+def assert_the_threshold_moves(page) -> None:
+    """Raise the threshold by keyboard: fewer cells keep a label, and bars below it fade."""
+    slider = page.locator(".threshold").first
+    slider.focus()
+    page.keyboard.press("Home")
+    low = page.text_content("#p0-reading")
+    page.keyboard.press("End")
+    high = page.text_content("#p0-reading")
+    assert low.startswith("0.00: 100.0 % of the cells") and high.startswith("0.99: ") and low[5:] != high[5:]
+    assert page.locator("#p0 .bar.below").count() == 99
