@@ -119,6 +119,16 @@ def class_logits(model: torch.nn.Module, block: TokenBlock, collate: Collator) -
         return model(**batch).logits.float().cpu().numpy()
 
 
+def hidden_at(model: Any, batch: Batch, positions_m: np.ndarray) -> np.ndarray:
+    """Run a model's encoder on a packed batch; return its final states at ascending flat positions, float32 (m, h)."""
+    if not len(positions_m):
+        return np.zeros((0, model.config.hidden_size), dtype=np.float32)
+    reads = {"read_positions": torch.from_numpy(positions_m.astype(np.int64))}
+    with inference_mode(model):
+        encoded = model.genebert(**to_device({**batch, **reads}, model_device(model)))
+    return encoded.last_hidden_state.float().cpu().numpy()
+
+
 def gene_log_likelihood(
     model: torch.nn.Module, block: TokenBlock, tokenizer: GeneTokenizer, *, mask_rates: Mapping[str, float]
 ) -> np.ndarray:

@@ -376,11 +376,12 @@ class EmbedConfig(FileOptions):
     verb = "embed"
     example = "perturbgene embed runs/mlm cells.h5ad --output embedded.h5ad"
 
-    pooling: Literal["auto", "asked", "cls", "genes"] = option(
+    pooling: Literal["auto", "joined", "asked", "cls", "genes"] = option(
         "auto",
-        "A cell's embedding: the mean of the final states of its asked phenotypes ([MASK]), which their loss has "
-        "trained; the final state of [CLS], which a classifier has trained; or the mean of the final states of its "
-        "genes. auto: asked if the run has phenotypes, cls for a classifier, else genes.",
+        "A cell's embedding. asked: the mean of the final states of its asked phenotypes ([MASK]), which their loss "
+        "has trained; cls: the final state of [CLS], which a classifier has trained; genes: the mean of the final "
+        "states of its genes; joined: principal components of the training cells, the genes' votes for labels and the "
+        "states that the loss has trained, side by side. auto: joined, unless the run has no file for it.",
     )
     phenotype: list[str] = option(
         [], "Phenotypes to ask for; the final state of each [MASK] goes to obsm.", is_unique=True

@@ -33,7 +33,6 @@ from perturbgene.inference.streaming import (
     Ranks,
     claimed_output,
     given_labels,
-    num_genes,
     open_cells,
     read_groups,
     reading_options,
@@ -208,7 +207,7 @@ def expected_changes(task: CounterfactualTask, *, target: Path | None = None, ra
     batch_tokens = task.config.batch_tokens
     for whole in stream_batches(dataset, text="counterfactual", ranks=ranks, most_tokens=batch_tokens):
         is_used_n = selection.is_changed_n[whole.cells_n] | selection.has_label_n[whole.cells_n]
-        has_genes_n = num_genes(whole, tokenizer) > 0
+        has_genes_n = tokenizer.num_genes(whole) > 0
         num_empty += int((is_used_n & ~has_genes_n).sum())
         block = whole.take(np.flatnonzero(is_used_n & has_genes_n))
         if not len(block):

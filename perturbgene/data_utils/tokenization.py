@@ -267,6 +267,10 @@ class GeneTokenizer:
         """Input id of `bin_0`."""
         return self.vocabulary.first_bin_id
 
+    def num_genes(self, block: TokenBlock) -> np.ndarray:
+        """Return how many genes of the panel each cell's sequence has, int32 of shape (n,); 0 means no answer."""
+        return np.add.reduceat(block.token_type_ids_l >= self.first_gene_type, block.offsets_n1[:-1], dtype=np.int32)
+
     @property
     def first_gene_type(self) -> int:
         """Token type of the first gene of the panel."""

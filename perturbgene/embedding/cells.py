@@ -21,7 +21,6 @@ from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
 from perturbgene.errors import InputError
-from perturbgene.inference.pooling import Pooling, asked_of, default_pooling, pooled_states
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -36,6 +35,7 @@ from perturbgene.inference.streaming import (
     reading_options,
     with_results,
 )
+from perturbgene.training.cell_space import EMBEDDING_FILE, Pooling, asked_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -73,10 +73,15 @@ class CellEmbedder:
     def __post_init__(self) -> None:
         if self.phenotypes or self.pooling == "asked":
             self.run.require_mlm("phenotypes")
-        if self.pooling == "asked" and not asked_of(self.run, self.given):
+        if self.pooling == "joined" and self.run.space is None:
+            raise InputError(
+                f"{self.run.path} has no {EMBEDDING_FILE} that fits: it is not finished, or was trained by an older "
+                "perturbgene. Train it again, or change --pooling."
+            )
+        if self.pooling == "asked" and not asked_of(self.run.tokenizer, self.given):
             raise InputError("nothing is left to ask: the run has no phenotype that is not given. Change --pooling.")
         if self.pooling == "auto":
-            object.__setattr__(self, "pooling", default_pooling(self.run, self.given))
+            object.__setattr__(self, "pooling", self.run.default_pooling(self.given))
         for category in self.phenotypes:
             self.run.tokenizer.vocabulary.check_category(category)
         check_question(self.phenotypes, self.given, flag="phenotype")
@@ -96,7 +101,7 @@ class CellEmbedder:
             NaN throughout, as it gets no label from `predict`; a named gene is NaN in cells that do not express it.
         """
         run, given = self.run, list(self.given)
-        found = [pooled_states(run, block, pooling=self.pooling, given=given)]
+        found = [run.embed(block, pooling=self.pooling, given=given)]
         is_empty_n = np.isnan(found[0][:, 0])
         for category in self.phenotypes:
             batch = ask(block, run.tokenizer, asked=[category], given=given)
@@ -158,7 +163,9 @@ def embed(
         model: Run folder, or a loaded run.
         pooling: "asked" asks all phenotypes that are not given, at once, and takes the mean of the final states of
             their `[MASK]`; "cls" takes the final state of `[CLS]`, "genes" the mean of those of the cell's genes.
-            "auto" is "asked" for a run with phenotypes, "cls" for a classifier, else "genes".
+            "joined" puts principal components of the training cells, the genes' votes for labels and those of these
+            states that the run's loss has trained side by side, see `JoinedSpace`. "auto" is "joined", or for a run
+            that was trained before it existed "asked" (with phenotypes), "cls" (a classifier) or "genes".
         phenotype: Phenotypes, asked one at a time; `obsm["X_perturbgene_PHENOTYPE"]` holds the state of the question.
         genes: Ids or symbols; `obsm["X_perturbgene_gene_GENE"]` holds each one's contextual embedding, NaN in cells
             without it, and `obs["perturbgene_has_GENE"]` says which cells have it.
@@ -169,8 +176,9 @@ def embed(
         reading: `batch_size`, `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
 
     Returns:
-        The copy; `obsm["X_perturbgene"]` is float32 of shape (n, h), and `obs["perturbgene_n_genes"]` counts the genes
-        that the model saw. Cells that express no gene of the panel are NaN, and so are those that `where` leaves out.
+        The copy; `obsm["X_perturbgene"]` is float32 of shape (n, h), or as wide as the joined space, and
+        `obs["perturbgene_n_genes"]` counts the genes that the model saw. Cells that express no gene of the panel are
+        NaN, and so are those that `where` leaves out.
 
     Raises:
         InputError: See `CellEmbedder` and `open_cells`.

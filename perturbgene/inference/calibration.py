@@ -24,6 +24,7 @@ from scipy.special import log_softmax, softmax
 from perturbgene.files import write_json
 from perturbgene.inference.conformal import fit_floors
 from perturbgene.inference.novelty import NOVELTY_FILE, Usual
+from perturbgene.training.cell_space import EMBEDDING_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def _temperature(usual: dict[str, Any] | None, **entry: Any) -> Temperature:
 
 def weights_hash(run: str | Path) -> str:
     """Return the SHA-256 of a run's weights; "" if the folder holds none."""
-    files = sorted(path for path in Path(run).glob("*.safetensors") if path.name != NOVELTY_FILE)
+    files = sorted(path for path in Path(run).glob("*.safetensors") if path.name not in (NOVELTY_FILE, EMBEDDING_FILE))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

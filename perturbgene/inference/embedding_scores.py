@@ -1,6 +1,6 @@
 """How good an embedding of cells is: whether cells of one label lie together, and cells of different donors too.
 
-Owns the three scores and the comparison with principal components of the same cells; leaves embedding to `pooling`.
+Owns the three scores and the comparison with principal components of the same cells; leaves embedding to `Run.embed`.
 Letters: n cells (m embedded ones), c coordinates, h hidden size, j neighbors, g genes.
 """
 
@@ -19,7 +19,6 @@ from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.eval_utils import IntArray, Scores
 from perturbgene.inference.baselines import classes_of, paired_difference, read_expression
 from perturbgene.inference.classifiers import NUM_NEIGHBORS, principal_components, sample
-from perturbgene.inference.pooling import default_pooling, pooled_states
 from perturbgene.inference.run import Run
 
 logger = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ class CellEmbeddings:
         """Embed those cells of a block that are wanted."""
         block = block.take(np.flatnonzero(np.isin(block.cells_n, self.rows_n)))
         if len(block):
-            states_nh = pooled_states(self.run, block, pooling=default_pooling(self.run))
+            states_nh = self.run.embed(block, pooling=self.run.default_pooling())
             self._parts.append((block.cells_n, states_nh))
 
     def joined(self) -> tuple[IntArray, np.ndarray]:

@@ -54,13 +54,13 @@ from perturbgene.inference.calibration import (
 from perturbgene.inference.conformal import coverage_by_donor, floor_at
 from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
 from perturbgene.inference.evaluated_cells import evaluated_cells, write_cells
-from perturbgene.inference.novelty import TrainingCells, Usual, expression, fit_training_cells
+from perturbgene.inference.novelty import TrainingCells, Usual, fit_training_cells
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
 from perturbgene.inference.starts import start_answers
-from perturbgene.inference.streaming import FEW_GENES, Ranks, num_genes, stream_batches
+from perturbgene.inference.streaming import FEW_GENES, Ranks, stream_batches
 from perturbgene.training.transfer import quiet
-from perturbgene.training.votes import READING
+from perturbgene.training.votes import READING, expression_of
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def training_cells(run: Run, eval_paths: Any, train_paths: Any = None, **reading
     found = []
     for dataset, text in ((cells, "cells"), (training, "training cells")):
         parts = [
-            (content_hash(block, tokenizer, is_counted_g=is_counted_g), num_genes(block, tokenizer) >= FEW_GENES)
+            (content_hash(block, tokenizer, is_counted_g=is_counted_g), tokenizer.num_genes(block) >= FEW_GENES)
             for block in stream_batches(dataset, text=f"evaluate: hash {text}")
         ]
         found.append([np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
@@ -257,8 +257,8 @@ class _Unusual:
     def add(self, run: Run, block: TokenBlock) -> None:
         """Keep a batch."""
         if self.training is not None:
-            self.points_nr[block.cells_n] = self.training.locate(expression(block, run))
-        self.num_genes_n[block.cells_n] = num_genes(block, run.tokenizer)
+            self.points_nr[block.cells_n] = self.training.locate(expression_of(block, run.model.config))
+        self.num_genes_n[block.cells_n] = run.tokenizer.num_genes(block)
         if not run.is_classifier:
             scores_n = gene_log_likelihood(run.model, block, run.tokenizer, mask_rates=run.mask_rates)
             self.gene_scores.append(scores_n)

@@ -16,13 +16,12 @@ from scipy import sparse
 from scipy.special import logsumexp
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.eval_utils import true_labels
 from perturbgene.files import whole_file
 from perturbgene.inference.classifiers import principal_components
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import stream_batches
-from perturbgene.model.layers import expression_levels
+from perturbgene.training.votes import expression_of
 
 NOVELTY_FILE = "novelty.safetensors"
 #: Chosen with the score itself by leaving types out (docs/experiments.md); 8 to 25 were nearly as good.
@@ -139,16 +138,6 @@ class TrainingCells:
         return cls(axes_tr, parts["means"], parts["precision"])
 
 
-def expression(block: TokenBlock, run: Run) -> sparse.csr_matrix:
-    """Return the expression of all genes of cells by token type, (n, t): of a bin its level, as in the genes' votes."""
-    config = run.model.config
-    level_v = np.array(expression_levels(config), dtype=np.float32)
-    level_v[: config.first_bin_id] = 0
-    shape = (len(block), config.type_vocab_size)
-    types_l = block.token_type_ids_l.astype(np.int32)
-    return sparse.csr_matrix((level_v[block.input_ids_l], types_l, block.offsets_n1), shape=shape)
-
-
 def fit_training_cells(run: Run, cells: IterableAnnDataset) -> TrainingCells:
     """Read a run's training cells once and fit their statistics; of many cells, evenly chosen ones."""
     stride, parts = -(-max(1, cells.num_cells) // MOST_CELLS), []
@@ -157,7 +146,7 @@ def fit_training_cells(run: Run, cells: IterableAnnDataset) -> TrainingCells:
         block = block.take(np.flatnonzero(block.cells_n % stride == 0))
         own = block.labels_n
         labels = {name: true_labels(block, run.tokenizer, name) if own is None else own for name in names}
-        parts.append((expression(block, run), labels))
+        parts.append((expression_of(block, run.model.config), labels))
     sizes = {name: len(run.class_labels if run.is_classifier else run.tokenizer.phenotypes[name]) for name in names}
     joined = {name: np.concatenate([labels[name] for _, labels in parts]) for name in names}
     return TrainingCells.fit(sparse.vstack([part for part, _ in parts], format="csr"), joined, sizes)

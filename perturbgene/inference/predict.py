@@ -27,7 +27,7 @@ from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import Question, class_logits, gene_log_likelihood, question_logits
 from perturbgene.inference.calibration import Calibration, Temperature, percentile, read_calibration
 from perturbgene.inference.conformal import floor_at, label_sets
-from perturbgene.inference.novelty import LEAST_CELLS, TrainingCells, Usual, expression
+from perturbgene.inference.novelty import LEAST_CELLS, TrainingCells, Usual
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -36,12 +36,12 @@ from perturbgene.inference.streaming import (
     answered,
     claimed_output,
     given_labels,
-    num_genes,
     open_cells,
     read_cells,
     reading_options,
     with_results,
 )
+from perturbgene.training.votes import expression_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -212,7 +212,7 @@ class Predictor:
 
     def answer(self, block: TokenBlock) -> dict[str, np.ndarray]:
         """Answer one batch: named arrays with a row per cell, -1 and NaN for cells without genes."""
-        num_genes_n, answers = num_genes(block, self.run.tokenizer), dict[str, np.ndarray]()
+        num_genes_n, answers = self.run.tokenizer.num_genes(block), dict[str, np.ndarray]()
         has_genes_n = num_genes_n > 0
         for question in self.questions:
             for name, logits_nk, probability_nk in self._asked(block, question):
@@ -227,7 +227,7 @@ class Predictor:
                 if name in self.floors:
                     answers[f"set:{name}"] = label_sets(probability_nk, self.floors[name]).astype(np.int8)
                 if self.training_cells and (usual := self._usual(name, question)):
-                    points_nr = self.training_cells.locate(expression(block, self.run))
+                    points_nr = self.training_cells.locate(expression_of(block, self.run.model.config))
                     parts_np = self.training_cells.parts(name, points_nr, logits_nk)
                     answers[f"novelty:{name}"] = _where(usual.score(parts_np, num_genes_n), has_genes_n)
         if self.options.ood and not self.run.is_classifier:

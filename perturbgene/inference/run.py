@@ -6,8 +6,9 @@ Letters: m positions, h hidden size.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from perturbgene.configs import BaseConfig, load_config
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import Batch
 from perturbgene.data_utils.opening import FileList, expand_paths
-from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
-from perturbgene.eval_utils import inference_mode, to_device
+from perturbgene.eval_utils import hidden_at
 from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 from perturbgene.model.config import RUN_FORMAT
+from perturbgene.training.cell_space import JoinedSpace, Pooling, pooled_states, trained_pooling
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,22 @@ class Run:
         rates = settings.mask_rates if isinstance(settings, MlmConfig) else {}
         return {name: rates.get(name, getattr(MlmConfig, name)) for name in MASK_RATES}
 
+    @cached_property
+    def space(self) -> JoinedSpace | None:
+        """The joined space that cells are embedded in; None for a run that has none."""
+        space = JoinedSpace.load(self.path)
+        return space if space is not None and len(space.axes_tc) == self.model.config.type_vocab_size else None
+
+    def default_pooling(self, given: Collection[str] = ()) -> Pooling:
+        """Return what "auto" means when some phenotypes are given."""
+        return "joined" if self.space is not None else trained_pooling(self.model, self.tokenizer, given)
+
+    def embed(self, block: TokenBlock, *, pooling: Pooling, given: Collection[str] = ()) -> np.ndarray:
+        """Return the embeddings of cells, float32, see `embed`; NaN for cells that express no gene of the panel."""
+        if pooling == "joined" and self.space is not None:
+            return self.space.place(self.model, self.tokenizer, block, given)
+        return pooled_states(self.model, self.tokenizer, block, pooling=pooling, given=given)
+
     def own_files(self, split: str) -> FileList:
         """Return the files of the run's own "train" or "eval" cells.
 
@@ -111,12 +129,7 @@ class Run:
 
     def hidden_at(self, batch: Batch, positions_m: np.ndarray) -> np.ndarray:
         """Run the encoder on a packed batch; return its final states at ascending flat positions, float32 (m, h)."""
-        if not len(positions_m):
-            return np.zeros((0, self.model.config.hidden_size), dtype=np.float32)
-        reads = {"read_positions": torch.from_numpy(positions_m.astype(np.int64))}
-        with inference_mode(self.model):
-            encoded = self.model.genebert(**to_device({**batch, **reads}, self.model.device))
-        return encoded.last_hidden_state.float().cpu().numpy()
+        return hidden_at(self.model, batch, positions_m)
 
 
 def choose_device(device: str) -> torch.device:

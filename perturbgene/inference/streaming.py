@@ -255,12 +255,6 @@ def stream_batches(
                 bar.update(len(batch))
 
 
-def num_genes(block: TokenBlock, tokenizer: GeneTokenizer) -> np.ndarray:
-    """Return how many genes of the panel each cell's sequence has, int32 of shape (n,); 0 means no answer."""
-    is_gene_l = block.token_type_ids_l >= tokenizer.first_gene_type
-    return np.add.reduceat(is_gene_l, block.offsets_n1[:-1], dtype=np.int32)
-
-
 @dataclass(frozen=True)
 class GeneTokens:
     """The gene tokens of a block: position in the block, cell and panel index, each of shape (m,)."""
@@ -406,7 +400,7 @@ def answered(
     """
     with cell_results(target, num_cells=dataset.num_cells, ranks=ranks, rows=dataset.chosen_rows) as results:
         for block in stream_batches(dataset, text=text, ranks=ranks, most_tokens=most_tokens):
-            results.write(block.cells_n, {**compute(block), GENES_COLUMN: num_genes(block, dataset.tokenizer)})
+            results.write(block.cells_n, {**compute(block), GENES_COLUMN: dataset.tokenizer.num_genes(block)})
         merged = results.merge()
         if merged:
             num_genes_n = merged[GENES_COLUMN][merged[GENES_COLUMN] >= 0]  # without cells that were left out

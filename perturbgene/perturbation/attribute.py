@@ -30,7 +30,6 @@ from perturbgene.inference.streaming import (
     Ranks,
     claimed_output,
     given_labels,
-    num_genes,
     reading_options,
 )
 from perturbgene.perturbation.cells import GroupedCells, PartStore, sum_effects
@@ -76,7 +75,7 @@ def support_by_label(
     cells = sequences(block, run.tokenizer, readout)
     label_n, support_l = support(run, cells, readout, budget=budget)
     tokens, size = GeneTokens.of(cells, run.tokenizer), len(run.tokenizer.panel)
-    counted = np.flatnonzero(num_genes(cells, run.tokenizer))
+    counted = np.flatnonzero(run.tokenizer.num_genes(cells))
     return (
         np.concatenate([tokens.cell_m, counted]),
         np.concatenate([label_n[tokens.cell_m] * size + tokens.gene_m, readout.num_labels * size + label_n[counted]]),
@@ -129,7 +128,7 @@ def deletion_curves(
     """
 
     def with_genes(block: TokenBlock) -> TokenBlock:
-        return block.take(np.flatnonzero(num_genes(block, run.tokenizer)))
+        return block.take(np.flatnonzero(run.tokenizer.num_genes(block)))
 
     rows = np.unique(np.linspace(0, len(cells) - 1, min(num_cells, len(cells))).astype(np.int64))
     block = with_genes(cells.read(rows))

@@ -38,6 +38,7 @@ from perturbgene.plots import loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
+from perturbgene.training.cell_space import JoinedSpace
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.trainable import choose_weights
 from perturbgene.training.transfer import ConfigT, Start, from_scratch, quiet, run_config, start_from
@@ -374,7 +375,12 @@ def _train(
     results = trainer.final_results()
     for line in describe_shares(model, tokenizer) if evaluation is not None else ():
         logger.info(line)
-    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results, kept=start.lines))
+    space = None
+    if is_first:
+        with quiet(READING):
+            has_states = config.train_only != "votes" or start.has_head
+            space = JoinedSpace.fit(model, cells.whole("train"), has_states=has_states)
+    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results, start.lines, space))
     return folder
 
 
@@ -406,11 +412,13 @@ def _write_run(
     config: "TrainingConfig",
     tokenizer: GeneTokenizer,
     results: dict[str, Any],
-    *,
     kept: Sequence[str],
+    space: JoinedSpace | None,
 ) -> None:
-    """Write what a run folder holds besides the weights: tokenizer, scores, model card and a figure of the losses."""
+    """Write what a run folder holds besides the weights: tokenizer, scores, space of cells, model card and figure."""
     tokenizer.save_pretrained(folder)
+    if space is not None:
+        space.save(folder)
     write_json(folder / METRICS_FILE, without_nan(results), indent=1)
     name, cells = Path(config.output_dir).name, sum(trainer.cells.sizes)
     lines = [

@@ -29,7 +29,7 @@ from perturbgene.eval_utils import (
     to_device,
     true_labels,
 )
-from perturbgene.model import GeneBertForClassification
+from perturbgene.model import GeneBertConfig, GeneBertForClassification
 from perturbgene.model.heads import DirectPath
 from perturbgene.model.layers import expression_levels
 from perturbgene.model.packing import pack_cells
@@ -433,12 +433,21 @@ def _voters(expression_ng: sparse.csr_matrix, *, most: int) -> np.ndarray:
     return np.sort(np.argsort(-variance_g, kind="stable")[:most])
 
 
+def expression_of(block: TokenBlock, config: GeneBertConfig) -> sparse.csr_matrix:
+    """Return the expression of all genes of cells by token type, float32 (n, t): of a bin its level, as genes vote."""
+    level_v = np.array(expression_levels(config), dtype=np.float32)
+    level_v[: config.first_bin_id] = 0
+    shape = (len(block), config.type_vocab_size)
+    types_l = block.token_type_ids_l.astype(np.int32)
+    expression_nt = sparse.csr_matrix((level_v[block.input_ids_l], types_l, block.offsets_n1), shape=shape)
+    expression_nt.eliminate_zeros()
+    return expression_nt
+
+
 def _read(model: Any, cells: IterableAnnDataset) -> tuple[sparse.csr_matrix, dict[str, np.ndarray], np.ndarray]:
     """Return the expression of cells by token type from 1 on, (n, t - 1); their labels by phenotype; their numbers."""
-    tokenizer, level_v = cells.tokenizer, np.array(expression_levels(model.config), dtype=np.float32)
-    level_v[: tokenizer.first_bin_id] = 0
-    stride, parts = 1, list[tuple[TokenBlock, dict[str, np.ndarray]]]()
-    num_values = 0
+    tokenizer, stride, num_values = cells.tokenizer, 1, 0
+    parts = list[tuple[TokenBlock, dict[str, np.ndarray]]]()
     for block in cells.blocks():
         rows = np.flatnonzero(block.cells_n % stride == 0)
         if not len(rows):
@@ -454,17 +463,9 @@ def _read(model: Any, cells: IterableAnnDataset) -> tuple[sparse.csr_matrix, dic
             stride *= 2
             parts = [_every(part, stride) for part in parts]
             num_values = sum(len(block.input_ids_l) for block, _ in parts)
-    blocks = [block for block, _ in parts]
-    values_l = np.concatenate([level_v[block.input_ids_l] for block in blocks])
-    columns_l = np.concatenate([block.token_type_ids_l.astype(np.int32) - 1 for block in blocks])
-    lengths_n = np.concatenate([np.diff(block.offsets_n1) for block in blocks])
-    is_gene_l = values_l > 0
-    offsets = np.concatenate([[0], np.cumsum(lengths_n)])
-    genes_before = np.concatenate([[0], np.cumsum(is_gene_l)])[offsets]
-    shape = (len(lengths_n), tokenizer.type_vocab_size - 1)
-    expression_nt = sparse.csr_matrix((values_l[is_gene_l], columns_l[is_gene_l], genes_before), shape=shape)
+    expression_nt = sparse.vstack([expression_of(block, model.config) for block, _ in parts], format="csr")[:, 1:]
     joined = {name: np.concatenate([labels[name] for _, labels in parts]) for name in parts[0][1]}
-    return expression_nt, joined, np.concatenate([block.cells_n for block in blocks])
+    return expression_nt, joined, np.concatenate([block.cells_n for block, _ in parts])
 
 
 def _every(part: tuple[TokenBlock, dict[str, np.ndarray]], stride: int) -> tuple[TokenBlock, dict[str, np.ndarray]]:

@@ -17,7 +17,6 @@ from perturbgene.inference.streaming import (
     answered,
     cell_results,
     claimed_output,
-    num_genes,
     stream_batches,
 )
 
@@ -58,7 +57,7 @@ def test_batches_hold_at_most_so_many_tokens_and_a_longer_cell_goes_alone(most: 
 
 def test_genes_of_each_cell_are_counted(make_adata, four_gene_tokenizer) -> None:
     (block,) = IterableAnnDataset(make_adata(CELLS), four_gene_tokenizer, batch_size=5).blocks()
-    assert num_genes(block, four_gene_tokenizer).tolist() == [1, 1, 0, 3, 1]
+    assert four_gene_tokenizer.num_genes(block).tolist() == [1, 1, 0, 3, 1]
 
 
 def answer(block: TokenBlock) -> dict[str, np.ndarray]:
