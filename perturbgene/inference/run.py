@@ -90,7 +90,7 @@ class Run:
     def space(self) -> JoinedSpace | None:
         """The joined space that cells are embedded in; None for a run that has none."""
         space = JoinedSpace.load(self.path)
-        return space if space is not None and len(space.axes_tc) == self.model.config.type_vocab_size else None
+        return space if space is not None and len(space.axes_gc) == len(self.tokenizer.panel) else None
 
     def default_pooling(self, given: Collection[str] = ()) -> Pooling:
         """Return what "auto" means when some phenotypes are given."""

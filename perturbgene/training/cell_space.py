@@ -1,11 +1,11 @@
 """The embedding of a cell: which final states are read from it, and its place among the training cells of the run.
 
 Owns pooling of states and the joined space, which training saves as `embedding.safetensors`; leaves files to the verb
-`embed`, and how good an embedding is to `inference.embedding_scores`. Letters: n cells, m positions read, t token
-types, g genes, k labels, h hidden size, c coordinates that are linear in expression.
+`embed`, and how good an embedding is to `inference.embedding_scores`. Letters: n cells, m positions read, g genes of
+the panel, k labels, h hidden size, c coordinates that are linear in expression.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,13 @@ from perturbgene.model import GeneBertForClassification
 from perturbgene.training.votes import LEAST_DEVIATION, direct_path, expression_of
 
 EMBEDDING_FILE = "embedding.safetensors"
-#: Training cells that principal components are fitted to, and those whose states are read: evenly spaced ones.
-MOST_CELLS, MOST_STATES = 5_000, 1_000
-#: Most principal components, and most coordinates for the votes' logits of all labels.
-NUM_COMPONENTS = 50
+#: Training cells that principal components are fitted to, and those whose states are read: drawn at random.
+MOST_CELLS, MOST_STATES = 10_000, 1_000
+#: Most principal components, and most coordinates for the logits of one phenotype.
+NUM_COMPONENTS, MOST_LOGITS = 25, 50
 #: What genes are divided by: their standard deviation to this power. With the weights of the logits and of the states,
-#: relative to components, it was chosen on four pairs of data sets (docs/experiments.md).
-POWER, LOGITS_WEIGHT, STATES_WEIGHT = 0.5, 0.5, 0.5
+#: relative to components, it was chosen on seven pairs of data sets (docs/experiments.md).
+POWER, LOGITS_WEIGHT, STATES_WEIGHT = 0.5, 0.5, 0.125
 
 Pooling = Literal["auto", "joined", "asked", "cls", "genes"]
 
@@ -94,13 +94,13 @@ class JoinedSpace:
     States alone lose to principal components of the same cells, since they keep only what the loss asks for.
 
     Args:
-        axes_tc: What each gene adds per unit of expression to components and logits; 0 for other token types.
-        mean_t: Mean expression of training cells that measured the gene, which stands for genes that are not measured.
+        axes_gc: What each gene adds per unit of expression to components and logits.
+        mean_g: Mean expression in training cells that measured the gene, which genes that are not measured count with.
         mean_h, scale: Mean of the states, and what they are multiplied by; 0 where the transformer was not trained.
     """
 
-    axes_tc: np.ndarray
-    mean_t: np.ndarray
+    axes_gc: np.ndarray
+    mean_g: np.ndarray
     mean_h: np.ndarray
     scale: float
 
@@ -116,24 +116,24 @@ class JoinedSpace:
         Returns:
             The space, or None if there are too few cells or genes for one component.
         """
-        expression_nt, mean_t, states_mh = _read(model, cells, has_states=has_states)
-        deviation_t = np.sqrt(_variance(expression_nt))
-        inverse_t = np.maximum(deviation_t, max(LEAST_DEVIATION * deviation_t.max(), 1e-12)) ** -POWER
-        components = _components(expression_nt @ sparse.diags_array(inverse_t))
+        expression_ng, mean_g, states_mh = _read(model, cells, has_states=has_states)
+        deviation_g = np.sqrt(_variance(expression_ng))
+        inverse_g = np.maximum(deviation_g, max(LEAST_DEVIATION * deviation_g.max(), 1e-12)) ** -POWER
+        components = _components(expression_ng @ sparse.diags_array(inverse_g), most=NUM_COMPONENTS)
         if components is None:
             return None
-        parts = [inverse_t[:, None] * components.components_.T / np.sqrt(components.explained_variance_.sum())]
-        for votes_tk in (phenotypes := _votes(model, cells.tokenizer)):
-            logits_nk = expression_nt @ votes_tk
-            if votes_tk.shape[1] > NUM_COMPONENTS and (few := _components(logits_nk)) is not None:
-                votes_tk, logits_nk = votes_tk @ few.components_.T, logits_nk @ few.components_.T
+        parts = [inverse_g[:, None] * components.components_.T / np.sqrt(components.explained_variance_.sum())]
+        for votes_gk in (phenotypes := _votes(model, cells.tokenizer)):
+            logits_nk = expression_ng @ votes_gk
+            if votes_gk.shape[1] > MOST_LOGITS and (few := _components(logits_nk, most=MOST_LOGITS)) is not None:
+                votes_gk, logits_nk = votes_gk @ few.components_.T, logits_nk @ few.components_.T
             if (variance := logits_nk.var(axis=0).sum()) > 0:
-                parts.append(votes_tk * (LOGITS_WEIGHT / np.sqrt(len(phenotypes) * variance)))
+                parts.append(votes_gk * (LOGITS_WEIGHT / np.sqrt(len(phenotypes) * variance)))
         variance = states_mh.var(axis=0).sum() if len(states_mh) else 0.0
         scale = STATES_WEIGHT / np.sqrt(variance) if variance > 0 else 0.0
         mean_h = states_mh.mean(axis=0) if len(states_mh) else np.zeros(model.config.hidden_size)
-        axes_tc = np.hstack(parts).astype(np.float32)
-        return cls(axes_tc, mean_t.astype(np.float32), mean_h.astype(np.float32), float(scale))
+        axes_gc = np.hstack(parts).astype(np.float32)
+        return cls(axes_gc, mean_g.astype(np.float32), mean_h.astype(np.float32), float(scale))
 
     def place(self, model: Any, tokenizer: GeneTokenizer, block: TokenBlock, given: Collection[str] = ()) -> np.ndarray:
         """Embed a block of cells.
@@ -142,9 +142,10 @@ class JoinedSpace:
             Float32 of shape (n, c + h), or (n, c) if the states say nothing; NaN for cells without genes of the panel.
         """
         measured_sg, table_n = block.tables(len(tokenizer.panel))
-        mean_sg = measured_sg * self.mean_t[tokenizer.first_gene_type :]
-        center_sc = mean_sg @ self.axes_tc[tokenizer.first_gene_type :]
-        cells_nc = expression_of(block, model.config) @ self.axes_tc - center_sc[table_n]
+        center_sc = (measured_sg * self.mean_g) @ self.axes_gc
+        cells_nc = (
+            expression_of(block, model.config)[:, tokenizer.first_gene_type :] @ self.axes_gc - center_sc[table_n]
+        )
         cells_nc[tokenizer.num_genes(block) == 0] = np.nan
         if not self.scale:
             return np.asarray(cells_nc, dtype=np.float32)
@@ -157,7 +158,7 @@ class JoinedSpace:
 
     def save(self, folder: Path) -> None:
         """Write `embedding.safetensors`."""
-        arrays = {"axes": self.axes_tc, "mean": self.mean_t, "states_mean": self.mean_h}
+        arrays = {"axes": self.axes_gc, "mean": self.mean_g, "states_mean": self.mean_h}
         arrays["states_scale"] = np.array([self.scale])
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / EMBEDDING_FILE)
 
@@ -174,54 +175,50 @@ class JoinedSpace:
 def _read(
     model: Any, cells: IterableAnnDataset, *, has_states: bool
 ) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """Return the expression of some cells by token type, its means over cells that measured a gene, and states."""
+    """Return the expression of some cells, its means over cells that measured a gene, and states of fewer cells."""
     tokenizer, config = cells.tokenizer, model.config
-    stride = -(-max(1, cells.num_cells) // MOST_CELLS)
-    stride_of_states = stride * -(-max(1, cells.num_cells) // (MOST_STATES * stride))
+    drawn_n = np.random.default_rng(0).permutation(cells.num_cells)
+    rows, rows_of_states = np.sort(drawn_n[:MOST_CELLS]), drawn_n[:MOST_STATES]
     pooling = trained_pooling(model, tokenizer)
     parts, states = [], list[np.ndarray]()
     num_cells_g = np.zeros(len(tokenizer.panel))
-    for block in _every(cells, stride):
-        parts.append(expression_of(block, config))
+    for block in cells.blocks():
+        if not len(block := replace(_among(block, rows), labels_n=None)):
+            continue
+        parts.append(expression_of(block, config)[:, tokenizer.first_gene_type :])
         measured_sg, table_n = block.tables(len(tokenizer.panel))
         num_cells_g += np.bincount(table_n, minlength=len(measured_sg)) @ measured_sg
-        block = block.take(np.flatnonzero(block.cells_n % stride_of_states == 0))
-        if has_states and len(block):
+        if has_states and len(block := _among(block, rows_of_states)):
             found_nh = pooled_states(model, tokenizer, block, pooling=pooling)
             states.append(found_nh[np.isfinite(found_nh[:, 0])])
-    expression_nt = sparse.vstack(parts, format="csr")
-    mean_t = np.asarray(expression_nt.sum(axis=0)).ravel()
-    mean_t[tokenizer.first_gene_type :] /= np.maximum(num_cells_g, 1)
-    return expression_nt, mean_t, np.concatenate(states) if states else np.zeros((0, config.hidden_size))
+    expression_ng = sparse.vstack(parts, format="csr")
+    mean_g = np.asarray(expression_ng.sum(axis=0)).ravel() / np.maximum(num_cells_g, 1)
+    return expression_ng, mean_g, np.concatenate(states) if states else np.zeros((0, config.hidden_size))
 
 
-def _every(cells: IterableAnnDataset, stride: int) -> Iterator[TokenBlock]:
-    for block in cells.blocks():
-        block = block.take(np.flatnonzero(block.cells_n % stride == 0))
-        if len(block):
-            yield replace(block, labels_n=None)
+def _among(block: TokenBlock, cells_m: np.ndarray) -> TokenBlock:
+    return block.take(np.flatnonzero(np.isin(block.cells_n, cells_m)))
 
 
-def _variance(expression_nt: sparse.csr_matrix) -> np.ndarray:
-    mean_t = np.asarray(expression_nt.mean(axis=0)).ravel()
-    return np.maximum(np.asarray(expression_nt.power(2).mean(axis=0)).ravel() - mean_t**2, 0)
+def _variance(expression_ng: sparse.csr_matrix) -> np.ndarray:
+    mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
+    return np.maximum(np.asarray(expression_ng.power(2).mean(axis=0)).ravel() - mean_g**2, 0)
 
 
-def _components(values_nc: Any) -> PCA | None:
-    """Fit at most `NUM_COMPONENTS` principal components; None if there are too few cells or coordinates for one."""
-    num_components = min(NUM_COMPONENTS, min(values_nc.shape) - 1)
+def _components(values_nc: Any, *, most: int) -> PCA | None:
+    """Fit at most so many principal components; None if there are too few cells or coordinates for one."""
+    num_components = min(most, min(values_nc.shape) - 1)
     return PCA(num_components, svd_solver="arpack", random_state=0).fit(values_nc) if num_components > 0 else None
 
 
 def _votes(model: Any, tokenizer: GeneTokenizer) -> Sequence[np.ndarray]:
-    """Return the votes for the labels of each phenotype, (t, k), less their mean over labels; intercepts are 0."""
+    """Return the votes for the labels of each phenotype, (g, k), less their mean over labels."""
     if (path := direct_path(model)) is None:
         return []
-    votes_tk = path.votes_tk.detach().cpu().float().numpy().copy()
-    votes_tk[0] = 0
+    votes_gk = path.votes_tk.detach().cpu().float().numpy()[tokenizer.first_gene_type :]
     columns = [slice(None)]
     if not isinstance(model, GeneBertForClassification):
         ranges = [tokenizer.vocabulary.id_range(name) for name in tokenizer.included_phenotypes]
         first = model.config.first_label_id
         columns = [slice(start - first, stop - first) for start, stop in ranges]
-    return [votes_tk[:, ids] - votes_tk[:, ids].mean(axis=1, keepdims=True) for ids in columns]
+    return [votes_gk[:, ids] - votes_gk[:, ids].mean(axis=1, keepdims=True) for ids in columns]
