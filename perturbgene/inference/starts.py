@@ -19,7 +19,6 @@ from perturbgene.errors import InputError
 from perturbgene.eval_utils import AnswerCollector, ClassEvaluator, Evaluator, IntArray, MlmEvaluator, Question
 from perturbgene.inference.baselines import NAMES, Answers, classes_of, scored
 from perturbgene.inference.classifiers import logistic_regression, sample
-from perturbgene.inference.pooling import default_pooling, pooled_states
 from perturbgene.inference.run import Run, load_run
 from perturbgene.inference.streaming import stream_batches
 from perturbgene.training.transfer import LOADING, SCRATCH_FOLDER, quiet
@@ -114,7 +113,7 @@ def embedding_of(run: Run, cells: IterableAnnDataset, rows_n: IntArray, *, batch
     Returns:
         Float32 of shape (n, h); 0 for a cell that expresses no gene of the run.
     """
-    tokenizer, shards = run.tokenizer.reading([]), cells.shards
+    tokenizer, shards = run.tokenizer.reading([], is_whole=True), cells.shards
     options = {name: value for name, value in shards.options.items() if name not in ("alignments", "measured")}
     files = ShardCache(
         shards.sources, layer=shards.layer, where=shards.where, **{**options, **tokenizer.shard_options()}
@@ -126,7 +125,7 @@ def embedding_of(run: Run, cells: IterableAnnDataset, rows_n: IntArray, *, batch
                 block = tokenizer.tokenize_block(files[file].read(rows_m[at : at + CELLS_AT_ONCE]))
                 for piece in in_budget(np.diff(block.offsets_n1), budget=batch_tokens):
                     batch = block.take(np.arange(piece.start, piece.stop))
-                    parts.append(np.nan_to_num(pooled_states(run, batch, pooling=default_pooling(run))))
+                    parts.append(np.nan_to_num(run.embed(batch, pooling=run.default_pooling())))
     return np.concatenate(parts)
 
 
