@@ -81,17 +81,21 @@ class GeneMap:
             tuple(np.where(is_renamed_c, "", names_c).astype(object) for names_c in group) for group in names[1:]
         )
         targets = [self.target_of[name] for name in found if name]
+        chained = {self.target_of[name] for name in found if name and self.target_of[name] != name}
+        chained = {name for name in chained & set(found) if self.target_of[name] != name}
         several = [name for name in self.ambiguous if name in known]
         counts = {
             "those that share a gene with another one": len(targets) - len(set(targets)),
             "names that the file lacks": len(self.target_of.keys() - known),
+            "new names that the table renames, too (each column is renamed once)": len(chained),
             f"names of several genes, which rename nothing ({listed(several, most=3)})": len(several),
         }
         parts = [
             f"{len(targets):,} columns renamed by --gene_map",
             *(f"{what}: {n:,}" for what, n in counts.items() if n),
         ]
-        return Renaming(GeneNames(own_c, ids, symbols), ", ".join(parts))
+        level = logging.WARNING if chained else logging.INFO
+        return Renaming(GeneNames(own_c, ids, symbols), ", ".join(parts), level)
 
 
 def read_gene_map(path: str | Path | None) -> GeneMap | None:

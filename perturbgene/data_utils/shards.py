@@ -152,7 +152,9 @@ class Shard:
         """
         alignment, other_case = self.alignment, self.alignment.other_case
         is_refused = alignment.coverage < minimum or not alignment.is_measured_g.any()
+        is_strange = self.renaming.level > logging.INFO
         remedy = self.gene_remedy() if is_refused or alignment.coverage < 1 else ""
+        remedy = "Correct the table of --gene_map." if is_refused and is_strange else remedy
         if is_refused:
             if not remedy and len(other_case) > alignment.is_measured_g.sum():
                 remedy = (
@@ -165,7 +167,7 @@ class Shard:
                 f"{self.path}: {alignment.describe()}, under --min_gene_coverage {minimum:g}; its first names are "
                 f"{listed(alignment.unknown, most=3) or 'blank'}. {remedy or f'{usual}measures so few of these genes.'}"
             )
-        if self.renaming.level > logging.INFO:
+        if is_strange:
             logger.warning("%s: %s", self.path, self.renaming.text)
         if remedy:
             logger.warning("%s: %s. %s", self.path, alignment.describe(), remedy)

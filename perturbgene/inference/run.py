@@ -171,13 +171,9 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
         reason = "is a file, not a folder" if run.exists() else "does not exist"
         raise InputError(f"run {run} {reason}. Give the --output_dir of an `mlm` or `cls` run.")
     if not ((run / CONFIG_NAME).exists() and any(run.glob("*.safetensors"))):  # it is not finished
-        from perturbgene.training.checkpoints import checkpoints, damage_of  # imports the Trainer, which takes seconds
+        from perturbgene.training.checkpoints import newest_whole  # imports the Trainer, which takes seconds
 
-        whole = (path for path in reversed(checkpoints(run)) if damage_of(path, needed=(CONFIG_NAME,)) is None)
-        if (newest := next(whole, None)) is not None:
-            text = "%s is still in training or was stopped: reading its newest whole checkpoint, %s"
-            logger.warning(text, run, newest.name)
-            run = newest
+        run = newest_whole(run) or run
     tokenizer = GeneTokenizer.from_pretrained(run)
     try:
         written = GeneBertConfig.get_config_dict(run)[0].get("run_format", 1)

@@ -49,6 +49,15 @@ def checkpoints(folder: str | Path) -> list[Path]:
     )
 
 
+def newest_whole(run: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run that has no final weights, with a warning; None without one."""
+    whole = (path for path in reversed(checkpoints(run)) if damage_of(path, needed=("config.json",)) is None)
+    if (newest := next(whole, None)) is not None:
+        text = "%s is still in training or was stopped: reading its newest whole checkpoint, %s"
+        logger.warning(text, run, newest.name)
+    return newest
+
+
 def _sync(path: Path) -> None:
     """Make a file or folder reach the disk, where the file system allows it."""
     descriptor = os.open(path, os.O_RDONLY)

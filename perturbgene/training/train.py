@@ -189,6 +189,8 @@ def _run_folder(config: "TrainingConfig") -> Iterator[tuple[Any, TrainingArgumen
     """Hold the run folder while the block runs; yield the settings and those of the trainer."""
     arguments, folder = config.training_arguments(), Path(config.output_dir)
     set_seed(arguments.seed)
+    if config.pretrained_model_path:
+        run_config(config.pretrained_model_path)  # raises before any cell is read
     if arguments.process_index:  # the first process holds it for all processes of `torchrun`
         yield config, arguments
         return

@@ -22,7 +22,9 @@ from perturbgene.cli.training import SHAPE
 from perturbgene.data_utils.labels import ABSENT, SPECIAL_TOKENS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
+from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, GeneBertModel
+from perturbgene.training import checkpoints
 
 if TYPE_CHECKING:
     from perturbgene.configs import TrainingConfig
@@ -34,6 +36,7 @@ _KINDS = {kind.__name__: kind for kind in (GeneBertForPhenotypicMLM, GeneBertFor
 _NUM_SPECIAL = len(SPECIAL_TOKENS)
 _WORDS, _TYPES = (f"genebert.embeddings.{name}_embeddings.weight" for name in ("word", "token_type"))
 LOADING = "transformers.modeling_utils"  # prints a table of weights, for which our line is the summary
+CONFIG_FILE = "config.json"
 #: Folder within a run of the same run from scratch (--compare_scratch).
 SCRATCH_FOLDER = "scratch"
 
@@ -264,10 +267,32 @@ def errors_of_weights(path: str) -> Iterator[None]:
         raise InputError(f"{path} holds no GeneBERT weights ({error}). Give a run folder of mlm or cls.") from error
 
 
+def weights_folder(path: str) -> Path:
+    """Return the folder with the weights of a run to start from; one on the Hugging Face Hub is fetched.
+
+    Of a run that is not finished, it is the newest whole checkpoint.
+
+    Raises:
+        InputError: There are none.
+    """
+    folder = local_run(path)
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"pretrained_model_path {path} {reason}. Give a run folder of mlm or cls.")
+    if (folder / CONFIG_FILE).exists() and any(folder.glob("*.safetensors")):
+        return folder
+    if (newest := checkpoints.newest_whole(folder)) is None:
+        raise InputError(
+            f"pretrained_model_path {path} holds no GeneBERT weights: it has neither {CONFIG_FILE} with *.safetensors "
+            "nor a whole checkpoint. Give a run folder of mlm or cls."
+        )
+    return newest
+
+
 def run_config(path: str) -> GeneBertConfig:
     """Read the configuration of the run to start from, in a folder or on the Hugging Face hub."""
     with errors_of_weights(path):
-        config: GeneBertConfig = GeneBertConfig.from_pretrained(path, trust_remote_code=False)
+        config: GeneBertConfig = GeneBertConfig.from_pretrained(weights_folder(path), trust_remote_code=False)
     return config
 
 
@@ -284,7 +309,7 @@ def start_from(
     Raises:
         InputError: There are no such weights, or nothing of them can be used.
     """
-    path = str(config.pretrained_model_path)
+    path = str(weights_folder(str(config.pretrained_model_path)))
     then, now = run_config(path), run_config(path)
     if kind is not GeneBertForClassification:
         settings = {"phenotype_category": None, "class_weights": None, "num_labels": 2, **settings}

@@ -87,6 +87,16 @@ def test_names_are_replaced_once_and_at_the_same_time() -> None:
     assert renamed({"A": "B", "B": "A", "C": "D", "D": "E"}, ["A", "B", "C", "D", "X"])[0] == ["B", "A", "D", "E", "X"]
 
 
+def test_a_chain_or_circle_of_names_is_warned_of(
+    make_adata: Callable[..., ad.AnnData], caplog: pytest.LogCaptureFixture
+) -> None:
+    circle = GeneMap("table.csv", {"CD3E": "LYZ", "LYZ": "CD3E", "NKG7": "NKG7"})
+    panel = GenePanel(("CD3E", "MS4A1", "NKG7", "LYZ"))
+    with caplog.at_level(logging.WARNING, logger="perturbgene"):
+        Shard(open_source(make_adata(COUNTS[0][:4])), panel, Vocabulary({}), gene_map=circle).check_genes(0.5)
+    assert "new names that the table renames, too (each column is renamed once): 2" in caplog.text
+
+
 def test_a_column_is_known_by_its_name_or_id_or_symbol() -> None:
     own, text = renamed(
         {"Cd3e": "CD3E", "ENSMUSG00000000002": "LYZ"},
@@ -140,6 +150,6 @@ def test_a_table_with_swapped_columns_says_so(
     )
     with (
         caplog.at_level(logging.WARNING, logger="perturbgene"),
-        pytest.raises(InputError, match="0 of 2 panel genes found.*or the columns were swapped"),
+        pytest.raises(InputError, match="0 of 2 .* or the columns were swapped.*Correct the table of"),
     ):
         shard.check_genes(0.5)

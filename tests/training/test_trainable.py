@@ -15,6 +15,7 @@ from perturbgene.errors import InputError
 from perturbgene.inference.run import load_run
 from perturbgene.training.train import run_cls, run_mlm
 from perturbgene.training.trainable import LowRank, choose_weights
+from perturbgene.training.transfer import weights_folder
 from tests.faults import Killed, plant
 from tests.untrained import a_run, some_cells
 
@@ -118,6 +119,7 @@ def test_a_killed_lora_run_ends_with_the_weights_of_an_undisturbed_one(
         train("mlm", small_folder, tmp_path / "run", "--train_only lora")
     halfway = load_run(tmp_path / "run")  # the checkpoint reads as any run
     assert halfway.path.endswith("checkpoint-3")
+    assert weights_folder(str(tmp_path / "run")) == Path(halfway.path)  # and others may start from it
     train("mlm", small_folder, tmp_path / "run", "--train_only lora --resume_from_checkpoint")
     assert (tmp_path / "run/model.safetensors").read_bytes() == (lora_run / "model.safetensors").read_bytes()
     assert not (tmp_path / "run/lora.safetensors").exists()

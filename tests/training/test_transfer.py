@@ -14,7 +14,7 @@ from perturbgene.inference.predict import predict
 from perturbgene.inference.run import Run
 from perturbgene.model import GeneBertForClassification, GeneBertForPhenotypicMLM
 from perturbgene.training.train import tokenizer_facts
-from perturbgene.training.transfer import name_map, start_from
+from perturbgene.training.transfer import name_map, run_config, start_from
 from tests.nine_genes import GENES, LABELS, a_tokenizer
 from tests.untrained import a_run, save, some_cells
 
@@ -148,6 +148,18 @@ def test_a_run_without_a_gene_in_common_is_refused(tmp_path: Path) -> None:
     other = a_tokenizer(genes=[f"X{number}" for number in range(9)])
     with pytest.raises(InputError, match=r"knows none of the 9 genes.*--gene_id_column"):
         started(a_run(), tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("cells.h5ad", "is a file, not a folder"), ("nowhere", "does not exist"), ("empty", "holds no GeneBERT weights")],
+)
+def test_what_is_no_run_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/tokenizer.json").touch()
+    (tmp_path / "cells.h5ad").touch()
+    with pytest.raises(InputError, match=f"pretrained_model_path .*{name} {message}.*Give a run folder"):
+        run_config(str(tmp_path / name))
 
 
 def test_a_run_of_another_scale_is_refused(tmp_path: Path) -> None:
