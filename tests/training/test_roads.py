@@ -20,7 +20,7 @@ from tests.small_run import three_types
 PAGE = (Path(__file__).parents[2] / "docs/transfer.md").read_text(encoding="utf-8")
 SHORT = "--max_steps 1 --max_length 40 --no_bf16 --report_to none"
 #: Appended to commands that take long.
-LESS = {"mlm": SHORT, "cls": SHORT, "evaluate": "--no_baselines"}
+LESS = {"mlm": SHORT, "cls": SHORT, "evaluate": "--no_baselines --no_report", "predict": "--no_report"}
 TYPES = {"B cell", "NK cell", "monocyte"}
 
 
