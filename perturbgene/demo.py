@@ -92,7 +92,8 @@ def cli() -> None:
             sys.exit(code)
     print(f"\n{summary(folder)}")
     print(f"\nDone in {time.monotonic() - started:.0f} s. Models, scores and pictures are in {folder}/:")
-    for path in ("corpus/manifest.json", "mlm/evaluation", "cls/evaluation", "predicted_by_mlm.h5ad", "mlm/README.md"):
+    pages = ("mlm/evaluation/report.html", "cls/evaluation/report.html", "predicted_by_mlm.report.html")
+    for path in (*pages, "corpus/manifest.json", "predicted_by_mlm.h5ad", "mlm/README.md"):
         print(f"  {folder / path}")
 
 

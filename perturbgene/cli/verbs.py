@@ -544,7 +544,7 @@ class AttributeConfig(ScoringOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(BaseConfig):
+class ReportConfig(ReadingConfig):
     """Write what a run or its predictions are worth as one HTML page.
 
     Shows a map of the cells, how sure the answers are, what a threshold leaves, and, where labels are known, scores
@@ -563,7 +563,9 @@ class ReportConfig(BaseConfig):
     output: str | None = option(
         None, "Page to write. Default: report.html in the folder, or FILE.report.html.", suffixes=(".html",)
     )
-    device: str = option("auto", "Device that embeds predicted cells: auto, cpu, mps, cuda or cuda:N.", group=RUNNING)
+    device: str = option(
+        "auto", "Device that embeds cells: auto, cpu, mps, cuda or cuda:N.", group=RUNNING
+    )
 
 
 CONFIGS: dict[str, type[BaseConfig]] = {config_class.verb: config_class for config_class in (

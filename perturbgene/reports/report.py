@@ -4,6 +4,7 @@ Owns what a page is made from and the sentences at its top; leaves phenotypes to
 and HTML to `page`. Letters: n cells, m cells on the map.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from perturbgene import __version__
+from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import EvaluateConfig, PredictConfig, ReportConfig
 from perturbgene.configs import BaseConfig, load_config
 from perturbgene.corpus.manifest import Corpus
@@ -35,6 +37,8 @@ from perturbgene.reports.labels import Phenotype
 from perturbgene.reports.layout import umap_layout
 from perturbgene.reports.page import MARKER, map_data, render
 from perturbgene.reports.statistics import Thresholds
+from perturbgene.training.transfer import quiet
+from perturbgene.training.votes import READING
 
 logger = logging.getLogger(__name__)
 
@@ -214,9 +218,11 @@ def _map_of_predictions(
         places_m2 = points_mc[kept][:, :2] if own[0] == "X_umap" else umap_layout(points_mc[kept])
         text = "The file's own X_umap" if own[0] == "X_umap" else "UMAP of the file's own X_perturbgene"
         return rows_m[kept], places_m2, f"{text}: {shown}."
+    reading = {**reading, "where": ()}  # rows are those of the whole file
     try:
         run = load_run(str(facts["run"]), device=device)
-        dataset = open_cells(FileList([source.path]), run, {}, tokenizer=run.tokenizer.reading([]), **reading)
+        with quiet(READING):
+            dataset = open_cells(FileList([source.path]), run, {}, tokenizer=run.tokenizer.reading([]), **reading)
         states_mh = embedding_of(run, dataset, rows_m, batch_tokens=PredictConfig.batch_tokens)
     except InputError as error:
         return rows_m[:0], np.zeros((0, 2)), f"There is no map, because the cells could not be embedded: {error}"
@@ -323,7 +329,8 @@ def report(source: str | Path, *, output: str | Path | None = None, device: str 
 
 def run_report(config: ReportConfig) -> str:
     """Run the verb `report`."""
-    return f"written to {report(config.source, output=config.output, device=config.device)}"
+    reading = {declared.name: getattr(config, declared.name) for declared in dataclasses.fields(ReadingConfig)}
+    return f"written to {report(config.source, output=config.output, device=config.device, **reading)}"
 
 
 def report_of(config: BaseConfig) -> str:

@@ -52,6 +52,14 @@ def test_no_report_leaves_it_out(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.html"))
 
 
+def test_only_chosen_cells_are_on_the_map(folder: Path, tmp_path: Path, small_folder: Path) -> None:
+    words = ["predict", str(folder / "run"), str(small_folder / "cells.h5ad"), "--output", str(tmp_path / "out.zarr")]
+    assert main([*words, "--where", "tissue=lung"]) == 0
+    page = (tmp_path / "out.report.html").read_text()
+    assert "UMAP of the run&#39;s embedding of a sample of 127 of 255 cells" in page
+    assert "128 cells have no answer" in page
+
+
 def test_a_report_is_written_again_with_the_same_content(folder: Path) -> None:
     before = (folder / "scores/report.html").read_bytes()
     assert main(["report", str(folder / "scores")]) == 0
