@@ -563,9 +563,7 @@ class ReportConfig(ReadingConfig):
     output: str | None = option(
         None, "Page to write. Default: report.html in the folder, or FILE.report.html.", suffixes=(".html",)
     )
-    device: str = option(
-        "auto", "Device that embeds cells: auto, cpu, mps, cuda or cuda:N.", group=RUNNING
-    )
+    device: str = option("auto", "Device that embeds cells: auto, cpu, mps, cuda or cuda:N.", group=RUNNING)
 
 
 CONFIGS: dict[str, type[BaseConfig]] = {config_class.verb: config_class for config_class in (

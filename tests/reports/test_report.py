@@ -24,7 +24,10 @@ def folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run that was evaluated on all cells, most of which it has seen, and predictions; both with reports."""
     folder = tmp_path_factory.mktemp("reports")
     shutil.copytree(small_folder / "runs/mlm", folder / "run")
-    cells, run = small_folder / "cells.h5ad", str(folder / "run")
+    cells, run = folder / "cells.h5ad", str(folder / "run")
+    without_map = ad.read_h5ad(small_folder / "cells.h5ad")
+    without_map.obsm.clear()
+    without_map.write_h5ad(cells)
     flags = ["--eval_data_paths", str(cells), "--calibrate", "--output", str(folder / "scores")]
     flags += ["--train_data_paths", str(small_folder / "corpus/train/*.h5ad")]
     assert main(["evaluate", run, *flags]) == 0
@@ -52,8 +55,8 @@ def test_no_report_leaves_it_out(folder: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_only_chosen_cells_are_on_the_map(folder: Path, tmp_path: Path, small_folder: Path) -> None:
-    words = ["predict", str(folder / "run"), str(small_folder / "cells.h5ad"), "--output", str(tmp_path / "out.zarr")]
+def test_only_chosen_cells_are_on_the_map(folder: Path, tmp_path: Path) -> None:
+    words = ["predict", str(folder / "run"), str(folder / "cells.h5ad"), "--output", str(tmp_path / "out.zarr")]
     assert main([*words, "--where", "tissue=lung"]) == 0
     page = (tmp_path / "out.report.html").read_text()
     assert "UMAP of the run&#39;s embedding of a sample of 127 of 255 cells" in page
