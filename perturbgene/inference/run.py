@@ -98,7 +98,8 @@ class Run:
 
     def embed(self, block: TokenBlock, *, pooling: Pooling, given: Collection[str] = ()) -> np.ndarray:
         """Return the embeddings of cells, float32, see `embed`; NaN for cells that express no gene of the panel."""
-        if pooling == "joined" and self.space is not None:
+        if pooling == "joined":
+            assert self.space is not None, "choose another pooling"
             return self.space.place(self.model, self.tokenizer, block, given)
         return pooled_states(self.model, self.tokenizer, block, pooling=pooling, given=given)
 
