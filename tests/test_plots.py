@@ -7,7 +7,15 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from perturbgene.plots import confusion_figure, deletion_figure, effects_figure, loss_figure, save_figure
+from perturbgene.plots import (
+    cells_figure,
+    certainty_figure,
+    confusion_figure,
+    deletion_figure,
+    effects_figure,
+    loss_figure,
+    save_figure,
+)
 
 
 def table_of(num_classes: int, *, names: list[str] | None = None) -> pd.DataFrame:
@@ -38,6 +46,11 @@ def test_a_confusion_without_classes_becomes_a_picture(tmp_path):
 
 def test_the_title_of_a_confusion_holds_the_number_of_cells():
     assert confusion_figure(table_of(700), title="cell_type").axes[0].get_title() == "cell_type\nn = 1,400 cells"
+
+
+def test_the_title_of_a_confusion_of_genes_does_not_count_cells():
+    title = confusion_figure(table_of(2), title="bins", unit="masked genes").axes[0].get_title()
+    assert title == "bins\nn = 4 masked genes"
 
 
 def test_rows_of_a_confusion_are_true_classes():
@@ -74,6 +87,29 @@ def test_long_labels_keep_both_ends():
     axes = confusion_figure(table_of(1, names=["a" * 30 + "b" * 30]), title="t").axes[0]
     label = axes.get_yticklabels()[0].get_text()
     assert (len(label), label[0], label[-1]) == (40, "a", "b")
+
+
+def test_losses_are_on_a_logarithmic_axis_unless_one_is_zero():
+    assert loss_figure(HISTORY, title="mlm").axes[0].get_yscale() == "log"
+    assert loss_figure(HISTORY.replace(2.0, 0.0), title="mlm").axes[0].get_yscale() == "linear"
+
+
+def test_a_map_names_the_eight_labels_with_most_cells_and_draws_all(tmp_path):
+    labels = pd.Series(np.repeat([f"type {k}" for k in range(12)], np.arange(12, 0, -1)))
+    places_n2 = np.random.default_rng(0).normal(size=(len(labels), 2))
+    figure = cells_figure(places_n2, labels, pd.Series(np.linspace(0, 1, len(labels))), title="$")
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == ["others", *(f"type {k}" for k in range(8))]
+    assert sum(len(drawn.get_offsets()) for drawn in figure.axes[0].collections) == len(labels)
+    assert save_figure(figure, tmp_path / "a.png", dots_per_inch=30).exists()
+
+
+@pytest.mark.parametrize("measured_b", [None, np.array([0.5, 1.0])])
+def test_how_sure_answers_are_is_drawn_with_and_without_known_labels(measured_b, tmp_path):
+    figure = certainty_figure(np.array([3, 1]), np.array([1.0, 0.25]), np.array([0.4, 0.8]), measured_b, title="t")
+    assert figure.get_suptitle() == "t\nn = 4 cells"
+    assert len(figure.axes[1].lines) == 1 + (measured_b is not None)
+    assert save_figure(figure, tmp_path / "a.png", dots_per_inch=30).exists()
 
 
 def test_a_loss_figure_is_written(tmp_path):
