@@ -238,7 +238,7 @@ class Phenotype:
         ):
             probability_n = self.obs[f"predicted_{self.column}_{column}"].to_numpy(dtype=np.float64)
             table, found[key] = reliability(probability_n[rows], self.right_n()[rows])
-            chart.add_line(name, table["probability"].tolist(), table["accuracy"].tolist(), has_dots=True)
+            chart.add_line(name, table["probability"].tolist(), table["accuracy"].tolist(), counts=table["n"].tolist())
         return found
 
 

@@ -22,7 +22,7 @@ MARKER = '<!DOCTYPE html>\n<meta name="generator" content="perturbgene report">'
 #: Most columns that color the map, most labels of one, and most letters of a name.
 MOST_COLUMNS, MOST_LABELS, MOST_LETTERS = 30, 400, 80
 #: The drawing area within the 360 x 250 units of a chart.
-LEFT, TOP, WIDTH, HEIGHT = 48, 12, 300, 190
+LEFT, TOP, WIDTH, HEIGHT = 58, 12, 290, 190
 
 
 def render(content: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -141,10 +141,13 @@ class Chart:
         """Return where a value of the y axis is."""
         return round(TOP + HEIGHT * (self.top - value) / (self.top - self.low), 1)
 
-    def add_line(self, name: str, x: Sequence[float], y: Sequence[float], *, has_dots: bool = False) -> None:
-        """Add a line; its color goes by its number."""
+    def add_line(self, name: str, x: Sequence[float], y: Sequence[float], *, counts: Sequence[int] = ()) -> None:
+        """Add a line, with a dot for each point if counts are given, larger for more; its color goes by its number."""
         pairs = [(self.x(at), self.y(value)) for at, value in zip(x, y, strict=True) if np.isfinite([at, value]).all()]
-        self.lines.append({"name": name, "points": pairs, "has_dots": has_dots})
+        dots = [
+            (*pair, round(2 + 5 * (count / max(counts)) ** 0.5, 1)) for pair, count in zip(pairs, counts, strict=False)
+        ]
+        self.lines.append({"name": name, "points": pairs, "dots": dots})
 
     def add_bars(self, heights_b: np.ndarray) -> None:
         """Add bars of equal width that fill the x axis."""

@@ -131,7 +131,8 @@ def _about_scores(phenotypes: Sequence[Phenotype]) -> list[str]:
         best = next((name for name, other in one.scores.items() if other.get("best")), own)
         text = f"{one.name}: the run is right in {100 * scores['accuracy']:.1f} % of the cells"
         if best != own:
-            text += f", {NAMES.get(best, best)} in {100 * one.scores[best]['accuracy']:.1f} %"
+            num_more = round((one.scores[best]["accuracy"] - scores["accuracy"]) * scores["n"])
+            text += f", {NAMES.get(best, best)} in {100 * one.scores[best]['accuracy']:.1f} % ({num_more:,} more)"
         elif scores.get("best"):
             text += ", at least as many as every baseline"
         if scores.get("calibration", {}).get("is_at_limit"):

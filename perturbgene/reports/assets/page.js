@@ -144,8 +144,9 @@
       reading.textContent = said.join(", ");
       slider.setAttribute("aria-valuetext", reading.textContent);
       bars.forEach((bar, i) => bar.setAttribute("class", i < step ? "bar below" : "bar"));
-      marker.setAttribute("cx", 48 + 300 * coverage);
-      marker.setAttribute("cy", accuracy === null ? -20 : 12 + 190 * (1 - accuracy) / (1 - Number(marker.dataset.low)));
+      const [left, right, bottom, top] = JSON.parse(marker.dataset.places);
+      marker.setAttribute("cx", left + (right - left) * coverage);
+      marker.setAttribute("cy", accuracy === null ? -20 : bottom + (top - bottom) * accuracy);
       doubtful.forEach((cell, i) => {
         const total = sum(own.types[i]);
         cell.textContent = total ? percent(sum(own.types[i].slice(0, step)) / total) : "";
