@@ -43,6 +43,7 @@ from perturbgene.training.callbacks import (
 )
 from perturbgene.training.trainable import LowRank
 from perturbgene.training.transfer import quiet
+from perturbgene.training.votes import without_votes
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class ShardedTrainer(Trainer):
         evaluator: Counts scores batch by batch; its sums are added over ranks.
         final_evaluator: Scores the last step and the delivered weights; `evaluator` by default.
         early_stopping: Ends training when the metric no longer improves; None never does.
-        before_scoring: Called with the model before it is scored.
+        before_scoring: Called with the model before its delivered weights are scored. If it is there, other weights are
+            scored without the genes' votes for labels, so that the best are those whose transformer has learned most.
         adapters: LoRA's updates of the model, which are merged into the weights that are saved.
         *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
 
@@ -359,7 +361,8 @@ class ShardedTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Score each cell of all processes exactly once, counting batch by batch instead of gathering logits."""
         self._check_last_step()
-        is_last = self._is_over or self.state.global_step >= self.state.max_steps
+        is_alone = self.before_scoring is not None and not self._is_over  # votes would hide what the transformer learns
+        is_last = self._is_over or (not is_alone and self.state.global_step >= self.state.max_steps)
         dataset = cast(IterableAnnDataset, dataloader.dataset)
         evaluator = self.final_evaluator if is_last else self.evaluator
         assert evaluator is not None
@@ -369,10 +372,12 @@ class ShardedTrainer(Trainer):
             dataloader, total=-(-len(dataset) // dataset.batch_size), desc="evaluating", unit=" batches", leave=False,
             dynamic_ncols=True, disable=not is_shown,
         )  # fmt: skip
+        self.progress.is_alone = is_alone
         with self.speed.paused(), self.compute_loss_context_manager():
-            if self.before_scoring is not None:
+            if self.before_scoring is not None and not is_alone:
                 self.before_scoring(model)
-            run_evaluator(evaluator, model, batches)
+            with without_votes(model) if is_alone else nullcontext():
+                run_evaluator(evaluator, model, batches)
         evaluator.set_sums(self._sum_over_ranks(evaluator.sums()))
         self._scored_step = self.state.global_step if is_last else None
         weights = (model.config.phenotype_loss_weight, model.config.gene_loss_weight)
@@ -389,6 +394,8 @@ class ShardedTrainer(Trainer):
         if not is_last or self._scored_step != self.state.global_step:
             self._is_over = True
             self.evaluate()
+            if self.before_scoring is not None:
+                self.state.log_history.pop()  # the others are of the transformer alone: no curve has both
         return self.final_evaluator.results()
 
     # -- files ----------------------------------------------------------------------------------------------------

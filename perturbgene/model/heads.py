@@ -41,6 +41,7 @@ class DirectPath(nn.Module):
         super().__init__()
         self.register_buffer("votes_tk", torch.zeros(num_types, num_labels))
         self.register_buffer("share_p2", torch.ones(num_phenotypes, 2))
+        self.is_on = True  # False while the transformer is scored alone
 
     def init_own_weights(self) -> None:
         """Set the linear term to 0 and the shares to 1, unless they were loaded."""
@@ -122,7 +123,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         if batch.token_type_ids is None:
             raise InputError("The masked head needs token_type_ids next to inputs_embeds. Give them too.")
         types_a = batch.token_type_ids if positions_a is None else batch.token_type_ids.index_select(0, positions_a)
-        if self.direct_labels is not None and not self.training:
+        if self.direct_labels is not None and self.direct_labels.is_on and not self.training:
             logits_av = self._joined(logits_av.float(), batch, types_a, positions_a)
         logits_av = self.restrict_logits(logits_av, types_a)
         loss = phenotypes = genes = None
@@ -248,7 +249,7 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         starts_n = batch.packing.cu_seqlens[:-1].long()  # first token of each cell
         hidden_nh, states = self.genebert.encode(batch, starts_n, output_hidden_states=output_hidden_states)
         logits_nk = self.classifier(self.classifier_dropout(F.gelu(self.pre_classifier(hidden_nh))))
-        if self.direct_classes is not None and not self.training:
+        if self.direct_classes is not None and self.direct_classes.is_on and not self.training:
             term_nk = self.direct_classes(batch, self.genebert.embeddings.expression(batch))
             logits_nk = logits_nk.float() * self.direct_classes.share_p2[0, 0] + term_nk
         loss = None

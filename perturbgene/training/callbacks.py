@@ -155,6 +155,7 @@ class Progress(TrainerCallback):
         self._first_step: tuple[float, int] | None = None  # when the first step ended, and its number
         self._last_line = (0.0, 0)
         self._is_announced = False
+        self.is_alone = False  # True while the transformer is scored without the genes' votes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._first_step, self._last_line, self._is_announced = None, (time.monotonic(), state.global_step), False
@@ -196,7 +197,8 @@ class Progress(TrainerCallback):
             names = [x for x in logs if x.endswith(("accuracy", "macro_f1")) and x != "eval_balanced_accuracy"]
             shown = {name.removeprefix("eval_").replace("_", " "): logs[name] for name in ("eval_loss", *names)}
             scores = " · ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            logger.info("evaluated at step %d · %s", state.global_step, scores)
+            alone = " (the transformer alone)" if self.is_alone else ""
+            logger.info("evaluated at step %d%s · %s", state.global_step, alone, scores)
         elif "loss" in logs and self._bar is not None:
             self._bar.set_postfix_str(f"loss {logs['loss']:.4g}, {logs['cells_per_second']:,.0f} cells/s")
         elif "loss" in logs:

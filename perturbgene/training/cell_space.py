@@ -22,7 +22,8 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.eval_utils import hidden_at
 from perturbgene.model import GeneBertForClassification
-from perturbgene.training.votes import LEAST_DEVIATION, direct_path, expression_of
+from perturbgene.training.transfer import LOADING, quiet
+from perturbgene.training.votes import LEAST_DEVIATION, READING, direct_path, expression_of
 
 EMBEDDING_FILE = "embedding.safetensors"
 #: Training cells that principal components are fitted to, and those whose states are read: drawn at random.
@@ -172,6 +173,24 @@ class JoinedSpace:
             return None
 
 
+def save_space(folder: Path, model: Any, cells: IterableAnnDataset, *, has_states: bool) -> None:
+    """Fit the joined space of a run whose weights `folder` has, and save it there; what cannot be fitted is left out.
+
+    Args:
+        folder: Where the weights are, and the space will be.
+        model: The model in memory; one that is spread over processes (FSDP) is read from the folder instead, since only
+            this process is here.
+        cells: All training cells.
+        has_states: Whether the transformer has learned anything.
+    """
+    with quiet(READING), quiet(LOADING):
+        if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+            model = type(model).from_pretrained(folder)
+        space = JoinedSpace.fit(model, cells, has_states=has_states)
+    if space is not None:
+        space.save(folder)
+
+
 def _read(
     model: Any, cells: IterableAnnDataset, *, has_states: bool
 ) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
@@ -206,9 +225,11 @@ def _variance(expression_ng: sparse.csr_matrix) -> np.ndarray:
 
 
 def _components(values_nc: Any, *, most: int) -> PCA | None:
-    """Fit at most so many principal components; None if there are too few cells or coordinates for one."""
-    num_components = min(most, min(values_nc.shape) - 1)
-    return PCA(num_components, svd_solver="arpack", random_state=0).fit(values_nc) if num_components > 0 else None
+    """Fit at most so many principal components; None if cells or coordinates are too few or all alike."""
+    num_components, square_c = min(most, min(values_nc.shape) - 1), _variance(sparse.csr_matrix(values_nc))
+    if num_components < 1 or not square_c.any():
+        return None
+    return PCA(num_components, svd_solver="arpack", random_state=0).fit(values_nc)
 
 
 def _votes(model: Any, tokenizer: GeneTokenizer) -> Sequence[np.ndarray]:

@@ -34,11 +34,12 @@ from perturbgene.errors import InputError, StoppedError, listed
 from perturbgene.eval_utils import ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
 from perturbgene.files import claimed, write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
+from perturbgene.model.heads import DirectPath
 from perturbgene.plots import loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
-from perturbgene.training.cell_space import JoinedSpace
+from perturbgene.training.cell_space import save_space
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.trainable import choose_weights
 from perturbgene.training.transfer import ConfigT, Start, from_scratch, quiet, run_config, start_from
@@ -337,7 +338,7 @@ def _train(
         settings |= tokenizer_facts(tokenizer)
         start = start_from(kind, config, tokenizer, seed=arguments.seed, **settings)
     model = start.model
-    has_shares = direct_path(model) is not None and (start.has_head or config.train_only != "votes")
+    has_states = start.has_head or config.train_only != "votes"
     if config.train_only == "votes":
         arguments.max_steps = 0
         vote_alone(model, has_head=start.has_head)
@@ -345,11 +346,8 @@ def _train(
         parts["adapters"] = choose_weights(model, config.train_only, is_new=start.is_new)
     if config.early_stopping_patience:
         parts["early_stopping"] = StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
-    if has_shares and evaluation is not None:
-        held_out = cells.whole("eval")
-        parts["before_scoring"] = lambda trained: fit_shares(trained, held_out)
-    elif has_shares:
-        logger.warning("no evaluation cells say how much the transformer may add to the genes' votes: all of it")
+    if has_states:
+        parts["before_scoring"] = _fit_shares_on(cells, direct_path(model))
     trainer = ShardedTrainer(args=arguments, model=model, train_dataset=cells.train, eval_dataset=evaluation, **parts)
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
     checkpoint = _checkpoint(config, arguments)
@@ -377,13 +375,27 @@ def _train(
     results = trainer.final_results()
     for line in describe_shares(model, tokenizer) if evaluation is not None else ():
         logger.info(line)
-    space = None
-    if is_first:
-        with quiet(READING):
-            has_states = config.train_only != "votes" or start.has_head
-            space = JoinedSpace.fit(model, cells.whole("train"), has_states=has_states)
-    trainer.deliver(lambda waiting: _write_run(waiting, trainer, config, tokenizer, results, start.lines, space))
+
+    def write_more(waiting: Path) -> None:
+        _write_run(waiting, trainer, config, tokenizer, results, kept=start.lines)
+        save_space(waiting, model, cells.whole("train"), has_states=has_states)
+
+    trainer.deliver(write_more)
     return folder
+
+
+def _fit_shares_on(cells: _Cells, path: DirectPath | None) -> Callable[[Any], None] | None:
+    """Return what finds out how much the transformer adds to the votes, or None; until then it adds nothing."""
+    if path is None:
+        return None
+    path.share_p2.zero_()
+    if cells.evaluation is None:
+        logger.warning(
+            "no evaluation cells say how much the transformer may add to the genes' votes for labels: it adds nothing"
+        )
+        return None
+    held_out = cells.whole("eval")
+    return lambda model: fit_shares(model, held_out)
 
 
 def _checkpoint(config: "TrainingConfig", arguments: TrainingArguments) -> str | None:
@@ -414,13 +426,11 @@ def _write_run(
     config: "TrainingConfig",
     tokenizer: GeneTokenizer,
     results: dict[str, Any],
+    *,
     kept: Sequence[str],
-    space: JoinedSpace | None,
 ) -> None:
-    """Write what a run folder holds besides the weights: tokenizer, scores, space of cells, model card and figure."""
+    """Write what a run folder holds besides the weights: tokenizer, scores, model card and a figure of the losses."""
     tokenizer.save_pretrained(folder)
-    if space is not None:
-        space.save(folder)
     write_json(folder / METRICS_FILE, without_nan(results), indent=1)
     name, cells = Path(config.output_dir).name, sum(trainer.cells.sizes)
     lines = [

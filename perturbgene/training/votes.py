@@ -6,6 +6,7 @@ Owns the regression's penalty and solution and the transformer's shares; leaves 
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -505,8 +506,21 @@ def earned_share(own_nk: np.ndarray, votes_nk: np.ndarray, label_n: np.ndarray) 
     return SHARES[best] if gain_n.mean() > gain_n.std() / np.sqrt(len(gain_n)) else 0.0
 
 
+@contextmanager
+def without_votes(model: Any) -> Iterator[None]:
+    """Let a model answer by its transformer alone for a while."""
+    path = direct_path(model)
+    if path is not None:
+        path.is_on = False
+    try:
+        yield
+    finally:
+        if path is not None:
+            path.is_on = True
+
+
 def fit_shares(model: Any, cells: IterableAnnDataset) -> None:
-    """Set the transformer's shares by held-out cells; those of phenotypes with too few labels stay as they are.
+    """Set the transformer's shares by held-out cells; where these are too few to say, it adds nothing to the votes.
 
     Args:
         model: With a direct path.
@@ -519,6 +533,7 @@ def fit_shares(model: Any, cells: IterableAnnDataset) -> None:
     with quiet(READING):
         for number, has_given, *arrays in _answers(model, path, cells):
             answers.setdefault((number, has_given), []).append(tuple(arrays))
+    path.share_p2.zero_()
     for place, batches in answers.items():
         own_nk, votes_nk, label_n = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         if len(label_n) >= LEAST_CELLS:

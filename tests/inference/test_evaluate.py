@@ -35,8 +35,9 @@ def cells(small_folder: Path) -> ad.AnnData:
 
 @pytest.fixture
 def own_run(small_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the run, free to change."""
-    shutil.copytree(small_folder / "runs/mlm", tmp_path / "run")
+    """A copy of the run, free to change, and as it was before somebody evaluated it."""
+    written = shutil.ignore_patterns("calibration.json", "novelty.safetensors", "coverage.csv", "evaluation")
+    shutil.copytree(small_folder / "runs/mlm", tmp_path / "run", ignore=written)
     return tmp_path / "run"
 
 
