@@ -167,6 +167,29 @@ def test_votes_and_shares_are_saved_with_the_weights(run: Path) -> None:
     )
 
 
+def test_the_transformer_adds_nothing_unless_enough_held_out_cells_say_so(
+    corpus: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells(20, seed=4).write_h5ad(tmp_path / "few.h5ad")
+    for name, held_out in (("few", tmp_path / "few.h5ad"), ("none", None)):
+        files: dict[str, Any] = {"corpus": corpus, "eval_data_paths": held_out}
+        if held_out is None:
+            files = {"train_data_paths": corpus / "train", "pretrained_model_path": run}
+        folder = mlm(**files, output_dir=tmp_path / name, max_steps=1, **SETTINGS)
+        path = votes.direct_path(load_run(folder).model)
+        assert path is not None and not path.share_p2.any()
+    assert "no evaluation cells say how much the transformer may add" in caplog.text
+
+
+def test_while_it_is_trained_the_transformer_is_scored_alone(corpus: Path, tmp_path: Path) -> None:
+    """Otherwise the votes decide which weights are the best: those of the first steps are as good as any."""
+    folder = mlm(corpus=corpus, output_dir=tmp_path / "run", max_steps=2, eval_steps=1, save_steps=1, **SETTINGS)
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    alone = [entry["eval_cell_type_accuracy"] for entry in history if "eval_loss" in entry]
+    delivered = json.loads((folder / "metrics.json").read_text())["cell_type"]["alone"]["accuracy"]
+    assert len(alone) == 2 and max(alone) < 0.8 < 0.95 < delivered
+
+
 def test_a_run_of_before_votes_were_solved_is_refused_with_the_reason(run: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(run, tmp_path / "old"))
     settings = json.loads((old / "config.json").read_text())
