@@ -5,6 +5,7 @@ Owns pooling of states and the joined space, which training saves as `embedding.
 the panel, k labels, h hidden size, c coordinates that are linear in expression.
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.eval_utils import hidden_at
 from perturbgene.model import GeneBertForClassification
 from perturbgene.training.transfer import LOADING, quiet
-from perturbgene.training.votes import LEAST_DEVIATION, READING, direct_path, expression_of
+from perturbgene.training.votes import READING, Scaled, direct_path, expression_of
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING_FILE = "embedding.safetensors"
 #: Training cells that principal components are fitted to, and those whose states are read: drawn at random.
@@ -115,21 +118,22 @@ class JoinedSpace:
             has_states: Whether the transformer has learned anything.
 
         Returns:
-            The space, or None if there are too few cells or genes for one component.
+            The space, or None if there are too few cells or genes for one component, or no gene varies.
         """
         expression_ng, mean_g, states_mh = _read(model, cells, has_states=has_states)
-        deviation_g = np.sqrt(_variance(expression_ng))
-        inverse_g = np.maximum(deviation_g, max(LEAST_DEVIATION * deviation_g.max(), 1e-12)) ** -POWER
-        components = _components(expression_ng @ sparse.diags_array(inverse_g), most=NUM_COMPONENTS)
-        if components is None:
+        scaled = Scaled.of(expression_ng, power=POWER)
+        if min(expression_ng.shape) < 2 or not scaled.variance_g.any():
             return None
-        parts = [inverse_g[:, None] * components.components_.T / np.sqrt(components.explained_variance_.sum())]
+        components = _components(scaled.values_ng, most=NUM_COMPONENTS)
+        parts = [scaled.scale_g[:, None] * components.components_.T / np.sqrt(components.explained_variance_.sum())]
         for votes_gk in (phenotypes := _votes(model, cells.tokenizer)):
             logits_nk = expression_ng @ votes_gk
-            if votes_gk.shape[1] > MOST_LOGITS and (few := _components(logits_nk, most=MOST_LOGITS)) is not None:
-                votes_gk, logits_nk = votes_gk @ few.components_.T, logits_nk @ few.components_.T
-            if (variance := logits_nk.var(axis=0).sum()) > 0:
-                parts.append(votes_gk * (LOGITS_WEIGHT / np.sqrt(len(phenotypes) * variance)))
+            if not logits_nk.var(axis=0).any():
+                continue
+            if votes_gk.shape[1] > MOST_LOGITS:
+                axes_kc = _components(logits_nk, most=MOST_LOGITS).components_.T
+                votes_gk, logits_nk = votes_gk @ axes_kc, logits_nk @ axes_kc
+            parts.append(votes_gk * (LOGITS_WEIGHT / np.sqrt(len(phenotypes) * logits_nk.var(axis=0).sum())))
         variance = states_mh.var(axis=0).sum() if len(states_mh) else 0.0
         scale = STATES_WEIGHT / np.sqrt(variance) if variance > 0 else 0.0
         mean_h = states_mh.mean(axis=0) if len(states_mh) else np.zeros(model.config.hidden_size)
@@ -143,7 +147,8 @@ class JoinedSpace:
             Float32 of shape (n, c + h), or (n, c) if the states say nothing; NaN for cells without genes of the panel.
         """
         measured_sg, table_n = block.tables(len(tokenizer.panel))
-        center_sc = (measured_sg * self.mean_g) @ self.axes_gc
+        tables, table_n = np.unique(table_n, return_inverse=True)
+        center_sc = (measured_sg[tables] * self.mean_g) @ self.axes_gc
         cells_nc = (
             expression_of(block, model.config)[:, tokenizer.first_gene_type :] @ self.axes_gc - center_sc[table_n]
         )
@@ -165,11 +170,15 @@ class JoinedSpace:
 
     @classmethod
     def load(cls, run: str | Path) -> "JoinedSpace | None":
-        """Return the space of a run; None if its folder has none, or a damaged one."""
+        """Return the space of a run; None if its folder has none, or, with a warning, a damaged one."""
+        path = Path(run) / EMBEDDING_FILE
+        if not path.exists():
+            return None
         try:
-            arrays = load_file(Path(run) / EMBEDDING_FILE)
+            arrays = load_file(path)
             return cls(arrays["axes"], arrays["mean"], arrays["states_mean"], float(arrays["states_scale"][0]))
-        except (OSError, SafetensorError, KeyError, IndexError):
+        except (OSError, SafetensorError, KeyError, IndexError) as error:
+            logger.warning("%s is damaged (%s): cells are embedded by the run's states alone", path, error)
             return None
 
 
@@ -219,17 +228,9 @@ def _among(block: TokenBlock, cells_m: np.ndarray) -> TokenBlock:
     return block.take(np.flatnonzero(np.isin(block.cells_n, cells_m)))
 
 
-def _variance(expression_ng: sparse.csr_matrix) -> np.ndarray:
-    mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
-    return np.maximum(np.asarray(expression_ng.power(2).mean(axis=0)).ravel() - mean_g**2, 0)
-
-
-def _components(values_nc: Any, *, most: int) -> PCA | None:
-    """Fit at most so many principal components; None if cells or coordinates are too few or all alike."""
-    num_components, square_c = min(most, min(values_nc.shape) - 1), _variance(sparse.csr_matrix(values_nc))
-    if num_components < 1 or not square_c.any():
-        return None
-    return PCA(num_components, svd_solver="arpack", random_state=0).fit(values_nc)
+def _components(values_nc: Any, *, most: int) -> PCA:
+    """Fit at most so many principal components, fewer than there are cells and coordinates."""
+    return PCA(min(most, min(values_nc.shape) - 1), svd_solver="arpack", random_state=0).fit(values_nc)
 
 
 def _votes(model: Any, tokenizer: GeneTokenizer) -> Sequence[np.ndarray]:

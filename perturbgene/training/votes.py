@@ -85,7 +85,7 @@ class Regression:
 
 
 @dataclass(frozen=True)
-class _Scaled:
+class Scaled:
     """Expression of n cells, each gene divided by a power of its standard deviation."""
 
     values_ng: sparse.csr_matrix
@@ -94,7 +94,7 @@ class _Scaled:
     scale_g: np.ndarray  # what each gene was multiplied by
 
     @classmethod
-    def of(cls, expression_ng: sparse.csr_matrix, *, power: float) -> "_Scaled":
+    def of(cls, expression_ng: sparse.csr_matrix, *, power: float) -> "Scaled":
         mean_g = np.asarray(expression_ng.mean(axis=0)).ravel()
         variance_g = np.maximum(np.asarray(expression_ng.power(2).mean(axis=0)).ravel() - mean_g**2, 0)
         deviation_g = np.sqrt(variance_g)
@@ -198,7 +198,7 @@ def solve(
         start: Where to start with many cells; by default at the prior.
         weight_n: Weight of each cell; by default 1.
     """
-    scaled = _Scaled.of(expression_ng, power=power)
+    scaled = Scaled.of(expression_ng, power=power)
     weight_n = np.ones(len(label_n)) if weight_n is None else weight_n
     prior_gk = prior.votes_gk / scaled.scale_g[:, None]
     settings: dict[str, Any] = {"strength": penalty * scaled.total_variance, "weight_n": weight_n}
@@ -260,7 +260,7 @@ def choose(
     has_many = offset_nk.shape[1] > MANY_LABELS
     best: Choice | None = None
     for power in POWERS[:1] if has_many else POWERS:
-        scaled = _Scaled.of(expression_ng, power=power)
+        scaled = Scaled.of(expression_ng, power=power)
         products_nn = (scaled.values_ng @ scaled.values_ng.T).toarray()
         axes, others, found = [], [], list[Any]([None] * len(folds))
         for fitted, held_out in folds:
@@ -428,7 +428,7 @@ def _voters(expression_ng: sparse.csr_matrix, *, most: int) -> np.ndarray:
     """Return which genes may vote, ascending: all, or those whose expression varies most."""
     if expression_ng.shape[1] <= most:
         return np.arange(expression_ng.shape[1])
-    variance_g = _Scaled.of(expression_ng, power=0.0).variance_g
+    variance_g = Scaled.of(expression_ng, power=0.0).variance_g
     logger.warning("%s of %s genes vote, those that vary most: more votes would not fit into memory",
                    f"{most:,}", f"{len(variance_g):,}")  # fmt: skip
     return np.sort(np.argsort(-variance_g, kind="stable")[:most])

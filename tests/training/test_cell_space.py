@@ -117,7 +117,9 @@ def test_many_labels_take_few_coordinates(cells: ad.AnnData, monkeypatch: pytest
     assert space is not None and space.axes_gc.shape[1] == 8 + 2 + 2  # three cell types, two tissues
 
 
-def test_a_run_without_a_space_says_so(cells: ad.AnnData, saved: Run, tmp_path: Path) -> None:
+def test_a_run_without_a_space_says_so(
+    cells: ad.AnnData, saved: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     old = load_run(save(a_run(), tmp_path / "old"), device="cpu")
     found = embed(cells, old)
     assert found.uns["perturbgene"]["pooling"] == "asked" and found.obsm[KEY].shape[1] == HIDDEN
@@ -125,5 +127,6 @@ def test_a_run_without_a_space_says_so(cells: ad.AnnData, saved: Run, tmp_path: 
         embed(cells, old, pooling="joined")
     for content in (b"", b"not a tensor file", Path(saved.path, EMBEDDING_FILE).read_bytes()[:-9]):
         (tmp_path / "old" / EMBEDDING_FILE).write_bytes(content)
-        assert replace(old).space is None
+        caplog.clear()
+        assert replace(old).space is None and f"{EMBEDDING_FILE} is damaged" in caplog.text
     assert embed(cells, saved).uns["perturbgene"]["pooling"] == "joined"
