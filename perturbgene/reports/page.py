@@ -1,7 +1,7 @@
-"""From the content of a report to one HTML file that loads nothing: text is escaped, script and style are hashed.
+"""From the content of a page to one HTML file that loads nothing: text is escaped, script and style are hashed.
 
-Owns HTML, how arrays reach the script, and the coordinates of charts; leaves what is said to `labels`. Letters: m cells
-on the map, c columns that color them.
+Owns HTML, how arrays reach the script, and the coordinates of charts; leaves what is said to the modules of each kind
+of page. Letters: m cells on the map, c columns that color them.
 """
 
 import base64
@@ -9,29 +9,75 @@ import hashlib
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from perturbgene import __version__
+from perturbgene.errors import InputError
+from perturbgene.files import write_text
+from perturbgene.plots import save_figure
 
 ASSETS = importlib.resources.files("perturbgene.reports") / "assets"
 #: First words of every page that we write, by which an older one is known.
 MARKER = '<!DOCTYPE html>\n<meta name="generator" content="perturbgene report">'
 #: Most columns that color the map, most labels of one, and most letters of a name.
 MOST_COLUMNS, MOST_LABELS, MOST_LETTERS = 30, 400, 80
+#: Most findings that are shown at once.
+MOST_FINDINGS = 4
 #: The drawing area within the 360 x 250 units of a chart.
 LEFT, TOP, WIDTH, HEIGHT = 58, 12, 290, 190
 
 
-def render(content: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """Return the page.
+@dataclass(frozen=True)
+class Page:
+    """What a page is made of.
 
     Args:
-        content: What the template names.
-        data: What the script reads, as JSON; no NaN.
+        template: Its file in `assets`, which extends `page.html.jinja`.
+        title, sentence: What was asked of what.
+        findings: Sentences that a reader must not miss.
+        sections: What the template names.
+        data: What the script reads, as JSON without NaN; with "map" (a `map_data` or None) there is a map.
+        figures: Name -> figure to save as PNG next to the page.
+        map_note: How the map was made.
+        notes: Sentences at the end.
     """
+
+    template: str
+    title: str
+    sentence: str
+    findings: Sequence[str]
+    sections: Mapping[str, Any]
+    data: Mapping[str, Any]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    map_note: str = ""
+    notes: Sequence[str] = ()
+
+
+def write_page(page: Page, target: Path) -> None:
+    """Write the page, and its figures as `STEM.NAME.png`.
+
+    Raises:
+        InputError: The target is not a page of ours, or cannot be written.
+    """
+    try:
+        if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith(MARKER):
+            raise InputError(f"{target} exists and is not a report. Choose another --output.")
+        for name, figure in page.figures.items():
+            save_figure(figure, target.with_suffix(f".{name}.png"))
+        write_text(target, render(page))
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (ASSETS / name).read_text(encoding="utf-8")), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -40,7 +86,10 @@ def render(content: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     parts = {name: (ASSETS / f"page.{ending}").read_text(encoding="utf-8") for name, ending in _ENDINGS.items()}
     hashes = {f"{name}_hash": _hash(text) for name, text in parts.items()}
     embedded = {name: Markup(text) for name, text in parts.items()}
-    body = environment.get_template("page.html.jinja").render(**content, **embedded, **hashes, data=data)
+    body = environment.get_template(page.template).render(
+        **page.sections, **embedded, **hashes, content=page, data=page.data, version=__version__,
+        most_findings=MOST_FINDINGS,
+    )  # fmt: skip
     return f"{MARKER}\n{body}"
 
 

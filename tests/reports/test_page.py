@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from perturbgene.reports.answers import MOST_CELLS, answers_page
 from perturbgene.reports.labels import Phenotype
-from perturbgene.reports.page import MARKER, map_data
-from perturbgene.reports.report import MOST_CELLS, Content, write_page
+from perturbgene.reports.page import MARKER, map_data, write_page
 
 ODD_LABELS = ["</script><script>alert(1)</script>", "{{ 7 * 7 }}", "=HYPERLINK(A1)", "$\\alpha$", "<b>B & 'T'"]
 
@@ -31,8 +31,8 @@ def write(obs: pd.DataFrame, path, *, num_drawn: int) -> str:
     """Write a page of predictions of which the first cells are on the map, and return its text."""
     places_m2 = np.random.default_rng(1).normal(size=(num_drawn, 2))
     section = Phenotype("cell_type", obs, "cell_type")
-    note = f"a sample of {num_drawn:,}"
-    write_page(Content("t", "s", [], [section], np.arange(num_drawn), places_m2, list(obs.columns), note), path)
+    drawn = {"rows_m": np.arange(num_drawn), "places_m2": places_m2, "map_note": f"a sample of {num_drawn:,}"}
+    write_page(answers_page("t", "s", [], [section], columns=list(obs.columns), **drawn), path)
     return path.read_text(encoding="utf-8")
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from perturbgene.inference.evaluated_cells import CELLS_FILE
 from perturbgene.main import main
+from perturbgene.reports.answers import of_evaluation, read_evaluation
 from perturbgene.reports.labels import Phenotype
-from perturbgene.reports.report import of_evaluation, report
+from perturbgene.reports.report import report
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -38,7 +39,7 @@ def folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def phenotype(folder: Path) -> Phenotype:
     """The cell types of the evaluation."""
-    return next(one for one in of_evaluation(folder / "scores").phenotypes if one.name == "cell_type")
+    return next(one for one in read_evaluation(folder / "scores").phenotypes if one.name == "cell_type")
 
 
 def test_verbs_write_a_page_and_its_figures(folder: Path) -> None:

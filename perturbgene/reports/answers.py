@@ -1,0 +1,295 @@
+"""What a page says about an evaluation or about predictions: which cells, and the sentences at its top.
+
+Owns reading what `evaluate` and `predict` have written; leaves phenotypes to `labels`, places of cells to `layout` and
+HTML to `page`. Letters: n cells, m cells on the map.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from perturbgene.cli.verbs import PredictConfig
+from perturbgene.configs import load_config
+from perturbgene.corpus.manifest import Corpus
+from perturbgene.data_utils.opening import FileList, open_source
+from perturbgene.data_utils.sources import StoredCells
+from perturbgene.errors import InputError
+from perturbgene.inference.baselines import NAMES
+from perturbgene.inference.classifiers import sample
+from perturbgene.inference.evaluate import COVERAGE_FILE
+from perturbgene.inference.evaluated_cells import CELLS_FILE, DONOR, EMBEDDING, column_name
+from perturbgene.inference.run import load_run
+from perturbgene.inference.starts import embedding_of
+from perturbgene.inference.streaming import open_cells
+from perturbgene.plots import cells_figure, certainty_figure
+from perturbgene.reports.labels import Phenotype
+from perturbgene.reports.layout import umap_layout
+from perturbgene.reports.page import Page, map_data
+from perturbgene.reports.statistics import Thresholds
+from perturbgene.training.transfer import quiet
+from perturbgene.training.votes import READING
+
+#: Most cells on the map, and most that are embedded for it: embedding a cell takes as long as one question about it.
+MOST_CELLS, MOST_EMBEDDED = 20_000, 2_000
+#: Below this share of the run's genes a page says so first.
+LOW_COVERAGE = 0.9
+#: Where the slider starts if `predict` did not abstain.
+THRESHOLD = 0.5
+#: Percentile among held-out cells above which a cell counts as unusual; one in a hundred held-out cells is above it.
+UNUSUAL = 99
+#: Columns of a phenotype that may color the map, as what stands before and after its name.
+COLORS = (("predicted_", ""), ("", ""), ("predicted_", "_probability"))
+
+
+def answers_page(
+    title: str,
+    sentence: str,
+    findings: Sequence[str],
+    phenotypes: Sequence[Phenotype],
+    *,
+    rows_m: np.ndarray,
+    places_m2: np.ndarray,
+    columns: Sequence[str],
+    map_note: str,
+    notes: Sequence[str] = (),
+    embedding: Sequence[Mapping[str, Any]] = (),
+) -> Page:
+    """Return the page about answers, with its figures `map` and one named after each phenotype.
+
+    Args:
+        title, sentence: What was asked of which cells.
+        findings: Sentences that a reader must not miss.
+        phenotypes: The sections.
+        rows_m, places_m2: Which cells are on the map, and where.
+        columns: Columns of `obs` that may color the map, the first one first.
+        map_note: How the map was made.
+        notes: Sentences at the end.
+        embedding: Rows of the table that compares embeddings.
+    """
+    obs, figures = phenotypes[0].obs.iloc[rows_m], {}
+    data: dict[str, Any] = {"phenotypes": [one.data() for one in phenotypes], "map": None}
+    if len(obs):
+        order = np.random.default_rng(0).permutation(len(obs))  # no label is drawn on top of all others
+        obs, places_m2 = obs.iloc[order], places_m2[order]
+        data["map"] = map_data(places_m2, obs[list(columns)])
+        color = f"predicted_{phenotypes[0].column}"
+        figures["map"] = cells_figure(places_m2, obs[color], obs[f"{color}_probability"], title=title)
+    for one in phenotypes:
+        found = Thresholds.of(one.probability_n, one.right_n() if one.is_evaluated else None)
+        curves = (found.count_b, found.coverage_b, found.expected_b, found.measured_b)
+        figures[one.column.replace("/", "_")] = certainty_figure(*curves, title=one.name)
+    sections = {"phenotypes": [one.content(number) for number, one in enumerate(phenotypes)], "embedding": embedding}
+    return Page("answers.html.jinja", title, sentence, findings, sections, data, figures, map_note, notes)
+
+
+# -- an evaluation ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` has written into a folder."""
+
+    results: Mapping[str, Any]  # as in metrics.json
+    obs: pd.DataFrame  # of cells.h5ad
+    facts: Mapping[str, Any]
+    states_nh: np.ndarray | None  # NaN where a cell was not embedded
+    phenotypes: Sequence[Phenotype]
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read what `evaluate` has written.
+
+    Raises:
+        InputError: A file is missing or was not written by this version.
+    """
+    try:
+        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no scores ({error}). Run `perturbgene evaluate` again.") from error
+    with closing(open_source(str(folder / CELLS_FILE))) as source:
+        assert isinstance(source, StoredCells)
+        obs, facts = source.table("obs"), source.element("uns/perturbgene")
+        states_nh = source.element(f"obsm/{EMBEDDING}")
+    coverage = pd.read_csv(folder / COVERAGE_FILE) if (folder / COVERAGE_FILE).exists() else None
+    phenotypes = []
+    for name, scores in results.items():
+        if name in ("genes", "embedding") or f"predicted_{column_name(name)}" not in obs:
+            continue
+        own = None if coverage is None else coverage[coverage["phenotype"] == name]
+        phenotypes.append(Phenotype(name, obs, column_name(name), scores, own, THRESHOLD, is_evaluated=True))
+    return Evaluation(results, obs, facts, states_nh, phenotypes)
+
+
+def of_evaluation(folder: Path) -> Page:
+    """Return the page about an evaluation; raises InputError as `read_evaluation` does."""
+    read = read_evaluation(folder)
+    obs, facts, phenotypes, states_nh = read.obs, read.facts, read.phenotypes, read.states_nh
+    embedded = np.zeros(0, dtype=int) if states_nh is None else np.flatnonzero(np.isfinite(states_nh).all(axis=1))
+    num_cells, names = int(facts["num_cells"]), [one.name for one in phenotypes]
+    kept = f"Thresholds, confusion and reliability are of {_some(len(obs), num_cells)}."
+    donors = f", donors: {obs[DONOR].nunique():,}" if DONOR in obs else ""
+    columns = [f"{pre}{one.column}{end}" for one in phenotypes for pre, end in COLORS]
+    return answers_page(
+        f"{', '.join(names)} of held-out cells",
+        f"{facts['run']} was asked for {', '.join(names)} of {num_cells:,} held-out cells{donors}.",
+        [*_about_scores(phenotypes), *_about_evaluated_cells(facts, obs), *_about_corpus(str(facts["run"]))],
+        phenotypes,
+        rows_m=embedded,
+        places_m2=umap_layout(states_nh[embedded]) if len(embedded) else np.zeros((0, 2)),
+        columns=[*columns, DONOR] if DONOR in obs else columns,
+        map_note=f"UMAP of the run's embedding of {_some(len(embedded), num_cells)}, with no phenotype given.",
+        notes=[kept] if len(obs) < num_cells else [],
+        embedding=_embedding_rows(read.results),
+    )
+
+
+def _embedding_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each phenotype and embedding."""
+    return [
+        {"phenotype": name, "embedding": "principal components" if kind == "pca" else kind, "best": False, **scores}
+        for name, of in results.get("embedding", {}).items()
+        for kind, scores in of.items()
+    ]
+
+
+def _about_scores(phenotypes: Sequence[Phenotype]) -> list[str]:
+    """Say of each phenotype who answers best."""
+    sentences = []
+    for one in phenotypes:
+        own, scores = next(iter(one.scores.items()))
+        best = next((name for name, other in one.scores.items() if other.get("best")), own)
+        text = f"{one.name}: the run is right in {100 * scores['accuracy']:.1f} % of the cells"
+        if best != own:
+            num_more = round((one.scores[best]["accuracy"] - scores["accuracy"]) * scores["n"])
+            text += f", {NAMES.get(best, best)} in {100 * one.scores[best]['accuracy']:.1f} % ({num_more:,} more)"
+        elif scores.get("best"):
+            text += ", at least as many as every baseline"
+        if scores.get("calibration", {}).get("is_at_limit"):
+            text += "; its probabilities say almost nothing and are not to be trusted"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def _about_evaluated_cells(facts: Mapping[str, Any], obs: pd.DataFrame) -> list[str]:
+    """Say what makes the scores look better or less sure than they are."""
+    sentences = _about_genes(facts)
+    if num_seen := int(facts["num_training_cells"]):
+        sentences.append(f"{num_seen:,} of the cells are training cells of the run, so scores are too good.")
+    if (num_donors := obs[DONOR].nunique() if DONOR in obs else 0) < 3:
+        which = f"come from {num_donors} donor{'s' * (num_donors > 1)}" if num_donors else "name no donor"
+        sentences.append(f"The cells {which}, so nothing says how much scores differ between donors.")
+    return sentences
+
+
+def _about_genes(facts: Mapping[str, Any]) -> list[str]:
+    coverage = float(facts["gene_coverage"])
+    if coverage >= LOW_COVERAGE:
+        return []
+    return [
+        f"The cells were measured with {100 * coverage:.0f} % of the run's genes: answers are less sure than they look."
+    ]
+
+
+def _about_corpus(run: str) -> list[str]:
+    """Return what `prepare` found in the corpus that the run was trained on, as far as it is there."""
+    with suppress(InputError, OSError):
+        corpus = getattr(load_config(Path(run) / "run.yaml"), "corpus", None)
+        if corpus:
+            return [f"Corpus: {finding}" for finding in Corpus.open(corpus).manifest["audit"]]
+    return []
+
+
+# -- predictions --------------------------------------------------------------------------------------------------
+
+
+def of_predictions(path: Path, *, device: str, reading: Mapping[str, Any]) -> Page:
+    """Read what `predict` has written, and embed a sample of its cells unless the file has a map.
+
+    Raises:
+        InputError: The file was not written by `predict`.
+    """
+    with closing(open_source(str(path))) as source:
+        facts = source.element("uns/perturbgene") if isinstance(source, StoredCells) else None
+        if not isinstance(source, StoredCells) or not isinstance(facts, dict) or "calibration" not in facts:
+            raise InputError(f"{path} was not written by `perturbgene predict`. Give its output, or a run folder.")
+        facts = {**facts, **{name: json.loads(facts[name]) for name in ("calibration", "given")}}
+        obs, names = source.table("obs"), list(facts["calibration"])
+        answered_n = obs[f"predicted_{names[0]}"].notna().to_numpy()
+        rows_m, places_m2, note = _map_of_predictions(source, facts, answered_n, device=device, reading=reading)
+    threshold = float(facts.get("abstain", THRESHOLD))
+    phenotypes = [Phenotype(name, obs, name, threshold=threshold) for name in names]
+    given = [f"{name} = {label or 'as in obs'}" for name, label in facts["given"].items()]
+    known = ", ".join(given) or "nothing but their genes"
+    first = [
+        it
+        for name in names
+        for it in (f"predicted_{name}", f"predicted_{name}_probability", f"ood_{name}_score_percentile")
+    ]
+    rest = [str(name) for name in obs.columns if not str(name).startswith(("predicted_", "ood_", "audit_"))]
+    return answers_page(
+        f"{', '.join(names)} of {path.name}",
+        f"{facts['run']} was asked for {', '.join(names)} of {len(obs):,} cells, given {known}.",
+        _about_predictions(facts, obs, names), phenotypes, rows_m=rows_m, places_m2=places_m2,
+        columns=[name for name in [*first, *rest] if name in obs], map_note=note,
+    )  # fmt: skip
+
+
+def _map_of_predictions(
+    source: StoredCells, facts: Mapping[str, Any], answered_n: np.ndarray, *, device: str, reading: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return which cells are on the map, their places, and how it was made: from the file, or by embedding a sample."""
+    own = [name for name in ("X_umap", EMBEDDING) if f"obsm/{name}" in source.file]
+    answered = np.flatnonzero(answered_n)
+    rows_m = answered[sample(len(answered), most=MOST_CELLS if own else MOST_EMBEDDED, seed=0)]
+    shown = _some(len(rows_m), len(answered_n))
+    if own:
+        points_mc = np.asarray(source.element(f"obsm/{own[0]}"), dtype=np.float64)[rows_m]
+        kept = np.isfinite(points_mc).all(axis=1)
+        places_m2 = points_mc[kept][:, :2] if own[0] == "X_umap" else umap_layout(points_mc[kept])
+        text = "The file's own X_umap" if own[0] == "X_umap" else "UMAP of the file's own X_perturbgene"
+        return rows_m[kept], places_m2, f"{text}: {shown}."
+    reading = {**reading, "where": ()}  # rows are those of the whole file
+    try:
+        run = load_run(str(facts["run"]), device=device)
+        with quiet(READING):
+            dataset = open_cells(FileList([source.path]), run, {}, tokenizer=run.tokenizer.reading([]), **reading)
+        states_mh = embedding_of(run, dataset, rows_m, batch_tokens=PredictConfig.batch_tokens)
+    except InputError as error:
+        return rows_m[:0], np.zeros((0, 2)), f"There is no map, because the cells could not be embedded: {error}"
+    return rows_m, umap_layout(states_mh), f"UMAP of the run's embedding of {shown}, with no phenotype given."
+
+
+def _about_predictions(facts: Mapping[str, Any], obs: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Say what a reader of predictions must not miss."""
+    sentences = _about_genes(facts)
+    if num_empty := int(obs[f"predicted_{names[0]}"].isna().sum()):
+        sentences.append(f"{num_empty:,} cells have no answer: they express no gene of the run, or were left out.")
+    with suppress(OSError, ValueError, KeyError, StopIteration):
+        results = json.loads((Path(str(facts["run"])) / "evaluation/metrics.json").read_text(encoding="utf-8"))
+        for name in names:
+            accuracy = next(iter(results[name].values()))["accuracy"]
+            sentences.append(f"{name}: on its held-out cells the run was right in {100 * accuracy:.1f} %.")
+    for name in names:
+        if str(facts["calibration"][name]).startswith("uncalibrated"):
+            sentences.append(f"{name}: probabilities are {facts['calibration'][name]}, so they may be too high.")
+        percentile_n = obs.get(f"ood_{name}_score_percentile")
+        if percentile_n is not None:
+            sentences.append(
+                f"{name}: {100 * float((percentile_n > UNUSUAL).mean()):.1f} % of the cells are more unusual than "
+                f"{UNUSUAL} % of the run's held-out cells; 1 % would be usual."
+            )
+        audit_n = obs.get(f"audit_{name}_probability")
+        if audit_n is not None and (num_doubted := int((audit_n < 0.1).sum())):
+            sentences.append(f"{name}: {num_doubted:,} cells have a label of probability below 0.1 (audit).")
+    return sentences
+
+
+def _some(num_shown: int, num_cells: int) -> str:
+    """Say how many cells are shown."""
+    return f"all {num_cells:,} cells" if num_shown == num_cells else f"a sample of {num_shown:,} of {num_cells:,} cells"
