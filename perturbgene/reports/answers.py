@@ -141,7 +141,7 @@ def of_evaluation(folder: Path) -> Page:
         [*_about_scores(phenotypes), *_about_evaluated_cells(facts, obs), *_about_corpus(str(facts["run"]))],
         phenotypes,
         rows_m=embedded,
-        places_m2=umap_layout(states_nh[embedded]) if len(embedded) else np.zeros((0, 2)),
+        places_m2=np.zeros((0, 2)) if states_nh is None else umap_layout(states_nh[embedded]),
         columns=[*columns, DONOR] if DONOR in obs else columns,
         map_note=f"UMAP of the run's embedding of {_some(len(embedded), num_cells)}, with no phenotype given.",
         notes=[kept] if len(obs) < num_cells else [],
