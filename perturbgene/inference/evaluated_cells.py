@@ -3,8 +3,9 @@
 Owns what each column is called; leaves answers to `eval_utils` and `baselines`. Letters: n cells, m kept cells.
 
 `obs` has, for each phenotype X, the true label `X`, the first answer `predicted_X` (with nothing given), its calibrated
-probability `predicted_X_probability` and the uncalibrated one `predicted_X_raw_probability`, `fitted_X` (True if the
-run or its temperature was fitted on the cell), and `predicted_X.NAME` for each further question and baseline.
+probability `predicted_X_probability` and the uncalibrated one `predicted_X_raw_probability`, the calibrated probability
+of the true label `audit_X_probability`, `fitted_X` (True if the run or its temperature was fitted on the cell), and
+`predicted_X.NAME` for each further question and baseline.
 """
 
 from collections.abc import Mapping
@@ -66,8 +67,11 @@ def evaluated_cells(
             continue
         entry = calibration.nearest(category, asked=question.asked, given=question.given)
         columns |= {name: pd.Categorical.from_codes(true_m, categories=labels), f"predicted_{name}": predicted}
-        for kind, temperature in (("raw_probability", 1.0), ("probability", entry.temperature if entry else 1.0)):
-            columns[f"predicted_{name}_{kind}"] = softmax(logits_mk / np.float32(temperature), axis=1).max(axis=1)
+        probability_mk = softmax(logits_mk / np.float32(entry.temperature if entry else 1.0), axis=1)
+        columns[f"predicted_{name}_raw_probability"] = softmax(logits_mk, axis=1).max(axis=1)
+        columns[f"predicted_{name}_probability"] = probability_mk.max(axis=1)
+        own_m = probability_mk[np.arange(len(true_m)), np.maximum(true_m, 0)]
+        columns[f"audit_{name}_probability"] = np.where(true_m >= 0, own_m, np.nan).astype(np.float32)
         new_m = np.flatnonzero(~is_seen_n[cells_m])
         is_fitted_m = np.full(len(cells_m), entry is not None)
         if entry:

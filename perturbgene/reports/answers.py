@@ -32,6 +32,7 @@ from perturbgene.reports.labels import Phenotype
 from perturbgene.reports.layout import umap_layout
 from perturbgene.reports.page import Page, map_data
 from perturbgene.reports.statistics import Thresholds
+from perturbgene.reports.tables import cell_table, number_table
 from perturbgene.training.transfer import quiet
 from perturbgene.training.votes import READING
 
@@ -41,6 +42,8 @@ MOST_CELLS, MOST_EMBEDDED = 20_000, 2_000
 LOW_COVERAGE = 0.9
 #: Where the slider starts if `predict` did not abstain.
 THRESHOLD = 0.5
+#: A label of a lower probability is worth a sentence.
+DOUBTED = 0.1
 #: Percentile among held-out cells above which a cell counts as unusual; one in a hundred held-out cells is above it.
 UNUSUAL = 99
 #: Columns of a phenotype that may color the map, as what stands before and after its name.
@@ -84,8 +87,10 @@ def answers_page(
         found = Thresholds.of(one.probability_n, one.right_n() if one.is_evaluated else None)
         curves = (found.count_b, found.coverage_b, found.expected_b, found.measured_b)
         figures[one.column.replace("/", "_")] = certainty_figure(*curves, title=one.name)
-    sections = {"phenotypes": [one.content(number) for number, one in enumerate(phenotypes)], "embedding": embedding}
-    return Page("answers.html.jinja", title, sentence, findings, sections, data, figures, map_note, notes)
+    contents = [one.content(number) for number, one in enumerate(phenotypes)]
+    tables = {"tables": number_table(phenotypes, contents, embedding), "cells": cell_table(phenotypes)}
+    sections = {"phenotypes": contents, "embedding": embedding}
+    return Page("answers.html.jinja", title, sentence, findings, sections, data, figures, tables, map_note, notes)
 
 
 # -- an evaluation ------------------------------------------------------------------------------------------------
@@ -138,7 +143,12 @@ def of_evaluation(folder: Path) -> Page:
     return answers_page(
         f"{', '.join(names)} of held-out cells",
         f"{facts['run']} was asked for {', '.join(names)} of {num_cells:,} held-out cells{donors}.",
-        [*_about_scores(phenotypes), *_about_evaluated_cells(facts, obs), *_about_corpus(str(facts["run"]))],
+        [
+            *_about_scores(phenotypes),
+            *_about_evaluated_cells(facts, obs),
+            *_about_labels(obs, {one.name: one.column for one in phenotypes}),
+            *_about_corpus(str(facts["run"])),
+        ],
         phenotypes,
         rows_m=embedded,
         places_m2=np.zeros((0, 2)) if states_nh is None else umap_layout(states_nh[embedded]),
@@ -284,10 +294,18 @@ def _about_predictions(facts: Mapping[str, Any], obs: pd.DataFrame, names: Seque
                 f"{name}: {100 * float((percentile_n > UNUSUAL).mean()):.1f} % of the cells are more unusual than "
                 f"{UNUSUAL} % of the run's held-out cells; 1 % would be usual."
             )
-        audit_n = obs.get(f"audit_{name}_probability")
-        if audit_n is not None and (num_doubted := int((audit_n < 0.1).sum())):
-            sentences.append(f"{name}: {num_doubted:,} cells have a label of probability below 0.1 (audit).")
-    return sentences
+    return [*sentences, *_about_labels(obs, {name: name for name in names})]
+
+
+def _about_labels(obs: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
+    """Say how many cells have a label that the run finds improbable; `columns` has each phenotype's name in `obs`."""
+    audits = {name: obs.get(f"audit_{column}_probability") for name, column in columns.items()}
+    counts = {name: int((audit_n < DOUBTED).sum()) for name, audit_n in audits.items() if audit_n is not None}
+    return [
+        f"{name}: {count:,} cells have a label of probability below {DOUBTED}: check these labels first."
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def _some(num_shown: int, num_cells: int) -> str:

@@ -25,7 +25,10 @@ from perturbgene.reports.statistics import (
 
 #: Most labels in the confusion matrix: those of which most cells are wrong.
 MOST_CONFUSED = 60
-MOST_DOUBTFUL = 15
+#: Most cells in tables of doubtful answers and labels, on the page and in the CSV next to it.
+MOST_SHOWN, MOST_LISTED = 15, 1_000
+#: Labels of a lower probability are doubted, unless they are the answer.
+IMPROBABLE = 0.5
 #: Most donors in the table: those with most cells.
 MOST_DONORS = 60
 
@@ -81,7 +84,9 @@ class Phenotype:
         found = Thresholds.of(self.probability_n, self.right_n() if self.is_evaluated else None)
         content = {"name": self.name, "id": f"p{number}", "is_evaluated": self.is_evaluated, "types": self.types()}
         content |= {"threshold": self.threshold, "charts": self.threshold_charts(found, number)}
-        content |= {"doubtful": self.doubtful(), "scores": [], "donors": [], "pairs": [], "confusion": None}
+        content |= {"unsure": self.unsure(most=MOST_SHOWN).to_dict("records")}
+        content |= {"doubted": self.doubted_labels(most=MOST_SHOWN).to_dict("records")}
+        content |= {"scores": [], "donors": [], "pairs": [], "confusion": None}
         content["reliability"] = None
         if self.is_evaluated and self.known_n.any():
             content |= {"scores": self.score_rows(), "donors": self.donor_rows(), "reliability": self.reliability()}
@@ -142,18 +147,32 @@ class Phenotype:
             curve.add_line("measured on these cells", found.coverage_b.tolist(), found.measured_b.tolist())
         return [histogram, curve]
 
-    def doubtful(self) -> list[dict[str, Any]]:
-        """Return the cells whose answer is least probable."""
-        order = np.argsort(np.where(np.isfinite(self.probability_n), self.probability_n, 2), kind="stable")
-        rows, answers = [], self.answer_n.astype(object).to_numpy()
-        for row in order[:MOST_DOUBTFUL]:
-            cell = {"cell": self.obs.index[row], "answer": answers[row], "probability": self.probability_n[row]}
-            others = {"true": self.column, "next": f"predicted_{self.column}_2", "donor": DONOR}
-            if not self.is_evaluated:
-                others.pop("true")
-            cell |= {key: _text(self.obs[name].iloc[row]) for key, name in others.items() if name in self.obs}
-            rows.append(cell)
-        return rows
+    def unsure(self, *, most: int = MOST_LISTED) -> pd.DataFrame:
+        """Return the cells whose answer is least probable, see `_cells`."""
+        rows = np.flatnonzero(np.isfinite(self.probability_n))
+        return self._cells(rows[np.argsort(self.probability_n[rows], kind="stable")[:most]])
+
+    def doubted_labels(self, *, most: int = MOST_LISTED) -> pd.DataFrame:
+        """Return the cells whose own label is improbable and not the answer, the least probable first, see `_cells`."""
+        own_n = self.obs.get(f"audit_{self.column}_probability")
+        if own_n is None:
+            return pd.DataFrame()
+        is_doubted_n = own_n.to_numpy() < IMPROBABLE  # not where it is NaN, since no label is known
+        if self.column in self.obs:
+            is_doubted_n &= self.answer_n.astype(object).to_numpy() != self.obs[self.column].astype(object).to_numpy()
+        rows = np.flatnonzero(is_doubted_n)
+        return self._cells(rows[np.argsort(own_n.to_numpy()[rows], kind="stable")[:most]])
+
+    def _cells(self, rows_m: np.ndarray) -> pd.DataFrame:
+        """Return cells with what is known of label, answer and donor, as columns of text and probabilities."""
+        names = {
+            "label": self.column, "label_probability": f"audit_{self.column}_probability", "answer": self.answer_n.name,
+            "probability": f"predicted_{self.column}_probability", "next_answer": f"predicted_{self.column}_2",
+            "donor": DONOR,
+        }  # fmt: skip
+        cells = self.obs.iloc[rows_m]
+        known = {key: cells[name].to_numpy() for key, name in names.items() if name in cells}
+        return pd.DataFrame({"cell": cells.index.astype(str), **known})
 
     def score_rows(self) -> list[dict[str, Any]]:
         """Return a row for each question and baseline, with an interval over donors."""
@@ -187,7 +206,7 @@ class Phenotype:
         other = ROW_NAMES.get(best, best).removeprefix("(baseline) ")
         return [{"donor": name, "other": other, **row.dropna().to_dict()} for name, row in table.iterrows()]
 
-    def _confusion(self) -> tuple[list[str], np.ndarray]:
+    def counts(self) -> tuple[list[str], np.ndarray]:
         """Return the labels and counts, true labels as rows."""
         table = pd.crosstab(
             self.obs[self.column].astype(object)[self.known_n], self.answer_n.astype(object)[self.known_n]
@@ -197,7 +216,7 @@ class Phenotype:
 
     def confusion(self) -> dict[str, Any]:
         """Return the confusion matrix in an order that puts confused labels side by side."""
-        labels, counts_kk = self._confusion()
+        labels, counts_kk = self.counts()
         wrong_k = counts_kk.sum(axis=0) + counts_kk.sum(axis=1) - 2 * np.diag(counts_kk)
         kept = np.sort(np.argsort(-wrong_k, kind="stable")[:MOST_CONFUSED])
         order = kept[by_similarity(counts_kk[np.ix_(kept, kept)])]
@@ -214,7 +233,7 @@ class Phenotype:
 
     def pairs(self) -> list[dict[str, Any]]:
         """Return the pairs that are confused most, with the cells of which the run was most sure."""
-        labels, counts_kk = self._confusion()
+        labels, counts_kk = self.counts()
         true_n, answer_n = (it.astype(object).to_numpy() for it in (self.obs[self.column], self.answer_n))
         rows = []
         for true, said, count, share in confused_pairs(counts_kk):
@@ -238,13 +257,10 @@ class Phenotype:
         ):
             probability_n = self.obs[f"predicted_{self.column}_{column}"].to_numpy(dtype=np.float64)
             table, found[key] = reliability(probability_n[rows], self.right_n()[rows])
+            found[f"bins_{key}"] = table
             chart.add_line(name, table["probability"].tolist(), table["accuracy"].tolist(), counts=table["n"].tolist())
         return found
 
 
 def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if len(values) and np.isfinite(values.astype(float)).any() else float("nan")
-
-
-def _text(value: object) -> str:
-    return "" if pd.isna(value) else str(value)

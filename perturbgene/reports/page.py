@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from perturbgene import __version__
 from perturbgene.errors import InputError
-from perturbgene.files import write_text
+from perturbgene.files import whole_file, write_text
 from perturbgene.plots import save_figure
 
 ASSETS = importlib.resources.files("perturbgene.reports") / "assets"
@@ -45,6 +45,7 @@ class Page:
         sections: What the template names.
         data: What the script reads, as JSON without NaN; with "map" (a `map_data` or None) there is a map.
         figures: Name -> figure to save as PNG next to the page.
+        tables: Name -> table to save as CSV next to the page.
         map_note: How the map was made.
         notes: Sentences at the end.
     """
@@ -56,12 +57,13 @@ class Page:
     sections: Mapping[str, Any]
     data: Mapping[str, Any]
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     map_note: str = ""
     notes: Sequence[str] = ()
 
 
 def write_page(page: Page, target: Path) -> None:
-    """Write the page, and its figures as `STEM.NAME.png`.
+    """Write the page, its figures as `STEM.NAME.png` and its tables as `STEM.NAME.csv`.
 
     Raises:
         InputError: The target is not a page of ours, or cannot be written.
@@ -71,6 +73,9 @@ def write_page(page: Page, target: Path) -> None:
             raise InputError(f"{target} exists and is not a report. Choose another --output.")
         for name, figure in page.figures.items():
             save_figure(figure, target.with_suffix(f".{name}.png"))
+        for name, table in page.tables.items():
+            with whole_file(target.with_suffix(f".{name}.csv")) as temporary:
+                table.to_csv(temporary, index=False)
         write_text(target, render(page))
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
@@ -82,7 +87,7 @@ def render(page: Page) -> str:
         loader=jinja2.FunctionLoader(lambda name: (ASSETS / name).read_text(encoding="utf-8")), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"percent": percent, "number": number}
+    environment.filters |= {"percent": percent, "number": number, "text": text}
     parts = {name: (ASSETS / f"page.{ending}").read_text(encoding="utf-8") for name, ending in _ENDINGS.items()}
     hashes = {f"{name}_hash": _hash(text) for name, text in parts.items()}
     embedded = {name: Markup(text) for name, text in parts.items()}
@@ -110,6 +115,11 @@ def number(value: float | None) -> str:
     if value is None or not np.isfinite(value):
         return ""
     return f"{value:,}" if isinstance(value, int | np.integer) else f"{value:.3f}"
+
+
+def text(value: object) -> str:
+    """Write a label; nothing where it is missing."""
+    return "" if pd.isna(value) else str(value)
 
 
 def finite(values: np.ndarray | None) -> list[float | None] | None:

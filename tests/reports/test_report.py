@@ -6,8 +6,10 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
+from perturbgene.inference.evaluate import ROW_NAMES
 from perturbgene.inference.evaluated_cells import CELLS_FILE
 from perturbgene.main import main
 from perturbgene.reports.answers import of_evaluation, read_evaluation
@@ -86,6 +88,44 @@ def test_the_winner_is_marked_and_donors_have_intervals(phenotype: Phenotype) ->
     assert [row["name"] for row in rows if row["best"]] and sum(row["best"] for row in rows) == 1
     assert all(row["interval"][0] <= row["accuracy"] <= row["interval"][1] for row in rows)
     assert [row["donor"] for row in phenotype.donor_rows() if "coverage" in row]
+
+
+def test_every_number_of_the_page_is_in_one_table(folder: Path) -> None:
+    table = pd.read_csv(folder / "scores/report.tables.csv")
+    results = json.loads((folder / "scores/metrics.json").read_text())["cell_type"]
+    own = table[table["phenotype"] == "cell_type"]
+    accuracy = own[(own["table"] == "scores") & (own["measure"] == "accuracy")].set_index("row")["value"]
+    assert accuracy.to_dict() == pytest.approx(
+        {ROW_NAMES[name].removeprefix("(baseline) "): scores["accuracy"] for name, scores in results.items()}
+    )
+    assert own[own["table"] == "confusion"]["value"].sum() == results["alone"]["n"]
+    assert own[(own["table"] == "thresholds") & (own["row"] == "0.00")]["value"].iloc[0] == 1
+    assert {"types", "donors", "reliability", "embedding"} <= set(own["table"])
+    assert not table["value"].isna().all() and set(pd.read_csv(folder / "out.report.tables.csv")["table"])
+
+
+def test_a_wrong_label_is_first_among_those_to_check(folder: Path, tmp_path: Path) -> None:
+    cells = ad.read_h5ad(folder / "cells.h5ad")
+    types_n = cells.obs["cell_type"].astype(str).to_numpy()
+    row = int(np.flatnonzero(types_n == "monocyte")[3])
+    types_n[row] = "B cell"
+    cells.obs["cell_type"] = types_n
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    words = ["predict", str(folder / "run"), str(tmp_path / "in.h5ad"), "--output", str(tmp_path / "out.h5ad")]
+    assert main([*words, "--audit", "--ask", "cell_type"]) == 0
+    table = pd.read_csv(tmp_path / "out.report.cells.csv")
+    first = table[table["why"] == "improbable label"].iloc[0]
+    assert first[["cell", "label", "answer"]].tolist() == [cells.obs_names[row], "B cell", "monocyte"]
+    assert first["label_probability"] < 0.1 and (table["why"] == "unsure answer").sum() == cells.n_obs
+    page = (tmp_path / "out.report.html").read_text()
+    assert "Labels to check first" in page and "check these labels first." in page
+
+
+def test_an_evaluation_knows_how_probable_each_true_label_is(folder: Path, phenotype: Phenotype) -> None:
+    audit_n = phenotype.obs["audit_cell_type_probability"].to_numpy()
+    assert np.all((audit_n == phenotype.probability_n) == (phenotype.right_n() == 1))
+    is_doubted_n = (audit_n < 0.5) & (phenotype.right_n() == 0)
+    assert set(phenotype.doubted_labels()["cell"]) == set(phenotype.obs.index[is_doubted_n])
 
 
 def test_training_cells_are_reported_first(folder: Path) -> None:
