@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 #: The confusion of masked genes, among those of phenotypes.
 GENE_BINS = "gene_bins"
+#: Begins the names of questions in which some other phenotypes are given: "given+sex+tissue".
+GIVEN = "given"
+#: With more phenotypes, `evaluate` does not give every set of them.
+MOST_FOR_ALL_SETS = 4
 
 IntArray = NDArray[np.int64]
 Scores = dict[str, float]
@@ -74,9 +78,10 @@ def inference_mode(model: torch.nn.Module) -> Iterator[None]:
 class Question:
     """Which phenotypes are asked together, and which are given."""
 
-    name: str  # in reports: "alone", "given_others", "together", "asked" or "classifier"
+    name: str  # in reports: "alone", "given_others", "given+sex", "together", "asked" or "classifier"
     asked: tuple[str, ...]
     given: tuple[str, ...] = ()
+    stride: int = 1  # an evaluator asks it about every so many cells
 
     def describe(self) -> str:
         """Say in words what is asked."""
@@ -99,6 +104,27 @@ def standard_questions(categories: Sequence[str]) -> list[Question]:
         others = tuple(other for other in categories if other != category)
         questions += [Question("alone", (category,)), Question("given_others", (category,), others)]
     return [*questions, Question("together", tuple(categories))]
+
+
+def further_questions(asked: Sequence[str], known: Sequence[str], *, stride: int = 1) -> list[Question]:
+    """Return what `standard_questions` leaves out: each asked phenotype given some of the others, but not all.
+
+    Args:
+        asked: The phenotypes to ask for.
+        known: All phenotypes with labels. Of up to `MOST_FOR_ALL_SETS` every set is given, of more each single one.
+        stride: Of the questions.
+
+    Example:
+        >>> [question.describe() for question in further_questions(["age"], ["age", "sex", "tissue"])]
+        ['age given sex', 'age given tissue']
+    """
+    questions = []
+    for category in asked:
+        others = [name for name in known if name != category]
+        sizes = range(1, len(others) if len(known) <= MOST_FOR_ALL_SETS else 2)
+        for given in chain.from_iterable(combinations(others, size) for size in sizes):
+            questions.append(Question("+".join([GIVEN, *given]), (category,), given, stride))
+    return questions
 
 
 def question_logits(
@@ -393,10 +419,13 @@ class MlmEvaluator(Evaluator):
         self._masked_phenotypes = np.zeros(2)  # sum of losses, and number of tokens
 
     def _score(self, model: torch.nn.Module, block: TokenBlock) -> None:
+        parts = {1: block}
         for question in self.questions:
-            for category, logits_nk in question_logits(model, block, self.tokenizer, question).items():
-                true_n = true_labels(block, self.tokenizer, category)
-                self._count(category, question, block, logits_nk, true_n)
+            if (part := parts.get(question.stride)) is None:
+                part = block.take(np.flatnonzero(block.cells_n % question.stride == 0))
+                parts[question.stride] = part
+            for category, logits_nk in question_logits(model, part, self.tokenizer, question).items() if part else ():
+                self._count(category, question, part, logits_nk, true_labels(part, self.tokenizer, category))
         if self.collator is not None:
             batch = to_device(self.collator.collate_block(block), model_device(model))
             labels_m = batch.pop("labels")

@@ -214,7 +214,8 @@ def _mask_rate(what: str, within: str = "[0, 1]") -> Any:
 class EvaluateConfig(QuestionOptions, ReadingConfig):
     """Score a run on held-out cells, next to its baselines.
 
-    Asks for each phenotype alone, with the others given, and for all at once. Writes accuracy, macro F1, confusion
+    Asks for each phenotype alone and with each set of the others given (of more than four phenotypes: with each single
+    one and with all), and for all at once. Writes accuracy, macro F1, confusion
     matrices and scores of masked genes, next to baselines on the same cells: the majority class, a logistic regression,
     ridge and nearest neighbors on all genes, and CellTypist if it is installed. The best is marked.
     """
@@ -233,8 +234,8 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
     output: str | None = option(None, "Folder to write. Default: RUN/evaluation.", group=IN_OUT, is_folder=True)
     ask: list[str] = option([], "Phenotypes to ask for. Default: all phenotypes of the run.")
     given: list[str] = option(
-        [], "Phenotypes whose labels are given. Default: each phenotype is asked for without any other and with all "
-        "others.", is_unique=True,
+        [], "Phenotypes whose labels are given. Default: each set of the phenotypes that are not asked for.",
+        is_unique=True,
     )  # fmt: skip
     baselines: bool = option(
         True,

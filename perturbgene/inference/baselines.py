@@ -7,8 +7,8 @@ m cells of a part, g genes.
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ from perturbgene.data_utils.order import split_rows
 from perturbgene.data_utils.scale import log_matrix
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.errors import InputError
-from perturbgene.eval_utils import Confusion, IntArray, Scores
+from perturbgene.eval_utils import Confusion, IntArray, Question, Scores
 from perturbgene.inference.classifiers import (
     Classifier,
     celltypist,
@@ -32,6 +32,7 @@ from perturbgene.inference.classifiers import (
     ridge,
     sample,
 )
+from perturbgene.inference.given_baselines import GIVEN_NAMES, GivenLabels
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,22 @@ class Answers:
     Args:
         scores: Its scores, and `n_train` cells and `n_genes` genes that it was fitted on.
         predicted_n: The class of each evaluated cell, with a known label or not, shape (n,).
+        given: Name of a question in which other phenotypes are given -> the same, from a baseline that is given them.
     """
 
     scores: Scores
     predicted_n: IntArray
+    given: Mapping[str, IntArray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A baseline that was fitted for one phenotype: its name, what answers, and what else its scores should say."""
+
+    name: str
+    predict: Classifier
+    facts: Scores
+    log_probability: Callable[[sparse.csr_matrix], np.ndarray] | None = None  # of classes 0..k-1; regression has one
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -145,15 +158,14 @@ class _TrainingCells:
         components = principal_components(self.values_ng[:, self.shared_g], seed=self.seed)
         return None if components is None else components.transform
 
-    def fit(self, labels_n: IntArray) -> Iterator[tuple[str, Classifier, Scores]]:
+    def fit(self, labels_n: IntArray, *, num_classes: int) -> Iterator[_Fitted]:
         """Fit one baseline after the other to the cells with a known label; only the majority if they have one label.
 
-        Yields:
-            Its name, what answers, given the same genes, and `n_train` and what else its scores should say.
+        All answer about cells with the same genes.
         """
         known_n, seed, shared_g = np.flatnonzero(labels_n >= 0), self.seed, self.shared_g
         majority, labels_n = majority_class(labels_n), labels_n[known_n]
-        yield "majority", lambda cells_ng: np.full(cells_ng.shape[0], majority), {"n_train": len(known_n)}
+        yield _Fitted("majority", lambda cells_ng: np.full(cells_ng.shape[0], majority), {"n_train": len(known_n)})
         if np.unique(labels_n).size < 2:
             return
         known_ng, panel_g = self.values_ng[known_n], shared_g[shared_g < self.num_panel_genes]
@@ -162,21 +174,24 @@ class _TrainingCells:
             return
         by_panel = logistic_regression(known_ng[:, panel_g], labels_n, seed=seed)
         facts: Scores = {"n_train": len(known_n), "n_genes": len(panel_g)}
-        yield "logistic_regression", lambda cells_ng: by_panel(cells_ng[:, panel_g]), facts
+        yield _Fitted(
+            "logistic_regression", lambda cells_ng: by_panel(cells_ng[:, panel_g]), facts,
+            lambda cells_ng: by_panel.log_probability(cells_ng[:, panel_g], num_classes=num_classes),
+        )  # fmt: skip
         known_ng, donors_n = known_ng[:, shared_g], None if self.donors_n is None else self.donors_n[known_n]
         facts = {"n_train": len(known_n), "n_genes": len(shared_g)}
         by_ridge, chosen = ridge(known_ng, labels_n, groups_n=donors_n, seed=seed)
-        yield "ridge", lambda cells_ng: by_ridge(cells_ng[:, shared_g]), facts | chosen
+        yield _Fitted("ridge", lambda cells_ng: by_ridge(cells_ng[:, shared_g]), facts | chosen)
         if (project := self.project) is not None:
             by_neighbors = nearest_neighbors(project(known_ng), labels_n)
-            yield "nearest_neighbors", lambda cells_ng: by_neighbors(project(cells_ng[:, shared_g])), facts
+            yield _Fitted("nearest_neighbors", lambda cells_ng: by_neighbors(project(cells_ng[:, shared_g])), facts)
         if importlib.util.find_spec("celltypist") is not None:
             try:
                 by_celltypist, chosen = celltypist(known_ng, labels_n, seed=seed)
             except InputError as error:
                 logger.warning("%s; it is left out", error)
                 return
-            yield "celltypist", lambda cells_ng: by_celltypist(cells_ng[:, shared_g]), facts | chosen
+            yield _Fitted("celltypist", lambda cells_ng: by_celltypist(cells_ng[:, shared_g]), facts | chosen)
 
 
 def baselines(
@@ -184,6 +199,7 @@ def baselines(
     evaluation: IterableAnnDataset,
     categories: Sequence[str],
     *,
+    questions: Sequence[Question] = (),
     donor_column: str | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Answers]]:
@@ -192,6 +208,7 @@ def baselines(
     Args:
         train, evaluation: Data sets of the training and evaluation cells; labels and expression are read from them.
         categories: The phenotypes.
+        questions: Those of one phenotype in which others are given have baselines of their own.
         donor_column: Column of obs by which ridge divides the training cells when it chooses its penalty.
         seed: Of the sample of `MOST_BASELINE_CELLS`, if there are more training cells, and of the baselines.
 
@@ -210,22 +227,63 @@ def baselines(
         None if donors_n is None else donors_n[rows_n],
         num_panel_genes=len(train.tokenizer.panel), shared_g=np.flatnonzero(is_shared_g), seed=seed,
     )  # fmt: skip
-    fitted = {category: list(cells.fit(classes_of(train, category)[rows_n])) for category in categories}
+    num_classes = {category: len(evaluation.tokenizer.phenotypes[category]) for category in categories}
+    fitted = {
+        category: list(cells.fit(classes_of(train, category)[rows_n], num_classes=num_classes[category]))
+        for category in categories
+    }
+    given = _given_labels(train, evaluation, questions, rows_n, num_classes=num_classes)
     num_cells = sum(evaluation.sizes)
-    predicted: dict[tuple[str, str], list[IntArray]] = {}
+    predicted: dict[tuple[str, str, str], list[IntArray]] = {}
     for start in range(0, num_cells, CELLS_AT_ONCE):
-        part_mg = read_expression(
-            files, np.arange(start, min(num_cells, start + CELLS_AT_ONCE)), sizes=evaluation.sizes
-        )
+        cells_m = np.arange(start, min(num_cells, start + CELLS_AT_ONCE))
+        part_mg = read_expression(files, cells_m, sizes=evaluation.sizes)
         for category in categories:
-            for name, predict, _ in fitted[category]:
-                predicted.setdefault((category, name), []).append(predict(part_mg))
+            of_questions = given.get(category, {})
+            for one in fitted[category]:
+                predicted.setdefault((category, one.name, ""), []).append(one.predict(part_mg))
+                if one.name not in GIVEN_NAMES or not of_questions:
+                    continue
+                log_probability_mk = one.log_probability(part_mg) if one.log_probability else None
+                for question, labels in of_questions.items():
+                    answer_m = labels.answers(cells_m, log_probability_mk)
+                    predicted.setdefault((category, one.name, question), []).append(answer_m)
     found: dict[str, dict[str, Answers]] = {}
     for category in categories:
-        found[category] = {
-            name: scored(evaluation, category, np.concatenate(predicted[category, name]), facts)
-            for name, _, facts in fitted[category]
-        }
+        found[category] = {}
+        for one in fitted[category]:
+            answers = scored(evaluation, category, np.concatenate(predicted.pop((category, one.name, ""))), one.facts)
+            names = [key[2] for key in predicted if key[:2] == (category, one.name)]
+            answers_given = {name: np.concatenate(predicted[category, one.name, name]) for name in names}
+            found[category][one.name] = replace(answers, given=answers_given)
+    return found
+
+
+def _given_labels(
+    train: IterableAnnDataset,
+    evaluation: IterableAnnDataset,
+    questions: Sequence[Question],
+    rows_n: IntArray,
+    *,
+    num_classes: Mapping[str, int],
+) -> dict[str, dict[str, GivenLabels]]:
+    """Count the labels of some training cells for each question of one phenotype in which others are given.
+
+    Returns:
+        Phenotype -> name of the question -> the counts.
+    """
+    kept = [question for question in questions if len(question.asked) == 1 and question.given]
+    names = dict.fromkeys(name for question in kept for name in (*question.asked, *question.given))
+    train_classes = {name: classes_of(train, name)[rows_n] for name in names}
+    classes = {name: classes_of(evaluation, name) for name in names}
+    found: dict[str, dict[str, GivenLabels]] = {}
+    for question in kept:
+        [category] = question.asked
+        given_ns, given_ms = (
+            np.stack([by_name[name] for name in question.given], axis=1) for by_name in (train_classes, classes)
+        )
+        counts = GivenLabels.fit(train_classes[category], given_ns, given_ms, num_classes=num_classes[category])
+        found.setdefault(category, {})[question.name] = counts
     return found
 
 

@@ -69,7 +69,23 @@ def sample(num_cells: int, *, most: int, seed: int) -> IntArray:
 # -- logistic regression ------------------------------------------------------------------------------------------
 
 
-def logistic_regression(train_ng: sparse.csr_matrix, labels_n: IntArray, *, seed: int) -> Classifier:
+class LogisticAnswers:
+    """Answers of a fitted logistic regression: a `Classifier` that also says how probable each class is."""
+
+    def __init__(self, model: Pipeline) -> None:
+        self.model = model
+
+    def __call__(self, cells_ng: sparse.csr_matrix) -> IntArray:
+        return np.asarray(self.model.predict(cells_ng), dtype=np.int64)
+
+    def log_probability(self, cells_ng: sparse.csr_matrix, *, num_classes: int) -> np.ndarray:
+        """Return the log-probability of each class, -inf for those without a training cell, shape (n, k)."""
+        log_probability_nk = np.full((cells_ng.shape[0], num_classes), -np.inf)
+        log_probability_nk[:, self.model.classes_] = self.model.predict_log_proba(cells_ng)
+        return log_probability_nk
+
+
+def logistic_regression(train_ng: sparse.csr_matrix, labels_n: IntArray, *, seed: int) -> LogisticAnswers:
     """Fit a multinomial logistic regression on expression, the baseline that a transformer has to beat.
 
     Genes enter as they are or divided by their standard deviation, whichever predicts better in three folds of the
@@ -94,7 +110,7 @@ def logistic_regression(train_ng: sparse.csr_matrix, labels_n: IntArray, *, seed
         model.fit(train_ng, labels_n)
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
         logger.warning("The logistic-regression baseline did not converge in %d iterations.", MOST_ITERATIONS)
-    return lambda cells_ng: np.asarray(model.predict(cells_ng), dtype=np.int64)
+    return LogisticAnswers(model)
 
 
 # -- ridge --------------------------------------------------------------------------------------------------------

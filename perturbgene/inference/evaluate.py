@@ -28,12 +28,16 @@ from perturbgene.data_utils.opening import expand_paths
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
+    GIVEN,
     AnswerCollector,
     ClassEvaluator,
+    Confusion,
     Evaluator,
     LogitCollector,
     MlmEvaluator,
+    Question,
     content_hash,
+    further_questions,
     gene_log_likelihood,
     standard_questions,
     write_results,
@@ -73,13 +77,21 @@ ROW_NAMES = {
     "masked": "bins of masked genes",
     **{name: f"(baseline) {text.removeprefix('the ')}" for name, text in NAMES.items()},
 }
+#: Baselines that are given the same phenotypes, in the table.
+SHORT_NAMES = {"majority": "frequencies", "logistic_regression": "regression"}
+#: Most cells that are asked about with some, but not all other phenotypes given: an accuracy of theirs has a standard
+#: error of at most 0.007.
+MOST_FURTHER = 5_000
 #: Coverage of sets of labels for each donor, in the output.
 COVERAGE_FILE = "coverage.csv"
 #: Levels whose coverage is written there, and the one that is printed.
 COVERAGE_LEVELS, SHOWN_LEVEL = (0.8, 0.9, 0.95, 0.99), 0.9
 LEGEND = (
     "n: cells with a known label, or masked genes. log_loss: mean negative log-probability of the true label; lower is "
-    "better.\ntemperature: `predict` divides the logits by it; above 1, the run was too confident.\n"
+    "better.\ngiven_same: accuracy of the better baseline that is given the same phenotypes: the most frequent label, "
+    "or a regression\nweighted by frequencies. With some, but not all others given, at most "
+    f"{MOST_FURTHER:,} cells are asked about.\n"
+    "temperature: `predict` divides the logits by it; above 1, the run was too confident.\n"
     "ece: calibration error before and after that, of cells that it was not fitted on.\n"
     "sets: share of cells whose 90 % set (`predict --conformal 0.9`) holds the true label, mean of the donors that "
     "fitted nothing (lowest donor; mean number of labels); " + COVERAGE_FILE + " has each donor.\n"
@@ -118,6 +130,23 @@ def _evaluator(run: Run, ask: Sequence[str], given: Sequence[str], mask_rates: M
     rates = {**run.mask_rates, **mask_rates}
     collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=True, seed=seed, **rates)  # type: ignore[arg-type]
     return MlmEvaluator(run.tokenizer, collator=collator, questions=questions)
+
+
+def _further_questions(dataset: IterableAnnDataset, evaluator: Evaluator) -> list[Question]:
+    """Return the questions of an evaluator, and those in which some of the other phenotypes with labels are given.
+
+    The latter are asked about at most `MOST_FURTHER` cells, at equal distances.
+    """
+    known, asked = dataset.tokenizer.included_phenotypes, {question.asked for question in evaluator.questions}
+    labeled = _with_labels(dataset)
+    num_cells = sum(dataset.sizes)
+    stride = -(-num_cells // MOST_CELLS)
+    stride *= -(-num_cells // (stride * MOST_FURTHER))
+    further = further_questions([name for name in known if (name,) in asked], labeled, stride=stride)
+    if further and stride > 1:
+        logger.info("with some, but not all other phenotypes given, only one cell in %d is asked about", stride)
+    questions = [*evaluator.questions, *further]
+    return sorted(questions, key=lambda one: (len(one.asked), known.index(one.asked[0]), len(one.given)))
 
 
 def _is_own(run: Run, eval_paths: Any) -> bool:
@@ -219,16 +248,41 @@ def _labeled_phenotypes(dataset: IterableAnnDataset, evaluator: Evaluator, *, is
     asked = list(dict.fromkeys(name for question in evaluator.questions for name in question.asked))
     if dataset.phenotype_category or not asked:  # a data set of a classifier has checked its labels
         return []
-    shards = [dataset.shards[index] for index in range(len(dataset.shards))]
-    is_known_p = np.any([(shard.label_ids_np != ABSENT).any(axis=0) for shard in shards], axis=0)
-    known = {name for name, is_known in zip(dataset.tokenizer.included_phenotypes, is_known_p, strict=True) if is_known}
+    known = _with_labels(dataset)
     without = [name for name in asked if name not in known]
     for name in without:
-        if not is_named and known & set(asked):
+        if not is_named and set(known) & set(asked):
             logger.warning("no cell has a %s that the run knows, so it is not scored", name)
             continue
-        raise shards[0].no_known_label(name)
+        raise dataset.shards[0].no_known_label(name)
     return [name for name in asked if name in known] if without else []
+
+
+def _for_cells(
+    dataset: IterableAnnDataset, evaluator: Evaluator, run: Run, ask: Sequence[str], given: Sequence[str],
+    mask_rates: Mapping[str, float],
+) -> Evaluator:  # fmt: skip
+    """Return an evaluator without questions about phenotypes that have no label, and with further questions.
+
+    Raises:
+        InputError: There is no label at all, or not of a phenotype in `ask`.
+    """
+    if labeled := _labeled_phenotypes(dataset, evaluator, is_named=bool(ask)):
+        evaluator = _evaluator(run, labeled, given, mask_rates)
+    if not given and not run.is_classifier:
+        evaluator.questions = _further_questions(dataset, evaluator)
+        evaluator.reset()
+    questions = listed([question.describe() for question in evaluator.questions], most=12)
+    logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", questions)
+    return evaluator
+
+
+def _with_labels(dataset: IterableAnnDataset) -> list[str]:
+    """Return the phenotypes of which some cell has a known label."""
+    shards = [dataset.shards[index] for index in range(len(dataset.shards))]
+    is_known_p = np.any([(shard.label_ids_np != ABSENT).any(axis=0) for shard in shards], axis=0)
+    names = dataset.tokenizer.included_phenotypes
+    return [name for name, is_known in zip(names, is_known_p, strict=True) if is_known]
 
 
 # -- calibration --------------------------------------------------------------------------------------------------
@@ -298,7 +352,7 @@ def _calibrate(
     Returns:
         The coverage of sets of labels by phenotype, question, level and donor, of the other half, by its file name.
     """
-    fitted, split, tables = [], "cells", [pd.DataFrame()]
+    fitted, split, tables, too_few = [], "cells", [pd.DataFrame()], dict[int, list[str]]()
     for category, question, *answers in collector.joined():
         is_new_n = ~is_seen_n[answers[0]]
         cells_n, logits_nk, true_n = (values_n[is_new_n] for values_n in answers)
@@ -309,10 +363,7 @@ def _calibrate(
             donors_n=of_donor_n if split == "donors" else None,
         )  # fmt: skip
         if entry.num_cells < LEAST_CELLS:
-            logger.warning(
-                "%s: only %d labeled cells to fit on, of at least %d; no temperature is fitted",
-                question.describe(), entry.num_cells, LEAST_CELLS,
-            )  # fmt: skip
+            too_few.setdefault(entry.num_cells, []).append(question.describe())
             continue
         fitted.append(unusual.added_to(entry, cells_n, logits_nk))
         facts = {"temperature": entry.temperature, "is_at_limit": entry.is_at_limit, "n_fitted": entry.num_cells}
@@ -323,6 +374,11 @@ def _calibrate(
         facts |= {"coverage": shown["coverage"].mean(), "lowest_coverage": shown["coverage"].min()}
         facts |= {"mean_set_size": shown["mean_set_size"].mean(), "coverage_level": SHOWN_LEVEL}
         results[category][question.name]["calibration"] = {**facts, "split_by": split, **entry.scores}
+    for num_cells, described in too_few.items():
+        logger.warning(
+            "%s: only %d labeled cells to fit on, of at least %d; no temperature is fitted",
+            listed(described), num_cells, LEAST_CELLS,
+        )  # fmt: skip
     if split == "cells":
         logger.warning(
             "The evaluation cells name fewer than two donors, so temperatures are fitted on half of the cells and "
@@ -343,7 +399,8 @@ def _add_baselines(
     cells: tuple[IterableAnnDataset, IterableAnnDataset], donor_column: str | None, batch_tokens: int,
 ) -> dict[str, dict[str, Answers]]:  # fmt: skip
     """Add the scores of the baselines, fitted on the first of `cells`, mark the best, and return their answers."""
-    found = baselines(*cells, [name for name in results if name != "genes"], donor_column=donor_column)
+    asked = [name for name in results if name != "genes"]
+    found = baselines(*cells, asked, questions=evaluator.questions, donor_column=donor_column)
     starts = start_answers(run, cells, evaluator.questions, batch_tokens=batch_tokens)
     for category, others in found.items():
         others |= starts.get(category, {})
@@ -352,6 +409,14 @@ def _add_baselines(
             if question.asked == (category,) and not question.given:
                 of_run = answers.joined(category, question.name)
                 mark_best(results[category], others, of_run, category=category, run=question.name)
+            if question.asked == (category,) and question.given:
+                cells_m, true_m, _ = answers.joined(category, question.name)
+                results[category][question.name]["baselines"] = given = {}
+                for name, other in others.items():
+                    if question.name in other.given:
+                        confusion = Confusion(evaluator.labels[category])
+                        confusion.add(true_m, other.given[question.name][cells_m])
+                        given[name] = confusion.scores()
     return found
 
 
@@ -435,13 +500,10 @@ def evaluate(
         dataset = IterableAnnDataset(
             eval_paths, tokenizer, phenotype_category=run.category or None, binary_label=run.binary_label, **options
         )
-        if labeled := _labeled_phenotypes(dataset, evaluator, is_named=bool(ask)):
-            evaluator = _evaluator(run, labeled, given, mask_rates or {})
+        evaluator = _for_cells(dataset, evaluator, run, ask, given, mask_rates or {})
         is_seen_n = np.zeros(sum(dataset.sizes), dtype=bool)
         if not is_own:  # their copies among the training cells are a finding of `prepare`
             is_seen_n |= _seen_in_training(run, eval_paths, train_paths, calibrates=calibrates, **reading)
-        questions = "; ".join(question.describe() for question in evaluator.questions)
-        logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", questions)
         unusual = _Unusual(run, dataset, train_paths, **reading) if calibrates else None
         answers, logits = AnswerCollector(), LogitCollector(-(-dataset.num_cells // MOST_CELLS))
         evaluator.collectors = [answers, logits]
@@ -466,8 +528,21 @@ def evaluate(
         tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column)
         if output is not None:
             write_cells(evaluated_cells(run, dataset, evaluator, logits, embedded, others, **seen), output)
-            write_results(results, evaluator.confusions(), output, text="held-out cells", tables=tables)
+            drawn = {title: one for title, one in evaluator.confusions().items() if f".{GIVEN}+" not in title}
+            write_results(results, drawn, output, text="held-out cells", tables=tables)
     return results
+
+
+def row_name(name: str) -> str:
+    """Return what tables call a question or a baseline.
+
+    Example:
+        >>> row_name("given+sex+tissue")
+        'given sex, tissue'
+    """
+    if name.startswith(f"{GIVEN}+"):
+        return f"{GIVEN} {', '.join(name.split('+')[1:])}"
+    return ROW_NAMES.get(name, name)
 
 
 def _table(results: Mapping[str, Any]) -> str:
@@ -475,8 +550,11 @@ def _table(results: Mapping[str, Any]) -> str:
     for category, scores_of in results.items():
         for name, scores in scores_of.items() if category != "embedding" else ():
             genes = f", {scores['n_genes']:,} genes" if "n_genes" in scores else ""
-            row = {"phenotype": category, "question": ROW_NAMES.get(name, name) + genes, "n": scores["n"]}
+            row = {"phenotype": category, "question": row_name(name) + genes, "n": scores["n"]}
             row |= {key: scores.get(key, np.nan) for key in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")}
+            same = {SHORT_NAMES[other]: of["accuracy"] for other, of in scores.get("baselines", {}).items()}
+            best = max(same, key=lambda other: same[other], default="")
+            row["given_same"] = f"{same[best]:.3f} ({best})" if best else ""
             fitted = scores.get("calibration", {})
             limit = " (limit)" if fitted.get("is_at_limit") else ""
             row["temperature"] = f"{fitted['temperature']:.3f}{limit}" if fitted else ""

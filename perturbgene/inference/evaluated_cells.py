@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.special import softmax
 
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.labels import ABSENT
 from perturbgene.eval_utils import Evaluator, LogitCollector
 from perturbgene.files import whole_file
 from perturbgene.inference.baselines import Answers
@@ -59,12 +60,15 @@ def evaluated_cells(
         dict[str, Any](),
         np.zeros(0, dtype=int),
     )
-    for category, question, cells_m, logits_mk, true_m in logits.joined():
+    for category, question, own_m, logits_mk, true_m in logits.joined():
         labels, name = list(evaluator.labels[category]), column_name(category)
-        predicted = pd.Categorical.from_codes(logits_mk.argmax(axis=1), categories=labels)
         if name in columns:
-            columns[f"predicted_{name}.{question.name}"] = predicted
+            answers_m = np.full(len(cells_m), ABSENT)  # missing for cells that this question was not asked about
+            answers_m[np.searchsorted(cells_m, own_m)] = logits_mk.argmax(axis=1)
+            predicted = pd.Categorical.from_codes(answers_m, categories=labels)
+            columns[f"predicted_{name}.{column_name(question.name)}"] = predicted
             continue
+        cells_m, predicted = own_m, pd.Categorical.from_codes(logits_mk.argmax(axis=1), categories=labels)
         entry = calibration.nearest(category, asked=question.asked, given=question.given)
         columns |= {name: pd.Categorical.from_codes(true_m, categories=labels), f"predicted_{name}": predicted}
         probability_mk = softmax(logits_mk / np.float32(entry.temperature if entry else 1.0), axis=1)
@@ -79,8 +83,8 @@ def evaluated_cells(
             is_fitted_m[new_m] = split_halves(of_donor, num_cells=len(new_m))[0]
         columns[f"fitted_{name}"] = is_fitted_m
         for other, answers in baselines.get(category, {}).items():
-            answers_m = pd.Categorical.from_codes(answers.predicted_n[cells_m], categories=labels)
-            columns[f"predicted_{name}.{other}"] = answers_m
+            predicted = pd.Categorical.from_codes(answers.predicted_n[cells_m], categories=labels)
+            columns[f"predicted_{name}.{other}"] = predicted
     if donors_n is not None:
         columns.setdefault(DONOR, pd.Categorical(donors_n[cells_m]))
     names_n = np.concatenate([shard.source.obs_names for shard in dataset.shards])

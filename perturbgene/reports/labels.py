@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from perturbgene.inference.evaluate import ROW_NAMES
-from perturbgene.inference.evaluated_cells import DONOR
+from perturbgene.eval_utils import GIVEN
+from perturbgene.inference.evaluate import row_name
+from perturbgene.inference.evaluated_cells import DONOR, column_name
+from perturbgene.inference.given_baselines import GIVEN_NAMES
 from perturbgene.reports.page import Chart, finite
 from perturbgene.reports.statistics import (
     NUM_STEPS,
@@ -86,10 +88,10 @@ class Phenotype:
         content |= {"threshold": self.threshold, "charts": self.threshold_charts(found, number)}
         content |= {"unsure": self.unsure(most=MOST_SHOWN).to_dict("records")}
         content |= {"doubted": self.doubted_labels(most=MOST_SHOWN).to_dict("records")}
-        content |= {"scores": [], "donors": [], "pairs": [], "confusion": None}
-        content["reliability"] = None
+        content |= {"scores": [], "given": [], "donors": [], "pairs": [], "confusion": None, "reliability": None}
         if self.is_evaluated and self.known_n.any():
-            content |= {"scores": self.score_rows(), "donors": self.donor_rows(), "reliability": self.reliability()}
+            content |= {"scores": self.score_rows(), "given": self.given_rows(), "donors": self.donor_rows()}
+            content["reliability"] = self.reliability()
             content |= {"confusion": self.confusion(), "pairs": self.pairs()}
         return content
 
@@ -175,18 +177,48 @@ class Phenotype:
         return pd.DataFrame({"cell": cells.index.astype(str), **known})
 
     def score_rows(self) -> list[dict[str, Any]]:
-        """Return a row for each question and baseline, with an interval over donors."""
-        rows, donors_n = [], self.obs[DONOR].astype(str).to_numpy() if DONOR in self.obs else None
-        for position, (name, scores) in enumerate(self.scores.items()):
-            column = f"predicted_{self.column}" if position == 0 else f"predicted_{self.column}.{name}"
-            interval = None
-            if donors_n is not None and column in self.obs:
-                interval = donor_interval(self.right_n(column)[self.known_n] == 1, donors_n[self.known_n])
-            text = ROW_NAMES.get(name, name)
+        """Return a row for each question in which nothing is given and each baseline, with an interval over donors."""
+        rows = []
+        for name, scores in self.scores.items():
+            if name.startswith(GIVEN):
+                continue
+            text = row_name(name)
             row = {"name": text.removeprefix("(baseline) "), "is_baseline": text.startswith("(baseline)")}
             row |= {key: scores.get(key) for key in ("n", "accuracy", "balanced_accuracy", "macro_f1", "log_loss")}
-            rows.append({**row, "interval": interval, "best": bool(scores.get("best"))})
+            rows.append({**row, "interval": self._interval(name), "best": bool(scores.get("best"))})
         return rows
+
+    def _interval(self, name: str) -> tuple[float, float] | None:
+        """Return the interval over donors of the accuracy of a question or baseline, if it can be known."""
+        column = f"predicted_{self.column}"
+        if name != next(iter(self.scores)):
+            column = f"{column}.{column_name(name)}"
+        if DONOR not in self.obs or column not in self.obs:
+            return None
+        is_scored_n = self.known_n & self.obs[column].notna().to_numpy()
+        donors_n = self.obs[DONOR].astype(str).to_numpy()
+        return donor_interval(self.right_n(column)[is_scored_n] == 1, donors_n[is_scored_n])
+
+    def given_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each set of given phenotypes, next to the baselines that are given the same; [] without."""
+        rows = []
+        for name, scores in self.scores.items():
+            same = scores.get("baselines", {})
+            if name == "alone":
+                same = {other: self.scores[other] for other in GIVEN_NAMES if other in self.scores}
+            elif not name.startswith(GIVEN) and not same:
+                continue
+            row = {
+                "given": row_name(name).removeprefix("given ").removesuffix(" given"),
+                "interval": self._interval(name),
+            }
+            row |= {key: scores.get(key) for key in ("n", "accuracy", "macro_f1", "log_loss")}
+            row["temperature"] = scores.get("calibration", {}).get("temperature")
+            row |= {f"by_{other}": same[other]["accuracy"] if other in same else None for other in GIVEN_NAMES}
+            accuracy_of = {"run": scores["accuracy"]} | {other: same[other]["accuracy"] for other in same}
+            row["best"] = max(accuracy_of, key=lambda who: accuracy_of[who] or 0)
+            rows.append(row)
+        return rows if len(rows) > 1 else []
 
     def donor_rows(self) -> list[dict[str, Any]]:
         """Return a row for each donor, the worst first: cells, accuracy, and coverage of 90 % sets."""
@@ -203,7 +235,7 @@ class Phenotype:
             first = next(iter(self.scores), "")
             shown = shown[(shown["level"] == 0.9) & (shown["question"] == first)].astype({"donor": str})
             table = table.join(shown.set_index("donor")[["coverage", "mean_set_size"]])
-        other = ROW_NAMES.get(best, best).removeprefix("(baseline) ")
+        other = row_name(best).removeprefix("(baseline) ")
         return [{"donor": name, "other": other, **row.dropna().to_dict()} for name, row in table.iterrows()]
 
     def counts(self) -> tuple[list[str], np.ndarray]:
