@@ -17,6 +17,14 @@ from filelock import FileLock, Timeout
 
 from perturbgene.errors import InputError
 
+#: First words of every page that `report` writes, by which an older one is known.
+PAGE_MARKER = '<!DOCTYPE html>\n<meta name="generator" content="perturbgene report">'
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page that `report` has written."""
+    return path.read_bytes().startswith(PAGE_MARKER.encode())
+
 
 def partial_path(path: str | Path) -> Path:
     """Return the name under which an output is written until it is whole.

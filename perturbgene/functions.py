@@ -40,7 +40,8 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
     named = {name: it for name, it in signature.parameters.items() if it.kind is not inspect.Parameter.VAR_KEYWORD}
     rest = next(iter(signature.parameters.keys() - named.keys()), "")
     names = ("batch_size", *(it.name for it in fields(ReadingConfig))) if rest == "reading" else flags if rest else ()
-    options = [flags[name] for name in names if name in flags and name not in named]
+    # Reports are written by the commands, and in Python by `pg.report`.
+    options = [flags[name] for name in names if name in flags and name not in {*named, "report"}]
     takes = {*named, *(flag.name for flag in options)}
 
     @functools.wraps(function)

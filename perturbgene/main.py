@@ -111,8 +111,9 @@ def run(tokens: Sequence[str]) -> int:
 
 def write_report(config: BaseConfig) -> None:
     """Write the page about what a verb has just written; the verb has done its work even if that fails."""
+    kind = "corpus" if config.verb == "prepare" else "report"  # the former loads no model
     try:
-        print(importlib.import_module("perturbgene.reports.report").report_of(config), flush=True)
+        print(importlib.import_module(f"perturbgene.reports.{kind}").report_of(config), flush=True)
     except InputError as error:
         logging.getLogger(__name__).warning("no report is written: %s", error)
 

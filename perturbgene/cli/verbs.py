@@ -38,6 +38,7 @@ class PrepareConfig(BinOptions):
     )  # fmt: skip
     output: str = option("", "Corpus folder to write.", group=IN_OUT, is_required=True, is_folder=True)
     overwrite: bool = option(False, "Replace an existing corpus; any other folder is refused.", group=IN_OUT)
+    report: bool = option(True, "Also write a report.html that says what the corpus holds.", group=IN_OUT)
     phenotypes: list[str] = option(
         [], "Columns of obs that become phenotypes; NAME=COLUMN renames one (cell_type=bulk_labels).", is_named=True
     )
@@ -558,7 +559,7 @@ class ReportConfig(ReadingConfig):
     group = IN_OUT
 
     source: str = option(
-        "", "Run folder that was evaluated, an output folder of evaluate, or an output file of predict.",
+        "", "Run folder that was evaluated, an output folder of evaluate, an output file of predict, or a corpus.",
         is_positional=True, is_path=True,
     )  # fmt: skip
     output: str | None = option(

@@ -9,42 +9,49 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from perturbgene import __version__
 from perturbgene.corpus.manifest import BY_CELL, MANIFEST_VERSION
 from perturbgene.corpus.panel import CorpusGenes
+from perturbgene.corpus.spool import DealtCells
 from perturbgene.corpus.statistics import Statistics
-from perturbgene.corpus.survey import SPLITS, Plan, Survey, path_of
+from perturbgene.corpus.survey import Plan, Survey, path_of
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import listed
 
+#: Most labels and most donors of the table that the manifest holds for each phenotype.
+MOST_SHOWN = 40
+
 
 def find(
-    plan: Plan, survey: Survey, statistics: Statistics, genes: CorpusGenes, hashes: Mapping[str, np.ndarray],
-    dropped: Mapping[str, int],
+    plan: Plan, survey: Survey, statistics: Statistics, genes: CorpusGenes, dealt: DealtCells | None
 ) -> list[str]:  # fmt: skip
-    """Return the findings, each with what was found, why it matters and what to do."""
+    """Return the findings, each with what was found, why it matters and what to do; before cells are dealt, not all."""
     findings = [*_about_genes(plan, survey, genes), *_about_files(plan, survey)]
     for category, of_split in statistics.labels.items():
         findings += _about_labels(category, of_split, survey)
-    for split, hash_n in hashes.items():
-        if (copies := len(hash_n) - len(np.unique(hash_n))) > 0:
-            findings.append(
-                f"{copies:,} of {len(hash_n):,} {split} cells are exact copies of another {split} cell, so each counts "
-                "more than once; remove repeated cells, or files that hold the same cells."
+    return [*findings, *_about_cells(plan, dealt)] if dealt else findings
+
+
+def _about_cells(plan: Plan, dealt: DealtCells) -> Iterator[str]:
+    for split, copies in dealt.num_copies.items():
+        if copies:
+            yield (
+                f"{copies:,} of {dealt.num_kept[split]:,} {split} cells are exact copies of another {split} cell, so "
+                "each counts more than once; remove repeated cells, or files that hold the same cells."
             )
-    if (shared := np.isin(hashes["eval"], hashes["train"]).sum()) > 0:
-        findings.append(
-            f"{shared:,} of {len(hashes['eval']):,} eval cells are exact copies of a training cell, so scores are "
-            "optimistic; remove the copies, or split by a column that keeps them together (--split_by)."
+    if dealt.num_shared:
+        yield (
+            f"{dealt.num_shared:,} of {dealt.num_kept['eval']:,} eval cells are exact copies of a training cell, so "
+            "scores are optimistic; remove the copies, or split by a column that keeps them together (--split_by)."
         )
-    for split in SPLITS:
-        if dropped[split]:
-            findings.append(
-                f"{dropped[split]:,} {split} cells express fewer than {plan.config.min_genes} panel genes and were "
+    for split, num_dropped in dealt.num_dropped.items():
+        if num_dropped:
+            yield (
+                f"{num_dropped:,} {split} cells express fewer than {plan.config.min_genes} panel genes and were "
                 "dropped, so they are neither learned from nor scored; lower --min_genes to keep them."
             )
-    return findings
 
 
 def _about_genes(plan: Plan, survey: Survey, genes: CorpusGenes) -> Iterator[str]:
@@ -159,7 +166,12 @@ def _about_labels(category: str, of_split: Mapping[str, Mapping[str, int]], surv
             f"{category}: labels are numbers in {listed(sorted(numbers), most=3)} and names in "
             f"{listed(sorted(names), most=3)}, so one kind of cell may have two labels; give all files names."
         )
-    if alone:
+    if len(alone) == len(survey.units_of_label[category]) > 1:
+        yield (
+            f"{category}: every label comes from one {survey.split_by} only (confounded), so nothing tells labels and "
+            f"{survey.split_by} apart and no score is to be trusted; add cells in which they do not go together."
+        )
+    elif alone:
         yield (
             f"{category}: {listed(alone)} come from one {survey.split_by} only (confounded), so a model may learn the "
             f"{survey.split_by} instead of the label; do not trust their scores, or add cells of others."
@@ -183,9 +195,49 @@ def near_duplicates(labels: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def by_donor(cells: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Return how the labels of a phenotype and the donors go together, for the manifest.
+
+    Args:
+        cells: Label -> donor -> cells; the donor is '' where it is not known.
+
+    Returns:
+        `nmi`: mutual information of label and donor, over the lesser of their entropies (Vinh, Epps and Bailey 2010,
+        J Mach Learn Res 11, NMI_min), of cells with both: 1 if one determines the other, which `label_tells_donor` and
+        `donor_tells_label` say; None with fewer than two labels or donors. `num_labels`, `num_donors`: how many there
+        are. `cells`: of the `labels` and `donors` that have most, shape (labels, donors). `donors_of_label`: number of
+        donors of each of these labels.
+
+    Example:
+        >>> found = by_donor({"B": {"d1": 2, "d2": 2}, "T": {"d1": 2, "d2": 2}, "NK": {"d1": 4}})
+        >>> found["labels"], found["donors"], found["cells"], round(found["nmi"], 3)
+        (['B', 'NK', 'T'], ['d1', 'd2'], [[2, 2], [4, 0], [2, 2]], 0.274)
+    """
+    triples = [(label, donor, n) for label, of in cells.items() for donor, n in of.items() if donor]
+    table = pd.DataFrame(triples, columns=["label", "donor", "cells"]).astype({"cells": "int64"})
+    sums = {name: table.groupby(name)["cells"].sum() for name in ("label", "donor")}
+    entropy = {name: _entropy(sums[name].to_numpy()) for name in sums}
+    least = min(entropy.values())
+    shown = {name: sorted(sums[name].nlargest(MOST_SHOWN).index) for name in sums}
+    return {
+        "nmi": round((sum(entropy.values()) - _entropy(table["cells"].to_numpy())) / least, 6) if least > 0 else None,
+        "label_tells_donor": least > 0 and len(table) == len(sums["label"]),
+        "donor_tells_label": least > 0 and len(table) == len(sums["donor"]),
+        "num_labels": len(sums["label"]), "num_donors": len(sums["donor"]),
+        "labels": shown["label"], "donors": shown["donor"],
+        "donors_of_label": [len(cells[label].keys() - {""}) for label in shown["label"]],
+        "cells": [[cells[label].get(donor, 0) for donor in shown["donor"]] for label in shown["label"]],
+    }  # fmt: skip
+
+
+def _entropy(counts: np.ndarray) -> float:
+    share = counts / max(counts.sum(), 1)
+    return float(-(share * np.log(share)).sum())
+
+
 def describe(
-    plan: Plan, survey: Survey, statistics: Statistics, genes: CorpusGenes, tokenizer: GeneTokenizer, *,
-    shards: Mapping[str, Sequence[Mapping[str, Any]]], findings: Sequence[str],
+    plan: Plan, survey: Survey, statistics: Statistics, genes: CorpusGenes, tokenizer: GeneTokenizer,
+    dealt: DealtCells, *, shards: Mapping[str, Sequence[Mapping[str, Any]]], findings: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the content of `manifest.json`."""
     units = {"train": sorted(set(survey.units) - plan.eval_units), "eval": sorted(plan.eval_units & set(survey.units))}
@@ -194,9 +246,12 @@ def describe(
         "perturbgene_version": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inputs": [
-            {"path": path_of(source), "cells": file.num_cells, "values": file.scale.name,
-             "gene_table": int(table)}
-            for source, file, table in zip(survey.sources, survey.files, survey.table_of_source, strict=True)
+            {"path": path_of(source), "cells": file.num_cells, "values": file.scale.name, "gene_table": int(table),
+             "dropped": dropped, "library_sizes": sizes, "notes": list(file.notes)}
+            for source, file, table, dropped, sizes in zip(
+                survey.sources, survey.files, survey.table_of_source, dealt.dropped_of_file, dealt.sizes_of_file,
+                strict=True,
+            )
         ],
         **({"where": list(plan.config.where)} if plan.config.where else {}),
         "gene_tables": genes.reports,
@@ -218,6 +273,11 @@ def describe(
             }
             for category, of_split in statistics.labels.items()
         },
+        "by_donor": {} if survey.split_by == BY_CELL else {
+            category: by_donor(survey.units_of_label[category]) for category in statistics.labels
+        },
+        "dropped": {"min_genes": plan.config.min_genes, **dealt.num_dropped},
+        "copies": {**dealt.num_copies, "eval_of_train": dealt.num_shared},
         "missing_labels": {category: dict(sorted(survey.missing[category].items())) for category in statistics.labels},
         "shards": shards,
         "audit": list(findings),

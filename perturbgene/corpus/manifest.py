@@ -14,6 +14,9 @@ from perturbgene.errors import InputError, listed
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 
+#: The page that says what a corpus holds.
+REPORT_FILE = "report.html"
+
 #: The value of `split_by` that splits single cells, by a hash of their names.
 BY_CELL = "cell"
 

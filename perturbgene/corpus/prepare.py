@@ -14,19 +14,16 @@ import dataclasses
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from perturbgene import __version__
 from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus import audit
-from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE
+from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE, REPORT_FILE
 from perturbgene.corpus.panel import CorpusGenes, choose_genes, join_genes
-from perturbgene.corpus.spool import SPOOL_FOLDER, Layout, read_spool, spool_part, write_shuffled
+from perturbgene.corpus.spool import SPOOL_FOLDER, DealtCells, Layout, read_spool, spool_part, write_shuffled
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_part, merge_parts
 from perturbgene.corpus.survey import (
     PART_ROWS,
@@ -47,7 +44,7 @@ from perturbgene.data_utils.opening import FileList, as_sources
 from perturbgene.data_utils.recognition import COUNTS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
-from perturbgene.files import claimed, sha256_of, write_json
+from perturbgene.files import claimed, is_report, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +52,13 @@ logger = logging.getLogger(__name__)
 SMALL_INPUT = 32_000_000
 
 #: Options that change how the work is done but not what comes out.
-_OPTIONS_OF_THE_RUN = ("inputs", "output", "overwrite", "num_processes", "scheduler")
+_OPTIONS_OF_THE_RUN = ("inputs", "output", "overwrite", "report", "num_processes", "scheduler")
 
 #: Where the new corpus grows, in the folder of unfinished work.
 _NEW = "corpus"
 
 # All that `prepare` writes: it deletes nothing else. What shows that a folder is ours comes last.
-_CORPUS_FILES = ("train/*shard_*", "eval/*shard_*", "*tokenizer.json*", f"*{MANIFEST_FILE}*")
+_CORPUS_FILES = (f"*{REPORT_FILE}*", "train/*shard_*", "eval/*shard_*", "*tokenizer.json*", f"*{MANIFEST_FILE}*")
 _WORK_FILES = (f"{STATISTICS_FOLDER}/part_*", f"{SPOOL_FOLDER}/part_*",
                *(f"{_NEW}/{pattern}" for pattern in _CORPUS_FILES), JOURNAL_FILE)  # fmt: skip
 
@@ -172,8 +169,7 @@ def rehearse(sources: Sequence[Any], config: PrepareConfig, work: Path) -> tuple
         survey, plan, _, statistics, genes, _ = _count(sources, config, work, Workers())
     finally:
         close_files()
-    nothing = {split: np.zeros(0, dtype=np.uint64) for split in SPLITS}
-    return survey, plan, audit.find(plan, survey, statistics, genes, nothing, dict.fromkeys(SPLITS, 0))
+    return survey, plan, audit.find(plan, survey, statistics, genes, None)
 
 
 def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num_processes: int) -> None:
@@ -193,15 +189,15 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
         written = workers.write_files(
             write_shuffled, layout, items, journal=journal, cells=cells, text="writing shards"
         )
-    dropped = sum((Counter(entry["dropped"]) for entry in spooled), Counter())
-    findings = audit.find(plan, survey, statistics, genes, hashes, dropped)
+        dealt = DealtCells.of(plan, spooled, hashes)
+    findings = audit.find(plan, survey, statistics, genes, dealt)
     for finding in findings:
         logger.warning("audit: %s", finding)
     tokenizer.save_pretrained(work / _NEW)
     listing: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for (file, (split, _)), entry in zip(shards.items(), written, strict=True):
         listing[split].append({"file": file, "cells": entry["cells"], "sha256": entry["sha256"]})
-    manifest = audit.describe(plan, survey, statistics, genes, tokenizer, shards=listing, findings=findings)
+    manifest = audit.describe(plan, survey, statistics, genes, tokenizer, dealt, shards=listing, findings=findings)
     write_json(work / _NEW / MANIFEST_FILE, manifest, indent=1)
 
 
@@ -293,6 +289,8 @@ def _check_folders(folder: Path, work: Path, *, overwrite: bool) -> None:
     if not is_corpus:
         raise InputError(f"{folder} is not a corpus (no {MANIFEST_FILE} of ours), so --overwrite leaves it alone.")
     ours = {path for pattern in _CORPUS_FILES for path in folder.glob(pattern)}
+    if (page := folder / REPORT_FILE).is_file() and not is_report(page):
+        ours.discard(page)
     others = [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() and path not in ours]
     if others:
         raise InputError(

@@ -5,9 +5,9 @@ the layout of a shard's file to `data_utils.shards`. Letters: n cells, g genes, 
 t tables of genes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,57 @@ def read_spool(layout: Layout) -> tuple[dict[str, tuple[str, int]], dict[str, np
         for name, number in enumerate(numbers[counts_s[numbers] > 0].tolist()):
             shards[f"{split}/shard_{name:05d}.h5ad"] = (split, number)
     return shards, {split: np.concatenate(parts) for split, parts in hashes.items()}
+
+
+@dataclass(frozen=True)
+class DealtCells:
+    """What became of the cells when they were dealt to shards.
+
+    Args:
+        num_kept, num_dropped: Split -> cells; those that are dropped express too few genes of the panel.
+        num_copies: Split -> cells that are exact copies of another cell of the split.
+        num_shared: Eval cells that are exact copies of a training cell.
+        dropped_of_file: Cells dropped from each file.
+        sizes_of_file: Library sizes of each file, as `library_sizes` returns them.
+    """
+
+    num_kept: dict[str, int]
+    num_dropped: dict[str, int]
+    num_copies: dict[str, int]
+    num_shared: int
+    dropped_of_file: list[int]
+    sizes_of_file: list[list[float]]
+
+    @classmethod
+    def of(cls, plan: Plan, entries: Sequence[Mapping[str, Any]], hashes: Mapping[str, np.ndarray]) -> "DealtCells":
+        """Sum up what `spool_part` returned and `read_spool` found."""
+        dropped_of_file = [0] * len(plan.sources)
+        for part, entry in zip(plan.parts(), entries, strict=True):
+            dropped_of_file[part.source] += sum(entry["dropped"].values())
+        return cls(
+            num_kept={split: len(hash_n) for split, hash_n in hashes.items()},
+            num_dropped={split: sum(entry["dropped"][split] for entry in entries) for split in SPLITS},
+            num_copies={split: len(hash_n) - len(np.unique(hash_n)) for split, hash_n in hashes.items()},
+            num_shared=int(np.isin(hashes["eval"], hashes["train"]).sum()),
+            dropped_of_file=dropped_of_file, sizes_of_file=library_sizes(plan),
+        )  # fmt: skip
+
+
+def library_sizes(plan: Plan) -> list[list[float]]:
+    """Return the lowest library size, the quartiles and the highest of each file's cells.
+
+    Empty where the values do not tell them, such as logs, and where no cell is kept.
+    """
+    found: list[list[float]] = [[] for _ in plan.sources]
+    for source, parts in groupby(plan.parts(), key=lambda part: part.source):
+        sizes = []
+        for part in parts:
+            with safe_open(plan.folder / SPOOL_FOLDER / part.name, framework="np") as file:
+                sizes.append(file.get_tensor("library_size_n"))
+        size_n = np.concatenate(sizes)
+        if len(size_n) and not np.allclose(size_n, TARGET_SUM, rtol=1e-6):
+            found[source] = np.quantile(size_n, (0, 0.25, 0.5, 0.75, 1)).round(1).tolist()
+    return found
 
 
 def write_shuffled(layout: Layout, shard: tuple[str, int], path: Path) -> dict[str, Any]:

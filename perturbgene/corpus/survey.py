@@ -126,7 +126,7 @@ class FileSurvey:
     notes: tuple[str, ...]  # what a user should know about how its values are read
     missing: dict[str, Counter[str]]
     units: Counter[str]  # cells of each donor, '' where missing, and for all cells when cells are split
-    units_of_label: dict[str, dict[str, set[str]]]  # phenotype -> label -> donors that have a cell of that label
+    units_of_label: dict[str, dict[str, Counter[str]]]  # phenotype -> label -> donor -> cells
     lacks: dict[str, str]
     cell_keys_n: np.ndarray  # hash of each cell's name, uint64 of shape (n,); empty when donors are split
 
@@ -141,7 +141,7 @@ class Survey:
     num_cells: int
     units: Counter[str]
     missing: dict[str, Counter[str]]
-    units_of_label: dict[str, dict[str, set[str]]]
+    units_of_label: dict[str, dict[str, Counter[str]]]
     first_of_table: list[int]  # one file of each distinct table of genes
     table_of_source: np.ndarray  # each file's table of genes, int64 of shape (files,)
 
@@ -163,13 +163,13 @@ def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers
             cache[0].source.obs_column(min(nowhere))  # refuses it, with the nearest name
     num_cells = sum(file.num_cells for file in files)
     first_of: dict[str, int] = {}
-    units_of_label: dict[str, dict[str, set[str]]] = {category: {} for category in config.column_of_phenotype}
+    units_of_label: dict[str, dict[str, Counter[str]]] = {category: {} for category in config.column_of_phenotype}
     for index, file in enumerate(files):
         if file.num_cells or not num_cells:
             first_of.setdefault(file.genes, index)
         for category, of_label in file.units_of_label.items():
             for label, units in of_label.items():
-                units_of_label[category].setdefault(label, set()).update(units)
+                units_of_label[category].setdefault(label, Counter()).update(units)
     table_of = {genes: table for table, genes in enumerate(first_of)}
     return Survey(
         sources=[sources[index] for index in order], files=files, split_by=split_by, num_cells=num_cells,
@@ -195,12 +195,14 @@ def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, i
             values_l, columns_l, offsets = shard.source.read_rows(*span)
             for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
                 digest.update(array.tobytes())
-        units_of_label: dict[str, dict[str, set[str]]] = {}
+        units_of_label: dict[str, dict[str, Counter[str]]] = {}
         for category, labels in table.labels.items():
             of_label = units_of_label.setdefault(category, {})
-            for label, unit in np.unique(np.stack([labels.codes_n, table.units.codes_n]), axis=1).T.tolist():
+            codes_2n = np.stack([labels.codes_n, table.units.codes_n])
+            pairs, times = np.unique(codes_2n, axis=1, return_counts=True)
+            for label, unit, count in zip(*pairs.tolist(), times.tolist(), strict=True):
                 if labels.texts[label]:
-                    of_label.setdefault(labels.texts[label], set()).add(table.units.texts[unit])
+                    of_label.setdefault(labels.texts[label], Counter())[table.units.texts[unit]] += count
         is_file = isinstance(source, str | Path) and os.path.exists(source)
         return FileSurvey(
             num_cells=len(shard), key=digest.hexdigest(), genes=genes, scale=shard.values.scale,

@@ -1,6 +1,7 @@
 """The verb `report`: one HTML page per question, which opens offline.
 
-Read in this order: `report` (which page is made of what), `answers` (evaluations and predictions), `labels` (what the
-page says of a phenotype), `statistics` (the numbers), `layout` (the map of cells), `page` (HTML, and the data of the
-script), and the templates, style and script in `assets`: `page.html.jinja` is the frame that each kind of page fills.
+Read in this order: `report` (which page is made of what), `corpus` (corpora), `answers` (evaluations and predictions),
+`labels` (what these say of a phenotype), `statistics` (the numbers), `layout` (the map of cells), `page` (HTML, and the
+data of the script), and the templates, style and script in `assets`: `page.html.jinja` is the frame that each kind of
+page fills.
 """

@@ -16,16 +16,13 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from perturbgene import __version__
 from perturbgene.errors import InputError
-from perturbgene.files import whole_file, write_text
+from perturbgene.files import PAGE_MARKER, is_report, whole_file, write_text
 from perturbgene.plots import save_figure
 
 ASSETS = importlib.resources.files("perturbgene.reports") / "assets"
-#: First words of every page that we write, by which an older one is known.
-MARKER = '<!DOCTYPE html>\n<meta name="generator" content="perturbgene report">'
 #: Most columns that color the map, most labels of one, and most letters of a name.
 MOST_COLUMNS, MOST_LABELS, MOST_LETTERS = 30, 400, 80
 #: Most findings that are shown at once.
@@ -56,7 +53,7 @@ class Page:
     findings: Sequence[str]
     sections: Mapping[str, Any]
     data: Mapping[str, Any]
-    figures: Mapping[str, Figure] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     map_note: str = ""
     notes: Sequence[str] = ()
@@ -69,7 +66,7 @@ def write_page(page: Page, target: Path) -> None:
         InputError: The target is not a page of ours, or cannot be written.
     """
     try:
-        if target.exists() and not target.read_text(encoding="utf-8", errors="replace").startswith(MARKER):
+        if target.exists() and not is_report(target):
             raise InputError(f"{target} exists and is not a report. Choose another --output.")
         for name, figure in page.figures.items():
             save_figure(figure, target.with_suffix(f".{name}.png"))
@@ -95,7 +92,7 @@ def render(page: Page) -> str:
         **page.sections, **embedded, **hashes, content=page, data=page.data, version=__version__,
         most_findings=MOST_FINDINGS,
     )  # fmt: skip
-    return f"{MARKER}\n{body}"
+    return f"{PAGE_MARKER}\n{body}"
 
 
 _ENDINGS = {"script": "js", "style": "css"}

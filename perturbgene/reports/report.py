@@ -15,14 +15,15 @@ from perturbgene.files import claimed
 from perturbgene.inference.evaluated_cells import CELLS_FILE
 from perturbgene.inference.streaming import reading_options
 from perturbgene.reports.answers import of_evaluation, of_predictions
+from perturbgene.reports.corpus import corpus_report, is_corpus
 from perturbgene.reports.page import write_page
 
 
 def report(source: str | Path, *, output: str | Path | None = None, device: str = "auto", **reading: Any) -> Path:
-    """Write what a run or its predictions are worth as one HTML page, with its figures as PNG next to it.
+    """Write what a run or its predictions are worth, or what a corpus holds, as one HTML page, with its figures as PNG.
 
     Args:
-        source: Run folder that was evaluated, an output folder of `evaluate`, or an output file of `predict`.
+        source: Run folder that was evaluated, an output folder of `evaluate`, an output file of `predict`, or a corpus.
         output: The page; None puts it next to what it is about. An older report is replaced.
         device: Where cells of predictions are embedded.
         reading: How cells of predictions were read, as `predict` takes it.
@@ -40,6 +41,8 @@ def report(source: str | Path, *, output: str | Path | None = None, device: str 
         'scores/report.html'
     """
     given = Path(source)
+    if is_corpus(given):
+        return corpus_report(given, output=output)
     folder = next((it for it in (given, given / "evaluation") if (it / CELLS_FILE).is_file()), None)
     if folder is None and given.is_dir() and given.suffix != ".zarr":
         raise InputError(f"{given} holds no evaluated cells. Run `perturbgene evaluate {given}` first.")

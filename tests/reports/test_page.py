@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from perturbgene.files import PAGE_MARKER
 from perturbgene.reports.answers import MOST_CELLS, answers_page
 from perturbgene.reports.labels import Phenotype
-from perturbgene.reports.page import MARKER, map_data, write_page
+from perturbgene.reports.page import map_data, write_page
 
 ODD_LABELS = ["</script><script>alert(1)</script>", "{{ 7 * 7 }}", "=HYPERLINK(A1)", "$\\alpha$", "<b>B & 'T'"]
 
@@ -52,7 +53,7 @@ def test_a_page_of_100_000_cells_is_small_and_counts_all_of_them(tmp_path):
 
 def test_labels_stay_text(tmp_path):
     page = write(predictions(60, ODD_LABELS), tmp_path / "a.html", num_drawn=60)
-    assert page.startswith(MARKER) and page.count("<script") == page.count("</script>") == 2
+    assert page.startswith(PAGE_MARKER) and page.count("<script") == page.count("</script>") == 2
     assert "<b>B" not in page and "&lt;/script&gt;&lt;script&gt;alert(1)" in page and "{{ 7 * 7 }}" in page
     assert sorted(data_of(page)["map"]["columns"][0]["labels"]) == sorted(ODD_LABELS)
 
