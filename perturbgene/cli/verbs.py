@@ -5,6 +5,7 @@ Owns the table `CONFIGS` of all verbs; what `mlm` and `cls` share is in `trainin
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,9 +289,18 @@ class AnswerOptions(BaseConfig):
         "the run's evaluation cells. The run must have been evaluated.",
     )  # fmt: skip
     audit: bool = option(False, "Write the probability of each cell's own label, given its genes and other phenotypes.")
+    majority_by: str | None = option(
+        None, "Also write the label that most cells of each cluster get (majority_X), and their share. COLUMN of obs "
+        "with the clusters, or `embedding` to cluster the cells by their embedding (needs igraph).",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()
+        if self.majority_by == "embedding" and find_spec("igraph") is None:
+            raise InputError(
+                "majority_by is embedding, which needs the package igraph. Install it with `pip install "
+                "'perturbgene[leiden]'`, or name a column of obs."
+            )
         if self.conformal is not None and not self.calibrate:
             raise InputError("conformal sets need calibrated probabilities. Remove --no_calibrate or --conformal.")
 

@@ -5,6 +5,7 @@ temperatures to `calibration`, and batches and files to `streaming`. Letters: n 
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -17,16 +18,18 @@ from scipy.special import softmax
 
 from perturbgene.cli.verbs import AnswerOptions, PredictConfig
 from perturbgene.configs import check_question
+from perturbgene.data_utils.chosen_cells import ChosenCells
 from perturbgene.data_utils.data_collators import collate_fn_wrapper
 from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
-from perturbgene.data_utils.labels import ABSENT
+from perturbgene.data_utils.labels import ABSENT, Labels, is_missing
 from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import Question, class_logits, gene_log_likelihood, question_logits
 from perturbgene.inference.calibration import Calibration, Temperature, percentile, read_calibration
 from perturbgene.inference.conformal import floor_at, label_sets
+from perturbgene.inference.majority import BY_EMBEDDING, CLUSTER_COLUMN, clusters_of, majority
 from perturbgene.inference.novelty import LEAST_CELLS, TrainingCells, Usual
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
@@ -45,6 +48,8 @@ from perturbgene.training.votes import expression_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+logger = logging.getLogger(__name__)
 
 #: Written in place of a label that is not probable enough.
 UNKNOWN = "unknown"
@@ -120,6 +125,12 @@ class Predictor:
         self.floors = {name: self._floor(name) for name in self.asked} if options.conformal is not None else {}
         self.mask_rates = run.mask_rates if options.ood else {}
         self._own_label_n: dict[str, np.ndarray] = {}
+        self._clusters: Labels | None = None  # of all cells of the file
+        if options.majority_by == BY_EMBEDDING and run.space is None:
+            logger.warning(
+                "%s has no embedding.safetensors, so cells are clustered by states that may tell types apart badly; "
+                "train it again, or name a column with --majority_by", run.path,
+            )  # fmt: skip
 
     def _training_cells(self) -> TrainingCells:
         """Return the statistics of training cells that say how unusual a cell is.
@@ -173,6 +184,8 @@ class Predictor:
             if self.run.binary_label is not None:
                 own_n = (ids_n == vocabulary.label_id(name, self.run.binary_label)).astype(np.int32)
             self._own_label_n[name] = np.where(ids_n == ABSENT, ABSENT, own_n)
+        if self.options.majority_by not in (None, BY_EMBEDDING):
+            self._clusters = _labels_of(dataset, str(self.options.majority_by))
         return dataset
 
     # -- answers --------------------------------------------------------------------------------------------------
@@ -232,6 +245,8 @@ class Predictor:
                     answers[f"novelty:{name}"] = _where(usual.score(parts_np, num_genes_n), has_genes_n)
         if self.options.ood and not self.run.is_classifier:
             answers["genes"] = gene_log_likelihood(self.run.model, block, self.tokenizer, mask_rates=self.mask_rates)
+        if self.options.majority_by == BY_EMBEDDING:
+            answers["embedding"] = self.run.embed(block, pooling=self.run.default_pooling())
         for question in self.audits:
             [(name, _, probability_nk)] = self._asked(block, question)
             own_n = self._own_label_n[name][block.cells_n]
@@ -278,7 +293,26 @@ class Predictor:
             columns[f"audit_{question.asked[0]}_probability"] = own_n
             ranks_n = pd.Series(own_n).rank(method="first").fillna(0)  # 1: the least probable; 0: no label
             columns[f"audit_{question.asked[0]}_rank"] = ranks_n.to_numpy(dtype=np.int32)
+        if self.options.majority_by:
+            columns |= self._majority_columns(merged)
         return {**columns, GENES_COLUMN: merged[GENES_COLUMN]}
+
+    def _majority_columns(self, merged: Mapping[str, np.ndarray]) -> Columns:
+        """Return the label that most cells of each cell's cluster get, its share, and clusters of the embedding."""
+        columns: Columns = {}
+        if self._clusters is None:
+            cluster_n = clusters_of(merged["embedding"])
+            names = [str(number) for number in range(cluster_n.max(initial=-1) + 1)]
+            columns[CLUSTER_COLUMN] = pd.Categorical.from_codes(cluster_n, categories=names)
+        else:
+            is_missing_r = np.array([is_missing(text) for text in self._clusters.texts])
+            cluster_n = np.where(is_missing_r[self._clusters.codes_n], -1, self._clusters.codes_n).astype(np.int64)
+        for name in self.asked:
+            labels = self.labels_of(name)
+            label_n, share_n = majority(merged[f"code:{name}"][:, 0], cluster_n, num_labels=len(labels))
+            columns[f"majority_{name}"] = pd.Categorical.from_codes(label_n, categories=labels)
+            columns[f"majority_{name}_share"] = share_n.astype(np.float32)
+        return columns
 
     def matrices(self, merged: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the matrices of `obsm` that the answers become."""
@@ -300,6 +334,8 @@ class Predictor:
             facts["where"] = dataset.where
         if options.abstain:
             facts["abstain"] = options.abstain
+        if options.majority_by:
+            facts["majority_by"] = options.majority_by
         if options.conformal is not None:
             facts["conformal"], facts["conformal_floors"] = options.conformal, self.floors
         if options.probabilities:
@@ -339,10 +375,32 @@ class Predictor:
         more = [f"{len(counts[counts > 0]) - 5} other labels"] if (counts > 0).sum() > 5 else []
         mean = np.nanmean(probability_n) if num_empty < num_cells else np.nan
         empty = f"; {num_empty:,} cells express no gene of the run and have no prediction" if num_empty else ""
-        return (
+        text = (
             f"predicted_{phenotype}: {', '.join([*shown, *more])}; mean probability {mean:.2f} "
             f"({self.describe_calibration()[phenotype]}){empty}"
         )
+        if self.options.majority_by:
+            text += f"\n{about_majority(phenotype, pd.DataFrame(columns))}"
+        return text
+
+
+def about_majority(phenotype: str, obs: pd.DataFrame) -> str:
+    """Say how many cells get another label by majority than by themselves."""
+    own = f"predicted_{phenotype}_1"
+    answers, voted = obs[own if own in obs else f"predicted_{phenotype}"], obs[f"majority_{phenotype}"]
+    num_voted = int(voted.notna().sum())
+    num_changed = int((answers.astype(object) != voted.astype(object))[voted.notna()].sum())
+    share = f" ({num_changed / num_voted:.1%})" if num_voted else ""
+    return f"majority_{phenotype}: another label than the cell's own in {num_changed:,} of {num_voted:,} cells{share}"
+
+
+def _labels_of(dataset: IterableAnnDataset, column: str) -> Labels:
+    """Return the texts of a column of `obs`, of all cells of the file, also those that `where` leaves out."""
+    try:
+        source = dataset.shards[0].source
+        return Labels.of((source.base if isinstance(source, ChosenCells) else source).obs_column(column))
+    except InputError as error:
+        raise InputError(f"{error} Change --majority_by, or pass `--majority_by {BY_EMBEDDING}`.") from error
 
 
 def matrix_key(phenotype: str) -> str:
@@ -434,6 +492,7 @@ def predict(
     conformal: float | None = AnswerOptions.conformal,
     ood: bool = AnswerOptions.ood,
     audit: bool = AnswerOptions.audit,
+    majority_by: str | None = AnswerOptions.majority_by,
     calibrate: bool = AnswerOptions.calibrate,
     device: str = PredictConfig.device,
     batch_tokens: int = PredictConfig.batch_tokens,
@@ -448,7 +507,8 @@ def predict(
         adata: Cells, in memory or backed, or the path or URL of an h5ad file; no label column is needed.
         model: Run folder, or a loaded run.
         ask, given, batch_tokens, reading: See `predict_table`.
-        top_k, probabilities, joint, abstain, conformal, ood, audit, calibrate: See `perturbgene predict -h`.
+        top_k, probabilities, joint, abstain, conformal, ood, audit, majority_by, calibrate: See `perturbgene predict
+            -h`.
         device: "auto", "cpu", "cuda", ...
 
     Raises:
@@ -462,7 +522,7 @@ def predict(
     """
     options = AnswerOptions(
         top_k=top_k, probabilities=probabilities, joint=joint, abstain=abstain, conformal=conformal, ood=ood,
-        audit=audit, calibrate=calibrate,
+        audit=audit, majority_by=majority_by, calibrate=calibrate,
     )  # fmt: skip
     predictor = Predictor(load_run(model, device=device), ask, given, options)
     cells = read_cells(adata)

@@ -24,6 +24,8 @@ from perturbgene.inference.baselines import NAMES
 from perturbgene.inference.classifiers import sample
 from perturbgene.inference.evaluate import COVERAGE_FILE
 from perturbgene.inference.evaluated_cells import CELLS_FILE, DONOR, EMBEDDING, column_name
+from perturbgene.inference.majority import BY_EMBEDDING, CLUSTER_COLUMN
+from perturbgene.inference.predict import about_majority
 from perturbgene.inference.run import load_run
 from perturbgene.inference.starts import embedding_of
 from perturbgene.inference.streaming import open_cells
@@ -233,15 +235,23 @@ def of_predictions(path: Path, *, device: str, reading: Mapping[str, Any]) -> Pa
         answered_n = obs[f"predicted_{names[0]}"].notna().to_numpy()
         rows_m, places_m2, note = _map_of_predictions(source, facts, answered_n, device=device, reading=reading)
     threshold = float(facts.get("abstain", THRESHOLD))
-    phenotypes = [Phenotype(name, obs, name, threshold=threshold) for name in names]
+    by = str(facts.get("majority_by", ""))
+    clusters = CLUSTER_COLUMN if by == BY_EMBEDDING else by
+    phenotypes = [Phenotype(name, obs, name, threshold=threshold, clusters=clusters) for name in names]
     given = [f"{name} = {label or 'as in obs'}" for name, label in facts["given"].items()]
     known = ", ".join(given) or "nothing but their genes"
     first = [
         it
         for name in names
-        for it in (f"predicted_{name}", f"predicted_{name}_probability", f"ood_{name}_score_percentile")
+        for it in (
+            f"predicted_{name}",
+            f"majority_{name}",
+            f"predicted_{name}_probability",
+            f"ood_{name}_score_percentile",
+        )
     ]
-    rest = [str(name) for name in obs.columns if not str(name).startswith(("predicted_", "ood_", "audit_"))]
+    own = ("predicted_", "majority_", "ood_", "audit_")
+    rest = [str(name) for name in obs.columns if not str(name).startswith(own)]
     return answers_page(
         f"{', '.join(names)} of {path.name}",
         f"{facts['run']} was asked for {', '.join(names)} of {len(obs):,} cells, given {known}.",
@@ -288,6 +298,8 @@ def _about_predictions(facts: Mapping[str, Any], obs: pd.DataFrame, names: Seque
     for name in names:
         if str(facts["calibration"][name]).startswith("uncalibrated"):
             sentences.append(f"{name}: probabilities are {facts['calibration'][name]}, so they may be too high.")
+        if f"majority_{name}" in obs:
+            sentences.append(f"{about_majority(name, obs)}.")
         percentile_n = obs.get(f"ood_{name}_score_percentile")
         if percentile_n is not None:
             sentences.append(

@@ -31,8 +31,8 @@ MOST_CONFUSED = 60
 MOST_SHOWN, MOST_LISTED = 15, 1_000
 #: Labels of a lower probability are doubted, unless they are the answer.
 IMPROBABLE = 0.5
-#: Most donors in the table: those with most cells.
-MOST_DONORS = 60
+#: Most donors and clusters in their tables: those with most cells.
+MOST_DONORS, MOST_CLUSTERS = 60, 60
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Phenotype:
         coverage: Rows of `coverage.csv` of this phenotype.
         threshold: Where the slider starts, in 0..1.
         is_evaluated: True if `obs` holds the true labels.
+        clusters: Column of `obs` within which `majority_X` was counted; "" if it was not.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Phenotype:
     coverage: pd.DataFrame | None = None
     threshold: float = 0.5
     is_evaluated: bool = False
+    clusters: str = ""
 
     @property
     def answer_n(self) -> pd.Series:
@@ -88,7 +90,8 @@ class Phenotype:
         content |= {"threshold": self.threshold, "charts": self.threshold_charts(found, number)}
         content |= {"unsure": self.unsure(most=MOST_SHOWN).to_dict("records")}
         content |= {"doubted": self.doubted_labels(most=MOST_SHOWN).to_dict("records")}
-        content |= {"scores": [], "given": [], "donors": [], "pairs": [], "confusion": None, "reliability": None}
+        content |= {"clusters": self.cluster_rows(), "scores": [], "given": [], "donors": [], "pairs": []}
+        content |= {"confusion": None, "reliability": None}
         if self.is_evaluated and self.known_n.any():
             content |= {"scores": self.score_rows(), "given": self.given_rows(), "donors": self.donor_rows()}
             content["reliability"] = self.reliability()
@@ -175,6 +178,17 @@ class Phenotype:
         cells = self.obs.iloc[rows_m]
         known = {key: cells[name].to_numpy() for key, name in names.items() if name in cells}
         return pd.DataFrame({"cell": cells.index.astype(str), **known})
+
+    def cluster_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each cluster, the least agreed first: cells, the label that most get, and their share."""
+        if not self.clusters:
+            return []
+        voted = self.obs[self.obs[f"majority_{self.column}"].notna() & self.obs[self.clusters].notna()]
+        grouped = voted.groupby(self.clusters, observed=True)
+        table = grouped[[f"majority_{self.column}", f"majority_{self.column}_share"]].first().assign(n=grouped.size())
+        table.columns = ["label", "share", "n"]
+        table = table.nlargest(MOST_CLUSTERS, "n").sort_values("share", kind="stable")
+        return [{"cluster": name, **row.to_dict()} for name, row in table.iterrows()]
 
     def score_rows(self) -> list[dict[str, Any]]:
         """Return a row for each question in which nothing is given and each baseline, with an interval over donors."""

@@ -1,15 +1,15 @@
 """The map of cells: two coordinates in which cells with similar embeddings are near each other.
 
 Owns the layout; leaves embeddings to `inference` and pictures to `plots` and the page. Letters: n cells, c coordinates
-of the embedding, j neighbors, m pairs of neighbors.
+of the embedding, m pairs of neighbors.
 """
 
 import numpy as np
-from scipy import sparse
 from sklearn.decomposition import PCA
-from sklearn.neighbors import NearestNeighbors
 
-NUM_NEIGHBORS = 15
+from perturbgene.inference.classifiers import NUM_NEIGHBORS
+from perturbgene.inference.majority import neighbor_graph
+
 NUM_ROUNDS = 200
 #: Random cells that a cell is pushed away from, for each neighbor that pulls it.
 NUM_PUSHES = 5
@@ -42,31 +42,13 @@ def umap_layout(points_nc: np.ndarray, *, seed: int = 0) -> np.ndarray:
         return place_n2.astype(np.float32)
     rng = np.random.default_rng(seed)
     place_n2 += rng.normal(scale=1e-2, size=place_n2.shape)
-    graph = _neighbor_graph(points_nc)
+    graph = neighbor_graph(points_nc)
     chance_m = graph.data / graph.data.max()
     for number in range(NUM_ROUNDS):
         drawn_m = rng.permutation(np.flatnonzero(rng.random(len(chance_m)) < chance_m))
         for part_m in np.array_split(drawn_m, NUM_PARTS):
             _move(place_n2, graph.row[part_m], graph.col[part_m], step=1 - number / NUM_ROUNDS, rng=rng)
     return place_n2.astype(np.float32)
-
-
-def _neighbor_graph(points_nc: np.ndarray) -> sparse.coo_matrix:
-    """Return how sure it is that two cells are neighbors, in 0..1, each near its own scale, in either direction."""
-    search = NearestNeighbors(n_neighbors=NUM_NEIGHBORS).fit(points_nc)
-    distance_nj, neighbor_nj = search.kneighbors()
-    beyond_nj = np.maximum(distance_nj - distance_nj[:, :1], 0)
-    low_n, high_n = np.zeros(len(points_nc)), np.full(len(points_nc), np.inf)
-    scale_n = np.maximum(beyond_nj.mean(axis=1), 1e-12)
-    for _ in range(40):  # the scale at which the sum is log2 of the number of neighbors
-        is_large_n = np.exp(-beyond_nj / scale_n[:, None]).sum(axis=1) > np.log2(NUM_NEIGHBORS)
-        high_n, low_n = np.where(is_large_n, scale_n, high_n), np.where(is_large_n, low_n, scale_n)
-        scale_n = np.where(np.isinf(high_n), 2 * low_n, (low_n + np.minimum(high_n, 1e300)) / 2)
-        scale_n = np.maximum(scale_n, 1e-12)
-    weight_nj = np.exp(-beyond_nj / scale_n[:, None])
-    starts = np.arange(0, neighbor_nj.size + 1, NUM_NEIGHBORS)
-    one_way = sparse.csr_matrix((weight_nj.ravel(), neighbor_nj.ravel(), starts), shape=(len(points_nc),) * 2)
-    return (one_way + one_way.T - one_way.multiply(one_way.T)).tocoo()
 
 
 def _move(place_n2: np.ndarray, from_m: np.ndarray, to_m: np.ndarray, *, step: float, rng: np.random.Generator) -> None:

@@ -13,7 +13,7 @@ from perturbgene.reports.labels import Phenotype
 from perturbgene.reports.statistics import NUM_STEPS
 
 #: Tables of a section -> what names their rows.
-KEYS = {"types": "label", "scores": "name", "given": "given", "donors": "donor", "markers": "gene"}
+KEYS = {"types": "label", "scores": "name", "given": "given", "donors": "donor", "clusters": "cluster"}
 #: Columns of the long table, and those that each row of the cells has first.
 COLUMNS = ("phenotype", "table", "row", "measure", "value")
 FIRST = ("phenotype", "why", "cell")

@@ -160,6 +160,15 @@ def test_an_evaluation_of_before_is_refused_with_what_to_do(folder: Path, tmp_pa
     assert not (tmp_path / CELLS_FILE).exists()
 
 
+def test_clusters_are_on_the_page_with_what_most_of_their_cells_are_called(folder: Path, tmp_path: Path) -> None:
+    words = ["predict", str(folder / "run"), str(folder / "cells.h5ad"), "--output", str(tmp_path / "out.h5ad")]
+    assert main([*words, "--majority_by", "tissue", "--ask", "cell_type"]) == 0
+    page = (tmp_path / "out.report.html").read_text()
+    assert "Labels by majority within clusters" in page and "another label than the cell&#39;s own in" in page
+    table = pd.read_csv(tmp_path / "out.report.tables.csv").query("table == 'clusters' and measure == 'n'")
+    assert sorted(table["row"]) == ["blood", "lung"] and table["value"].sum() == 255
+
+
 def test_the_map_of_the_file_is_kept(folder: Path, tmp_path: Path) -> None:
     cells = ad.read_h5ad(folder / "out.h5ad")
     cells.obsm["X_umap"] = np.random.default_rng(0).normal(size=(cells.n_obs, 2))
