@@ -19,7 +19,7 @@ from perturbgene.configs import load_config
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.opening import FileList, open_source
 from perturbgene.data_utils.sources import StoredCells
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, listed
 from perturbgene.inference.baselines import NAMES
 from perturbgene.inference.classifiers import sample
 from perturbgene.inference.evaluate import COVERAGE_FILE
@@ -149,7 +149,7 @@ def of_evaluation(folder: Path) -> Page:
             *_about_scores(phenotypes),
             *_about_evaluated_cells(facts, obs),
             *_about_labels(obs, {one.name: one.column for one in phenotypes}),
-            *_about_corpus(str(facts["run"])),
+            *_about_corpus(str(facts["run"]), donors=set(obs[DONOR].astype(str)) if DONOR in obs else set()),
         ],
         phenotypes,
         rows_m=embedded,
@@ -208,12 +208,17 @@ def _about_genes(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _about_corpus(run: str) -> list[str]:
-    """Return what `prepare` found in the corpus that the run was trained on, as far as it is there."""
+def _about_corpus(run: str, *, donors: set[str]) -> list[str]:
+    """Say which donors were trained on, and what `prepare` found in the corpus of the run, as far as it is there."""
     with suppress(InputError, OSError):
-        corpus = getattr(load_config(Path(run) / "run.yaml"), "corpus", None)
-        if corpus:
-            return [f"Corpus: {finding}" for finding in Corpus.open(corpus).manifest["audit"]]
+        if path := getattr(load_config(Path(run) / "run.yaml"), "corpus", None):
+            manifest = Corpus.open(path).manifest
+            sentences = [f"Corpus: {finding}" for finding in manifest["audit"]]
+            if seen := sorted(donors & set(manifest["split"].get("train", ()))):
+                named = f"{len(seen):,} of {len(donors):,} donors ({listed(seen, most=3)})"
+                text = "are called like donors that the run was trained on. If they are the same, scores are too good."
+                sentences.insert(0, f"{named} {text}")
+            return sentences
     return []
 
 

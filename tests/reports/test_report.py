@@ -1,6 +1,7 @@
 """Reports of a real run: what `evaluate` and `predict` write, and what a browser shows of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from perturbgene.main import main
 from perturbgene.reports.answers import of_evaluation, read_evaluation
 from perturbgene.reports.labels import Phenotype
 from perturbgene.reports.report import report
+from tests.reports.test_corpus import FLAGS
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -136,6 +138,26 @@ def test_training_cells_are_reported_first(folder: Path) -> None:
 
 def test_findings_of_the_corpus_are_reported(folder: Path) -> None:
     assert any(text.startswith("Corpus: ") for text in of_evaluation(folder / "scores").findings)
+
+
+def test_faults_of_the_corpus_are_flags_of_the_evaluation_and_a_clean_corpus_has_none(
+    folder: Path, corpora: dict[str, Path]
+) -> None:
+    settings = folder / "run/run.yaml"
+    before = settings.read_text()
+    for name, corpus in corpora.items():
+        settings.write_text(re.sub("(?m)^corpus: .*$", f"corpus: {corpus}", before))
+        found = [text for text in of_evaluation(folder / "scores").findings if text.startswith("Corpus: ")]
+        wanted = [text for where, text in FLAGS.values() if where == name]
+        assert bool(found) == bool(wanted) and all(any(text in one for one in found) for text in wanted)
+    settings.write_text(before)
+
+
+def test_donors_that_were_trained_on_are_named(folder: Path) -> None:
+    findings = of_evaluation(folder / "scores").findings
+    assert any(
+        "donors ('D" in text and "are called like donors that the run was trained on" in text for text in findings
+    )
 
 
 @pytest.mark.parametrize(
