@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
@@ -129,6 +130,7 @@ class CellEmbeddings:
     run: Run
     rows_n: IntArray  # ascending numbers of the cells
     _parts: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    _expression_mg: sparse.csr_matrix | None = None
 
     @classmethod
     def of(cls, run: Run, is_new_n: np.ndarray) -> "CellEmbeddings":
@@ -151,6 +153,12 @@ class CellEmbeddings:
         kept = [row for row in np.argsort(cells_m) if np.isfinite(states_mh[row, 0])]
         return cells_m[kept], states_mh[kept]
 
+    def expression(self, dataset: IterableAnnDataset) -> sparse.csr_matrix:
+        """Return log1p counts per 10,000 of the run's genes in the cells of `joined`, CSR of shape (m, g)."""
+        if self._expression_mg is None:
+            self._expression_mg = read_expression(dataset.shards, self.joined()[0], sizes=dataset.sizes)
+        return self._expression_mg
+
     def scores(
         self, dataset: IterableAnnDataset, categories: Sequence[str], *, donor_column: str | None
     ) -> dict[str, dict[str, Scores]]:
@@ -168,7 +176,7 @@ class CellEmbeddings:
         cells_m, states_mh = self.joined()
         if not len(cells_m):
             return {}
-        expression_mg = read_expression(dataset.shards, cells_m, sizes=dataset.sizes)
+        expression_mg = self.expression(dataset)
         donors_n, found = donors_of(dataset, donor_column), {}
         for category in categories:
             label_m = classes_of(dataset, category)[cells_m]

@@ -44,7 +44,7 @@ from perturbgene.eval_utils import (
 )
 from perturbgene.files import claimed
 from perturbgene.hub import is_hub_name
-from perturbgene.inference.baselines import NAMES, Answers, baselines, mark_best
+from perturbgene.inference.baselines import NAMES, Answers, baselines, classes_of, mark_best
 from perturbgene.inference.calibration import (
     LEAST_CELLS,
     MOST_CELLS,
@@ -58,6 +58,7 @@ from perturbgene.inference.calibration import (
 from perturbgene.inference.conformal import coverage_by_donor, floor_at
 from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
 from perturbgene.inference.evaluated_cells import evaluated_cells, write_cells
+from perturbgene.inference.markers import marker_table
 from perturbgene.inference.novelty import TrainingCells, Usual, fit_training_cells
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
@@ -82,8 +83,8 @@ SHORT_NAMES = {"majority": "frequencies", "logistic_regression": "regression"}
 #: Most cells that are asked about with some, but not all other phenotypes given: an accuracy of theirs has a standard
 #: error of at most 0.007.
 MOST_FURTHER = 5_000
-#: Coverage of sets of labels for each donor, in the output.
-COVERAGE_FILE = "coverage.csv"
+#: Coverage of sets of labels for each donor, and the genes that speak for each label, in the output.
+COVERAGE_FILE, MARKERS_FILE = "coverage.csv", "markers.csv"
 #: Levels whose coverage is written there, and the one that is printed.
 COVERAGE_LEVELS, SHOWN_LEVEL = (0.8, 0.9, 0.95, 0.99), 0.9
 LEGEND = (
@@ -423,12 +424,20 @@ def _add_baselines(
 def _add_embedding(
     results: dict[str, Any], embedded: CellEmbeddings, dataset: IterableAnnDataset, *, donor_column: str | None
 ) -> dict[str, pd.DataFrame]:
-    """Add the scores of the embedding, if there are any, and return them as a table by its file name."""
-    asked = [name for name in results if name != "genes"]
-    if not (scores := embedded.scores(dataset, asked, donor_column=donor_column)):
-        return {}
-    results["embedding"] = scores
-    return {"embedding.csv": score_table(scores)}
+    """Add the scores of the embedding, if there are any; return them and the markers of labels by their file names."""
+    asked, tables, cells_m = [name for name in results if name != "genes"], {}, embedded.joined()[0]
+    if len(cells_m):
+        expression_mg = embedded.expression(dataset)
+        labels = dataset.tokenizer.phenotypes
+        of_each = [
+            marker_table(embedded.run, name, labels[name], expression_mg, classes_of(dataset, name)[cells_m])
+            for name in asked
+        ]
+        tables = {MARKERS_FILE: pd.concat(of_each, ignore_index=True)}
+    if scores := embedded.scores(dataset, asked, donor_column=donor_column):
+        results["embedding"] = scores
+        tables["embedding.csv"] = score_table(scores)
+    return {name: table for name, table in tables.items() if len(table)}
 
 
 # -- the function and the verb ------------------------------------------------------------------------------------

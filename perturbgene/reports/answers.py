@@ -22,7 +22,7 @@ from perturbgene.data_utils.sources import StoredCells
 from perturbgene.errors import InputError, listed
 from perturbgene.inference.baselines import NAMES
 from perturbgene.inference.classifiers import sample
-from perturbgene.inference.evaluate import COVERAGE_FILE
+from perturbgene.inference.evaluate import COVERAGE_FILE, MARKERS_FILE
 from perturbgene.inference.evaluated_cells import CELLS_FILE, DONOR, EMBEDDING, column_name
 from perturbgene.inference.majority import BY_EMBEDDING, CLUSTER_COLUMN
 from perturbgene.inference.predict import about_majority
@@ -123,13 +123,18 @@ def read_evaluation(folder: Path) -> Evaluation:
         assert isinstance(source, StoredCells)
         obs, facts = source.table("obs"), source.element("uns/perturbgene")
         states_nh = source.element(f"obsm/{EMBEDDING}")
-    coverage = pd.read_csv(folder / COVERAGE_FILE) if (folder / COVERAGE_FILE).exists() else None
+    coverage, markers = (
+        pd.read_csv(folder / file, keep_default_na=False, na_values=[""]) if (folder / file).exists() else None
+        for file in (COVERAGE_FILE, MARKERS_FILE)
+    )
     phenotypes = []
     for name, scores in results.items():
         if name in ("genes", "embedding") or f"predicted_{column_name(name)}" not in obs:
             continue
-        own = None if coverage is None else coverage[coverage["phenotype"] == name]
-        phenotypes.append(Phenotype(name, obs, column_name(name), scores, own, THRESHOLD, is_evaluated=True))
+        own, genes = (None if table is None else table[table["phenotype"] == name] for table in (coverage, markers))
+        phenotypes.append(
+            Phenotype(name, obs, column_name(name), scores, coverage=own, markers=genes, is_evaluated=True)
+        )
     return Evaluation(results, obs, facts, states_nh, phenotypes)
 
 

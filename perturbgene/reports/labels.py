@@ -44,7 +44,7 @@ class Phenotype:
         obs: The cells, with the columns of `predict` or of `evaluated_cells`.
         column: Its name in columns of `obs`.
         scores: Question or baseline -> scores, as `evaluate` returns them; empty for predictions.
-        coverage: Rows of `coverage.csv` of this phenotype.
+        coverage, markers: Rows of `coverage.csv` and `markers.csv` of this phenotype.
         threshold: Where the slider starts, in 0..1.
         is_evaluated: True if `obs` holds the true labels.
         clusters: Column of `obs` within which `majority_X` was counted; "" if it was not.
@@ -55,6 +55,7 @@ class Phenotype:
     column: str
     scores: Mapping[str, Any] = field(default_factory=dict)
     coverage: pd.DataFrame | None = None
+    markers: pd.DataFrame | None = None
     threshold: float = 0.5
     is_evaluated: bool = False
     clusters: str = ""
@@ -91,7 +92,7 @@ class Phenotype:
         content |= {"unsure": self.unsure(most=MOST_SHOWN).to_dict("records")}
         content |= {"doubted": self.doubted_labels(most=MOST_SHOWN).to_dict("records")}
         content |= {"clusters": self.cluster_rows(), "scores": [], "given": [], "donors": [], "pairs": []}
-        content |= {"confusion": None, "reliability": None}
+        content |= {"confusion": None, "reliability": None, "markers": self.marker_rows()}
         if self.is_evaluated and self.known_n.any():
             content |= {"scores": self.score_rows(), "given": self.given_rows(), "donors": self.donor_rows()}
             content["reliability"] = self.reliability()
@@ -178,6 +179,17 @@ class Phenotype:
         cells = self.obs.iloc[rows_m]
         known = {key: cells[name].to_numpy() for key, name in names.items() if name in cells}
         return pd.DataFrame({"cell": cells.index.astype(str), **known})
+
+    def marker_rows(self) -> list[dict[str, Any]]:
+        """Return a row for each label with the genes that speak for it, as text and as numbers."""
+        if self.markers is None:
+            return []
+        form = "{gene} {support:.2f} ({mean_in:.2f}, {mean_out:.2f})".format_map
+        return [
+            {"label": label, "n": int(part["num_cells"].iloc[0]), "genes": part.to_dict("records"),
+             "text": "; ".join(form(gene) for gene in part.to_dict("records"))}
+            for label, part in self.markers.groupby("label", sort=False)
+        ]  # fmt: skip
 
     def cluster_rows(self) -> list[dict[str, Any]]:
         """Return a row for each cluster, the least agreed first: cells, the label that most get, and their share."""

@@ -46,6 +46,10 @@ def _numbers(phenotype: Phenotype, shown: Mapping[str, Any]) -> Iterator[Number]
     for table, key in KEYS.items():
         for row in shown.get(table, ()):
             yield from _measures(name, table, str(row[key]), row)
+    for row in shown["markers"]:
+        for gene in row["genes"]:
+            numbers = {measure: gene[measure] for measure in ("support", "mean_in", "mean_out")}
+            yield from _measures(name, "markers", f"{row['label']}: {gene['gene']}", numbers)
     curves = phenotype.data()
     for step in range(NUM_STEPS):
         at = {kind: curves[kind][step] for kind in ("coverage", "expected", "measured") if curves[kind]}

@@ -124,6 +124,16 @@ def test_a_wrong_label_is_first_among_those_to_check(folder: Path, tmp_path: Pat
     assert "Labels to check first" in page and "check these labels first." in page
 
 
+def test_genes_that_speak_for_a_label_are_on_the_page(folder: Path, tmp_path: Path) -> None:
+    for name in ("metrics.json", "cells.h5ad"):
+        shutil.copy(folder / "scores" / name, tmp_path / name)
+    row = {"phenotype": "cell_type", "label": "B cell", "num_cells": 90, "gene": "<CD79A>", "support": 1.5}
+    pd.DataFrame([{**row, "mean_in": 2, "mean_out": 0.25}]).to_csv(tmp_path / "markers.csv", index=False)
+    assert "&lt;CD79A&gt; 1.50 (2.00, 0.25)" in report(tmp_path).read_text()
+    table = pd.read_csv(tmp_path / "report.tables.csv").query("table == 'markers' and measure == 'support'")
+    assert table[["row", "value"]].values.tolist() == [["B cell: <CD79A>", 1.5]]
+
+
 def test_an_evaluation_knows_how_probable_each_true_label_is(folder: Path, phenotype: Phenotype) -> None:
     audit_n = phenotype.obs["audit_cell_type_probability"].to_numpy()
     assert np.all((audit_n == phenotype.probability_n) == (phenotype.right_n() == 1))
