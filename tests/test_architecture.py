@@ -41,6 +41,7 @@ SEAMS = {
     "fsspec": {"data_utils.remote"},
     "matplotlib": {"plots"},
     "jinja2": {"reports.page"},
+    "cellxgene_ontology_guide": {"inference.ontology"},
     "seaborn": set(),
     "pickle": set(),
     "cloudpickle": set(),

@@ -278,6 +278,10 @@ class AnswerOptions(BaseConfig):
         "for each phenotype X; its labels are in uns['perturbgene'] under the same name.",
     )  # fmt: skip
     abstain: float = option(0.0, "Write `unknown` if the calibrated probability is below this.", within="[0, 1]")
+    coarse: bool = option(
+        False, "Where no label reaches --abstain (at least 0.5), answer with the finest term of the Cell Ontology "
+        "whose labels together do. Needs perturbgene[ontology].",
+    )  # fmt: skip
     conformal: float | None = option(
         None, "Write for each cell the set of labels that holds the true one in this share of the cells of a new "
         "donor, such as 0.9, and its size. Needs evaluate.", within="(0, 1)",
@@ -303,6 +307,11 @@ class AnswerOptions(BaseConfig):
             )
         if self.conformal is not None and not self.calibrate:
             raise InputError("conformal sets need calibrated probabilities. Remove --no_calibrate or --conformal.")
+        if self.coarse and self.abstain < 0.5:
+            raise InputError(
+                f"coarse answers need a probability to reach, but abstain is {self.abstain:g}; below 0.5, two separate "
+                "terms could reach it. Give --abstain 0.9 (or another one from 0.5 to 1), or remove --coarse."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

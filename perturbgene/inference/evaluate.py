@@ -60,6 +60,7 @@ from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
 from perturbgene.inference.evaluated_cells import evaluated_cells, write_cells
 from perturbgene.inference.markers import marker_table
 from perturbgene.inference.novelty import TrainingCells, Usual, fit_training_cells
+from perturbgene.inference.ontology import LabelTerms, is_installed, term_ids
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
 from perturbgene.inference.starts import start_answers
@@ -97,6 +98,10 @@ LEGEND = (
     "sets: share of cells whose 90 % set (`predict --conformal 0.9`) holds the true label, mean of the donors that "
     "fitted nothing (lowest donor; mean number of labels); " + COVERAGE_FILE + " has each donor.\n"
     "best: right in most cells, of the run with nothing given and the baselines."
+)
+ONTOLOGY_LEGEND = (
+    "finer, coarser: share of cells whose answer is a descendant or an ancestor of the true label in the ontology. "
+    "right_or_finer: what\nscTab counts as right, and macro_f1_or_finer the macro F1 with that."
 )
 EMBEDDING_LEGEND = (
     "purity: mean share of a cell's 15 nearest cells that have its label (fewer, where a label is rarer). silhouette: "
@@ -421,6 +426,29 @@ def _add_baselines(
     return found
 
 
+def _add_ontology(
+    results: dict[str, Any], evaluator: Evaluator, dataset: IterableAnnDataset,
+    baselines: Mapping[str, Mapping[str, Answers]],
+) -> None:  # fmt: skip
+    """Count answers that are an ancestor or a descendant of the true label apart, where labels are such terms."""
+    for category in dict.fromkeys(name for question in evaluator.questions for name in question.asked):
+        ids = term_ids(dataset, category)
+        if not is_installed():
+            if ids:
+                logger.info("%s: obs has term ids; pip install 'perturbgene[ontology]' to score ancestors", category)
+            continue
+        terms = LabelTerms.of(evaluator.labels[category], ids)
+        if not terms.term_of:
+            continue
+        logger.info("%s%s", terms.describe(category), "" if terms.relation_kk.any() else "; none is another's ancestor")
+        confusions = {name: tally.confusion for (one, name), tally in evaluator.tallies.items() if one == category}
+        for name, other in baselines.get(category, {}).items():
+            confusions[name] = Confusion(evaluator.labels[category])
+            confusions[name].add(classes_of(dataset, category), other.predicted_n)
+        for name, confusion in confusions.items() if terms.relation_kk.any() else ():
+            results[category][name]["ontology"] = terms.scores(confusion)
+
+
 def _add_embedding(
     results: dict[str, Any], embedded: CellEmbeddings, dataset: IterableAnnDataset, *, donor_column: str | None
 ) -> dict[str, pd.DataFrame]:
@@ -534,6 +562,7 @@ def evaluate(
             train = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()})
             asked: dict[str, Any] = {"donor_column": donor_column, "batch_tokens": batch_tokens}
             others = _add_baselines(run, results, evaluator, answers, cells=(train, dataset), **asked)
+        _add_ontology(results, evaluator, dataset, others)
         tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column)
         if output is not None:
             write_cells(evaluated_cells(run, dataset, evaluator, logits, embedded, others, **seen), output)
@@ -572,6 +601,17 @@ def _table(results: Mapping[str, Any]) -> str:
             row["sets"] = text.format(**fitted) if "ece_after" in fitted else ""
             rows.append({**row, "best": "best" if scores.get("best") else ""})
     return _text(pd.DataFrame(rows))
+
+
+def _ontology_table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the scores that know an ontology; empty if labels are no related terms."""
+    return pd.DataFrame(
+        {"phenotype": category, "question": row_name(name), "n": scores["n"], "accuracy": scores["accuracy"]}
+        | scores["ontology"]
+        for category, scores_of in results.items()
+        for name, scores in (scores_of.items() if category != "embedding" else ())
+        if "ontology" in scores
+    )
 
 
 def _text(table: pd.DataFrame) -> str:
@@ -614,6 +654,8 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
         batch_size=config.batch_size, batch_tokens=config.batch_tokens, output=output, **reading,
     )  # fmt: skip
     text = f"{_table(results)}\n{LEGEND}"
+    if len(ontology := _ontology_table(results)):
+        text += f"\n\n{_text(ontology)}\n{ONTOLOGY_LEGEND}"
     if "embedding" in results:
         text += f"\n\n{_text(score_table(results['embedding']))}\n{EMBEDDING_LEGEND}"
     return f"{text}\nwritten to {output}"

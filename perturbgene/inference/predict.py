@@ -31,6 +31,7 @@ from perturbgene.inference.calibration import Calibration, Temperature, percenti
 from perturbgene.inference.conformal import floor_at, label_sets
 from perturbgene.inference.majority import BY_EMBEDDING, CLUSTER_COLUMN, clusters_of, majority
 from perturbgene.inference.novelty import LEAST_CELLS, TrainingCells, Usual
+from perturbgene.inference.ontology import SUFFIX, LabelTerms, ontology_parser, term_ids
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -124,6 +125,9 @@ class Predictor:
         self.collate = collate_fn_wrapper(run.tokenizer, packed=True)
         self.floors = {name: self._floor(name) for name in self.asked} if options.conformal is not None else {}
         self.mask_rates = run.mask_rates if options.ood else {}
+        self.terms: dict[str, LabelTerms] = {}  # of the phenotypes whose labels are terms, with `coarse`
+        if options.coarse:
+            ontology_parser()  # raises
         self._own_label_n: dict[str, np.ndarray] = {}
         self._clusters: Labels | None = None  # of all cells of the file
         if options.majority_by == BY_EMBEDDING and run.space is None:
@@ -186,6 +190,15 @@ class Predictor:
             self._own_label_n[name] = np.where(ids_n == ABSENT, ABSENT, own_n)
         if self.options.majority_by not in (None, BY_EMBEDDING):
             self._clusters = _labels_of(dataset, str(self.options.majority_by))
+        if self.options.coarse:
+            found = {name: LabelTerms.of(self.labels_of(name), term_ids(dataset, name)) for name in self.asked}
+            self.terms = {name: terms for name, terms in found.items() if terms.term_of}
+            if not self.terms:
+                raise InputError(
+                    f"no label of {listed(self.asked)} is a term of an ontology (the first labels are "
+                    f"{listed(self.labels_of(self.asked[0]), most=3)}), so nothing is coarser. Remove --coarse, or "
+                    "train on names of the Cell Ontology or on term ids."
+                )
         return dataset
 
     # -- answers --------------------------------------------------------------------------------------------------
@@ -237,6 +250,9 @@ class Predictor:
                 if self.options.probabilities:
                     answers[f"probabilities:{name}"] = _where(probability_nk, has_genes_n[:, None])
                 answers[f"entropy:{name}"] = _where(np.abs(entropy_n), has_genes_n)
+                if name in self.terms:
+                    found = self.terms[name].coarse(probability_nk, least=self.options.abstain)
+                    answers[f"coarse:{name}"], answers[f"coarse_probability:{name}"] = found
                 if name in self.floors:
                     answers[f"set:{name}"] = label_sets(probability_nk, self.floors[name]).astype(np.int8)
                 if self.training_cells and (usual := self._usual(name, question)):
@@ -272,12 +288,14 @@ class Predictor:
                 best_n = np.where(is_unsure_n, categories.index(UNKNOWN), best_n)
             columns[f"predicted_{name}"] = pd.Categorical.from_codes(best_n, categories=categories)
             columns[f"predicted_{name}_probability"] = probability_nt[:, 0]
+            if name in self.terms:
+                columns |= self._coarse_columns(name, merged)
             columns[f"predicted_{name}_entropy"] = merged[f"entropy:{name}"]
             # The best label is in `predicted_X` already, unless that may be `unknown`.
             for rank in range(0 if abstain else 1, codes_nt.shape[1]):
                 next_n = pd.Categorical.from_codes(codes_nt[:, rank], categories=labels)
                 columns[f"predicted_{name}_{rank + 1}"] = next_n
-                if rank:
+                if rank or name in self.terms:
                     columns[f"predicted_{name}_{rank + 1}_probability"] = probability_nt[:, rank]
             if name in self.floors:
                 columns |= _set_columns(name, merged[f"set:{name}"], codes_nt[:, 0] >= 0, labels)
@@ -314,6 +332,25 @@ class Predictor:
             columns[f"majority_{name}_share"] = share_n.astype(np.float32)
         return columns
 
+    def _coarse_columns(self, name: str, merged: Mapping[str, np.ndarray]) -> Columns:
+        """Return the finest answer that is probable enough, its probability and its term id; `unknown` without one.
+
+        Where it is `unknown`, the probability is that of the most probable label.
+        """
+        terms, code_n, is_answered_n = self.terms[name], merged[f"coarse:{name}"], merged[f"code:{name}"][:, 0] >= 0
+        names_n = np.array([*terms.answers[0], UNKNOWN], dtype=object)[code_n]
+        ids_n = np.array([*terms.answer_ids, ""], dtype=object)[code_n]
+        names_n[~is_answered_n], ids_n[~is_answered_n | (ids_n == "")] = None, None
+        labels = self.labels_of(name)
+        others = sorted(set(names_n[is_answered_n]) - {*labels, UNKNOWN})
+        is_coarse_n = is_answered_n & (code_n >= 0)
+        probability_n = np.where(is_coarse_n, merged[f"coarse_probability:{name}"], merged[f"probability:{name}"][:, 0])
+        return {
+            f"predicted_{name}": pd.Categorical(names_n, categories=list(dict.fromkeys([*labels, *others, UNKNOWN]))),
+            f"predicted_{name}_probability": probability_n,
+            f"predicted_{name}{SUFFIX}": pd.Categorical(ids_n),
+        }
+
     def matrices(self, merged: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the matrices of `obsm` that the answers become."""
         names = self.asked if self.options.probabilities else []
@@ -334,6 +371,8 @@ class Predictor:
             facts["where"] = dataset.where
         if options.abstain:
             facts["abstain"] = options.abstain
+        if options.coarse:
+            facts["coarse"] = {name: terms.describe(name) for name, terms in self.terms.items()}
         if options.majority_by:
             facts["majority_by"] = options.majority_by
         if options.conformal is not None:
@@ -374,6 +413,9 @@ class Predictor:
         shown = [f"{label} {count:,}" for label, count in counts.head(5).items() if count]
         more = [f"{len(counts[counts > 0]) - 5} other labels"] if (counts > 0).sum() > 5 else []
         mean = np.nanmean(probability_n) if num_empty < num_cells else np.nan
+        if phenotype in self.terms:
+            num_coarse = int(answers.isin(set(answers.cat.categories) - {*self.labels_of(phenotype), UNKNOWN}).sum())
+            more += [f"of these {num_coarse:,} with a coarser term ({self.terms[phenotype].describe(phenotype)})"]
         empty = f"; {num_empty:,} cells express no gene of the run and have no prediction" if num_empty else ""
         text = (
             f"predicted_{phenotype}: {', '.join([*shown, *more])}; mean probability {mean:.2f} "
@@ -489,6 +531,7 @@ def predict(
     probabilities: bool = AnswerOptions.probabilities,
     joint: bool = AnswerOptions.joint,
     abstain: float = AnswerOptions.abstain,
+    coarse: bool = AnswerOptions.coarse,
     conformal: float | None = AnswerOptions.conformal,
     ood: bool = AnswerOptions.ood,
     audit: bool = AnswerOptions.audit,
@@ -507,8 +550,8 @@ def predict(
         adata: Cells, in memory or backed, or the path or URL of an h5ad file; no label column is needed.
         model: Run folder, or a loaded run.
         ask, given, batch_tokens, reading: See `predict_table`.
-        top_k, probabilities, joint, abstain, conformal, ood, audit, majority_by, calibrate: See `perturbgene predict
-            -h`.
+        top_k, probabilities, joint, abstain, coarse, conformal, ood, audit, majority_by, calibrate: See `perturbgene
+            predict -h`.
         device: "auto", "cpu", "cuda", ...
 
     Raises:
@@ -521,8 +564,8 @@ def predict(
         ['monocyte', 'NK cell', 'B cell']
     """
     options = AnswerOptions(
-        top_k=top_k, probabilities=probabilities, joint=joint, abstain=abstain, conformal=conformal, ood=ood,
-        audit=audit, majority_by=majority_by, calibrate=calibrate,
+        top_k=top_k, probabilities=probabilities, joint=joint, abstain=abstain, coarse=coarse, conformal=conformal,
+        ood=ood, audit=audit, majority_by=majority_by, calibrate=calibrate,
     )  # fmt: skip
     predictor = Predictor(load_run(model, device=device), ask, given, options)
     cells = read_cells(adata)

@@ -69,7 +69,9 @@ class Phenotype:
     @property
     def probability_n(self) -> np.ndarray:
         """The probability of that label; NaN without an answer."""
-        return self.obs[f"predicted_{self.column}_probability"].to_numpy(dtype=np.float64)
+        first = f"predicted_{self.column}_1_probability"  # where `predict --coarse` may have answered with another term
+        column = first if first in self.obs else f"predicted_{self.column}_probability"
+        return self.obs[column].to_numpy(dtype=np.float64)
 
     @property
     def known_n(self) -> np.ndarray:
@@ -211,6 +213,7 @@ class Phenotype:
             text = row_name(name)
             row = {"name": text.removeprefix("(baseline) "), "is_baseline": text.startswith("(baseline)")}
             row |= {key: scores.get(key) for key in ("n", "accuracy", "balanced_accuracy", "macro_f1", "log_loss")}
+            row |= {key: scores["ontology"][key] for key in ("finer", "coarser") if "ontology" in scores}
             rows.append({**row, "interval": self._interval(name), "best": bool(scores.get("best"))})
         return rows
 
