@@ -72,12 +72,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A baseline that was fitted for one phenotype: its name, what answers, and what else its scores should say."""
+    """A baseline that was fitted for one phenotype: its name, what answers, and what else its scores should say.
+
+    Logistic regression also has log-probabilities of all classes, (n, k), and those of training cells that were left
+    out, with their numbers.
+    """
 
     name: str
     predict: Classifier
     facts: Scores
-    log_probability: Callable[[sparse.csr_matrix], np.ndarray] | None = None  # of classes 0..k-1; regression has one
+    log_probability: Callable[[sparse.csr_matrix], np.ndarray] | None = None
+    left_out: Sequence[tuple[IntArray, np.ndarray]] = ()
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -177,6 +182,7 @@ class _TrainingCells:
         yield _Fitted(
             "logistic_regression", lambda cells_ng: by_panel(cells_ng[:, panel_g]), facts,
             lambda cells_ng: by_panel.log_probability(cells_ng[:, panel_g], num_classes=num_classes),
+            [(known_n[rows_m], values_mk) for rows_m, values_mk in by_panel.left_out(num_classes=num_classes)],
         )  # fmt: skip
         known_ng, donors_n = known_ng[:, shared_g], None if self.donors_n is None else self.donors_n[known_n]
         facts = {"n_train": len(known_n), "n_genes": len(shared_g)}
@@ -232,7 +238,8 @@ def baselines(
         category: list(cells.fit(classes_of(train, category)[rows_n], num_classes=num_classes[category]))
         for category in categories
     }
-    given = _given_labels(train, evaluation, questions, rows_n, num_classes=num_classes)
+    left_out = {category: [fold for one in fitted[category] for fold in one.left_out] for category in categories}
+    given = _given_labels(train, evaluation, questions, rows_n, num_classes=num_classes, left_out=left_out)
     num_cells = sum(evaluation.sizes)
     predicted: dict[tuple[str, str, str], list[IntArray]] = {}
     for start in range(0, num_cells, CELLS_AT_ONCE):
@@ -266,6 +273,7 @@ def _given_labels(
     rows_n: IntArray,
     *,
     num_classes: Mapping[str, int],
+    left_out: Mapping[str, Sequence[tuple[IntArray, np.ndarray]]],
 ) -> dict[str, dict[str, GivenLabels]]:
     """Count the labels of some training cells for each question of one phenotype in which others are given.
 
@@ -282,7 +290,9 @@ def _given_labels(
         given_ns, given_ms = (
             np.stack([by_name[name] for name in question.given], axis=1) for by_name in (train_classes, classes)
         )
-        counts = GivenLabels.fit(train_classes[category], given_ns, given_ms, num_classes=num_classes[category])
+        counts = GivenLabels.fit(
+            train_classes[category], given_ns, given_ms, num_classes=num_classes[category], left_out=left_out[category]
+        )
         found.setdefault(category, {})[question.name] = counts
     return found
 

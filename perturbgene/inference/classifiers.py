@@ -15,10 +15,11 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.linalg import cho_factor, cho_solve
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, StratifiedKFold
+from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
@@ -70,19 +71,34 @@ def sample(num_cells: int, *, most: int, seed: int) -> IntArray:
 
 
 class LogisticAnswers:
-    """Answers of a fitted logistic regression: a `Classifier` that also says how probable each class is."""
+    """Answers of a fitted logistic regression: a `Classifier` that also says how probable each class is.
 
-    def __init__(self, model: Pipeline) -> None:
-        self.model = model
+    Args:
+        model: What was fitted.
+        folds: Training cells that were left out in turn to choose the scale, by number, and log-probabilities of the
+            classes that were then fitted, (m,), (m, j) and (j,).
+    """
+
+    def __init__(self, model: Pipeline, folds: Sequence[tuple[IntArray, np.ndarray, IntArray]] = ()) -> None:
+        self.model, self.folds = model, folds
 
     def __call__(self, cells_ng: sparse.csr_matrix) -> IntArray:
         return np.asarray(self.model.predict(cells_ng), dtype=np.int64)
 
     def log_probability(self, cells_ng: sparse.csr_matrix, *, num_classes: int) -> np.ndarray:
         """Return the log-probability of each class, -inf for those without a training cell, shape (n, k)."""
-        log_probability_nk = np.full((cells_ng.shape[0], num_classes), -np.inf)
-        log_probability_nk[:, self.model.classes_] = self.model.predict_log_proba(cells_ng)
-        return log_probability_nk
+        return _of_all_classes(self.model.predict_log_proba(cells_ng), self.model.classes_, num_classes=num_classes)
+
+    def left_out(self, *, num_classes: int) -> Iterator[tuple[IntArray, np.ndarray]]:
+        """Yield numbers of training cells and their log-probabilities by a regression that was fitted without them."""
+        for rows_m, log_probability_mj, classes_j in self.folds:
+            yield rows_m, _of_all_classes(log_probability_mj, classes_j, num_classes=num_classes)
+
+
+def _of_all_classes(log_probability_nj: np.ndarray, classes_j: IntArray, *, num_classes: int) -> np.ndarray:
+    log_probability_nk = np.full((len(log_probability_nj), num_classes), -np.inf)
+    log_probability_nk[:, classes_j] = log_probability_nj
+    return log_probability_nk
 
 
 def logistic_regression(train_ng: sparse.csr_matrix, labels_n: IntArray, *, seed: int) -> LogisticAnswers:
@@ -99,18 +115,27 @@ def logistic_regression(train_ng: sparse.csr_matrix, labels_n: IntArray, *, seed
     classifier = LogisticRegression(C=INVERSE_PENALTY, max_iter=MOST_ITERATIONS, random_state=seed)
     model = Pipeline([("scale", "passthrough"), ("classify", classifier)])
     rows_n = np.random.default_rng(seed).permutation(labels_n.size)[:MOST_CELLS_FOR_CHOOSING]
+    found: list[tuple[float, str | StandardScaler, list[tuple[IntArray, np.ndarray, IntArray]]]] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # A fold's training part must keep two classes, which two classes of three cells guarantee.
         if np.count_nonzero(np.bincount(labels_n[rows_n]) >= NUM_FOLDS) >= 2:
-            folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
-            choices = {"scale": ["passthrough", StandardScaler(with_mean=False)]}
-            search = GridSearchCV(model, choices, scoring="accuracy", cv=folds, refit=False)
-            model.set_params(**search.fit(train_ng[rows_n], labels_n[rows_n]).best_params_)
+            folds = list(StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed).split(rows_n, labels_n[rows_n]))
+            for scale in ("passthrough", StandardScaler(with_mean=False)):
+                accuracies, left_out = [], []
+                for fitted_m, rest_m in folds:
+                    part = clone(model).set_params(scale=scale)
+                    part.fit(train_ng[rows_n[fitted_m]], labels_n[rows_n[fitted_m]])
+                    log_probability_mj = part.predict_log_proba(train_ng[rows_n[rest_m]])
+                    answers_m = part.classes_[log_probability_mj.argmax(axis=1)]
+                    accuracies.append(float((answers_m == labels_n[rows_n[rest_m]]).mean()))
+                    left_out.append((rows_n[rest_m], log_probability_mj, part.classes_))
+                found.append((float(np.mean(accuracies)), scale, left_out))
+            model.set_params(scale=max(found, key=lambda one: one[0])[1])  # of equals, the first
         model.fit(train_ng, labels_n)
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
         logger.warning("The logistic-regression baseline did not converge in %d iterations.", MOST_ITERATIONS)
-    return LogisticAnswers(model)
+    return LogisticAnswers(model, max(found, key=lambda one: one[0])[2] if found else ())
 
 
 # -- ridge --------------------------------------------------------------------------------------------------------

@@ -278,7 +278,8 @@ def _for_cells(
     if not given and not run.is_classifier:
         evaluator.questions = _further_questions(dataset, evaluator)
         evaluator.reset()
-    questions = listed([question.describe() for question in evaluator.questions], most=12)
+    described = [question.describe() for question in evaluator.questions]
+    questions = "; ".join(described[:12]) + (f"; and {len(described) - 12} more" if len(described) > 12 else "")
     logger.info("asking %s about %s cells: %s", run.path, f"{dataset.num_cells:,}", questions)
     return evaluator
 
