@@ -65,6 +65,7 @@ from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
 from perturbgene.inference.starts import start_answers
 from perturbgene.inference.streaming import FEW_GENES, Ranks, stream_batches
+from perturbgene.training.card import refresh_scores
 from perturbgene.training.transfer import quiet
 from perturbgene.training.votes import READING, expression_of
 
@@ -654,6 +655,9 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
         calibrate=config.calibrate, donor_column=(corpus.split_by if corpus else None) or "donor_id",
         batch_size=config.batch_size, batch_tokens=config.batch_tokens, output=output, **reading,
     )  # fmt: skip
+    if _is_own(run, eval_paths) and not (config.ask or config.given or config.where or config.mask_rates):
+        names = {name: row_name(name) for scores_of in results.values() for name in scores_of}
+        refresh_scores(Path(run.path), results, names)
     text = f"{_table(results)}\n{LEGEND}"
     if len(ontology := _ontology_table(results)):
         text += f"\n\n{_text(ontology)}\n{ONTOLOGY_LEGEND}"

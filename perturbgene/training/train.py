@@ -19,7 +19,6 @@ import yaml
 from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from perturbgene import __version__
 from perturbgene.cli.options import conditions
 from perturbgene.cli.training import SHAPE
 from perturbgene.configs import ClsConfig, MlmConfig, config_of
@@ -39,6 +38,7 @@ from perturbgene.plots import loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly
+from perturbgene.training.card import write_card
 from perturbgene.training.cell_space import save_space
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.trainable import choose_weights
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 #: so that what the model learns about a gene soon outweighs the gene's random start (docs/experiments.md).
 EMBEDDING_RANGE = 0.02
 
-METRICS_FILE, CARD_FILE = "metrics.json", "README.md"
+METRICS_FILE = "metrics.json"
 
 
 # -- verbs --------------------------------------------------------------------------------------------------------
@@ -432,22 +432,7 @@ def _write_run(
     """Write what a run folder holds besides the weights: tokenizer, scores, model card and a figure of the losses."""
     tokenizer.save_pretrained(folder)
     write_json(folder / METRICS_FILE, without_nan(results), indent=1)
-    name, cells = Path(config.output_dir).name, sum(trainer.cells.sizes)
-    lines = [
-        "---", "library_name: transformers", "tags: [single-cell, gene-expression, perturbgene]", "---",
-        f"# {name}: GeneBERT {config.verb} model", "",
-        f"Trained by perturbgene {__version__} on {cells:,} cells, {len(tokenizer.panel):,} genes.", "",
-        *([f"Its weights started from {shown_path(str(config.pretrained_model_path))}:", ""] if kept else []),
-        *(f"- {line}" for line in kept), *([""] if kept else []),
-        "| phenotype | question | cells | accuracy | macro F1 |", "| --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
-    for category, questions in results.items():
-        for question, scores in questions.items():
-            numbers = f"{scores['n']:,} | {scores['accuracy']:.3f} | {scores['macro_f1']:.3f}"
-            lines.append(f"| {category} | {question} | {numbers} |")
-    command = f"perturbgene predict {config.output_dir} cells.h5ad --output predicted.h5ad"
-    lines += ["", "Use it:", "", "```bash", command, "```", ""]
-    (folder / CARD_FILE).write_text("\n".join(lines), encoding="utf-8")
+    write_card(folder, config, tokenizer, results, num_cells=sum(trainer.cells.sizes), kept=kept)
     history = pd.DataFrame(trainer.state.log_history).drop(columns="train_loss", errors="ignore")
     if "loss" in history:
-        save_figure(loss_figure(history, title=f"{config.verb}: {name}"), folder / "loss.png")
+        save_figure(loss_figure(history, title=f"{config.verb}: {Path(config.output_dir).name}"), folder / "loss.png")
