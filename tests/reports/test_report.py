@@ -242,6 +242,10 @@ def assert_colors_switch(page) -> None:
     first.focus()
     page.keyboard.press("Enter")
     assert first.get_attribute("aria-pressed") == "true"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement === document.querySelectorAll('#legend button')[1]")
+    page.keyboard.press("Tab")  # one stop, however many labels there are
+    assert page.evaluate("document.activeElement.className") == "threshold"
     box = page.locator("#cells").bounding_box()
     seen = set()
     for across in np.linspace(0.05, 0.95, 25):
@@ -261,3 +265,23 @@ def assert_the_threshold_moves(page) -> None:
     high = page.text_content("#p0-reading")
     assert low.startswith("0.00: 100.0 % of the cells") and high.startswith("0.99: ") and low[5:] != high[5:]
     assert page.locator("#p0 .bar.below").count() == 99
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (apt-get install chromium)")
+def test_a_browser_shows_a_corpus_on_a_phone_and_unfolds_it_for_paper(corpora: dict[str, Path], tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    path, problems = report(corpora["planted"], output=tmp_path / "look.html"), list[str]()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert '- region "Cells of each batch"' in page.locator("body").aria_snapshot()
+        assert page.locator(".less").first.is_hidden()
+        page.emulate_media(media="print")
+        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert page.locator(".less").first.is_visible() and page.locator("details:not([open])").count() == 0
+        browser.close()
+    assert not problems

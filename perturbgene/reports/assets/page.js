@@ -101,6 +101,7 @@
           }
           draw();
         });
+        button.tabIndex = legend.childElementCount ? -1 : 0;
         legend.append(button);
       }
       if (counts[0]) legend.append(element("small", `${counts[0].toLocaleString("en-US")} cells without a value`));
@@ -121,6 +122,14 @@
         if (far < least) [least, nearest] = [far, i];
       });
       hover.textContent = nearest < 0 ? HINT : `${map.names[nearest]}: ${value(nearest)}`;
+    });
+    legend.addEventListener("keydown", (event) => {  // Tab passes the legend by; arrows move within it
+      const buttons = [...legend.querySelectorAll("button")], at = buttons.indexOf(document.activeElement);
+      const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: buttons.length - 1 }[event.key];
+      if (at < 0 || to === undefined || !buttons[to]) return;
+      event.preventDefault();
+      buttons.forEach((button, i) => { button.tabIndex = i === to ? 0 : -1; });
+      buttons[to].focus();
     });
     select.addEventListener("change", show);
     window.addEventListener("resize", draw);
@@ -155,6 +164,13 @@
     slider.addEventListener("input", move);
     move();
   };
+
+  let closed = [];  // what is folded is on paper, too
+  window.addEventListener("beforeprint", () => {
+    closed = [...document.querySelectorAll("details:not([open])")];
+    for (const one of closed) one.open = true;
+  });
+  window.addEventListener("afterprint", () => { for (const one of closed) one.open = false; });
 
   if (data.map) showMap(data.map);
   document.querySelectorAll(".phenotype").forEach(showThreshold);
