@@ -58,6 +58,7 @@ from perturbgene.inference.calibration import (
 from perturbgene.inference.conformal import coverage_by_donor, floor_at
 from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
 from perturbgene.inference.evaluated_cells import evaluated_cells, write_cells
+from perturbgene.inference.given_baselines import GIVEN_NAMES
 from perturbgene.inference.markers import marker_table
 from perturbgene.inference.novelty import TrainingCells, Usual, fit_training_cells
 from perturbgene.inference.ontology import LabelTerms, is_installed, term_ids
@@ -425,7 +426,29 @@ def _add_baselines(
                         confusion = Confusion(evaluator.labels[category])
                         confusion.add(true_m, other.given[question.name][cells_m])
                         given[name] = confusion.scores()
+        given_of = [one for one in evaluator.questions if "baselines" in results[category].get(one.name, {})]
+        _warn_of_given(results[category], [one for one in given_of if one.asked == (category,)])
     return found
+
+
+def _warn_of_given(scores_of: Mapping[str, Any], questions: Sequence[Question]) -> None:
+    """Say of the question in which the run is furthest behind a baseline that is given the same that it is.
+
+    It is behind from two standard errors of the difference of independent shares, and only if what is given helps: the
+    baseline must be better than all answers of which nothing is given.
+    """
+    plain = max((one["accuracy"] for one in scores_of.values() if "baselines" not in one), default=0)
+    furthest, line = 0.0, ""
+    for question in questions:
+        own = scores_of[question.name]
+        for name, other in own["baselines"].items():
+            shares = np.array([own["accuracy"], other["accuracy"]])
+            margin = shares[1] - shares[0] - 2 * np.sqrt((shares * (1 - shares)).sum() / max(own["n"], 1))
+            if margin > furthest and shares[1] > plain:
+                furthest = float(margin)
+                line = f"{question.describe()}: accuracy {shares[0]:.3f}, but {GIVEN_NAMES[name]} has {shares[1]:.3f}"
+    if line:
+        logger.warning("%s: the run makes too little of what is given", line)
 
 
 def _add_ontology(

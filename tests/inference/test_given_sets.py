@@ -69,6 +69,12 @@ def test_baselines_are_given_the_same_phenotypes(scored: tuple[Path, dict[str, A
     assert scores["given_others"]["baselines"]["logistic_regression"]["accuracy"] > 0.5
 
 
+def test_a_run_that_makes_too_little_of_what_is_given_is_warned_of(scored, cells, caplog) -> None:
+    evaluate(scored[0], cells, train_paths=cells, ask=["cell_type"], given=["sex", "tissue"], calibrate=False)
+    [line] = [line for line in caplog.messages if "too little of what is given" in line]
+    assert line.startswith("cell_type given sex, tissue: accuracy 0.5") and "same phenotypes has 1.000" in line
+
+
 def test_frequencies_of_given_labels_weigh_a_regression() -> None:
     given_ns, labels_n = np.array([[0]] * 9 + [[1]] + [[1]] * 9 + [[0]]), np.repeat([0, 1], 10)
     counts = GivenLabels.fit(labels_n, given_ns, np.array([[1], [-1]]), num_classes=2)
