@@ -61,12 +61,15 @@ def attention(
 
         out_ahd = cast(Tensor, flash_attn_varlen_func(q_ahd, k_lhd, v_lhd, *bounds, softmax_scale=scale))
     elif kernel == "sdpa":
+        used_q, used_k = sum(queries.lengths), sum(keys.lengths)
+        # Split, not sliced cell by cell: the gradient of a slice is a whole row of zeros, that of a split one `cat`.
+        parts = (q_ahd[:used_q].split(queries.lengths), *(x[:used_k].split(keys.lengths) for x in (k_lhd, v_lhd)))
         outs = []
-        for of_q, of_k in _cell_slices(queries, keys):  # cell by cell: no padded batch was faster on a CPU
-            q_1had, k_1hld, v_1hld = (x.transpose(0, 1)[None] for x in (q_ahd[of_q], k_lhd[of_k], v_lhd[of_k]))
+        for cell in zip(*parts, strict=True):  # one by one: no padded batch was faster on a CPU
+            q_1had, k_1hld, v_1hld = (x.transpose(0, 1)[None] for x in cell)
             out_1had = F.scaled_dot_product_attention(q_1had, k_1hld, v_1hld, scale=scale)
             outs.append(out_1had[0].transpose(0, 1))
-        outs.append(q_ahd.new_zeros(len(q_ahd) - sum(queries.lengths), *q_ahd.shape[1:]))  # rows outside of any cell
+        outs.append(q_ahd.new_zeros(len(q_ahd) - used_q, *q_ahd.shape[1:]))  # rows outside of any cell
         out_ahd = torch.cat(outs)
     else:
         with torch.autocast(q_ahd.device.type, enabled=False):  # the softmax keeps the precision of its input
