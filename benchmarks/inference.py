@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks.instructions import LIMITS, limit
 from perturbgene.data_utils.data_collators import pad
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
@@ -200,7 +201,9 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=64, help="knock-outs per cell that are run exactly")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no_reading", action="store_true", help="leave predict and embed out")
+    parser.add_argument("--isa", choices=LIMITS, default="own", help="instructions of the CPU; avx2: as most laptops")
     arguments = parser.parse_args()
+    limit(arguments.isa, module="benchmarks.inference")
     torch.set_num_threads(1)
     run = load_run(arguments.run, device=arguments.device)
     bare = run.tokenizer.with_settings(included=[])

@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.distilbert.modeling_distilbert import Transformer
 
 from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM, PositionlessEmbeddings, load_preset
+from perturbgene.model.config import PRESETS
 from perturbgene.model.heads import IGNORED_LABEL
 
 MASK, PAD, GENES, PHENOTYPES, LABELS_EACH, BINS = 2, 3, 58_604, 5, 64, 11
@@ -28,9 +29,11 @@ GENE_MASK_PROB, PHENOTYPE_MASK_PROB = 0.15, 0.5  # the defaults of `mlm`
 POOL = (
     48  # batches' worth of cells from which length-bucketed batches are drawn, about as many as Trainer sorts at once
 )
-SIZES = {"4x256": (4, 256, 4), "6x512": (6, 512, 8), "12x768": (12, 768, 12)}
-#: Name -> longest cell and spread of a log-normal of mean 500; None for cells that all reach the longest.
-LENGTHS: dict[str, tuple[int, float | None]] = {"full 512": (512, None), "full 1024": (1024, None), "~500": (1024, 0.6)}
+SIZES = {"2x64": PRESETS["tiny"], "4x256": PRESETS["small"], "6x512": (6, 512, 8), "12x768": PRESETS["base"]}
+#: Name -> longest cell, spread of a log-normal (None: cells all reach the longest) and its mean. "~700" is pancreas.
+LENGTHS: dict[str, tuple[int, float | None, int]] = {
+    "full 512": (512, None, 512), "full 1024": (1024, None, 1024), "~500": (1024, 0.6, 500), "~700": (1500, 0.33, 700),
+}  # fmt: skip
 
 
 def make_config(size: str, **settings: Any) -> GeneBertConfig:
@@ -49,10 +52,10 @@ def make_config(size: str, **settings: Any) -> GeneBertConfig:
 
 def draw_lengths(name: str, n: int, *, seed: int) -> list[int]:
     """Draw the lengths of n cells, [CLS] and [EOS] included; long ones are cut."""
-    longest, spread = LENGTHS[name]
+    longest, spread, mean = LENGTHS[name]
     if spread is None:
         return [longest] * n
-    drawn_n = np.random.default_rng(seed).lognormal(np.log(500) - spread**2 / 2, spread, n)
+    drawn_n = np.random.default_rng(seed).lognormal(np.log(mean) - spread**2 / 2, spread, n)
     return [int(length) for length in drawn_n.clip(64, longest)]
 
 

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 
 from benchmarks.flops import flops_of_batch, forward_flops, measured_peak
+from benchmarks.instructions import LIMITS, limit, limited_to
 from benchmarks.loading import machine, versions
 from benchmarks.trainees import LENGTHS, MAIN, RECIPES, SIZES, USUAL, Batch, Step, Trainee, draw_batches
 from perturbgene.main import keep_freed_memory
@@ -186,7 +187,8 @@ def table(rows: list[Row], *, title: str, peaks: dict[str, float]) -> str:
 
 def about(options: argparse.Namespace, peaks: dict[str, float]) -> str:
     """Say when, where and against which peaks was measured."""
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{machine()}, {torch.get_num_threads()} used"
+    cpu = f"{machine()}, {torch.get_num_threads()} used, {limited_to()} instructions"
+    where = torch.cuda.get_device_name() if options.device == "cuda" else cpu
     found = ", ".join(f"{name} {peak / 1e9:,.0f}" for name, peak in peaks.items())
     return (
         f"{datetime.date.today()}; {where}; {versions()}; {platform.system()}; peak of a matrix product in GFLOP/s: "
@@ -208,6 +210,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--isa", choices=LIMITS, default="own", help="instructions of the CPU; avx2: as most laptops")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["4x256"], help="layers x width")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
@@ -228,6 +231,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Print a table for every setting."""
     options = parse(arguments)
+    limit(options.isa, module="benchmarks.training")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here: skipped. On a machine that has one, the same line measures it.")
         return
