@@ -283,6 +283,58 @@ def certainty_figure(
     return figure
 
 
+def expression_figure(places_n2: np.ndarray, labels: pd.Series | None, genes: pd.DataFrame, *, title: str) -> Figure:
+    """Draw a map of cells once by label, and once by the expression of each gene.
+
+    Args:
+        places_n2: Where each cell is.
+        labels: Of the same cells, if they have any.
+        genes: Log1p counts per 10,000, a column for each gene.
+        title: First line of the title; the number of cells is added.
+    """
+    num_panels = genes.shape[1] + (labels is not None)
+    columns = min(4, max(1, num_panels))
+    rows = max(1, -(-num_panels // columns))
+    figure = Figure(figsize=(1.0 + 3.2 * columns, 0.8 + 2.9 * rows), layout="constrained")
+    panels: list[Any] = [figure.add_subplot(rows, columns, at + 1, xticks=[], yticks=[]) for at in range(num_panels)]
+    size = float(np.clip(20_000 / max(len(places_n2), 1), 1, 16))
+    if labels is not None:
+        axes, counts = panels.pop(0), labels.astype(str).value_counts()
+        named = list(counts.index[: len(OKABE_ITO)])
+        for name, color in [(None, "#BBBBBB"), *zip(named, OKABE_ITO, strict=False)]:
+            is_drawn_n = (~labels.astype(str).isin(named) if name is None else labels.astype(str) == name).to_numpy()
+            if is_drawn_n.any():
+                text = "others" if name is None else _shortened(name)
+                axes.scatter(*places_n2[is_drawn_n].T, s=size, color=color, label=text, linewidths=0)
+        axes.set_title(_shortened(labels.name), fontsize=10)
+        axes.legend(frameon=False, fontsize=6, markerscale=1.5)
+    for axes, name in zip(panels, genes.columns, strict=True):
+        drawn = axes.scatter(*places_n2.T, s=size, c=genes[name], cmap="viridis", linewidths=0)
+        figure.colorbar(drawn, ax=axes).ax.tick_params(labelsize=7)
+        axes.set_title(_shortened(name), fontsize=10)
+    figure.suptitle(f"{_plain(title)}\nn = {len(places_n2):,} cells, log1p counts per 10,000", fontsize=11)
+    return figure
+
+
+def pairs_figure(x: np.ndarray, y: np.ndarray, *, title: str, x_label: str, y_label: str) -> Figure:
+    """Draw one number of each gene against another, with the line on which both are equal.
+
+    Args:
+        x, y: The numbers, finite, of the same genes.
+        title: First line of the title; the number of genes is added.
+        x_label, y_label: What they are, with units.
+    """
+    figure = Figure(figsize=(5.0, 4.6), layout="constrained")
+    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+    if len(x):
+        ends = (min(x.min(), y.min()), max(x.max(), y.max()))
+        axes.plot(ends, ends, color="#999999", linewidth=0.7, linestyle="--")
+    axes.scatter(x, y, s=12, color=OKABE_ITO[0], linewidths=0)
+    axes.set_title(f"{_plain(title)}\nn = {len(x):,} genes", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path | str, *, dots_per_inch: int = 150) -> Path:
     """Write the figure, whole or not at all; the ending of the path decides the format, PNG if there is none."""
     target = Path(path)

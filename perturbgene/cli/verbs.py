@@ -450,6 +450,7 @@ class CounterfactualConfig(FileOptions):
         within="(0, 1]",
     )  # fmt: skip
     num_null: int = option(20, "Number of random changes that form the null; 0 means no test.", within="[0, inf)")
+    report: bool = _report_option()
     force: bool = option(False, "Allow combinations of phenotypes that the run has never seen.")
     show_q: bool = option(
         False, "Give p and q even where the run is not better than the most frequent label on held-out cells, or where "
@@ -532,6 +533,7 @@ class PerturbConfig(ScoringOptions):
     donor: str | None = option(None, "Column of obs with donors, the unit of statistics. Default: donor_id, if any.")
     groupby: str | None = option(None, "Column of obs; effects are computed for each of its groups.")
     min_cells: int = option(5, "Ignore a donor for a gene if fewer of its cells change.", within="[1, inf)")
+    report: bool = _report_option()
     show_q: bool = option(
         False, "Give p and q of --towards even where the run is not better than the most frequent label on held-out "
         "cells, or has no such score.",
@@ -566,11 +568,12 @@ class AttributeConfig(ScoringOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(ReadingConfig):
-    """Write what a run or its predictions are worth as one HTML page.
+    """Write what a run or its answers are worth as one HTML page.
 
-    Shows a map of the cells, how sure the answers are, what a threshold leaves, and, where labels are known, scores
-    next to baselines, by donor and by label. The page opens offline; its figures are also written as .png. `evaluate`
-    and `predict` write it too.
+    Of predictions, shows a map of the cells, how sure the answers are, what a threshold leaves, and, where labels are
+    known, scores next to baselines, by donor and by label. Of knock-outs and counterfactuals, shows how far to believe
+    them, the ranked effects and their null. The page opens offline; its figures are also written as .png. `evaluate`,
+    `predict`, `perturb` and `counterfactual` write it too.
     """
 
     verb = "report"
@@ -578,7 +581,8 @@ class ReportConfig(ReadingConfig):
     group = IN_OUT
 
     source: str = option(
-        "", "Run folder that was evaluated, an output folder of evaluate, an output file of predict, or a corpus.",
+        "", "Run folder that was evaluated, an output folder of evaluate, an output file of predict, perturb or "
+        "counterfactual, or a corpus.",
         is_positional=True, is_path=True,
     )  # fmt: skip
     output: str | None = option(

@@ -40,6 +40,7 @@ from perturbgene.inference.streaming import (
     sum_over_ranks,
 )
 from perturbgene.plots import changes_figure, save_figure
+from perturbgene.urls import shown_path
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -338,6 +339,8 @@ def run_counterfactual(config: CounterfactualConfig) -> str | None:
         names = ("groupby", "num_passes", "num_null", "gene_mask_prob", "force", "show_q", "seed")
         question: dict[str, Any] = {"verb": config.verb, "set": config.set, "given": task.given}
         question |= {name: getattr(config, name) for name in names}
+        question |= {"input": shown_path(config.input), "reading": reading_options(config)}
+        question |= {"num_labeled": int(task.selection.has_label_n.sum())}
         score = held_out_score(run, task.contrast.category)
         question |= {"held_out": asdict(score) if score else None, "doubts": table.attrs["doubts"]}
         agreement = pd.DataFrame(table.attrs["agreement"])

@@ -171,7 +171,7 @@ class PartStore:
         Raises:
             InputError: It cannot be written.
         """
-        other = ("overwrite", "output", "show_q")  # what no effect depends on
+        other = ("overwrite", "output", "show_q", "report")  # what no effect depends on
         facts: dict[str, Any] = {name: settings[name] for name in settings if name not in other}
         if is_url(source):
             facts["source"] = shown_path(source)

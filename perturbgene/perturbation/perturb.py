@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 SEED = 0
 #: Cells on which the screen is checked if its control genes are not computed in all cells.
 CHECK_CELLS = 100
+#: Settings that are no part of the question.
+NOT_ASKED = ("run", "output", "overwrite", "report")
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,7 @@ def run_perturb(config: PerturbConfig) -> str | None:
         if not ranks.is_main:
             return None
         table = effect_table(experiment, effects)
-        question = {name: value for name, value in settings.items() if name not in ("run", "output", "overwrite")}
+        question = {name: value for name, value in settings.items() if name not in NOT_ASKED}
         facts = provenance(run, question, coverage=experiment.cells.dataset.coverage)
         effect, aim = f"cosine distance of the state ({config.embedding})", "state"
         if config.towards:
@@ -367,6 +369,7 @@ def run_perturb(config: PerturbConfig) -> str | None:
         readout = experiment.readout
         score = held_out_score(run, readout.category) if isinstance(readout, LabelReadout) else None
         record = {"held_out": asdict(score) if score else None, **table.attrs, **facts, "effect": effect}
+        record |= {"num_cells": int(experiment.cells.is_used_n.sum()), "num_donors": num_donors if is_known else 0}
         store.finish(target, table, figure, record)
         counts = table["method"].value_counts()
         first = (

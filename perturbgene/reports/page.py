@@ -177,21 +177,24 @@ def _short(name: object) -> str:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart whose x axis goes from 0 to 1 and whose y axis from `low` to `top`."""
+    """A chart whose x axis goes from `left` to `right` and whose y axis from `low` to `top`."""
 
     title: str
     x_label: str
     y_label: str
     low: float = 0.0
     top: float = 1.0
+    left: float = 0.0
+    right: float = 1.0
     has_diagonal: bool = False
     marker: str = ""  # id of a dot that the script moves
     bars: list[dict[str, Any]] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)
 
     def x(self, value: float) -> float:
         """Return where a value of the x axis is."""
-        return round(LEFT + WIDTH * value, 1)
+        return round(LEFT + WIDTH * (value - self.left) / (self.right - self.left), 1)
 
     def y(self, value: float) -> float:
         """Return where a value of the y axis is."""
@@ -205,9 +208,49 @@ class Chart:
         ]
         self.lines.append({"name": name, "points": pairs, "dots": dots})
 
+    def add_points(
+        self, x: np.ndarray, y: np.ndarray, texts: Sequence[str], kinds: Sequence[str], names: Sequence[str]
+    ) -> None:
+        """Add points that say a text when they are pointed at; `kinds` are classes of the style.
+
+        The first ones have their names next to them, as far as names do not overlap: give the most important first.
+        """
+        taken = list[tuple[float, float, float]]()  # left, right and height of each name
+        for number, (at, value, text, kind) in enumerate(zip(x, y, texts, kinds, strict=True)):
+            right, down, name, is_left = self.x(float(at)), self.y(float(value)), "", False
+            if number < len(names):
+                width = 6.2 * len(names[number])
+                is_left = right + width > LEFT + WIDTH
+                start = right - width - 5 if is_left else right + 5
+                own = (start, start + width, down)
+                if all(own[1] < one[0] or one[1] < own[0] or abs(own[2] - one[2]) > 10 for one in taken):
+                    taken.append(own)
+                    name = names[number]
+            place = {"x": right, "y": down, "text": text, "kind": kind, "name": name, "is_left": is_left}
+            self.points.append(place)
+
     def add_bars(self, heights_b: np.ndarray) -> None:
         """Add bars of equal width that fill the x axis."""
         width = WIDTH / max(len(heights_b), 1)
         for at, height in enumerate(heights_b.tolist()):
             place = {"x": round(LEFT + at * width, 2), "width": round(width * 0.85, 2), "y": self.y(height)}
             self.bars.append({**place, "height": round(TOP + HEIGHT - place["y"], 1)})
+
+
+def even_ends(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of an axis that holds all values, whose quarters are round numbers.
+
+    Example:
+        >>> even_ends(np.array([-0.3, 1.2])), even_ends(np.array([0.0, 7.0])), even_ends(np.array([]))
+        ((-0.5, 1.5), (0.0, 8.0), (0.0, 1.0))
+    """
+    known = values[np.isfinite(values)]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    if not high > low:
+        low, high = min(low, 0.0), max(high, 0.0) if high or low else 1.0
+    power = 10.0 ** np.floor(np.log10((high - low) / 4))
+    for step in (power * factor for factor in (1, 2, 2.5, 5, 10, 20)):
+        start = np.floor(low / step) * step
+        if start + 4 * step >= high:
+            break
+    return round(float(start), 12), round(float(start + 4 * step), 12)

@@ -1,14 +1,15 @@
 """The verb `report`: one HTML page, with its figures, about what another verb has written.
 
-Owns which page is made of what; leaves what pages say to `answers`, and HTML to `page`.
+Owns which page is made of what; leaves what pages say to `answers` and `effects`, and HTML to `page`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from perturbgene.cli.base import ReadingConfig
-from perturbgene.cli.verbs import EvaluateConfig, PredictConfig, ReportConfig
+from perturbgene.cli.verbs import CounterfactualConfig, EvaluateConfig, PerturbConfig, PredictConfig, ReportConfig
 from perturbgene.configs import BaseConfig
 from perturbgene.errors import InputError
 from perturbgene.files import claimed
@@ -16,17 +17,19 @@ from perturbgene.inference.evaluated_cells import CELLS_FILE
 from perturbgene.inference.streaming import reading_options
 from perturbgene.reports.answers import of_evaluation, of_predictions
 from perturbgene.reports.corpus import corpus_report, is_corpus
-from perturbgene.reports.page import write_page
+from perturbgene.reports.effects import of_changes, of_perturbation, read_changes
+from perturbgene.reports.page import Page, write_page
 
 
 def report(source: str | Path, *, output: str | Path | None = None, device: str = "auto", **reading: Any) -> Path:
-    """Write what a run or its predictions are worth, or what a corpus holds, as one HTML page, with its figures as PNG.
+    """Write what a run or its answers are worth, or what a corpus holds, as one HTML page, with its figures as PNG.
 
     Args:
-        source: Run folder that was evaluated, an output folder of `evaluate`, an output file of `predict`, or a corpus.
+        source: Run folder that was evaluated, an output folder of `evaluate`, an output file of `predict`, `perturb` or
+            `counterfactual`, or a corpus.
         output: The page; None puts it next to what it is about. An older report is replaced.
-        device: Where cells of predictions are embedded.
-        reading: How cells of predictions were read, as `predict` takes it.
+        device: Where cells are embedded.
+        reading: How cells of predictions were read, as `predict` takes it; the other verbs have written it down.
 
     Returns:
         The page.
@@ -48,9 +51,16 @@ def report(source: str | Path, *, output: str | Path | None = None, device: str 
         raise InputError(f"{given} holds no evaluated cells. Run `perturbgene evaluate {given}` first.")
     target = Path(output) if output else (folder / "report.html" if folder else given.with_suffix(".report.html"))
     with claimed(target, flag="output"):
-        page = of_evaluation(folder) if folder else of_predictions(given, device=device, reading=reading)
-        write_page(page, target)
+        write_page(of_evaluation(folder) if folder else _page_of_file(given, device=device, reading=reading), target)
     return target
+
+
+def _page_of_file(path: Path, *, device: str, reading: Mapping[str, Any]) -> Page:
+    """Return the page about an output file, by the verb that has written it."""
+    if path.suffix in (".csv", ".parquet"):
+        return of_perturbation(path, device=device)
+    edits = read_changes(path)
+    return of_changes(edits, device=device) if edits else of_predictions(path, device=device, reading=reading)
 
 
 def run_report(config: ReportConfig) -> str:
@@ -60,8 +70,8 @@ def run_report(config: ReportConfig) -> str:
 
 
 def report_of(config: BaseConfig) -> str:
-    """Write the report of what `evaluate` or `predict` has just written."""
+    """Write the report of what a verb has just written."""
     if isinstance(config, EvaluateConfig):
         return f"report: {report(config.output or Path(config.run) / 'evaluation')}"
-    assert isinstance(config, PredictConfig)
+    assert isinstance(config, PredictConfig | PerturbConfig | CounterfactualConfig)
     return f"report: {report(config.output, device=config.device, **reading_options(config))}"

@@ -165,6 +165,24 @@
     move();
   };
 
+  const showPoints = (chart) => {
+    const reading = chart.querySelector(".pointed"), hint = reading.textContent, svg = chart.querySelector("svg");
+    const dots = [...svg.querySelectorAll(".point")].map((dot) => (
+      [Number(dot.getAttribute("cx")), Number(dot.getAttribute("cy")), dot]));
+    svg.addEventListener("pointermove", (event) => {
+      const box = svg.getBoundingClientRect(), unit = 360 / box.width;
+      const px = (event.clientX - box.left) * unit, py = (event.clientY - box.top) * unit;
+      let nearest = null, least = 100;
+      for (const [x, y, dot] of dots) {
+        const far = (x - px) ** 2 + (y - py) ** 2;
+        if (far < least) [least, nearest] = [far, dot];
+      }
+      svg.querySelectorAll("circle.pointed").forEach((dot) => dot.classList.remove("pointed"));
+      nearest?.classList.add("pointed");
+      reading.textContent = nearest ? nearest.querySelector("title").textContent : hint;
+    });
+  };
+
   let closed = [];  // what is folded is on paper, too
   window.addEventListener("beforeprint", () => {
     closed = [...document.querySelectorAll("details:not([open])")];
@@ -174,4 +192,5 @@
 
   if (data.map) showMap(data.map);
   document.querySelectorAll(".phenotype").forEach(showThreshold);
+  document.querySelectorAll(".chart:has(.point)").forEach(showPoints);
 })();
