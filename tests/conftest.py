@@ -38,7 +38,7 @@ def _figures_are_empty_but_in_few_files(request: pytest.FixtureRequest) -> Itera
 
 
 #: Test files in which commands write reports, as they do for users.
-REPORTED = ("test_report", "test_outputs", "test_corpus")
+REPORTED = ("test_report", "test_effects", "test_outputs", "test_corpus")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -280,7 +280,8 @@ def _page(edits: Edits, title: str, sentence: str, findings: list[str], null: li
     data, note = _add_map(edits, figures, title=title, device=device)
     num_more = max(0, len(groups) - MOST_GROUPS)
     notes = [f"{num_more:,} more groups are in {edits.path.name}."] if num_more else []
-    return Page("effects.html.jinja", title, sentence, findings, sections, {"map": data}, figures, note, notes)
+    texts = (title, sentence, findings)
+    return Page("effects.html.jinja", *texts, sections, {"map": data}, figures, map_note=note, notes=notes)
 
 
 def _about_screen(facts: Mapping[str, Any]) -> str:

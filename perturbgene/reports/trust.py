@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perturbgene.inference.evaluate import ROW_NAMES
+from perturbgene.eval_utils import GIVEN
+from perturbgene.inference.evaluate import row_name
 from perturbgene.inference.held_out import SCORE_FILES
 
 SOURCE = "Papalexi 2021, 20,729 cells, 6 strong knock-outs; docs/perturbation.md says more"
@@ -47,12 +48,14 @@ def read_scores(run: str) -> tuple[dict[str, Any], bool]:
 
 
 def score_rows(scores: Mapping[str, Any], phenotypes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row for each phenotype, question and baseline; of training, the most frequent label is a row too."""
+    """Return a row for each phenotype, question with nothing given and baseline; also of training the majority's."""
     rows = []
     for name in phenotypes:
         of_phenotype = scores.get(name) or {}
         for kind, one in of_phenotype.items():
-            text = ROW_NAMES.get(kind, kind)
+            if kind.startswith(GIVEN):
+                continue
+            text = row_name(kind)
             row = {"phenotype": name, "name": text.removeprefix("(baseline) "), "best": bool(one.get("best"))}
             row |= {key: one.get(key) for key in ("n", "accuracy", "macro_f1")}
             rows.append({**row, "is_baseline": text.startswith("(baseline)")})
