@@ -13,7 +13,9 @@ from perturbgene.plots import (
     confusion_figure,
     deletion_figure,
     effects_figure,
+    expression_figure,
     loss_figure,
+    pairs_figure,
     save_figure,
 )
 
@@ -206,3 +208,19 @@ def test_a_deletion_curve_shows_both_orders() -> None:
     )
     axes = deletion_figure(curves, title="50 cells").axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, -2.0, -3.0], [3.0, 2.0, -3.0]]
+
+
+def test_a_map_has_a_panel_for_the_label_and_each_gene(tmp_path) -> None:
+    places_n2, labels = np.random.default_rng(0).normal(size=(20, 2)), pd.Series(["$B$", "T"] * 10, name="cell_type")
+    genes = pd.DataFrame({"CD79A": np.arange(20.0), "$odd$": np.zeros(20)})
+    figure = expression_figure(places_n2, labels, genes, title="knock-outs")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title for title in titles if title] == ["cell_type", "CD79A", r"\$odd\$"]
+    assert image.imread(save_figure(figure, tmp_path / "a.png", dots_per_inch=30)).ndim == 3
+    assert expression_figure(places_n2, None, genes[[]], title="no gene of the panel").get_suptitle()
+
+
+def test_pairs_have_the_line_on_which_both_are_equal() -> None:
+    x, y = np.array([0.0, 2.0]), np.array([-1.0, 1.0])
+    axes = pairs_figure(x, y, title="t", x_label="screened", y_label="exact").axes[0]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[-1.0, 2.0]] and "n = 2 genes" in axes.get_title()

@@ -432,7 +432,7 @@ class CounterfactualConfig(FileOptions):
 
     Predicts hidden genes of each cell with its own label and with the one that is set, all else equal. Writes the
     mean change of every gene, with a null from random changes and the observed difference, as .h5ad, .csv and
-    .png. It shows what the model has learned to go with a label, not what causes what.
+    .png, and a report (.html). It shows what the model has learned to go with a label, not what causes what.
     """
 
     verb = "counterfactual"
@@ -502,8 +502,8 @@ class PerturbConfig(ScoringOptions):
 
     Removes or changes genes in every cell and measures how far that moves the cell's state, or the log-odds of a
     label. Screens all genes with gradients and computes the strongest ones and random controls exactly. Writes a
-    table with statistics over donors (.csv or .parquet), a picture (.png) and a record (.json). An interrupted run
-    continues where it stopped.
+    table with statistics over donors (.csv or .parquet), a picture (.png), a record (.json) and a report (.html). An
+    interrupted run continues where it stopped.
     """
 
     verb = "perturb"
