@@ -20,7 +20,7 @@ from markupsafe import Markup
 from perturbgene import __version__
 from perturbgene.errors import InputError
 from perturbgene.files import PAGE_MARKER, is_report, whole_file, write_text
-from perturbgene.plots import Figure, save_figure
+from perturbgene.plots import save_figure
 
 ASSETS = importlib.resources.files("perturbgene.reports") / "assets"
 #: Most columns that color the map, most labels of one, and most letters of a name.
