@@ -572,8 +572,8 @@ class ReportConfig(ReadingConfig):
 
     Of predictions, shows a map of the cells, how sure the answers are, what a threshold leaves, and, where labels are
     known, scores next to baselines, by donor and by label. Of knock-outs and counterfactuals, shows how far to believe
-    them, the ranked effects and their null. The page opens offline; its figures are also written as .png. `evaluate`,
-    `predict`, `perturb` and `counterfactual` write it too.
+    them, the ranked effects and their null; of a corpus, what it holds. The page opens offline; its figures are also
+    written as .png. `prepare`, `evaluate`, `predict`, `perturb` and `counterfactual` write it too.
     """
 
     verb = "report"
