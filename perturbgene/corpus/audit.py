@@ -206,7 +206,7 @@ def by_donor(cells: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         J Mach Learn Res 11, NMI_min), of cells with both: 1 if one determines the other, which `label_tells_donor` and
         `donor_tells_label` say; None with fewer than two labels or donors. `num_labels`, `num_donors`: how many there
         are. `cells`: of the `labels` and `donors` that have most, shape (labels, donors). `donors_of_label`: number of
-        donors of each of these labels.
+        donors of every label.
 
     Example:
         >>> found = by_donor({"B": {"d1": 2, "d2": 2}, "T": {"d1": 2, "d2": 2}, "NK": {"d1": 4}})
@@ -225,7 +225,7 @@ def by_donor(cells: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         "donor_tells_label": least > 0 and len(table) == len(sums["donor"]),
         "num_labels": len(sums["label"]), "num_donors": len(sums["donor"]),
         "labels": shown["label"], "donors": shown["donor"],
-        "donors_of_label": [len(cells[label].keys() - {""}) for label in shown["label"]],
+        "donors_of_label": {label: len(of.keys() - {""}) for label, of in sorted(cells.items())},
         "cells": [[cells[label].get(donor, 0) for donor in shown["donor"]] for label in shown["label"]],
     }  # fmt: skip
 

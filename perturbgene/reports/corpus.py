@@ -97,7 +97,7 @@ def _phenotype(name: str, number: int, manifest: Mapping[str, Any]) -> dict[str,
     """Return the labels of a phenotype, and how they and the donors go together."""
     of_split = manifest["phenotypes"][name]
     together = manifest.get("by_donor", {}).get(name)
-    donors_of = dict(zip(together["labels"], together["donors_of_label"], strict=True)) if together else {}
+    donors_of = together["donors_of_label"] if together else {}
     total = Counter(of_split["train"]) + Counter(of_split["eval"])
     shown = sorted(total, key=lambda label: (-total[label], label))[:MOST_LABELS]
     rows = [
@@ -124,7 +124,7 @@ def _confounding(manifest: Mapping[str, Any], together: Mapping[str, Any] | None
     if together["label_tells_donor"]:
         return f"{text} Every label comes from one {by} only: nothing tells them apart, so trust no score.", True
     if together["donor_tells_label"]:
-        fewest = min(together["donors_of_label"])
+        fewest = min(count for count in together["donors_of_label"].values() if count)
         return (
             f"{text} Every {by} has one label, as of sex or disease: what is learned may be the {by}. Trust scores on "
             f"held-out {by} only, which are as sure as there are many of each label (the fewest: {fewest:,}).",

@@ -51,12 +51,13 @@ def test_phenotypes_and_donors_that_determine_each_other_are_marked_in_words(cor
 def test_labels_and_donors_that_are_independent_share_no_information() -> None:
     even = by_donor({label: {"d1": 5, "d2": 5, "": 9} for label in "xyz"})
     assert (even["nmi"], even["label_tells_donor"], even["donor_tells_label"]) == (0, False, False)
-    assert even["donors_of_label"] == [2, 2, 2]
+    assert even["donors_of_label"] == {"x": 2, "y": 2, "z": 2}
 
 
 def test_only_labels_and_donors_with_most_cells_are_listed() -> None:
     many = by_donor({f"type {at:03d}": {f"d{at:03d}": at + 1, "x": 1000} for at in range(90)})
     assert (many["num_labels"], many["num_donors"]) == (90, 91)
+    assert len(many["donors_of_label"]) == 90
     assert np.shape(many["cells"]) == (40, 40) and "d089" in many["donors"] and "d050" not in many["donors"]
 
 
