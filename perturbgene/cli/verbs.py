@@ -248,6 +248,10 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
         None, "Fit temperatures on half of the donors and store them in the run, where predict finds them. Default: "
         "only if the run's own evaluation cells are scored.",
     )  # fmt: skip
+    scib: bool = option(
+        False, "Also compute the scIB metrics of the embedding next to those of principal components, which takes "
+        "minutes (needs scib-metrics).",
+    )  # fmt: skip
     report: bool = _report_option()
     gene_mask_prob: float | None = _mask_rate("Share of expressed genes to hide")
     phenotype_mask_prob: float | None = _mask_rate("Share of phenotypes to hide")
@@ -262,6 +266,8 @@ class EvaluateConfig(QuestionOptions, ReadingConfig):
     def check(self) -> None:
         super().check()
         check_question(self.ask, self.given)
+        if self.scib and find_spec("scib_metrics") is None:
+            raise InputError("scib needs the package scib-metrics. Install it with `pip install 'perturbgene[scib]'`.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,9 +87,46 @@ def mixing(points_nc: np.ndarray, label_n: np.ndarray, donor_n: np.ndarray) -> f
     return found / expected if expected else float("nan")
 
 
+def scib_scores(points: dict[str, np.ndarray], label_n: np.ndarray, donor_n: np.ndarray) -> dict[str, Scores]:
+    """Return the metrics of the single-cell integration benchmark for each embedding (Luecken et al. 2022).
+
+    The package `scib-metrics` computes them, all but the comparison with principal components before integration. It
+    compiles for minutes.
+
+    Args:
+        points: Embeddings by name, each (n, c).
+        label_n: Label of each cell.
+        donor_n: Donor of each cell, at least two.
+
+    Returns:
+        Embedding -> metric, under the package's own names, with `Bio conservation`, `Batch correction` and `Total`.
+    """
+    import anndata
+    from scib_metrics.benchmark import BatchCorrection, Benchmarker
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    def nearest(points_nc: np.ndarray, num_neighbors: int) -> Any:
+        search = NearestNeighbors(n_neighbors=min(num_neighbors, len(points_nc))).fit(points_nc)
+        distance_nj, neighbor_nj = search.kneighbors(points_nc)
+        return NeighborsResults(indices=neighbor_nj, distances=distance_nj)
+
+    obs = pd.DataFrame({"label": label_n.astype(str), "donor": donor_n.astype(str)}, dtype="category")
+    obs.index = obs.index.astype(str)
+    arrays = {name: points_nc.astype(np.float32) for name, points_nc in points.items()}
+    cells = anndata.AnnData(np.zeros((len(obs), 1), dtype=np.float32), obs=obs, obsm=arrays)
+    options = {"pre_integrated_embedding_obsm_key": PCA, "n_jobs": 1, "progress_bar": False}
+    kinds = {"batch_correction_metrics": BatchCorrection(pcr_comparison=False)}
+    benchmark = Benchmarker(cells, "donor", "label", list(points), **kinds, **options)
+    benchmark.prepare(nearest)
+    benchmark.benchmark()
+    found = benchmark.get_results().drop(index="Metric Type")
+    return {str(name): {str(key): float(value) for key, value in row.items()} for name, row in found.iterrows()}
+
+
 def compare(
-    points: dict[str, np.ndarray], label_n: np.ndarray, donor_n: np.ndarray | None, *, category: str
-) -> dict[str, Scores]:
+    points: dict[str, np.ndarray], label_n: np.ndarray, donor_n: np.ndarray | None, *, category: str,
+    has_scib: bool = False,
+) -> dict[str, Scores]:  # fmt: skip
     """Score the run's embedding and principal components on the same labeled cells, and mark the purer one.
 
     A warning says so if the run's is less pure by more than one standard error of the difference between the cells.
@@ -99,6 +136,7 @@ def compare(
         label_n: Label of each cell.
         donor_n: Donor of each cell, or None.
         category: The phenotype, for the warning.
+        has_scib: True adds `scib METRIC`, see `scib_scores`, if some label has cells of two donors.
 
     Returns:
         Embedding -> `n`, `purity`, `silhouette` and, if some label has cells of two donors, `mixing`. `best` is true
@@ -112,6 +150,11 @@ def compare(
         scores[name]["silhouette"] = float(silhouette_score(points_nc, label_n))
         if donor_n is not None and np.isfinite(mixed := mixing(points_nc, label_n, donor_n)):
             scores[name]["mixing"] = mixed
+    if has_scib and donor_n is not None and "mixing" in scores[RUN]:
+        for name, found in scib_scores(points, label_n, donor_n).items():
+            scores[name] |= {f"scib {metric}": value for metric, value in found.items()}
+    elif has_scib:
+        logger.warning("%s: no label has cells of two donors, so there are no scIB metrics", category)
     scores[max((RUN, PCA), key=lambda name: scores[name]["purity"])]["best"] = True
     difference, error = paired_difference(pure[PCA], pure[RUN])
     if difference > error:
@@ -160,7 +203,12 @@ class CellEmbeddings:
         return self._expression_mg
 
     def scores(
-        self, dataset: IterableAnnDataset, categories: Sequence[str], *, donor_column: str | None
+        self,
+        dataset: IterableAnnDataset,
+        categories: Sequence[str],
+        *,
+        donor_column: str | None,
+        has_scib: bool = False,
     ) -> dict[str, dict[str, Scores]]:
         """Compare the embedding with principal components of the same cells.
 
@@ -168,6 +216,7 @@ class CellEmbeddings:
             dataset: Where the cells came from; labels and the expression of the run's genes are read from it.
             categories: The phenotypes.
             donor_column: Column of obs with the donors.
+            has_scib: See `compare`.
 
         Returns:
             Phenotype -> embedding -> scores, see `compare`. Phenotypes with fewer than `LEAST_CELLS` labeled cells that
@@ -188,7 +237,7 @@ class CellEmbeddings:
                 continue
             points = {RUN: states_mh[rows], PCA: components.transform(expression_mg[rows])}
             donor_m = None if donors_n is None else donors_n[cells_m[rows]]
-            found[category] = compare(points, label_m[rows], donor_m, category=category)
+            found[category] = compare(points, label_m[rows], donor_m, category=category, has_scib=has_scib)
         return found
 
 
@@ -200,5 +249,6 @@ def score_table(scores: dict[str, dict[str, Scores]]) -> pd.DataFrame:
         for name, one in scores_of.items():
             row: dict[str, Any] = {"phenotype": category, "embedding": names[name]}
             row |= {key: one.get(key, np.nan) for key in ("n", "purity", "silhouette", "mixing")}
+            row |= {key: value for key, value in one.items() if key.startswith("scib ")}
             rows.append({**row, "best": "best" if one.get("best") else ""})
     return pd.DataFrame(rows)

@@ -475,8 +475,9 @@ def _add_ontology(
 
 
 def _add_embedding(
-    results: dict[str, Any], embedded: CellEmbeddings, dataset: IterableAnnDataset, *, donor_column: str | None
-) -> dict[str, pd.DataFrame]:
+    results: dict[str, Any], embedded: CellEmbeddings, dataset: IterableAnnDataset, *, donor_column: str | None,
+    has_scib: bool,
+) -> dict[str, pd.DataFrame]:  # fmt: skip
     """Add the scores of the embedding, if there are any; return them and the markers of labels by their file names."""
     asked, tables, cells_m = [name for name in results if name != "genes"], {}, embedded.joined()[0]
     if len(cells_m):
@@ -487,7 +488,7 @@ def _add_embedding(
             for name in asked
         ]
         tables = {MARKERS_FILE: pd.concat(of_each, ignore_index=True)}
-    if scores := embedded.scores(dataset, asked, donor_column=donor_column):
+    if scores := embedded.scores(dataset, asked, donor_column=donor_column, has_scib=has_scib):
         results["embedding"] = scores
         tables["embedding.csv"] = score_table(scores)
     return {name: table for name, table in tables.items() if len(table)}
@@ -519,6 +520,7 @@ def evaluate(
     donor_column: str | None = "donor_id",
     batch_size: int = EvaluateConfig.batch_size,
     batch_tokens: int = EvaluateConfig.batch_tokens,
+    scib: bool = EvaluateConfig.scib,
     output: str | Path | None = None,
     **reading: Any,
 ) -> dict[str, Any]:
@@ -535,6 +537,7 @@ def evaluate(
             only if `eval_paths` are the run's own evaluation cells, and all of them.
         donor_column: Column of obs whose values are not split between fitting and scoring temperatures.
         batch_size, batch_tokens: Most cells and tokens in a batch.
+        scib: Also compute the scIB metrics of the embedding, which takes minutes; needs scib-metrics.
         output: Folder for `metrics.json`, `embedding.csv`, `cells.h5ad` (each cell's answers), confusion matrices (CSV,
             PNG) and per-class scores; None writes nothing.
         reading: `layer`, `gene_id_column`, `min_gene_coverage`, ... of `IterableAnnDataset`.
@@ -588,7 +591,7 @@ def evaluate(
             asked: dict[str, Any] = {"donor_column": donor_column, "batch_tokens": batch_tokens}
             others = _add_baselines(run, results, evaluator, answers, cells=(train, dataset), **asked)
         _add_ontology(results, evaluator, dataset, others)
-        tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column)
+        tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column, has_scib=scib)
         if output is not None:
             write_cells(evaluated_cells(run, dataset, evaluator, logits, embedded, others, **seen), output)
             drawn = {title: one for title, one in evaluator.confusions().items() if f".{GIVEN}+" not in title}
@@ -676,7 +679,8 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     results = evaluate(
         run, eval_paths, train_paths=train_paths, ask=config.ask, given=config.given, mask_rates=config.mask_rates,
         calibrate=config.calibrate, donor_column=(corpus.split_by if corpus else None) or "donor_id",
-        batch_size=config.batch_size, batch_tokens=config.batch_tokens, output=output, **reading,
+        batch_size=config.batch_size, batch_tokens=config.batch_tokens, scib=config.scib, output=output,
+        **reading,
     )  # fmt: skip
     if _is_own(run, eval_paths) and not (config.ask or config.given or config.where or config.mask_rates):
         names = {name: row_name(name) for scores_of in results.values() for name in scores_of}

@@ -168,8 +168,9 @@ def of_evaluation(folder: Path) -> Page:
 
 def _embedding_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each phenotype and embedding."""
+    names = {"pca": "principal components"}
     return [
-        {"phenotype": name, "embedding": "principal components" if kind == "pca" else kind, "best": False, **scores}
+        {"phenotype": name, "embedding": names.get(kind, kind), "best": False, **scores}
         for name, of in results.get("embedding", {}).items()
         for kind, scores in of.items()
     ]

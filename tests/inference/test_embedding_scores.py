@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
+from perturbgene.cli.verbs import EvaluateConfig
+from perturbgene.errors import InputError
 from perturbgene.inference.embedding_scores import PCA, RUN, compare, mixing, purity
 from perturbgene.inference.evaluate import evaluate, training_cells
 from perturbgene.inference.run import load_run
@@ -137,3 +139,17 @@ def test_cells_of_training_and_those_without_genes_or_labels_are_left_out(small_
     run = load_run(small_folder / "runs/mlm", device="cpu")
     scores = evaluate(run, other, ask=["cell_type"], calibrate=False)
     assert scores["embedding"]["cell_type"]["run"]["n"] == (~training_cells(run, cells) & ~is_left_out_n).sum()
+
+
+def test_scib_metrics_are_higher_for_types_that_are_apart() -> None:
+    pytest.importorskip("scib_metrics", reason="scib-metrics is not installed (pip install 'perturbgene[scib]')")
+    donors_n = np.array(["A", "B"])[np.arange(len(LABELS)) % 2]
+    scores = compare({RUN: APART, PCA: DOTS}, LABELS, donors_n, category="cell_type", has_scib=True)
+    assert scores[RUN]["scib Bio conservation"] > scores[PCA]["scib Bio conservation"]
+    assert {"scib Total", "scib Batch correction", "scib iLISI", "scib KMeans ARI"} <= set(scores[RUN])
+
+
+def test_scib_without_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perturbgene.cli.verbs.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="scib needs the package scib-metrics. Install it with"):
+        EvaluateConfig(run="runs/mlm", scib=True)

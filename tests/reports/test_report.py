@@ -134,6 +134,17 @@ def test_genes_that_speak_for_a_label_are_on_the_page(folder: Path, tmp_path: Pa
     assert table[["row", "value"]].values.tolist() == [["B cell: <CD79A>", 1.5]]
 
 
+def test_scib_metrics_are_on_the_page_where_they_were_computed(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "scores/cells.h5ad", tmp_path / "cells.h5ad")
+    results = json.loads((folder / "scores/metrics.json").read_text())
+    results["embedding"]["cell_type"]["run"] |= {"scib Total": 0.777, "scib KMeans ARI": 0.5}
+    (tmp_path / "metrics.json").write_text(json.dumps(results))
+    page = report(tmp_path).read_text()
+    assert "scIB: total" in page and "0.777" in page and "scIB" not in report(folder / "scores").read_text()
+    table = pd.read_csv(tmp_path / "report.tables.csv").query("measure == 'scib KMeans ARI'")
+    assert table[["row", "value"]].values.tolist() == [["run", 0.5]]
+
+
 def test_an_evaluation_knows_how_probable_each_true_label_is(folder: Path, phenotype: Phenotype) -> None:
     audit_n = phenotype.obs["audit_cell_type_probability"].to_numpy()
     assert np.all((audit_n == phenotype.probability_n) == (phenotype.right_n() == 1))
