@@ -4,7 +4,7 @@ Owns every picture and is the only module that imports matplotlib; knows nothing
 Letters: k classes, or names in a figure.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +332,28 @@ def pairs_figure(x: np.ndarray, y: np.ndarray, *, title: str, x_label: str, y_la
     axes.scatter(x, y, s=12, color=OKABE_ITO[0], linewidths=0)
     axes.set_title(f"{_plain(title)}\nn = {len(x):,} genes", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def network_figure(
+    places: Mapping[str, tuple[float, float]], links: Sequence[tuple[str, str]], *, title: str
+) -> Figure:
+    """Draw a network of genes.
+
+    Args:
+        places: Where each gene is.
+        links: Pairs of genes.
+        title: First line of the title; the number of genes is added.
+    """
+    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+    axes = figure.add_subplot(xticks=[], yticks=[])
+    for a, b in links:
+        axes.plot(*zip(places[a], places[b], strict=True), color="#BBBBBB", linewidth=0.8, zorder=1)
+    for name, (x, y) in places.items():
+        axes.plot(x, y, "o", color=OKABE_ITO[0], markersize=4)
+        axes.annotate(_shortened(name), (x, y), xytext=(4, 2), textcoords="offset points", fontsize=7)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{_plain(title)}\nn = {len(places):,} genes", fontsize=11)
     return figure
 
 

@@ -587,8 +587,8 @@ class ReportConfig(ReadingConfig):
     group = IN_OUT
 
     source: str = option(
-        "", "Run folder that was evaluated, an output folder of evaluate, an output file of predict, perturb or "
-        "counterfactual, or a corpus.",
+        "", "Run folder that was evaluated, an output folder of evaluate, an output file of predict, perturb, "
+        "counterfactual or embed --network, or a corpus.",
         is_positional=True, is_path=True,
     )  # fmt: skip
     output: str | None = option(

@@ -18,6 +18,7 @@ from perturbgene.inference.streaming import reading_options
 from perturbgene.reports.answers import of_evaluation, of_predictions
 from perturbgene.reports.corpus import corpus_report, is_corpus
 from perturbgene.reports.effects import of_changes, of_perturbation, read_changes
+from perturbgene.reports.networks import of_networks, read_networks
 from perturbgene.reports.page import Page, write_page
 
 
@@ -25,8 +26,8 @@ def report(source: str | Path, *, output: str | Path | None = None, device: str 
     """Write what a run or its answers are worth, or what a corpus holds, as one HTML page, with its figures as PNG.
 
     Args:
-        source: Run folder that was evaluated, an output folder of `evaluate`, an output file of `predict`, `perturb` or
-            `counterfactual`, or a corpus.
+        source: Run folder that was evaluated, an output folder of `evaluate`, an output file of `predict`, `perturb`,
+            `counterfactual` or `embed --network`, or a corpus.
         output: The page; None puts it next to what it is about. An older report is replaced.
         device: Where cells are embedded.
         reading: How cells of predictions were read, as `predict` takes it; the other verbs have written it down.
@@ -59,8 +60,10 @@ def _page_of_file(path: Path, *, device: str, reading: Mapping[str, Any]) -> Pag
     """Return the page about an output file, by the verb that has written it."""
     if path.suffix in (".csv", ".parquet"):
         return of_perturbation(path, device=device)
-    edits = read_changes(path)
-    return of_changes(edits, device=device) if edits else of_predictions(path, device=device, reading=reading)
+    if edits := read_changes(path):
+        return of_changes(edits, device=device)
+    networks = read_networks(path)
+    return of_networks(networks) if networks else of_predictions(path, device=device, reading=reading)
 
 
 def run_report(config: ReportConfig) -> str:

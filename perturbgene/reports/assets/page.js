@@ -170,7 +170,7 @@
     const dots = [...svg.querySelectorAll(".point")].map((dot) => (
       [Number(dot.getAttribute("cx")), Number(dot.getAttribute("cy")), dot]));
     svg.addEventListener("pointermove", (event) => {
-      const box = svg.getBoundingClientRect(), unit = 360 / box.width;
+      const box = svg.getBoundingClientRect(), unit = svg.viewBox.baseVal.width / box.width;
       const px = (event.clientX - box.left) * unit, py = (event.clientY - box.top) * unit;
       let nearest = null, least = 100;
       for (const [x, y, dot] of dots) {
