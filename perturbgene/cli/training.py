@@ -229,7 +229,9 @@ class TrainOptions(BaseConfig):
     save_steps: float | None = option(None, "Steps between checkpoints; below 1, a share of all.", within="(0, inf)")
     save_total_limit: int | None = option(2, "Checkpoints to keep, including the best one.", within="[1, inf)")
     logging_steps: float = option(10, "Steps between log lines; below 1, a share of all.", within="(0, inf)")
-    report_to: list[Logger] = option(["tensorboard"], "Where logs go, in addition to the terminal.")
+    report_to: list[Logger] = option(
+        ["tensorboard"], "Where logs go, in addition to the terminal; tensorboard and wandb also get the figures."
+    )
     dataloader_num_workers: int = option(
         0, "Number of processes that read cells. Two threads read already, so more processes rarely help. This does "
         "not affect the cells or masks.", within="[0, inf)",

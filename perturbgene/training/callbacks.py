@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import psutil
@@ -21,9 +21,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
+
+if TYPE_CHECKING:
+    from perturbgene.plots import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +221,32 @@ class Progress(TrainerCallback):
 
 
 # -- signals ------------------------------------------------------------------------------------------------------
+
+
+def show_figures(draw: Callable[[], Mapping[str, "Figure"]], callbacks: Sequence[Any], *, step: int) -> None:
+    """Show figures where the logs of a run go, if that is TensorBoard or an open run of W&B.
+
+    Args:
+        draw: Returns figures by name; called only if there is a place for them.
+        callbacks: Those of the trainer.
+        step: At which they are shown.
+    """
+    folders = [one.logging_dir for one in callbacks if isinstance(one, TensorBoardCallback) and one.logging_dir]
+    has_wandb = any(isinstance(one, WandbCallback) for one in callbacks)
+    if not folders and not has_wandb:
+        return
+    figures = draw()
+    for folder in folders:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(folder) as writer:
+            for name, figure in figures.items():
+                writer.add_figure(name, figure, step, close=False)
+    if has_wandb:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.run.log({name: wandb.Image(figure) for name, figure in figures.items()})
 
 
 def outlive_signals(worker: int) -> None:

@@ -30,14 +30,14 @@ from perturbgene.data_utils.opening import FileList, expand_paths, identity
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, StoppedError, listed
-from perturbgene.eval_utils import ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
+from perturbgene.eval_utils import GENE_BINS, ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
 from perturbgene.files import claimed, write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.model.heads import DirectPath
-from perturbgene.plots import loss_figure, save_figure
+from perturbgene.plots import confusion_figure, loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
-from perturbgene.training.callbacks import StopEarly
+from perturbgene.training.callbacks import StopEarly, show_figures
 from perturbgene.training.card import write_card
 from perturbgene.training.cell_space import save_space
 from perturbgene.training.tokenizer import tokenizer_of
@@ -434,5 +434,17 @@ def _write_run(
     write_json(folder / METRICS_FILE, without_nan(results), indent=1)
     write_card(folder, config, tokenizer, results, num_cells=sum(trainer.cells.sizes), kept=kept)
     history = pd.DataFrame(trainer.state.log_history).drop(columns="train_loss", errors="ignore")
+    title = f"{config.verb}: {Path(config.output_dir).name}"
     if "loss" in history:
-        save_figure(loss_figure(history, title=f"{config.verb}: {Path(config.output_dir).name}"), folder / "loss.png")
+        save_figure(loss_figure(history, title=title), folder / "loss.png")
+
+    def draw() -> dict[str, Any]:
+        tables = trainer.final_evaluator.confusions() if results and trainer.final_evaluator is not None else {}
+        figures = {
+            f"confusion/{name}": confusion_figure(one.table(), title=f"{name.replace('.', ', ')} (held-out cells)")
+            for name, one in tables.items()
+            if name != GENE_BINS
+        }
+        return figures | ({"loss_figure": loss_figure(history, title=title)} if "loss" in history else {})
+
+    show_figures(draw, trainer.callback_handler.callbacks, step=trainer.state.global_step)

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from perturbgene.training import callbacks
-from perturbgene.training.callbacks import Progress, Speed, StopOnSignal
+from perturbgene.training.callbacks import Progress, Speed, StopOnSignal, show_figures
 
 
 class Clock:
@@ -122,3 +122,16 @@ def test_a_stopped_run_does_not_go_back_to_its_best_weights() -> None:
     stop._received = callbacks.SIGNALS[0]
     stop.on_step_end(args, TrainerState(epoch=0.5), control)
     assert control.should_save and control.should_training_stop and not args.load_best_model_at_end
+
+
+def test_figures_are_shown_in_tensorboard_and_drawn_for_nobody_else(tmp_path) -> None:
+    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers.integrations import TensorBoardCallback
+
+    asked = TensorBoardCallback()
+    asked.logging_dir = str(tmp_path)
+    show_figures(lambda: {"confusion/cell_type.alone": Figure((1, 1))}, [asked], step=7)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [one.step for one in events.Images("confusion/cell_type.alone")] == [7]
+    show_figures(lambda: pytest.fail("nobody asked"), [], step=7)
