@@ -1,9 +1,13 @@
 """The errors a user may see, and the helpers that raise them.
 
-Owns `InputError`, two other errors and the words that messages share; knows nothing of cells, files or models.
+Owns `InputError`, two other errors, which errors of the system are the machine's, and the words that messages share;
+knows nothing of cells, files or models.
 """
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -45,6 +49,81 @@ class StoppedError(Exception):
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+_MEMORY = "Free memory, or lower what is held at once (--batch_tokens, --tokens_per_batch, --num_processes)"
+_PROCESS = "Look for the first error above, or in the system's log: the system ends processes when memory runs out"
+#: Errors of the system that other input would not have avoided -> what helps.
+_FAULTS = {
+    errno.ENOSPC: "Make room on the disk",
+    errno.EDQUOT: "Make room within the quota",
+    errno.EFBIG: "Allow larger files (ulimit -f)",
+    errno.EIO: "Check the disk",
+    errno.ESTALE: "Check the network file system",
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+    errno.ENFILE: "Wait until the machine has fewer open files",
+    errno.ENOMEM: _MEMORY,
+}
+#: Errors of the system that come from a path as it was given.
+_MISTAKES = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+#: How HDF5 and safetensors, which have errors of their own, give the number of the system's error.
+_NUMBER = re.compile(r"(?:os error|errno =|\[Errno) (\d+)")
+#: Words in errors of torch and the standard library -> what helps.
+_WORDS = {
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread|failed to map"
+    r"|could not create a primitive": _MEMORY,
+    r"DataLoader worker \(pid|terminated abruptly": _PROCESS,
+    r"Connection closed by peer|Connection reset by peer|Timed out waiting|remote process exited": _PROCESS,
+}
+
+
+def system_error(error: BaseException) -> RunFailedError | InputError | None:
+    """Say in one line what an error of the system, or an error that one has caused, was about.
+
+    Returns:
+        `RunFailedError` if the machine is at fault (a full disk, no memory, too many open files, a killed process),
+        `InputError` if a path cannot be used, and None for any other error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None and (found := _NUMBER.search(str(cause))):
+            number = int(found[1])
+        name = getattr(cause, "filename", None)
+        advice = _FAULTS.get(number or 0)
+        if advice is None and isinstance(cause, MemoryError):
+            advice = _MEMORY
+        if advice is None and isinstance(cause, RuntimeError | ImportError):
+            advice = next((help for words, help in _WORDS.items() if re.search(words, str(cause))), None)
+        reason = os.strerror(number) if number else original_text(cause).rstrip(".") or "memory ran out"
+        doing = "".join(f" {note}" for note in getattr(error, "__notes__", ())[-1:])
+        if advice is not None:
+            return RunFailedError(f"{reason}{f': {name}' if name else doing}. {advice}")
+        if cause is error and number in _MISTAKES and name:
+            return InputError(f"{name} cannot be used ({reason})")
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory, of whatever device, was too small; torch has no type for that of the CPU."""
+    failure = system_error(error)
+    return isinstance(failure, RunFailedError) and _MEMORY in str(failure)
+
+
+def original_text(error: BaseException) -> str:
+    """Return the message of an error in one line; of one that torch brings from a loader worker, without its traceback.
+
+    Example:
+        >>> original_text(ValueError("Caught ValueError in DataLoader worker process 0.\\n...\\nValueError: bad\\n"))
+        'bad'
+    """
+    text = str(error)
+    if " in DataLoader worker process " in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(text.split())
 
 
 def listed(items: Iterable[object], *, most: int = 5) -> str:

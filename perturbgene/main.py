@@ -19,7 +19,14 @@ from typing import Any
 
 from perturbgene import VERBS, __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
-from perturbgene.errors import FilesRefusedError, InputError, RunFailedError, StoppedError
+from perturbgene.errors import (
+    FilesRefusedError,
+    InputError,
+    RunFailedError,
+    StoppedError,
+    original_text,
+    system_error,
+)
 
 TRAINING_VERBS = ("mlm", "cls")
 #: Verbs that ask a model about any number of cells; their memory must not grow with this number.
@@ -40,21 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, that of this process by default.
 
     Returns:
-        Exit code: 0 done, 2 the user's mistake, 3 the run cannot continue, 128 + n stopped by signal n with everything
-        saved, 130 interrupted, 141 the reader of the output went away.
+        Exit code: 0 done, 2 the user's mistake, 3 the machine's fault (a full disk, no memory, a killed process) or a
+        run that cannot continue, 128 + n stopped by signal n with everything saved, 130 interrupted, 141 the reader of
+        the output went away.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     pairs = zip(words, [*words[1:], ""], strict=False)
     tokens = [word for word, next_word in pairs if word != "--debug" or next_word in TRAINER_DEBUG_WORDS]
     try:
         return run(tokens)
-    except (InputError, RunFailedError) as error:
-        if isinstance(error, FilesRefusedError) and is_first_process():
-            print(error.report, flush=True)
-        if len(tokens) < len(words):
-            traceback.print_exc()
-        report(f"error: {' '.join(str(error).split())}")
-        return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED
     except StoppedError as stop:
         if str(stop) and is_first_process():
             print(stop, file=sys.stderr)
@@ -65,6 +66,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return EXIT_BROKEN_PIPE
+    except Exception as error:
+        code, line = explain(error, verb=tokens[0] if tokens else "")
+        if isinstance(error, FilesRefusedError) and is_first_process():
+            print(error.report, flush=True)
+        if len(tokens) < len(words):
+            traceback.print_exc()
+        report(f"error: {line}")
+        return code
+
+
+def explain(error: Exception, *, verb: str) -> tuple[int, str]:
+    """Return the exit code and the line for an error of the user or of the machine; raise any other, which is ours."""
+    failure = system_error(error)
+    if isinstance(error, RunFailedError):
+        return EXIT_FAILED, original_text(error)
+    if isinstance(error, InputError):  # one that says which output it was may come from a full disk
+        is_machine = isinstance(error.__cause__, OSError) and isinstance(failure, RunFailedError)
+        return EXIT_FAILED if is_machine else EXIT_USAGE, original_text(error)
+    if isinstance(failure, InputError):
+        return EXIT_USAGE, str(failure)
+    if failure is None:
+        raise error
+    again = "continue with --resume_from_checkpoint" if verb in TRAINING_VERBS else "run the same command again"
+    return EXIT_FAILED, f"{verb} stopped: {failure}, then {again}."
 
 
 def is_first_process() -> bool:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableAnnDataset
-from perturbgene.errors import InputError, RunFailedError, did_you_mean, listed
+from perturbgene.errors import InputError, RunFailedError, did_you_mean, is_out_of_memory, listed
 from perturbgene.eval_utils import Evaluator, run_evaluator
 from perturbgene.files import partial_path
 from perturbgene.training import checkpoints
@@ -180,7 +180,9 @@ class ShardedTrainer(Trainer):
         try:
             with nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             wanted = sum(int(cells_2n[1].sum()) for cells_2n in self.speed.cells) // max(1, len(self.speed.cells))
             most, newest = self.speed.most_tokens, checkpoints.checkpoints(self.folder)[-1:]
             fits = f"the largest that fitted had {most:,}" if most else "none has fitted yet"
@@ -428,6 +430,8 @@ class ShardedTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
         except Exception as error:  # of the system, torch or safetensors: a full disk has many names
             shutil.rmtree(self._partial, ignore_errors=True)
+            if "DataLoader worker" in str(error):  # it died at this moment
+                raise
             raise RunFailedError(
                 f"checkpoint {final} could not be written ({self._reason(error)}). Older checkpoints are complete: "
                 "make room and continue with --resume_from_checkpoint."

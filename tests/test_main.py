@@ -185,6 +185,47 @@ def test_our_own_faults_keep_their_traceback(verb):
         main(verb("1 / 0"))
 
 
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 8 bytes."
+IN_WORKER = "Caught {0} in DataLoader worker process 1.\\nTraceback:\\n  File a\\n{0}: {1}\\n"
+MANY = IN_WORKER.format("OSError", "[Errno 24] Too many")
+BAD = IN_WORKER.format("InputError", "bad cell")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("raise OSError(28, 'No space left on device', 'o.h5ad')", 3, "No space left on device: o.h5ad. Make room"),
+        ("raise OSError(24, 'Too many open files', 'a.h5ad')", 3, "Too many open files: a.h5ad. Allow more"),
+        ("raise Exception('I/O error: No space left (os error 28)')", 3, "No space left on device. Make room"),
+        ('raise OSError("Can\'t close file (file write failed: errno = 28, error message = ...")', 3, "No space left"),
+        ("raise MemoryError", 3, "memory ran out. Free memory"),
+        (f"raise RuntimeError({ALLOCATOR!r})", 3, "allocate memory: 8 bytes. Free memory"),
+        (f"raise OSError('{MANY}')", 3, "Too many open files. Allow more"),
+        ("raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')", 3, "(pid 7) is killed"),
+        ("open('/nowhere/else')", 2, "/nowhere/else cannot be used (No such file or directory)"),
+    ],
+)
+def test_an_error_of_the_machine_is_one_line_and_code_3(body, code, line, verb, capsys):
+    assert main(verb(body)) == code
+    error = capsys.readouterr().err
+    assert line in error and error.startswith("error: ") and error.count("\n") == 1
+    if code == 3:
+        assert error.startswith("error: download stopped: ") and error.endswith(", then run the same command again.\n")
+
+
+def test_an_output_on_a_full_disk_is_the_machines_fault(verb, capsys):
+    body = (
+        "from perturbgene.errors import InputError; error = InputError('o cannot be written'); "
+        "error.__cause__ = OSError(28, 'No space left on device'); raise error"
+    )
+    assert (main(verb(body)), capsys.readouterr().err) == (3, "error: o cannot be written\n")
+
+
+def test_a_mistake_that_a_loader_worker_finds_is_one_line_without_its_traceback(verb, capsys):
+    body = f"from perturbgene.errors import InputError; raise InputError('{BAD}')"
+    assert (main(verb(body)), capsys.readouterr().err) == (2, "error: bad cell\n")
+
+
 def test_an_exit_code_of_a_verb_is_kept(verb):
     with pytest.raises(SystemExit, match="143"):
         main(verb("raise SystemExit(143)"))

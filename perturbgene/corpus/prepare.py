@@ -36,7 +36,7 @@ from perturbgene.corpus.survey import (
     path_of,
     survey_files,
 )  # fmt: skip
-from perturbgene.corpus.workers import JOURNAL_FILE, Journal, Workers, WorkStoppedError, open_workers
+from perturbgene.corpus.workers import JOURNAL_FILE, Journal, Workers, open_workers
 from perturbgene.data_utils.binning import read_edges
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.data_utils.labels import with_new_labels
@@ -105,8 +105,8 @@ def prepare(inputs: Any, output: str | Path, **options: Any) -> Path:
         was_begun = work.exists()
         try:
             _run_steps(sources, config, work, num_processes=num_processes)
-        except InputError as error:
-            if not was_begun and not isinstance(error, WorkStoppedError):
+        except InputError:
+            if not was_begun:
                 _delete(work, _WORK_FILES)
             raise
         finally:

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from perturbgene.errors import InputError
+from perturbgene.errors import InputError, RunFailedError
 from perturbgene.files import sums_of
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ JOURNAL_FILE = "journal.jsonl"
 _AHEAD = 2
 
 
-class WorkStoppedError(InputError):
+class WorkStoppedError(RunFailedError):
     """The work stopped for a reason outside of it. Finished files stay, and the next run uses them."""
 
 
@@ -85,6 +85,9 @@ def _write_file(
         facts = task(context, item, temporary)
         entry = {"file": file, **sums_of(temporary), **facts}
         temporary.replace(folder / file)
+    except Exception as error:
+        error.add_note(f"while writing {folder / file}")
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return entry

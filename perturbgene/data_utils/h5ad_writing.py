@@ -38,20 +38,23 @@ def write_shard(
         measured_tg: True where a table of genes has the gene, bool of shape (t, g).
     """
     import anndata
+    from anndata.io import write_elem
 
     by_column = {MEASURED_KEY: np.ascontiguousarray(measured_tg.T, dtype=np.uint8)}  # varm follows its columns anywhere
     columns = np.uint16 if matrix.shape[1] <= 1 << 16 else np.int32
-    with whole_file(path) as temporary:
-        anndata.AnnData(obs=obs, var=var, varm=by_column).write_h5ad(temporary)
-        with h5py.File(temporary, "r+") as file:
-            if "X" in file:
-                del file["X"]
-            group = file.create_group("X")
-            group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-            group.attrs["shape"] = np.array(matrix.shape, dtype=np.int64)
-            group.create_dataset("data", data=matrix.data)
-            group.create_dataset("indices", data=matrix.indices.astype(columns))
-            group.create_dataset("indptr", data=matrix.indptr.astype(np.int64))
+    # In memory first: HDF5 that cannot write to a full disk takes the whole process with it.
+    with whole_file(path) as temporary, h5py.File(temporary, "w", driver="core", backing_store=False) as file:
+        write_elem(file, "/", anndata.AnnData(obs=obs, var=var, varm=by_column))
+        if "X" in file:
+            del file["X"]
+        group = file.create_group("X")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+        group.attrs["shape"] = np.array(matrix.shape, dtype=np.int64)
+        group.create_dataset("data", data=matrix.data)
+        group.create_dataset("indices", data=matrix.indices.astype(columns))
+        group.create_dataset("indptr", data=matrix.indptr.astype(np.int64))
+        file.flush()
+        temporary.write_bytes(file.id.get_file_image())
 
 
 def write_copy(

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
@@ -30,6 +33,7 @@ from perturbgene.data_utils.sources import H5adFile
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 from perturbgene.errors import InputError
+from perturbgene.main import main
 from tests.forked import needs_fork, start
 
 GENES = [f"G{i}" for i in range(8)]
@@ -934,6 +938,27 @@ def test_a_killed_run_continues_to_the_same_bytes(
     names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (made, undisturbed)]
     assert names[0] == names[1]
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@needs_fork
+def test_a_disk_that_takes_no_more_ends_in_one_line_and_the_same_command_continues(
+    tmp_path: Path, files: list[Path], undisturbed: Path
+) -> None:
+    """A limit on the size of a file fails like a full disk, in the midst of a shard."""
+    largest = max(path.stat().st_size for path in undisturbed.rglob("*.h5ad"))
+    words = ["prepare", *map(str, files), "--output", str(tmp_path / "corpus"), "--phenotypes", "cell_type"]
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1000, resource.RLIM_INFINITY))
+        sys.exit(main([*words, "--shard_size", "30", "--num_processes", "1"]))
+
+    child = start(run, output=tmp_path / "log")
+    child.join()
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert child.exitcode == 3
+    assert re.match(r"error: prepare stopped: File too large while writing .*/shard_\d+\.h5ad\. Allow larger", last)
+    assert not [path for path in (tmp_path / "corpus.part").rglob("*") if path.suffix in (".tmp", ".partial")]
+    assert checksums(prepare(files, tmp_path / "corpus", **OPTIONS)) == checksums(undisturbed)
 
 
 def test_a_finished_part_that_was_changed_is_made_again(tmp_path: Path, files: list[Path], undisturbed: Path) -> None:

@@ -252,6 +252,28 @@ def test_a_device_whose_memory_is_full_hears_of_the_batch_that_fitted(
     assert error.endswith(f"Continue from {tmp_path}/other/checkpoint-8 with --resume_from_checkpoint --allow_changed.")
 
 
+def test_memory_of_the_cpu_that_is_full_gets_the_same_advice(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with plant("step", 2, lambda: torch.empty(1 << 50, dtype=torch.uint8)):  # type: ignore[arg-type, return-value]
+        assert main(command(corpus, tmp_path / "run")) == 2
+    assert "the memory of cpu does not hold a batch of" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_loader_worker_that_is_killed_while_a_checkpoint_is_written_is_named(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with plant("save:optimizer", 4, killed):
+        assert main(command(corpus, tmp_path / "run")) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: mlm stopped: DataLoader worker (pid 7) is killed by signal: Killed. Look for")
+    assert error.endswith("continue with --resume_from_checkpoint.")
+    assert not list((tmp_path / "run").glob(".*checkpoint*"))
+
+
 def test_each_log_holds_speed_and_memory_and_the_last_one_is_printed(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
