@@ -1,15 +1,16 @@
 """Spans of stored arrays, read as fast as their storage allows.
 
-Owns the ways to the same numbers: a memory map of contiguous data, its own decompression of gzip chunks (ISA-L: twice
+Owns the ways to the same numbers: direct reads of contiguous data, its own decompression of gzip chunks (ISA-L: twice
 the speed of zlib, and outside the interpreter lock), h5py for other HDF5, and whole chunks of zarr. Letters: l values,
 m spans.
 """
 
 import importlib
+import os
+import weakref
 import zlib
 from typing import Any
 
-import numba
 import numpy as np
 
 try:
@@ -21,24 +22,14 @@ _GZIP_FILTER, _SHUFFLE_FILTER = 1, 2
 _MOST_KEPT_BYTES = 1 << 26
 
 
-@numba.njit(nogil=True, cache=True)
-def copy_spans(
-    bytes_l: np.ndarray, starts_m: np.ndarray, stops_m: np.ndarray, out: np.ndarray
-) -> None:  # pragma: no cover
-    """Copy spans of bytes one after the other."""
-    at = 0
-    for m in range(len(starts_m)):
-        length = stops_m[m] - starts_m[m]
-        out[at : at + length] = bytes_l[starts_m[m] : stops_m[m]]
-        at += length
-
-
 class SpanReader:
-    """Reads spans of one data set: an open one-dimensional `h5py.Dataset` of the file `path`."""
+    """Reads spans of one data set: an open one-dimensional `h5py.Dataset`.
 
-    def __init__(self, dataset: Any, *, path: str) -> None:
+    Contiguous data are read and not mapped: a file that is cut off meanwhile is an error, where a map ends the process.
+    """
+
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._map: np.ndarray | None = None
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=dataset.dtype))
         properties = dataset.id.get_create_plist()
         filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
@@ -47,25 +38,41 @@ class SpanReader:
         is_chunked, self.is_shuffled = dataset.chunks is not None, _SHUFFLE_FILTER in filters
         #: True for chunks that are decompressed here.
         self.is_gzip = is_plain and is_chunked and filters in ([_GZIP_FILTER], [_SHUFFLE_FILTER, _GZIP_FILTER])
-        if is_plain and not is_chunked and len(dataset) and (offset := dataset.id.get_offset()) is not None:
-            self._map = np.asarray(np.memmap(path, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape))
+        offset = dataset.id.get_offset() if is_plain and not is_chunked and hasattr(os, "preadv") else None
         #: True when any span costs the same, whatever is between.
-        self.is_mapped = self._map is not None
+        self.is_contiguous = offset is not None
+        if self.is_contiguous:
+            self._offset = offset
+            # A descriptor of its own, of the same open file: another thread may close the data set.
+            self._descriptor = os.dup(dataset.file.id.get_vfd_handle())
+            weakref.finalize(self, os.close, self._descriptor)
 
     def gather(self, starts_m: np.ndarray, stops_m: np.ndarray) -> np.ndarray:
-        """Return the values of several spans one after the other, shape (l,), of mapped data."""
-        assert self._map is not None
+        """Return the values of several spans one after the other, shape (l,), of contiguous data.
+
+        Raises:
+            OSError: The file has become shorter.
+        """
         values = np.empty(int((stops_m - starts_m).sum()), dtype=self.dataset.dtype)
-        size = values.itemsize
-        copy_spans(self._map.view(np.uint8), starts_m * size, stops_m * size, values.view(np.uint8))
+        out, size, at = memoryview(values.view(np.uint8)), values.itemsize, 0
+        is_first_m = np.append(True, starts_m[1:] != stops_m[:-1])[: len(starts_m)]  # neighbors are one read
+        firsts_r = starts_m[is_first_m] * size + self._offset
+        lasts_r = stops_m[np.append(is_first_m[1:], True)[: len(stops_m)]] * size + self._offset
+        for first, num_bytes in zip(firsts_r.tolist(), (lasts_r - firsts_r).tolist(), strict=True):
+            end = at + num_bytes
+            while at < end:
+                num_read = os.preadv(self._descriptor, [out[at:end]], first)
+                if not num_read:
+                    raise OSError(f"it ends before byte {first + end - at:,}, and was longer when it was opened")
+                at, first = at + num_read, first + num_read
         return values
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return values start..stop-1, shape (l,); an OSError means a damaged chunk."""
+        """Return values start..stop-1, shape (l,); an OSError means a damaged or shortened file."""
         if stop <= start:
             return np.empty(0, dtype=self.dataset.dtype)
-        if self._map is not None:
-            return np.asarray(self._map[start:stop])
+        if self.is_contiguous:
+            return self.gather(np.array([start]), np.array([stop]))
         if not self.is_gzip:
             return np.asarray(self.dataset[start:stop])
         (length,) = self.dataset.chunks
@@ -101,7 +108,7 @@ class SpanReader:
 class ChunkReader:
     """Reads spans of the first axis of an array of zarr or HDF5 by whole chunks; keeps the last ones for the next."""
 
-    is_mapped = False
+    is_contiguous = False
 
     def __init__(self, array: Any) -> None:
         self.array = array

@@ -326,15 +326,18 @@ class StoredCells(CellSource):
             arrays = [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]
             is_span = isinstance(matrix, h5py.Group)
             self._readers = [  # all at once, for other threads
-                SpanReader(array, path=self.file.filename) if is_span else ChunkReader(array) for array in arrays
+                SpanReader(array) if is_span else ChunkReader(array) for array in arrays
             ]
         return self._readers
 
     def read(self, rows_m: np.ndarray) -> Rows:
-        if self.format != "csr" or not all(span.is_mapped for span in self._spans()):
+        if not len(rows_m) or self.format != "csr" or not all(span.is_contiguous for span in self._spans()):
             return super().read(rows_m)
         starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
-        values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
+        try:
+            values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
+        except OSError as error:
+            raise self._unreadable(int(rows_m[0]), int(rows_m[-1]) + 1, error) from error
         return Rows(values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)]))
 
     def read_rows(self, start: int, stop: int) -> Rows:
@@ -353,10 +356,14 @@ class StoredCells(CellSource):
         except InputError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: rows {start}..{stop - 1} cannot be read ({_reason(error)}). The file is damaged, or "
-                "its compression needs a plugin (pip install hdf5plugin)."
-            ) from error
+            raise self._unreadable(start, stop, error) from error
+
+    def _unreadable(self, start: int, stop: int, error: Exception) -> InputError:
+        """Return the error for rows that cannot be read."""
+        return InputError(
+            f"{self.path}: rows {start}..{stop - 1} cannot be read ({_reason(error)}). The file is damaged or changes "
+            "while it is read, or its compression needs a plugin (pip install hdf5plugin)."
+        )
 
     # -- obs and var -----------------------------------------------------------------------------------------------
 

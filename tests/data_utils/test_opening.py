@@ -4,6 +4,7 @@ import gzip
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,21 @@ def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path: Path, content:
 def test_a_missing_file_is_not_called_broken(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         _ = H5adFile(str(tmp_path / "none.h5ad")).shape
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(write_h5ad: Write) -> None:
+    path = write_h5ad(np.ones((5000, 4), dtype=np.float32))
+    with h5py.File(path, "r+") as file:
+        for name in ("X/data", "X/indices"):  # without chunks, as in a corpus
+            values = file[name][:]
+            del file[name]
+            file[name] = values
+    with closing(H5adFile(path)) as source:
+        assert source.read(np.array([0, 4999])).values_l.tolist() == [1.0] * 8
+        os.truncate(path, 20_000)
+        for rows in (np.array([0, 4999]), np.arange(4990, 5000)):
+            with pytest.raises(InputError, match=r"rows \d+\.\.4999 cannot be read \(it ends before .*changes while"):
+                source.read(rows)
 
 
 def test_a_truncated_file_is_refused(write_h5ad: Write) -> None:
