@@ -6,6 +6,7 @@ imported when it is called. Of several processes that `torchrun` starts, only th
 
 import ctypes
 import importlib
+import io
 import logging
 import os
 import sys
@@ -212,6 +213,27 @@ def return_large_pieces() -> bool:
     return set_heap((MMAP_THRESHOLD, 1 << 20))
 
 
+class LastingOutput(io.FileIO):
+    """A file descriptor to which writing never fails: when its reader is gone (ssh, tee), what follows goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        """Write bytes; returns how many were taken."""
+        try:
+            return super().write(data)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def outlive_stderr() -> None:
+    """Let messages be lost rather than end a run, whose checkpoints and results do not depend on them."""
+    with suppress(OSError, AttributeError, io.UnsupportedOperation):  # it was closed from the beginning
+        raw = LastingOutput(sys.stderr.fileno(), "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(raw), sys.stderr.encoding, "backslashreplace", line_buffering=True
+        )
+
+
 def cli() -> None:
     """Run `main` as the console script and exit with its code.
 
@@ -219,6 +241,7 @@ def cli() -> None:
     writes when the others are done, and uses connections that would close if they ended first. After an error they may
     be waiting elsewhere for this process, and its end ends them.
     """
+    outlive_stderr()
     code = main()
     distributed: Any = sys.modules.get("torch.distributed")  # a verb that needs no torch has not imported it
     is_one_of_many = distributed is not None and distributed.is_available() and distributed.is_initialized()

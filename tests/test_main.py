@@ -164,6 +164,15 @@ def test_a_closed_pipe_is_quiet():
     assert done.stderr == ""
 
 
+def test_messages_that_nobody_reads_change_no_exit_code():
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "perturbgene.main", "predict", "nowhere", "in.h5ad", "--output", "o.h5ad"]
+    done = subprocess.run(words, stderr=writing, stdout=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 def test_a_verb_gets_its_settings_and_ends_with_0(verb, tmp_path):
     tokens = verb(f"open({str(tmp_path / 'seen')!r}, 'w').write(config.sources[0])")
     assert main(tokens) == 0

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 #: Seconds that a loader worker survives SIGTERM, so that the current step gets its cells.
 _GRACE_SECONDS = 120
 #: In a log file, lines are at least this many seconds and this share of all steps apart.
@@ -276,13 +276,17 @@ class StopOnSignal(TrainerCallback):
         if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")  # host numbers: nobody waits for the device
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            hangup = getattr(signal, "SIGHUP", None)
+            is_deaf = hangup is not None and signal.getsignal(hangup) is signal.SIG_IGN  # under `nohup`
+            heard = [number for number in SIGNALS if not (is_deaf and number == hangup)]
+            self._previous = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         self.give_back()
         text = f"\n{signal.Signals(number).name}: finishing this step and saving; a second signal stops at once\n"
-        os.write(2, text.encode())  # a logger may be at work at this very moment
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())  # a logger may be at work at this very moment
 
     def give_back(self) -> None:
         """Restore the signal handlers that were there before."""

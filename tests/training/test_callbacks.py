@@ -1,5 +1,6 @@
 """What a run shows is counted from its batches: one bar in a terminal, few lines in a log file."""
 
+import signal
 import time
 
 import numpy as np
@@ -135,3 +136,14 @@ def test_figures_are_shown_in_tensorboard_and_drawn_for_nobody_else(tmp_path) ->
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [one.step for one in events.Images("confusion/cell_type.alone")] == [7]
     show_figures(lambda: pytest.fail("nobody asked"), [], step=7)
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    before, stop = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopOnSignal()
+    try:
+        stop.on_train_begin()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == stop._note
+    finally:
+        stop.give_back()
+        signal.signal(signal.SIGHUP, before)

@@ -156,7 +156,7 @@ class SignalAt(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("name", "step", "code"), [("SIGTERM", 3, 143), ("SIGUSR1", 6, 138), ("SIGINT", 8, 130)]
+    ("name", "step", "code"), [("SIGTERM", 3, 143), ("SIGUSR1", 6, 138), ("SIGINT", 8, 130), ("SIGHUP", 3, 129)]
 )  # in the midst of an epoch, at its end, at a step that is saved anyway
 def test_a_signal_ends_the_run_after_its_step_with_everything_saved(
     name: str, step: int, code: int, corpus: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
