@@ -72,6 +72,7 @@ class ShardedTrainer(Trainer):
         early_stopping: Ends training when the metric no longer improves; None never does.
         before_scoring: Called with the model before its delivered weights are scored. If it is there, other weights are
             scored without the genes' votes for labels, so that the best are those whose transformer has learned most.
+        before_saving: Called on the first process before a checkpoint or the final weights are written; may refuse it.
         adapters: LoRA's updates of the model, which are merged into the weights that are saved.
         *args, **kwargs: As for `transformers.Trainer`; `data_collator` makes training batches.
 
@@ -90,6 +91,7 @@ class ShardedTrainer(Trainer):
         final_evaluator: Evaluator | None = None,
         early_stopping: StopEarly | None = None,
         before_scoring: Callable[[Any], None] | None = None,
+        before_saving: Callable[[], None] | None = None,
         adapters: LowRank | None = None,
         **kwargs: Any,
     ) -> None:
@@ -113,6 +115,7 @@ class ShardedTrainer(Trainer):
         self._resumed: _Resumed | None = None
         self.stop, self.progress, self.speed = StopOnSignal(), Progress(), Speed(self._sum_over_ranks)
         self.early_stopping, self.before_scoring, self.adapters = early_stopping, before_scoring, adapters
+        self.before_saving = before_saving
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         for callback in (self.stop, self.progress, early_stopping, KeepPosition(self.cells)):
@@ -409,6 +412,7 @@ class ShardedTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint under another name, seal it and rename it, since Trainer writes in place."""
         self._check_last_step()
+        self._check_before_saving()
         name = f"checkpoint-{self.state.global_step}"
         self._partial, final = partial_path(self.folder / name), self.folder / name
         written = self._partial / name
@@ -438,6 +442,10 @@ class ShardedTrainer(Trainer):
             ) from error
         finally:
             self._partial = None
+
+    def _check_before_saving(self) -> None:
+        if self.before_saving is not None and self.args.should_save:
+            self.before_saving()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write weights that every verb can read, and next to them LoRA's updates, which they no longer show."""
@@ -476,6 +484,7 @@ class ShardedTrainer(Trainer):
         Raises:
             RunFailedError: They cannot be written.
         """
+        self._check_before_saving()
         waiting = partial_path(self.folder / "final")
         try:
             if self.args.should_save:

@@ -187,8 +187,9 @@ class TrainOptions(BaseConfig):
         None, "Checkpoint folder to continue from. Without a value: the newest valid one.", group=IN_OUT, bare="latest"
     )
     allow_changed: bool = option(
-        False, "Resume even if settings changed that affect the order of cells or the size of a step.", group=IN_OUT
-    )
+        False, "Resume even if settings changed that affect the order of cells or the size of a step; train even if a "
+        "data file is not what it was.", group=IN_OUT,
+    )  # fmt: skip
     learning_rate: float | None = option(
         None, "Peak learning rate of AdamW. Default: 0.128 / hidden size (tiny 2e-3, small 5e-4, base 1.7e-4, "
         "large 1.25e-4), or half of it if training starts from a pretrained model.", within="(0, inf)",

@@ -50,6 +50,15 @@ class Corpus:
             raise InputError(f"{listed(missing)} of corpus {self.folder} does not exist. Run prepare again.")
         return files
 
+    def sums(self) -> dict[str, tuple[int | None, int, str]]:
+        """Return size, latest time of writing and SHA-256 of each shard, by its path.
+
+        The manifest is written after the shards, in nanoseconds; one of an older version knows no sizes.
+        """
+        written = (self.folder / MANIFEST_FILE).stat().st_mtime_ns
+        shards = [shard for split in self.manifest["shards"].values() for shard in split if "sha256" in shard]
+        return {str(self.folder / shard["file"]): (shard.get("bytes"), written, shard["sha256"]) for shard in shards}
+
     @property
     def split_by(self) -> str | None:
         """The obs column that the split keeps whole, such as the donor; None where cells were split one by one."""

@@ -196,7 +196,7 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
     tokenizer.save_pretrained(work / _NEW)
     listing: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for (file, (split, _)), entry in zip(shards.items(), written, strict=True):
-        listing[split].append({"file": file, "cells": entry["cells"], "sha256": entry["sha256"]})
+        listing[split].append({"file": file, **{key: entry[key] for key in ("cells", "bytes", "sha256")}})
     manifest = audit.describe(plan, survey, statistics, genes, tokenizer, dealt, shards=listing, findings=findings)
     write_json(work / _NEW / MANIFEST_FILE, manifest, indent=1)
 

@@ -54,7 +54,7 @@ class SpanReader:
             OSError: The file has become shorter.
         """
         values = np.empty(int((stops_m - starts_m).sum()), dtype=self.dataset.dtype)
-        out, size, at = memoryview(values.view(np.uint8)), values.itemsize, 0
+        out, size, at = values.view(np.uint8).data, values.itemsize, 0
         is_first_m = np.append(True, starts_m[1:] != stops_m[:-1])[: len(starts_m)]  # neighbors are one read
         firsts_r = starts_m[is_first_m] * size + self._offset
         lasts_r = stops_m[np.append(is_first_m[1:], True)[: len(stops_m)]] * size + self._offset

@@ -40,6 +40,7 @@ from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import StopEarly, show_figures
 from perturbgene.training.card import write_card
 from perturbgene.training.cell_space import save_space
+from perturbgene.training.data_files import DataFiles
 from perturbgene.training.tokenizer import tokenizer_of
 from perturbgene.training.trainable import choose_weights
 from perturbgene.training.transfer import ConfigT, Start, from_scratch, quiet, run_config, start_from
@@ -233,6 +234,7 @@ class _Cells:
     evaluation: IterableAnnDataset | None
     whole: Callable[[str], IterableAnnDataset]  # of "train" or "eval", for one process
     donor_column: str
+    files: DataFiles
 
 
 def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any) -> _Cells:
@@ -242,6 +244,7 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
         paths[split] = expand_paths(given) if given else FileList()
         if corpus and not given:
             paths[split] = corpus.paths(split)
+    files = DataFiles(config.output_dir, [*paths["train"], *paths["eval"]], corpus)
     trained = {identity(path) for path in paths["train"]}
     shared = [shown_path(path) for path in paths["eval"] if identity(path) in trained]
     if shared and not config.allow_overlap:
@@ -256,8 +259,8 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
         tokenizer = tokenizer.with_settings(included=others)
     where = conditions(config.where)
     if where:  # checked on both splits together: one may lack a value that the other has
-        with closing(ShardCache([*paths["train"], *paths["eval"]], where=where, **tokenizer.shard_options())) as files:
-            check_where((files[index].source for index in range(len(files))), where)
+        with closing(ShardCache([*paths["train"], *paths["eval"]], where=where, **tokenizer.shard_options())) as cache:
+            check_where((cache[index].source for index in range(len(cache))), where)
     options: dict[str, Any] = {
         "seed": arguments.seed, "layer": config.layer, "gene_id_column": config.gene_id_column,
         "gene_map": config.gene_map,
@@ -289,7 +292,7 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
         with quiet(READING):
             return IterableAnnDataset(paths[split], unlimited, **options)
 
-    return _Cells(tokenizer, train, evaluation, whole, donor_column)
+    return _Cells(tokenizer, train, evaluation, whole, donor_column, files)
 
 
 # -- model --------------------------------------------------------------------------------------------------------
@@ -348,6 +351,7 @@ def _train(
         parts["early_stopping"] = StopEarly(config.early_stopping_patience, config.early_stopping_threshold)
     if has_states:
         parts["before_scoring"] = _fit_shares_on(cells, direct_path(model))
+    parts["before_saving"] = cells.files.check
     trainer = ShardedTrainer(args=arguments, model=model, train_dataset=cells.train, eval_dataset=evaluation, **parts)
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
     checkpoint = _checkpoint(config, arguments)
@@ -356,6 +360,9 @@ def _train(
         logger.info("%s is finished: nothing to resume", folder)
         return folder
     if is_first:
+        is_resumed = bool(config.resume_from_checkpoint)
+        for change in cells.files.check_start(may_change=config.allow_changed, is_resumed=is_resumed):
+            logger.warning("%s", change)
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # the run is not finished, or not any more
         config.save(folder / checkpoints.SETTINGS_FILE)
         tokenizer.save_pretrained(folder)

@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from perturbgene.configs import parse_args
+from perturbgene.corpus.manifest import Corpus
 from perturbgene.corpus.prepare import prepare
 from perturbgene.errors import InputError
 from perturbgene.main import main
@@ -208,6 +211,53 @@ def test_other_settings_on_resuming_are_refused(
         main(command(corpus, out))
     assert resume(corpus, out, change) == 2
     assert message in capsys.readouterr().err
+
+
+def rewrite(corpus: Path, *, order: int) -> Path:
+    """Write the values of the first training shard in another order, into the same bytes of the file."""
+    path = Path(Corpus.open(corpus).paths("train")[0])
+    content = bytearray(path.read_bytes())
+    with h5py.File(path) as file:
+        values, start = file["X/data"][:], file["X/data"].id.get_offset()
+    content[start : start + values.nbytes] = values[::order].tobytes()
+    path.write_bytes(content)
+    return path
+
+
+def test_a_run_whose_shards_were_written_again_is_not_resumed(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, out = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 5, raise_killed):
+        main(command(own, out))
+    shard = rewrite(own, order=-1)
+    assert resume(own, out) == 2
+    assert f"{shard} changed since the run began: its content is another" in capsys.readouterr().err
+    assert main(command(own, tmp_path / "new")) == 2
+    assert f"{shard} changed since `prepare` wrote it" in capsys.readouterr().err
+    assert resume(own, out, "--allow_changed --max_steps 5") == 0
+
+
+def test_a_run_is_resumed_if_its_shards_are_copies_of_the_same_content(
+    corpus: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
+    own, out = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 5, raise_killed):
+        main(command(own, out))
+    rewrite(own, order=1)
+    assert resume(own, out) == 0
+    assert (out / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_nothing_is_saved_after_a_shard_has_changed_during_the_run(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, out = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "run"
+    with plant("step", 5, lambda: rewrite(own, order=-1)):
+        assert main(command(own, out)) == 2
+    assert "changed while the run read it: its content is another" in capsys.readouterr().err
+    assert [path.name for path in sorted(out.glob("checkpoint-*"))] == ["checkpoint-4"]
+    assert not (out / "model.safetensors").exists()
 
 
 def test_no_pickle_of_the_arguments_is_left(corpus: Path, tmp_path: Path) -> None:
