@@ -27,7 +27,7 @@ from benchmarks.flops import flops_of_batch, forward_flops, measured_peak
 from benchmarks.instructions import LIMITS, limit, limited_to
 from benchmarks.loading import machine, versions
 from benchmarks.trainees import LENGTHS, MAIN, RECIPES, SIZES, USUAL, Batch, Step, Trainee, draw_batches
-from perturbgene.main import keep_freed_memory
+from perturbgene.heap import keep_freed_memory
 
 STEPS: dict[str, Step] = {"training": Trainee.train, "inference": Trainee.infer}
 

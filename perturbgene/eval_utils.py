@@ -34,6 +34,7 @@ from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.files import whole_file, write_json
+from perturbgene.heap import return_if_grown
 from perturbgene.plots import confusion_figure, save_figure
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @contextmanager
 def inference_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off for a while."""
+    """Switch dropout and gradients off for a batch; holes that batches leave in the heap do not add up."""
     was_training = model.training
     model.eval()
     try:
@@ -72,6 +73,7 @@ def inference_mode(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+        return_if_grown()
 
 
 @dataclass(frozen=True)

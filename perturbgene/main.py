@@ -4,7 +4,6 @@ Owns exit codes, logging to the terminal, the C library's memory settings and al
 imported when it is called. Of several processes that `torchrun` starts, only the first prints and logs.
 """
 
-import ctypes
 import importlib
 import io
 import logging
@@ -28,6 +27,7 @@ from perturbgene.errors import (
     original_text,
     system_error,
 )
+from perturbgene.heap import keep_freed_memory, return_large_pieces
 
 TRAINING_VERBS = ("mlm", "cls")
 #: Verbs that ask a model about any number of cells; their memory must not grow with this number.
@@ -39,8 +39,6 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 # `--debug` alone is ours; before one of these words it is the field of TrainingArguments.
 TRAINER_DEBUG_WORDS = ("underflow_overflow", "tpu_metrics_debug")
-#: Parameters of glibc's mallopt(3).
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MOST_LOGS_OF_A_KIND = 20
 
 
@@ -180,49 +178,6 @@ def set_up_logging() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # "The following layers were not sharded", about a way of sharding that we do not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
-
-
-def set_heap(*parameters: tuple[int, int]) -> bool:
-    """Make settings of mallopt; False if the C library has none (macOS, Windows, musl)."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False
-    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    return all([bool(mallopt(name, value)) for name, value in parameters])
-
-
-def keep_freed_memory() -> bool:
-    """Let training reuse freed blocks of up to 256 MiB, as each step frees and allocates the same ones.
-
-    The system zeroes every fresh page first; keeping them saves a tenth of the time. At most 2 GiB stay unused.
-    """
-    return set_heap((TRIM_THRESHOLD, (1 << 31) - 1), (MMAP_THRESHOLD, 1 << 28))
-
-
-def return_large_pieces() -> bool:
-    """Give every piece of at least 1 MiB a mapping of its own, which is returned to the system when it is freed.
-
-    Batches differ a little in size, so freed pieces would leave holes in the heap that the next batch does not fit.
-    Call this before torch is imported, which reads once whether it may use huge pages for fresh mappings.
-    """
-    if sys.platform.startswith("linux"):
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch has no other switch for it
-    return set_heap((MMAP_THRESHOLD, 1 << 20))
-
-
-class LastingOutput(io.FileIO):
-    """A file descriptor to which writing never fails: when its reader is gone (ssh, tee), what follows goes nowhere."""
-
-    def write(self, data: Any) -> int:
-        """Write bytes; returns how many were taken."""
-        try:
-            return super().write(data)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(data)
 
 
 def outlive_stderr() -> None:

@@ -30,6 +30,7 @@ from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableA
 from perturbgene.errors import InputError, RunFailedError, did_you_mean, is_out_of_memory, listed
 from perturbgene.eval_utils import Evaluator, run_evaluator
 from perturbgene.files import partial_path
+from perturbgene.heap import return_if_grown
 from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import (
     POSITION_KEY,
@@ -358,6 +359,7 @@ class ShardedTrainer(Trainer):
             logs |= {name: round(float(total) / steps, 4) for name, total in zip(self._parts, totals, strict=True)}
             self._parts, self._step_of_last_parts = {}, self.state.global_step
         if "loss" in logs:
+            return_if_grown()  # not in every step, which would take a sixth longer
             logs |= self.speed.rates()
         super().log(logs, *args, **kwargs)
 

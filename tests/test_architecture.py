@@ -17,6 +17,7 @@ ROOMS = [
     "urls",
     "hub",
     "devices",
+    "heap",
     "cli",
     "configs",
     "plots",

@@ -1,13 +1,11 @@
 """The command line: exit codes, clean errors, help without torch, and memory that is kept or returned."""
 
-import ctypes
 import logging
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +14,7 @@ from perturbgene.configs import CONFIGS
 from perturbgene.main import (
     MOST_LOGS_OF_A_KIND,
     FewOfAKind,
-    keep_freed_memory,
     main,
-    return_large_pieces,
     verb_function,
 )
 
@@ -288,73 +284,3 @@ def test_bars_and_idle_warnings_of_transformers_are_off() -> None:
     )
     done = in_new_process(code=code)
     assert (done.stdout, done.stderr) == ("False\n", "")
-
-
-#: Fresh pages of 4 KiB that the tenth round of writing and freeing 40 MB takes.
-COUNT = """
-import resource, sys
-from perturbgene.main import keep_freed_memory
-if sys.argv[1] == "kept":
-    assert keep_freed_memory()
-for _ in range(10):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = b"x" * 40_000_000  # numpy would ask for huge pages
-    del block
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def fresh_pages(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", COUNT, how], capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
-def test_a_large_block_is_used_again_without_fresh_pages() -> None:
-    assert fresh_pages("as it comes") > 9_000
-    assert fresh_pages("kept") < 100
-
-
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
-    assert not keep_freed_memory() and not return_large_pieces()
-
-
-def test_another_system_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("looked for a library"))
-    assert not keep_freed_memory() and not return_large_pieces()
-
-
-#: Large pieces of growing size, a small one that stays behind each: what freed ones leave are holes between the small.
-PROGRAM = """
-import ctypes, sys
-from perturbgene.main import return_large_pieces
-
-libc = ctypes.CDLL("libc.so.6")
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-
-def megabytes():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
-
-assert return_large_pieces()
-before = megabytes()
-for number in range(3):
-    large = []
-    for size in range(40):
-        piece = libc.malloc((2 << 20) + (size << 16))
-        ctypes.memset(piece, 1, 2 << 20)
-        large.append(piece)
-        libc.malloc(50_000)
-    held = megabytes() - before
-    for piece in large:
-        libc.free(piece)
-print(held, megabytes() - before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
-def test_freed_pieces_leave_no_holes_in_the_process() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60)
-    held, left = map(float, done.stdout.split())
-    assert held > 80 and left < 5

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 from perturbgene.errors import InputError, did_you_mean
 
 #: Values of ``--model_arch`` -> layers, hidden size, heads; all other settings are the defaults of `GeneBertConfig`.
-PRESETS = {"tiny": (2, 64, 4), "small": (4, 256, 4), "base": (12, 768, 12), "large": (24, 1024, 16)}
+#: One head of 64 answers as well as four of 16 and takes a fifth less time on a CPU (docs/experiments.md).
+PRESETS = {"tiny": (2, 64, 1), "small": (4, 256, 4), "base": (12, 768, 12), "large": (24, 1024, 16)}
 ATTENTION_KERNELS = ("auto", "matmul", "sdpa", "varlen", "flash")
 NORM_POSITIONS = ("post", "branch")
 #: Of a run's weights: 2 has votes that are solved and shares; of before, without a number, they were trained together.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from perturbgene import __version__
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.tokenization import GeneTokenizer
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import listed
 from perturbgene.files import write_text
 from perturbgene.urls import shown_path
 
@@ -62,12 +62,12 @@ def table_lines(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[
 
 
 def training_lines(
-    config: "TrainingConfig", tokenizer: GeneTokenizer, *, num_cells: int, kept: Sequence[str]
+    config: "TrainingConfig", tokenizer: GeneTokenizer, *, corpus: Corpus | None, num_cells: int, kept: Sequence[str]
 ) -> list[str]:
     """Return what a card says of the training: cells, donors, labels, settings, and what was kept of a start."""
     rows: list[tuple[str, str]] = [("cells", f"{num_cells:,}"), ("genes", f"{len(tokenizer.panel):,}")]
-    if config.corpus:
-        rows += _about_corpus(config.corpus)
+    if corpus:
+        rows += _about_corpus(corpus)
     for name in tokenizer.included_phenotypes:
         labels = tokenizer.phenotypes[name]
         rows.append((name, f"{len(labels):,} labels: {listed(labels, most=12)}"))
@@ -79,19 +79,16 @@ def training_lines(
     ]  # fmt: skip
 
 
-def _about_corpus(folder: str) -> list[tuple[str, str]]:
-    """Return rows about a corpus, as far as it is there: its files, donors, and what `prepare` found."""
-    try:
-        manifest = Corpus.open(folder).manifest
-    except InputError:
-        return []
+def _about_corpus(corpus: Corpus) -> list[tuple[str, str]]:
+    """Return rows about a corpus: its files, donors, and what `prepare` found."""
+    manifest = corpus.manifest
     split, donors = manifest["split"], "no donors are named"
     if "train" in split:
         num_train, num_eval = len(split["train"]), len(split["eval"])
         donors = f"{num_train:,} in training, {num_eval:,} held out"
     found = [("found by prepare", finding) for finding in manifest["audit"]]
     num_files = len(manifest["inputs"])
-    return [("corpus", f"{Path(folder).name}, {num_files:,} file{'s' * (num_files > 1)}"), ("donors", donors), *found]
+    return [("corpus", f"{corpus.folder.name}, {num_files:,} file{'s' * (num_files > 1)}"), ("donors", donors), *found]
 
 
 def score_lines(results: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
@@ -128,8 +125,8 @@ def _number(value: float | None) -> str:
 
 
 def write_card(
-    folder: Path, config: "TrainingConfig", tokenizer: GeneTokenizer, results: Mapping[str, Any], *, num_cells: int,
-    kept: Sequence[str],
+    folder: Path, config: "TrainingConfig", tokenizer: GeneTokenizer, results: Mapping[str, Any], *,
+    corpus: Corpus | None, num_cells: int, kept: Sequence[str],
 ) -> None:  # fmt: skip
     """Write the card of a new run, unless its folder has one by hand; of ours, text around the parts stays.
 
@@ -137,10 +134,11 @@ def write_card(
         folder: Where the card is put; the run folder itself is `config.output_dir`.
         config, tokenizer: Of the run.
         results: Scores of held-out cells by phenotype and question.
+        corpus: That it was trained on.
         num_cells: Training cells.
         kept: Lines about what was kept of the run's start.
     """
-    training = training_lines(config, tokenizer, num_cells=num_cells, kept=kept)
+    training = training_lines(config, tokenizer, corpus=corpus, num_cells=num_cells, kept=kept)
     scores, older = score_lines(results, {}), Path(config.output_dir) / CARD_FILE
     text = older.read_bytes().decode(errors="replace") if older.is_file() else FRONT
     changed = with_part(text, TRAINING, training)

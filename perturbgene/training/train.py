@@ -233,6 +233,7 @@ class _Cells:
     train: IterableAnnDataset
     evaluation: IterableAnnDataset | None
     whole: Callable[[str], IterableAnnDataset]  # of "train" or "eval", for one process
+    corpus: Corpus | None
     donor_column: str
     files: DataFiles
 
@@ -292,7 +293,7 @@ def _data(config: "TrainingConfig", arguments: TrainingArguments, **classes: Any
         with quiet(READING):
             return IterableAnnDataset(paths[split], unlimited, **options)
 
-    return _Cells(tokenizer, train, evaluation, whole, donor_column, files)
+    return _Cells(tokenizer, train, evaluation, whole, corpus, donor_column, files)
 
 
 # -- model --------------------------------------------------------------------------------------------------------
@@ -384,7 +385,7 @@ def _train(
         logger.info(line)
 
     def write_more(waiting: Path) -> None:
-        _write_run(waiting, trainer, config, tokenizer, results, kept=start.lines)
+        _write_run(waiting, trainer, config, cells, results, kept=start.lines)
         save_space(waiting, model, cells.whole("train"), has_states=has_states)
 
     trainer.deliver(write_more)
@@ -431,15 +432,16 @@ def _write_run(
     folder: Path,
     trainer: ShardedTrainer,
     config: "TrainingConfig",
-    tokenizer: GeneTokenizer,
+    cells: _Cells,
     results: dict[str, Any],
     *,
     kept: Sequence[str],
 ) -> None:
     """Write what a run folder holds besides the weights: tokenizer, scores, model card and a figure of the losses."""
-    tokenizer.save_pretrained(folder)
+    cells.tokenizer.save_pretrained(folder)
     write_json(folder / METRICS_FILE, without_nan(results), indent=1)
-    write_card(folder, config, tokenizer, results, num_cells=sum(trainer.cells.sizes), kept=kept)
+    num_cells = sum(trainer.cells.sizes)
+    write_card(folder, config, cells.tokenizer, results, corpus=cells.corpus, num_cells=num_cells, kept=kept)
     history = pd.DataFrame(trainer.state.log_history).drop(columns="train_loss", errors="ignore")
     title = f"{config.verb}: {Path(config.output_dir).name}"
     if "loss" in history:
