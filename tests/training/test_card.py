@@ -25,7 +25,7 @@ def write(folder: Path, tokenizer: GeneTokenizer) -> str:
     folder.mkdir(exist_ok=True)
     config = MlmConfig(output_dir=str(folder), corpus=str(folder / "moved"))
     own = {name: {"alone": SCORES} for name in ("cell_type", "sex")}
-    write_card(folder, config, tokenizer, own, num_cells=1_234, kept=["labels: 2 kept"])
+    write_card(folder, config, tokenizer, own, corpus=None, num_cells=1_234, kept=["labels: 2 kept"])
     return (folder / CARD_FILE).read_text()
 
 
