@@ -180,6 +180,18 @@ def set_up_logging() -> None:
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
 
 
+class LastingOutput(io.FileIO):
+    """A file descriptor to which writing never fails: when its reader is gone (ssh, tee), what follows goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        """Write bytes; returns how many were taken."""
+        try:
+            return super().write(data)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
 def outlive_stderr() -> None:
     """Let messages be lost rather than end a run, whose checkpoints and results do not depend on them."""
     with suppress(OSError, AttributeError, io.UnsupportedOperation):  # it was closed from the beginning
