@@ -25,7 +25,7 @@ from perturbgene.data_utils.opening import FileList, one_source, open_source
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_new, whole_files
-from perturbgene.inference.held_out import HeldOutScore, about_q, doubt_about, held_out_score
+from perturbgene.inference.held_out import HeldOutScore, about_q, about_untrained, doubt_about, held_out_score
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALONE,
@@ -221,6 +221,8 @@ def expected_changes(task: CounterfactualTask, *, target: Path | None = None, ra
             add_block(sums, predictor, collator, block.take(rows), group_n=group_n[rows], is_null_n=is_null_n)
     own = [*vars(sums).values(), np.array(num_empty)]
     *arrays, empty = sum_over_ranks(own, target=target, ranks=ranks)
+    for line in about_untrained(task.run.path) if ranks.is_main else []:
+        logger.warning(line)
     if empty and ranks.is_main:
         logger.warning("%d cells express no gene of the panel and are left out", empty)
     table = change_table(Sums(*arrays), tokenizer.panel, groups=selection.groups)

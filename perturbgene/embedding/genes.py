@@ -5,6 +5,7 @@ between groups; leaves hidden states to `Run` and ranks to `streaming`. Letters:
 groups, r rows of the table, p pairs of groups, h hidden size, e links.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -23,6 +24,7 @@ from perturbgene.data_utils.kernels import cell_key
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_new, whole_files
+from perturbgene.inference.held_out import about_untrained
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     ALL,
@@ -41,6 +43,8 @@ from perturbgene.inference.streaming import (
 if TYPE_CHECKING:
     import networkx
     from anndata import AnnData
+
+logger = logging.getLogger(__name__)
 
 NETWORK_KEY = "perturbgene_network"
 
@@ -275,6 +279,8 @@ def mean_embeddings(
     sums.sums_2kgh, sums.counts_2kg = sum_over_ranks(own, target=target, ranks=ranks)
     if not ranks.is_main:
         return None
+    for line in about_untrained(run.path):
+        logger.warning(line)
     if not sums.counts_2kg.any():
         raise InputError(f"no cell of {listed(dataset.paths)} expresses a gene of the panel. Give other cells.")
     table = sums.table(groups)

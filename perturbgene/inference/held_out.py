@@ -1,14 +1,17 @@
 """Whether a run can tell the labels of a phenotype at all: its held-out score next to the most frequent label.
 
-Owns reading that score from the run folder, and the line that says why p and q are left out; leaves computing scores to
-`training` and `evaluate`.
+Owns reading that score from the run folder, whether its transformer was trained, and the line that says why p and q are
+left out; leaves computing scores to `training` and `evaluate`.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perturbgene.configs import load_config
+from perturbgene.errors import InputError
 from perturbgene.inference.run import Run
 
 #: Where a run has scores of held-out cells: those of its training, then those of `evaluate`.
@@ -57,6 +60,18 @@ def doubt_about(run: Run, category: str) -> str | None:
     if score.accuracy <= score.majority:
         return f"the run is not better than the most frequent label ({score})"
     return None
+
+
+def about_untrained(run: str | Path) -> list[str]:
+    """Say that answers about genes are random if the run's transformer has learned nothing; of other runs nothing."""
+    with suppress(InputError, OSError):
+        config = load_config(Path(run) / "run.yaml")
+        if getattr(config, "train_only", None) == "votes" and not getattr(config, "pretrained_model_path", None):
+            return [
+                f"{run} was trained with --train_only votes, so its transformer is random, and so is what it says "
+                "about genes: only its answers about phenotypes mean something. Train without --train_only."
+            ]
+    return []
 
 
 def about_q(doubt: str, *, is_shown: bool) -> str:

@@ -325,7 +325,8 @@ def _about_labels(obs: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
     audits = {name: obs.get(f"audit_{column}_probability") for name, column in columns.items()}
     counts = {name: int((audit_n < DOUBTED).sum()) for name, audit_n in audits.items() if audit_n is not None}
     return [
-        f"{name}: {count:,} cells have a label of probability below {DOUBTED}: check these labels first."
+        f"{name}: {count:,} cell{'s have' if count > 1 else ' has'} a label of probability below {DOUBTED}: check "
+        f"these labels first."
         for name, count in counts.items()
         if count
     ]

@@ -16,7 +16,7 @@ from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE, REPORT_FILE, Cor
 from perturbgene.corpus.panel import MEANING
 from perturbgene.errors import listed
 from perturbgene.files import claimed
-from perturbgene.reports.page import Page, write_page
+from perturbgene.reports.page import Page, read_as_written, write_page
 
 #: Most labels, files and tables of genes that the page lists: those with most cells.
 MOST_LABELS, MOST_FILES, MOST_TABLES = 100, 60, 10
@@ -33,11 +33,13 @@ def corpus_report(folder: Path, *, output: str | Path | None = None) -> Path:
     """Write the page about a corpus, by default into its folder; return where it is.
 
     Raises:
-        InputError: The manifest is not of this version, or the page cannot be written.
+        InputError: The manifest is damaged or not of this version, or the page cannot be written.
     """
     target = Path(output) if output else folder / REPORT_FILE
     with claimed(target, flag="output"):
-        write_page(of_corpus(folder), target)
+        with read_as_written(folder / MANIFEST_FILE, verb="prepare"):
+            page = of_corpus(folder)
+        write_page(page, target)
     return target
 
 

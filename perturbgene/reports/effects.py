@@ -20,7 +20,7 @@ from perturbgene.counterfactuals.counterfactual import NULL_CELLS
 from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.sources import StoredCells
 from perturbgene.errors import InputError
-from perturbgene.inference.held_out import about_q
+from perturbgene.inference.held_out import about_q, about_untrained
 from perturbgene.inference.streaming import ALL
 from perturbgene.perturbation.cells import DONOR_COLUMN
 from perturbgene.perturbation.edits import ALL_GENES
@@ -184,6 +184,7 @@ def of_perturbation(path: Path, *, device: str) -> Page:
         f"combinations is {done}. An effect is a {facts['effect']}."
     )
     findings = [
+        *([] if towards else about_untrained(str(facts["run"]))),
         *about_scores(str(facts["run"]), edits.phenotypes if towards else []),
         f"Nothing here compares the effects with cells in which these genes really are {done}: they are what the "
         "run answers about edited cells, and a gene that goes with a state looks like one that causes it.",
@@ -210,7 +211,8 @@ def of_changes(edits: Edits, *, device: str) -> Page:
             f"{num_labeled:,} cells really have {facts['set']}: the rank correlation of predicted and observed changes "
             f"is {first['spearman']:.2f} over {int(first['num_genes']):,} genes (1: the same order; 0: none in common)."
         )
-    findings = [*about_scores(str(facts["run"]), edits.phenotypes), text, REAL_SCREEN["counterfactual"]]
+    run = str(facts["run"])
+    findings = [*about_untrained(run), *about_scores(run, edits.phenotypes), text, REAL_SCREEN["counterfactual"]]
     return _page(edits, f"Set to {facts['set']}", sentence, findings, _null_of_changes(edits), device)
 
 

@@ -16,6 +16,7 @@ from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.sources import StoredCells
 from perturbgene.embedding.genes import NETWORK_KEY
 from perturbgene.errors import InputError
+from perturbgene.inference.held_out import about_untrained
 from perturbgene.inference.streaming import ALL
 from perturbgene.plots import network_figure
 from perturbgene.reports.page import Page
@@ -76,6 +77,7 @@ def of_networks(networks: Networks) -> Page:
         for number, one in enumerate(drawn)
     }  # fmt: skip
     findings = [
+        *about_untrained(networks.run),
         "Two genes are linked because this run uses them in similar ways. That is no evidence that one regulates the "
         "other, and nothing here was compared with known interactions.",
         "Only the strongest links are drawn. Places on a drawing mean nothing but who is linked with whom.",

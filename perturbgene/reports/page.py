@@ -7,7 +7,8 @@ of page. Letters: m cells on the map, c columns that color them.
 import base64
 import hashlib
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,21 +60,46 @@ class Page:
     notes: Sequence[str] = ()
 
 
-def write_page(page: Page, target: Path) -> None:
-    """Write the page, its figures as `STEM.NAME.png` and its tables as `STEM.NAME.csv`.
+@contextmanager
+def read_as_written(path: Path, *, verb: str) -> Iterator[None]:
+    """Read and show a file that others may have changed since the verb wrote it.
 
     Raises:
-        InputError: The target is not a page of ours, or cannot be written.
+        InputError: Something in it is missing, or of another kind than the verb writes.
     """
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"{path} does not hold what {verb} writes ({reason}). Run {verb} again; --debug shows where it failed."
+        ) from error
+
+
+def write_page(page: Page, target: Path) -> None:
+    """Write the page, then its figures as `STEM.NAME.png` and its tables as `STEM.NAME.csv`.
+
+    Raises:
+        InputError: The target is not a page of ours, a figure or table is there without a page, or one of them cannot
+            be written.
+    """
+    figures = {target.with_suffix(f".{name}.png"): figure for name, figure in page.figures.items()}
+    tables = {target.with_suffix(f".{name}.csv"): table for name, table in page.tables.items()}
     try:
         if target.exists() and not is_report(target):
             raise InputError(f"{target} exists and is not a report. Choose another --output.")
-        for name, figure in page.figures.items():
-            save_figure(figure, target.with_suffix(f".{name}.png"))
-        for name, table in page.tables.items():
-            with whole_file(target.with_suffix(f".{name}.csv")) as temporary:
-                table.to_csv(temporary, index=False)
+        if not target.exists() and (others := [path for path in (*figures, *tables) if path.exists()]):
+            raise InputError(
+                f"{others[0]} exists, but no report that it belongs to. Move it, or choose another --output."
+            )
         write_text(target, render(page))
+        for path, figure in figures.items():
+            save_figure(figure, path)
+        for path, table in tables.items():
+            with whole_file(path) as temporary:
+                table.to_csv(temporary, index=False)
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
 

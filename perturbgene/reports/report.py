@@ -19,7 +19,7 @@ from perturbgene.reports.answers import of_evaluation, of_predictions
 from perturbgene.reports.corpus import corpus_report, is_corpus
 from perturbgene.reports.effects import of_changes, of_perturbation, read_changes
 from perturbgene.reports.networks import of_networks, read_networks
-from perturbgene.reports.page import Page, write_page
+from perturbgene.reports.page import Page, read_as_written, write_page
 
 
 def report(source: str | Path, *, output: str | Path | None = None, device: str = "auto", **reading: Any) -> Path:
@@ -36,7 +36,7 @@ def report(source: str | Path, *, output: str | Path | None = None, device: str 
         The page.
 
     Raises:
-        InputError: There is nothing to report, or the page cannot be written.
+        InputError: There is nothing to report, it was changed or damaged, or the page cannot be written.
 
     Example:
         >>> import perturbgene as pg
@@ -52,7 +52,9 @@ def report(source: str | Path, *, output: str | Path | None = None, device: str 
         raise InputError(f"{given} holds no evaluated cells. Run `perturbgene evaluate {given}` first.")
     target = Path(output) if output else (folder / "report.html" if folder else given.with_suffix(".report.html"))
     with claimed(target, flag="output"):
-        write_page(of_evaluation(folder) if folder else _page_of_file(given, device=device, reading=reading), target)
+        with read_as_written(folder or given, verb="evaluate" if folder else "its command"):
+            page = of_evaluation(folder) if folder else _page_of_file(given, device=device, reading=reading)
+        write_page(page, target)
     return target
 
 

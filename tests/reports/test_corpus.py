@@ -89,6 +89,16 @@ def test_an_older_corpus_has_a_page_that_says_what_is_not_known(corpora: dict[st
     assert corpus_report(tmp_path).read_text().count(NOT_KNOWN) == 4  # three phenotypes, and cells
 
 
+def test_a_manifest_that_lacks_something_is_refused(corpora: dict[str, Path], tmp_path: Path) -> None:
+    manifest = json.loads((corpora["clean"] / MANIFEST_FILE).read_text())
+    del manifest["inputs"]
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(
+        InputError, match="manifest.json does not hold what prepare writes .*'inputs'.*Run prepare again"
+    ):
+        corpus_report(tmp_path)
+
+
 def test_labels_stay_text(tmp_path: Path) -> None:
     made = prepare(cells(counts(60), cell_type=np.resize(ODD_LABELS, 60)), tmp_path / "a", phenotypes=["cell_type"])
     page = corpus_report(made).read_text()

@@ -1,11 +1,16 @@
 """Pages about networks of genes: what is drawn is what `embed --network` wrote."""
 
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
 import pytest
 
+import perturbgene as pg
 from perturbgene.errors import InputError
+from perturbgene.inference.held_out import about_untrained
 from perturbgene.main import main
 from perturbgene.reports.networks import MOST_GENES, of_networks, read_networks
 from perturbgene.reports.report import report
@@ -53,3 +58,20 @@ def test_genes_without_a_network_are_refused(genes: Path, tmp_path: Path) -> Non
     table.write_h5ad(tmp_path / "genes.h5ad")
     with pytest.raises(InputError, match="has no network of genes. Run `perturbgene embed` again, with --network"):
         report(tmp_path / "genes.h5ad")
+
+
+def test_a_transformer_that_has_learned_nothing_is_named_first(
+    genes: Path, small_folder: Path, tmp_path: Path, caplog
+) -> None:
+    run = shutil.copytree(small_folder / "runs/mlm", tmp_path / "run")
+    settings = (run / "run.yaml").read_text()
+    assert not about_untrained(run)
+    (run / "run.yaml").write_text(re.sub("(?m)^train_only: .*$", "train_only: votes", settings))
+    [line] = about_untrained(run)
+    assert "was trained with --train_only votes, so its transformer is random" in line
+    networks = read_networks(genes)
+    assert networks is not None and of_networks(replace(networks, run=str(run))).findings[0] == line
+    pg.gene_embeddings(ad.read_h5ad(small_folder / "cells.h5ad")[:5].copy(), model=run)
+    assert line in caplog.messages
+    (run / "run.yaml").write_text((run / "run.yaml").read_text() + "pretrained_model_path: a_start\n")
+    assert not about_untrained(run)  # the start was trained

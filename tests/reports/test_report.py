@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from perturbgene.errors import InputError
 from perturbgene.inference.evaluate import ROW_NAMES
 from perturbgene.inference.evaluated_cells import CELLS_FILE
 from perturbgene.main import main
@@ -217,6 +218,48 @@ def test_the_map_of_the_file_is_kept(folder: Path, tmp_path: Path) -> None:
     cells.obsm["X_umap"] = np.random.default_rng(0).normal(size=(cells.n_obs, 2))
     cells.write_h5ad(tmp_path / "out.h5ad")
     assert "The file&#39;s own X_umap: all 255 cells." in report(tmp_path / "out.h5ad").read_text()
+
+
+# -- files that others have changed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics.json", "{}"),
+        ("metrics.json", "[]"),
+        ("metrics.json", '{"cell_type": {"alone": {}}}'),
+        ("metrics.json", '{"cell_type": {"alone": {"accuracy": "high", "n": 3}}}'),
+        ("coverage.csv", "a,b\n1,2\n"),
+        ("markers.csv", ""),
+    ],
+)
+def test_an_evaluation_that_others_have_changed_is_refused(file: str, text: str, folder: Path, tmp_path: Path) -> None:
+    for name in ("metrics.json", "cells.h5ad"):
+        shutil.copy(folder / "scores" / name, tmp_path / name)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=r"does not hold what evaluate writes \(.*Run evaluate again"):
+        report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_predictions_without_a_column_are_refused(folder: Path, tmp_path: Path) -> None:
+    cells = ad.read_h5ad(folder / "out.h5ad")[:5].copy()
+    del cells.obs["predicted_cell_type_probability"]
+    cells.obsm["X_umap"] = np.zeros((5, 2))
+    cells.write_h5ad(tmp_path / "out.h5ad")
+    with pytest.raises(InputError, match="does not hold what its command writes .*predicted_cell_type_probability"):
+        report(tmp_path / "out.h5ad")
+
+
+@pytest.mark.parametrize("name", ["report.tables.csv", "report.map.png"])
+def test_a_table_or_figure_of_somebody_else_is_left_alone(name: str, folder: Path, tmp_path: Path) -> None:
+    for own in ("metrics.json", "cells.h5ad"):
+        shutil.copy(folder / "scores" / own, tmp_path / own)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} exists, but no report that it belongs to. Move it"):
+        report(tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "report.html").exists()
 
 
 # -- in a browser -------------------------------------------------------------------------------------------------
