@@ -1,6 +1,7 @@
 """Small real inputs that several test files share: a four-gene tokenizer, hand-made cells, and PBMC cells."""
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def _reports_are_left_out_but_in_few_files(request: pytest.FixtureRequest) -> It
         if request.path.stem not in REPORTED:
             patch.setattr("perturbgene.main.write_report", lambda config: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _messages_are_seen_as_before() -> Iterator[None]:
+    """Undo what a command line that pretends to be one of several processes does to our messages."""
+    logger = logging.getLogger("perturbgene")
+    level = logger.level
+    yield
+    logger.setLevel(logging.INFO if level == logging.NOTSET else level)
 
 
 @pytest.fixture
