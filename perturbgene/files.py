@@ -1,13 +1,16 @@
 """Outputs: written whole or not at all, by one process at a time.
 
-Owns temporary names, renaming and locks; knows nothing of what is written. Every command that writes goes through here.
+Owns temporary names, renaming, locks and how many files may be open; knows nothing of what is written. Every command
+that writes goes through here.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +38,24 @@ def partial_path(path: str | Path) -> Path:
     """
     path = Path(path)
     return path.with_name(f".{path.name}.partial")
+
+
+def open_file_limit(*, most: int | None = None) -> int:
+    """Return how many descriptors this process may have, after raising the limit to `most` where that is allowed.
+
+    macOS begins with 256 and Linux with 1,024, and any process may have more.
+    """
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:  # Windows, where the C library's limit is higher
+        return 8192
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if one == resource.RLIM_INFINITY else one for one in limits)
+    if most is not None and soft < min(most, hard):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, hard), limits[1]))
+            return min(most, hard)
+    return soft
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from perturbgene.errors import (
     original_text,
     system_error,
 )
+from perturbgene.files import open_file_limit
 from perturbgene.heap import keep_freed_memory, return_large_pieces
 
 TRAINING_VERBS = ("mlm", "cls")
@@ -40,6 +41,8 @@ EXIT_BROKEN_PIPE = 141
 # `--debug` alone is ours; before one of these words it is the field of TrainingArguments.
 TRAINER_DEBUG_WORDS = ("underflow_overflow", "tpu_metrics_debug")
 MOST_LOGS_OF_A_KIND = 20
+#: More descriptors than any verb needs, and fewer than macOS allows.
+MOST_DESCRIPTORS = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,6 +124,7 @@ def run(tokens: Sequence[str]) -> int:
             raise
         return EXIT_USAGE
     set_up_logging()
+    open_file_limit(most=MOST_DESCRIPTORS)
     if config.verb in TRAINING_VERBS:
         keep_freed_memory()
     if config.verb in ASKING_VERBS:

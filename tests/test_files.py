@@ -94,3 +94,13 @@ def test_a_refused_command_leaves_none_of_the_folders_that_its_lock_needed(tmp_p
     with claimed(tmp_path / "runs/a/out.h5ad", flag="output"):
         (tmp_path / "runs/a/out.h5ad").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "out.h5ad", "runs"]
+
+
+def test_a_process_may_open_as_many_files_as_the_system_allows() -> None:
+    code = (
+        "import resource; from perturbgene.files import open_file_limit; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1])); "
+        "print(open_file_limit(), open_file_limit(most=200), open_file_limit(most=150), open_file_limit())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "100 200 200 200\n"

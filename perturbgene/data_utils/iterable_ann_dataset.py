@@ -105,10 +105,14 @@ def columns_of(phenotypes: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
 
 def donors_of(dataset: "IterableAnnDataset", donor_column: str | None) -> np.ndarray | None:
     """Return the donor of each cell, text of shape (n,), or None if a file lacks the column."""
-    files = [shard.source for shard in dataset.shards]
-    if not donor_column or not all(donor_column in file.columns_of("obs") for file in files):
+    if not donor_column:
         return None
-    return np.concatenate([file.obs_column(donor_column).astype(str).to_numpy(dtype=object) for file in files])
+    columns = []
+    for file in (shard.source for shard in dataset.shards):  # one after the other: each is open only while it is read
+        if donor_column not in file.columns_of("obs"):
+            return None
+        columns.append(file.obs_column(donor_column).astype(str).to_numpy(dtype=object))
+    return np.concatenate(columns)
 
 
 class IterableAnnDataset(IterableDataset[Cell]):

@@ -26,6 +26,7 @@ from perturbgene.data_utils.scale import ExpressionBlock, Normalization
 from perturbgene.data_utils.sources import CellSource
 from perturbgene.data_utils.values import CellValues, one_per_cell
 from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.files import open_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,9 @@ logger = logging.getLogger(__name__)
 SOURCE_COLUMN = "perturbgene_source"
 MEASURED_KEY = "perturbgene_measured"
 
-#: Open files per process.
+#: Open files of a list, fewer where a process may have few descriptors: a file takes three, and three lists are used.
 MOST_OPEN_FILES = 64
+_DESCRIPTORS_PER_FILE = 12
 
 #: Files compressed by columns that are kept in memory at a time.
 MOST_WHOLE_FILES = 2
@@ -337,9 +339,10 @@ class ShardCache:
             source = open_source(self.sources[index], layer=self.layer)
             self._open[index] = Shard(ChosenCells(source, self.where) if self.where else source, **self.options)
         self._open.move_to_end(index)
+        most = max(MOST_WHOLE_FILES, min(MOST_OPEN_FILES, open_file_limit() // _DESCRIPTORS_PER_FILE))
         while len(self._open) > 1:
             are_whole = [shard.source.is_held_whole for shard in self._open.values()]  # such a one counts as many
-            if sum(MOST_OPEN_FILES // MOST_WHOLE_FILES if is_whole else 1 for is_whole in are_whole) <= MOST_OPEN_FILES:
+            if sum(most // MOST_WHOLE_FILES if is_whole else 1 for is_whole in are_whole) <= most:
                 break
             self._open.popitem(last=False)[1].source.close()
         return self._open[index]

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -15,12 +17,13 @@ from scipy import sparse
 from torch.utils.data import DataLoader, IterableDataset
 
 from perturbgene.data_utils.genes import GenePanel
-from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.labels import Vocabulary
 from perturbgene.data_utils.shards import MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
 from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 from perturbgene.errors import InputError
+from tests.forked import needs_fork, start
 
 Write = Callable[..., str]
 
@@ -232,6 +235,26 @@ def test_a_cache_of_many_files_keeps_few_open(write_h5ad: Write, tmp_path: Path)
     assert totals == [7.0] * len(paths)
     assert open_h5ad_files() - open_before <= MOST_OPEN_FILES
     assert cache[0].read(np.array([2])).values_l.sum() == 7.0
+
+
+@needs_fork
+def test_three_lists_of_files_are_read_where_a_process_may_have_few_descriptors(
+    write_h5ad: Write, tmp_path: Path
+) -> None:
+    first = write_h5ad(COUNTS, obs={"donor_id": list("abc")})
+    paths = [shutil.copy(first, tmp_path / f"copy_{index}.h5ad") for index in range(70)]
+
+    def run() -> None:
+        most = len(os.listdir("/proc/self/fd")) + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        caches = [ShardCache(paths, panel=PANEL, vocabulary=VOCABULARY) for _ in range(3)]
+        assert [shard.read(np.array([2])).values_l.sum() for cache in caches for shard in cache] == [7.0] * 210
+        donors = donors_of(SimpleNamespace(shards=caches[0]), "donor_id")  # type: ignore[arg-type]
+        assert donors is not None and donors.tolist() == list("abc") * 70
+
+    child = start(run, output=tmp_path / "log")
+    child.join()
+    assert child.exitcode == 0, (tmp_path / "log").read_text()
 
 
 def test_files_that_name_the_same_columns_share_one_alignment(write_h5ad: Write) -> None:
