@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,54 @@ def sha256_of(path: str | Path) -> str:
 def sums_of(path: Path) -> dict[str, Any]:
     """Return size and SHA-256 of a file, by which it is known to be as it was written."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+#: Sums of a folder's files, by which a damaged one is known.
+SUMS_FILE = "sums.json"
+
+
+def _read_sums(folder: Path) -> dict[str, Any]:
+    try:
+        sums = json.loads((folder / SUMS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # a folder of before
+        return {}
+    except ValueError as error:
+        raise InputError(f"{folder / SUMS_FILE} is damaged. Restore the folder as it was written.") from error
+    return sums if isinstance(sums, dict) else {}
+
+
+def write_sums(folder: Path, paths: Iterable[Path]) -> None:
+    """Write `sums.json` into a folder: size and SHA-256 of files that are, or will be, in it."""
+    write_json(folder / SUMS_FILE, {path.name: sums_of(path) for path in sorted(paths)})
+
+
+@contextmanager
+def renewed_sums(*paths: Path) -> Iterator[None]:
+    """Write the sums of files of one folder again after the block has written them; until then they have none."""
+    folder = paths[0].parent
+    if sums := _read_sums(folder):
+        names = {path.name for path in paths}
+        write_json(folder / SUMS_FILE, {name: one for name, one in sums.items() if name not in names})
+    yield
+    if sums:
+        write_json(folder / SUMS_FILE, sums | {path.name: sums_of(path) for path in paths if path.exists()})
+
+
+def damaged_file(folder: Path) -> str | None:
+    """Return which file of a folder is not what its `sums.json` says, and how; None if all are or there are no sums.
+
+    Raises:
+        InputError: `sums.json` itself is damaged.
+    """
+    for name, expected in _read_sums(folder).items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:  # before anything is read
+            return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+        if sums_of(path) != expected:
+            return f"{name} is damaged: its content is not what was written"
+    return None
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from perturbgene.data_utils.data_collators import IGNORED
 from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableAnnDataset
 from perturbgene.errors import InputError, RunFailedError, did_you_mean, is_out_of_memory, listed
 from perturbgene.eval_utils import Evaluator, run_evaluator
-from perturbgene.files import partial_path
+from perturbgene.files import damaged_file, partial_path
 from perturbgene.heap import return_if_grown
 from perturbgene.training import checkpoints
 from perturbgene.training.callbacks import (
@@ -165,7 +165,14 @@ class ShardedTrainer(Trainer):
         """True when the run folder already holds the weights after all steps of this run."""
         if not all((self.folder / name).is_file() for name in checkpoints.LAST_FILES):
             return False
-        return self._is_last(TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME)))
+        if damage := damaged_file(self.folder):
+            logger.warning("%s: %s, so the final files are written again", self.folder, damage)
+            return False
+        try:
+            state = TrainerState.load_from_json(str(self.folder / TRAINER_STATE_NAME))
+        except (ValueError, TypeError):  # damaged, in a run of before, which has no sums
+            return False
+        return self._is_last(state)
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Train, from a checkpoint on if one is named, after one batch of evaluation that shows whether it works.
@@ -497,6 +504,7 @@ class ShardedTrainer(Trainer):
                 self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
                 write_more(waiting)
                 checkpoints.share(waiting)
+                checkpoints.seal_run(waiting, self.folder)
                 checkpoints.move_files(waiting, self.folder, last=checkpoints.LAST_FILES)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(waiting, ignore_errors=True)

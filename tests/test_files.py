@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from perturbgene.errors import InputError
-from perturbgene.files import check_new, claimed, whole_file, whole_files, whole_folder, write_json
+from perturbgene.files import (
+    check_new,
+    claimed,
+    damaged_file,
+    renewed_sums,
+    whole_file,
+    whole_files,
+    whole_folder,
+    write_json,
+    write_sums,
+)
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -104,3 +114,17 @@ def test_a_process_may_open_as_many_files_as_the_system_allows() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "100 200 200 200\n"
+
+
+def test_sums_name_the_damaged_file_and_are_renewed_with_what_is_written_again(tmp_path: Path) -> None:
+    kept, renewed = tmp_path / "kept", tmp_path / "renewed"
+    kept.write_text("same")
+    renewed.write_text("old")
+    assert damaged_file(tmp_path) is None  # without sums, as folders of before
+    write_sums(tmp_path, [kept, renewed])
+    with renewed_sums(renewed):
+        renewed.write_text("new")
+        assert damaged_file(tmp_path) is None  # also if the process is killed here
+    assert damaged_file(tmp_path) is None
+    renewed.write_text("old")
+    assert damaged_file(tmp_path) == "renewed is damaged: its content is not what was written"

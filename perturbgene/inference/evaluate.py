@@ -42,10 +42,11 @@ from perturbgene.eval_utils import (
     standard_questions,
     write_results,
 )
-from perturbgene.files import claimed
+from perturbgene.files import claimed, renewed_sums
 from perturbgene.hub import is_hub_name
 from perturbgene.inference.baselines import NAMES, Answers, baselines, classes_of, mark_best
 from perturbgene.inference.calibration import (
+    CALIBRATION_FILE,
     LEAST_CELLS,
     MOST_CELLS,
     Calibration,
@@ -60,7 +61,7 @@ from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
 from perturbgene.inference.evaluated_cells import evaluated_cells, write_cells
 from perturbgene.inference.given_baselines import GIVEN_NAMES
 from perturbgene.inference.markers import marker_table
-from perturbgene.inference.novelty import TrainingCells, Usual, fit_training_cells
+from perturbgene.inference.novelty import NOVELTY_FILE, TrainingCells, Usual, fit_training_cells
 from perturbgene.inference.ontology import LabelTerms, is_installed, term_ids
 from perturbgene.inference.predict import questions_of
 from perturbgene.inference.run import Run, load_run
@@ -393,11 +394,12 @@ def _calibrate(
             "The evaluation cells name fewer than two donors, so temperatures are fitted on half of the cells and "
             "scored on the other half, from the same donors."
         )
-    if unusual.training is not None:
-        unusual.training.save(run.path)
     gene_scores = unusual.gene_scores
     gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
-    path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)
+    with renewed_sums(Path(run.path) / NOVELTY_FILE, Path(run.path) / CALIBRATION_FILE):
+        if unusual.training is not None:
+            unusual.training.save(run.path)
+        path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)
     logger.info("%d temperatures were fitted and stored in %s, which `predict` reads", len(fitted), path)
     coverage = pd.concat(tables, ignore_index=True)
     return {COVERAGE_FILE: coverage} if len(coverage) else {}

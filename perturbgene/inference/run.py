@@ -24,6 +24,7 @@ from perturbgene.data_utils.opening import FileList, expand_paths
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import hidden_at
+from perturbgene.files import damaged_file
 from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 from perturbgene.model.config import RUN_FORMAT
@@ -175,6 +176,10 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
         from perturbgene.training.checkpoints import newest_whole  # imports the Trainer, which takes seconds
 
         run = newest_whole(run) or run
+    if damage := damaged_file(run):
+        raise InputError(
+            f"run {run} cannot be used: {damage}. Restore the folder as it was written, or train it again."
+        )
     tokenizer = GeneTokenizer.from_pretrained(run)
     try:
         written = GeneBertConfig.get_config_dict(run)[0].get("run_format", 1)

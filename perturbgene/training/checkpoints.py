@@ -24,7 +24,7 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from perturbgene.errors import InputError
-from perturbgene.files import sums_of, write_json
+from perturbgene.files import sums_of, write_json, write_sums
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,12 @@ def seal(checkpoint: Path, **facts: Any) -> None:
     files = {path.relative_to(checkpoint).as_posix(): sums_of(path) for path in paths}
     write_json(checkpoint / MANIFEST_FILE, {"version": MANIFEST_VERSION, **facts, "files": files})
     _sync(checkpoint / MANIFEST_FILE)
+
+
+def seal_run(waiting: Path, run: Path) -> None:
+    """Write the sums of a run's final files, which wait for their rename, and of its settings; not of README.md."""
+    paths = [path for path in waiting.iterdir() if path.suffix in (".json", ".safetensors")]
+    write_sums(waiting, [*paths, *(path for path in [run / SETTINGS_FILE] if path.exists())])
 
 
 def manifest_of(checkpoint: Path) -> dict[str, Any]:
@@ -217,7 +223,15 @@ def check_settings(checkpoint: Path, now: Mapping[str, Any], *, num_ranks: int, 
     path = checkpoint.parent / SETTINGS_FILE
     if not path.is_file():
         return
-    then = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        then = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        then = None
+    if not isinstance(then, dict):
+        raise InputError(
+            f"{path} is empty or damaged, so nothing says what the run was trained with. Restore it; or delete it, "
+            "and the run continues with the settings of now."
+        )
     names = [name for name in then if name in now and then[name] != now[name]]
     changed = {name: f"{name} was {then[name]}, is {now[name]}" for name in names}
     if shape := [text for name, text in changed.items() if name in _MODEL_SETTINGS]:

@@ -31,7 +31,7 @@ from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, StoppedError, listed
 from perturbgene.eval_utils import GENE_BINS, ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
-from perturbgene.files import claimed, write_json
+from perturbgene.files import SUMS_FILE, claimed, write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.model.heads import DirectPath
 from perturbgene.plots import confusion_figure, loss_figure, save_figure
@@ -364,6 +364,7 @@ def _train(
         is_resumed = bool(config.resume_from_checkpoint)
         for change in cells.files.check_start(may_change=config.allow_changed, is_resumed=is_resumed):
             logger.warning("%s", change)
+        (folder / SUMS_FILE).unlink(missing_ok=True)
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # the run is not finished, or not any more
         config.save(folder / checkpoints.SETTINGS_FILE)
         tokenizer.save_pretrained(folder)

@@ -22,6 +22,7 @@ from perturbgene.cli.training import SHAPE
 from perturbgene.data_utils.labels import ABSENT, SPECIAL_TOKENS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
+from perturbgene.files import damaged_file
 from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, GeneBertModel
 from perturbgene.training import checkpoints
@@ -310,6 +311,8 @@ def start_from(
         InputError: There are no such weights, or nothing of them can be used.
     """
     path = str(weights_folder(str(config.pretrained_model_path)))
+    if damage := damaged_file(Path(path)):
+        raise InputError(f"run {path} cannot be used: {damage}. Restore the folder as it was written.")
     then, now = run_config(path), run_config(path)
     if kind is not GeneBertForClassification:
         settings = {"phenotype_category": None, "class_weights": None, "num_labels": 2, **settings}

@@ -213,6 +213,17 @@ def test_other_settings_on_resuming_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_empty_settings_of_a_killed_run_are_named(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed), plant("step", 5, raise_killed):
+        main(command(corpus, out))
+    (out / "run.yaml").write_text("")
+    assert resume(corpus, out) == 2
+    assert f"{out}/run.yaml is empty or damaged" in capsys.readouterr().err
+
+
 def rewrite(corpus: Path, *, order: int) -> Path:
     """Write the values of the first training shard in another order, into the same bytes of the file."""
     path = Path(Corpus.open(corpus).paths("train")[0])

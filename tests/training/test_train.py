@@ -1,10 +1,14 @@
 """`mlm` and `cls` learn what is there and nothing else, and leave a run folder that loads again."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -143,6 +147,47 @@ def test_resuming_a_finished_run_trains_no_further_step(
         )
     assert "finished" in caplog.text
     assert (short_run / "model.safetensors").read_bytes() == before
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("model.safetensors", flip, "model.safetensors is damaged"),
+        ("model.safetensors", lambda path: path.write_bytes(b""), "model.safetensors has 0 bytes instead of"),
+        ("embedding.safetensors", Path.unlink, "embedding.safetensors is missing"),
+        ("run.yaml", flip, "run.yaml is damaged"),
+        ("tokenizer.json", flip, "tokenizer.json is damaged"),
+        ("sums.json", lambda path: path.write_text("{"), "sums.json is damaged"),
+    ],
+)
+def test_a_run_with_a_damaged_file_is_refused(
+    name: str, harm: Callable[[Path], Any], message: str, short_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*")))
+    (run / "README.md").write_text("Notes of our own.")
+    load_run(run, device="cpu")
+    harm(run / name)
+    with pytest.raises(InputError, match=message):
+        load_run(run, device="cpu")
+
+
+def test_a_finished_run_with_damaged_weights_is_finished_again(
+    short_run: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    before = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(b"")
+    os.truncate(run / "trainer_state.json", 1000)
+    mlm(f"--corpus {corpus} --output_dir {run} {COMMON} --max_steps 4 --eval_steps 2 --resume_from_checkpoint")
+    assert "so the final files are written again" in caplog.text
+    assert (run / "model.safetensors").read_bytes() == before
+    load_run(run, device="cpu")
 
 
 @pytest.mark.parametrize(
