@@ -5,6 +5,7 @@ of page. Letters: m cells on the map, c columns that color them.
 """
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,17 +105,23 @@ def write_page(page: Page, target: Path) -> None:
         raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
 
 
-def render(page: Page) -> str:
-    """Return the page as HTML."""
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Return what compiles templates, each of them once."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (ASSETS / name).read_text(encoding="utf-8")), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "number": number, "text": text}
+    return environment
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML."""
     parts = {name: (ASSETS / f"page.{ending}").read_text(encoding="utf-8") for name, ending in _ENDINGS.items()}
     hashes = {f"{name}_hash": _hash(text) for name, text in parts.items()}
     embedded = {name: Markup(text) for name, text in parts.items()}
-    body = environment.get_template(page.template).render(
+    body = _environment().get_template(page.template).render(
         **page.sections, **embedded, **hashes, content=page, data=page.data, version=__version__,
         most_findings=MOST_FINDINGS,
     )  # fmt: skip

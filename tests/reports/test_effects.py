@@ -24,7 +24,7 @@ from perturbgene.reports.report import report
 from perturbgene.reports.trust import REAL_SCREEN
 from perturbgene.training.train import tokenizer_facts
 from tests.nine_genes import a_tokenizer
-from tests.reports.test_report import CHROMIUM, SIZES
+from tests.reports.test_report import SIZES
 from tests.untrained import save, save_score
 
 PLANTED, ODD = "PLANTED", ["</script><b>odd", "=HYPERLINK(A1)", "NA"]
@@ -206,18 +206,9 @@ def test_names_next_to_points_do_not_overlap() -> None:
     assert all(right - left > 6 * length for (left, length), (right, _) in itertools.pairwise(drawn))
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.parametrize("name", ["ko.report.html", "out.report.html"])
-def test_a_browser_shows_effects_without_errors_or_requests(folder: Path, name: str) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    problems, requests = list[str](), list[str]()
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto((folder / name).as_uri())
+def test_a_browser_shows_effects_without_errors_or_requests(folder: Path, name: str, shown) -> None:
+    with shown(folder / name) as page:
         for column in page.locator("#color option").all():
             page.select_option("#color", column.get_attribute("value"))
             assert page.get_attribute("#cells", "data-drawn") == column.text_content()
@@ -231,5 +222,3 @@ def test_a_browser_shows_effects_without_errors_or_requests(folder: Path, name: 
         for width, height in SIZES.values():
             page.set_viewport_size({"width": width, "height": height})
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        browser.close()
-    assert not problems and requests == [(folder / name).as_uri()]
