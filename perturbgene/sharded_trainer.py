@@ -504,7 +504,7 @@ class ShardedTrainer(Trainer):
                 self.state.save_to_json(str(waiting / TRAINER_STATE_NAME))
                 write_more(waiting)
                 checkpoints.share(waiting)
-                checkpoints.seal_run(waiting, self.folder)
+                checkpoints.seal_run(waiting)
                 checkpoints.move_files(waiting, self.folder, last=checkpoints.LAST_FILES)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(waiting, ignore_errors=True)

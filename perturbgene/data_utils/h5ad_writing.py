@@ -45,8 +45,8 @@ def write_shard(
     # In memory first: HDF5 that cannot write to a full disk takes the whole process with it.
     with whole_file(path) as temporary, h5py.File(temporary, "w", driver="core", backing_store=False) as file:
         write_elem(file, "/", anndata.AnnData(obs=obs, var=var, varm=by_column))
-        if "X" in file:
-            del file["X"]
+        for name in {"X", "raw"} & set(file):  # anndata takes an empty `raw` for a table that is missing
+            del file[name]
         group = file.create_group("X")
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
         group.attrs["shape"] = np.array(matrix.shape, dtype=np.int64)

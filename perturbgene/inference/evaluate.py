@@ -46,7 +46,6 @@ from perturbgene.files import claimed, renewed_sums
 from perturbgene.hub import is_hub_name
 from perturbgene.inference.baselines import NAMES, Answers, baselines, classes_of, mark_best
 from perturbgene.inference.calibration import (
-    CALIBRATION_FILE,
     LEAST_CELLS,
     MOST_CELLS,
     Calibration,
@@ -396,7 +395,7 @@ def _calibrate(
         )
     gene_scores = unusual.gene_scores
     gene_quantiles = quantiles(np.concatenate(gene_scores)[~is_seen_n]) if gene_scores else ()
-    with renewed_sums(Path(run.path) / NOVELTY_FILE, Path(run.path) / CALIBRATION_FILE):
+    with renewed_sums(Path(run.path) / NOVELTY_FILE):
         if unusual.training is not None:
             unusual.training.save(run.path)
         path = Calibration(tuple(fitted), gene_quantiles, split, weights_hash(run.path)).save(run.path)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
+from perturbgene.data_utils.tokenization import TOKENIZER_FILE
 from perturbgene.errors import InputError
 from perturbgene.files import sums_of, write_json, write_sums
 
@@ -86,10 +87,14 @@ def seal(checkpoint: Path, **facts: Any) -> None:
     _sync(checkpoint / MANIFEST_FILE)
 
 
-def seal_run(waiting: Path, run: Path) -> None:
-    """Write the sums of a run's final files, which wait for their rename, and of its settings; not of README.md."""
-    paths = [path for path in waiting.iterdir() if path.suffix in (".json", ".safetensors")]
-    write_sums(waiting, [*paths, *(path for path in [run / SETTINGS_FILE] if path.exists())])
+def seal_run(waiting: Path) -> None:
+    """Write the sums of what a run's final files have learned, which wait for their rename.
+
+    Settings and scores have none: people change these by hand, and what is damaged in them is found as they are read.
+    """
+    write_sums(
+        waiting, [path for path in waiting.iterdir() if path.suffix == ".safetensors" or path.name == TOKENIZER_FILE]
+    )
 
 
 def manifest_of(checkpoint: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.cells import embed
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Confusion, Question, question_logits, true_labels
-from perturbgene.files import claimed
+from perturbgene.files import SUMS_FILE, claimed
 from perturbgene.inference import baselines as baselines_module
 from perturbgene.inference.baselines import baselines
 from perturbgene.inference.classifiers import logistic_regression, majority_class
@@ -603,7 +603,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(trained, small, tmp_path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("anndata.io.write_elem", full_disk)
-    assert run_on(trained, small, tmp_path / "o/out.h5ad") == 2
+    assert run_on(trained, small, tmp_path / "o/out.h5ad") == 3
     assert "No space left" in error_line(capsys)
     assert not (tmp_path / "o").exists()
 
@@ -802,6 +802,7 @@ DAMAGES = {
 def test_a_damaged_run_is_refused(damage, copied_run):
     change, message = DAMAGES[damage]
     run = copied_run()
+    (run / SUMS_FILE).unlink()  # as in runs of before: damage shows in what is read
     change(run)
     with pytest.raises(InputError, match=message):
         load_run(run)

@@ -161,7 +161,6 @@ def flip(path: Path) -> None:
         ("model.safetensors", flip, "model.safetensors is damaged"),
         ("model.safetensors", lambda path: path.write_bytes(b""), "model.safetensors has 0 bytes instead of"),
         ("embedding.safetensors", Path.unlink, "embedding.safetensors is missing"),
-        ("run.yaml", flip, "run.yaml is damaged"),
         ("tokenizer.json", flip, "tokenizer.json is damaged"),
         ("sums.json", lambda path: path.write_text("{"), "sums.json is damaged"),
     ],
