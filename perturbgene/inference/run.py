@@ -176,7 +176,7 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
         from perturbgene.training.checkpoints import newest_whole  # imports the Trainer, which takes seconds
 
         run = newest_whole(run) or run
-    if damage := damaged_file(run):
+    elif damage := damaged_file(run):
         raise InputError(
             f"run {run} cannot be used: {damage}. Restore the folder as it was written, or train it again."
         )
