@@ -40,6 +40,24 @@ def test_training_in_bfloat16_is_refused_where_the_cpu_has_none(has_it: bool) ->
             config.training_arguments()
 
 
+@pytest.mark.parametrize(
+    ("gain", "hidden_size", "is_fast"), [(2.1, 256, True), (2.1, None, True), (2.1, 64, False), (0.6, 256, False)]
+)
+def test_bfloat16_is_fast_where_products_are_and_the_model_is_wide(
+    monkeypatch: pytest.MonkeyPatch, gain: float, hidden_size: int | None, is_fast: bool
+) -> None:
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device_type: True)
+    monkeypatch.setattr(devices, "_gain_of_bfloat16", lambda: gain)
+    assert has_fast_bfloat16("cpu", hidden_size=hidden_size) is is_fast
+    assert has_fast_bfloat16("cuda", hidden_size=64)
+
+
+@pytest.mark.bf16
+def test_products_are_timed_in_both_precisions() -> None:
+    if has_bfloat16("cpu"):
+        assert 0.01 < devices._gain_of_bfloat16() < 100
+
+
 @pytest.mark.bf16
 def test_left_to_itself_training_takes_bfloat16_only_where_it_is_fast(has_it: bool) -> None:
     assert parse_args(MLM).training_arguments().bf16 == devices.has_fast_bfloat16("cpu")

@@ -29,6 +29,7 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import FileList, expand_paths, identity
 from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.devices import has_fast_bfloat16
 from perturbgene.errors import InputError, StoppedError, listed
 from perturbgene.eval_utils import GENE_BINS, ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
 from perturbgene.files import SUMS_FILE, claimed, write_json
@@ -215,6 +216,8 @@ def _suited(config: ConfigT, arguments: TrainingArguments, cells: "_Cells") -> C
     config = config.with_learning_rate(hidden_size)
     for name in ("num_train_epochs", "weight_decay", "learning_rate"):
         setattr(arguments, name, getattr(config, name))
+    if config.bf16 is None and not has_fast_bfloat16(arguments.device.type, hidden_size=hidden_size):
+        arguments.bf16, arguments.mixed_precision = False, "fp16" if arguments.fp16 else "no"
     if config.train_only != "votes":  # it takes no steps
         logger.info(
             "settings: %s model, %g passes over %s cells, learning rate %g, weight decay %g, up to %g of a cell's "
