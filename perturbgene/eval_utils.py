@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 #: The confusion of masked genes, among those of phenotypes.
 GENE_BINS = "gene_bins"
+#: Scores, in a run and in the output of an evaluation.
+METRICS_FILE = "metrics.json"
 #: Begins the names of questions in which some other phenotypes are given: "given+sex+tissue".
 GIVEN = "given"
 #: With more phenotypes, `evaluate` does not give every set of them.
@@ -547,6 +549,6 @@ def write_results(
         for file, table in (tables or {}).items():
             with whole_file(folder / file) as temporary:
                 table.to_csv(temporary, index=False)
-        write_json(folder / "metrics.json", without_nan(results), indent=1)
+        write_json(folder / METRICS_FILE, without_nan(results), indent=1)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error}). Choose another --output.") from error
+        raise InputError(f"{folder} cannot be written ({error.strerror or error}). Choose another --output.") from error

@@ -1,9 +1,10 @@
 """Faults at chosen moments of a training run: `plant("save:optimizer", 6, action)` acts while checkpoint 6 is written.
 
-Owns where the moments are; the action is killing the process (`die`) or raising.
+Owns where the moments are, and a disk that is full; the action is killing the process (`die`) or raising.
 """
 
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,17 @@ class Killed(BaseException):
 def die() -> None:
     """End this process as the kernel would."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """Let every file of this process have at most so many bytes: the next byte fails, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _half(folder: Path, phase: str) -> None:

@@ -19,6 +19,7 @@ from perturbgene.cli.verbs import CounterfactualConfig
 from perturbgene.counterfactuals.contrast import Contrast, GenePredictor, Sums, add_block
 from perturbgene.counterfactuals.statistics import change_table, observed_agreement
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
+from perturbgene.data_utils.h5ad_writing import write_adata
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, columns_of
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.data_utils.opening import FileList, one_source, open_source
@@ -352,7 +353,7 @@ def run_counterfactual(config: CounterfactualConfig) -> str | None:
         title = f"set to {config.set}; rank correlation with observed: {_ranks(agreement.head(1))}"
         figure = changes_figure(table, title=title, value="change of the expected value")
         with whole_files(target, csv, png) as folder:
-            anndata.AnnData(obs=rows, uns={"perturbgene": facts}).write_h5ad(folder / target.name)
+            write_adata(anndata.AnnData(obs=rows, uns={"perturbgene": facts}), folder / target.name)
             table.to_csv(folder / csv.name, index=False)
             save_figure(figure, folder / png.name)
         return "\n".join([*_summary(table, task, score), f"written to {target}, {csv} and {png}"])

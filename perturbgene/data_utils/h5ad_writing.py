@@ -4,12 +4,13 @@ Owns the layout of both on disk; leaves reading to `sources` and `shards`. Lette
 measured genes.
 """
 
+import io
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -23,6 +24,88 @@ from perturbgene.data_utils.sources import CellSource, H5adFile, ZarrFile
 from perturbgene.errors import InputError
 from perturbgene.files import whole_file, whole_folder
 from perturbgene.urls import is_url, shown_path
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+class _KeptFailure(io.FileIO):
+    """A file that keeps the first failure to write, such as a full disk, instead of raising it.
+
+    HDF5 that cannot write, or reads other metadata than it wrote, takes the whole process with it. So what is small
+    stays in memory from then on, until HDF5 has closed the file.
+    """
+
+    _SMALL = 1 << 16  # bytes; metadata is smaller, and what is larger is never read again
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.failure: OSError | None = None
+        self._kept: list[tuple[int, bytes]] = []
+
+    def write(self, data: Any) -> int:
+        """Write all bytes at the current position, and count them as written whatever happens."""
+        rest, start = memoryview(data).cast("B"), self.tell()
+        num_bytes = len(rest)
+        try:
+            while len(rest) and self.failure is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+        if len(rest):
+            if num_bytes <= self._SMALL:
+                self._kept.append((start, bytes(data)))
+            self.seek(start + num_bytes)
+        return num_bytes
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer from the current position on, with zeros where nothing was written."""
+        view, start = memoryview(buffer).cast("B"), self.tell()
+        num_read = super().readinto(view) or 0
+        view[num_read:] = bytes(len(view) - num_read)
+        for position, data in self._kept:
+            first, last = max(position, start), min(position + len(data), start + len(view))
+            if first < last:
+                view[first - start : last - start] = data[first - position : last - position]
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Change the size of the file."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
+
+
+@contextmanager
+def writable_h5(path: Path, mode: str = "w") -> Iterator[h5py.File]:
+    """Open an HDF5 file to write it ("w") or to change it ("r+").
+
+    Raises:
+        OSError: It could not be written, raised when HDF5 has closed it.
+    """
+    with _KeptFailure(path, "w+" if mode == "w" else mode) as stream:
+        try:
+            with h5py.File(stream, mode) as file:
+                yield file
+        except Exception as error:  # HDF5 does not find what it could not write
+            raise stream.failure or error from error.__cause__
+        if stream.failure is not None:
+            raise stream.failure
+
+
+def write_adata(adata: "AnnData", path: Path, **compression: Any) -> None:
+    """Write an h5ad file as `AnnData.write_h5ad` does, but a full disk is an OSError."""
+    from anndata.io import write_elem
+
+    adata.strings_to_categoricals()
+    if adata.raw is not None:
+        adata.strings_to_categoricals(adata.raw.var)
+    with writable_h5(path) as file:
+        write_elem(file, "/", adata, dataset_kwargs=compression)
+        if adata.raw is None and "raw" in file:
+            del file["raw"]
 
 
 def write_shard(
@@ -101,7 +184,7 @@ def write_copy(
                     write_elem(file["obsm"], str(name), np.asarray(matrix))
                 write_elem(file["uns"], "perturbgene", dict(uns))
     except OSError as error:
-        raise InputError(f"{target} cannot be written ({error}). Choose another --output.") from error
+        raise InputError(f"{target} cannot be written ({error.strerror or error}). Choose another --output.") from error
 
 
 def _copy(known: CellSource, source: str, target: Path, *, is_zarr: bool) -> None:
@@ -116,14 +199,14 @@ def _copy(known: CellSource, source: str, target: Path, *, is_zarr: bool) -> Non
         with warnings.catch_warnings(), anndata.settings.override(allow_write_nullable_strings=True):
             warnings.simplefilter("ignore")  # which version of zarr anndata will write by default
             adata = known.to_adata()
-            adata.write_zarr(target) if is_zarr else adata.write_h5ad(target)
+            adata.write_zarr(target) if is_zarr else write_adata(adata, Path(target))
 
 
 @contextmanager
 def _opened(path: Path, *, is_zarr: bool) -> Iterator[Any]:
     """Yield the root group of a copy, to be changed."""
     if not is_zarr:
-        with h5py.File(path, "r+") as file:
+        with writable_h5(path, "r+") as file:
             yield file
         return
     import zarr

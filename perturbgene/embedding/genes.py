@@ -20,6 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from perturbgene.cli.verbs import EmbedConfig
 from perturbgene.data_utils.data_collators import pack
+from perturbgene.data_utils.h5ad_writing import write_adata
 from perturbgene.data_utils.kernels import cell_key
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError, did_you_mean, listed
@@ -400,7 +401,7 @@ def run_gene_means(config: EmbedConfig, run: Run, *, source: str, target: Path, 
             roles.to_csv(folder / roles_path.name, index=False)
             first = ", ".join(roles["symbol"].head(10))
             lines.append(f"{len(roles):,} genes by how much they differ between groups ({first}, ...): {roles_path}")
-        table.write_h5ad(folder / target.name)
+        write_adata(table, folder / target.name)
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import (
     GIVEN,
+    METRICS_FILE,
     AnswerCollector,
     ClassEvaluator,
     Confusion,
@@ -42,7 +43,7 @@ from perturbgene.eval_utils import (
     standard_questions,
     write_results,
 )
-from perturbgene.files import claimed, renewed_sums
+from perturbgene.files import check_new, claimed, renewed_sums
 from perturbgene.hub import is_hub_name
 from perturbgene.inference.baselines import NAMES, Answers, baselines, classes_of, mark_best
 from perturbgene.inference.calibration import (
@@ -57,7 +58,7 @@ from perturbgene.inference.calibration import (
 )
 from perturbgene.inference.conformal import coverage_by_donor, floor_at
 from perturbgene.inference.embedding_scores import CellEmbeddings, score_table
-from perturbgene.inference.evaluated_cells import evaluated_cells, write_cells
+from perturbgene.inference.evaluated_cells import CELLS_FILE, evaluated_cells, write_cells
 from perturbgene.inference.given_baselines import GIVEN_NAMES
 from perturbgene.inference.markers import marker_table
 from perturbgene.inference.novelty import NOVELTY_FILE, TrainingCells, Usual, fit_training_cells
@@ -67,6 +68,7 @@ from perturbgene.inference.run import Run, load_run
 from perturbgene.inference.starts import start_answers
 from perturbgene.inference.streaming import FEW_GENES, Ranks, stream_batches
 from perturbgene.training.card import refresh_scores
+from perturbgene.training.data_files import DataFiles
 from perturbgene.training.transfer import quiet
 from perturbgene.training.votes import READING, expression_of
 
@@ -157,11 +159,17 @@ def _further_questions(dataset: IterableAnnDataset, evaluator: Evaluator) -> lis
     return sorted(questions, key=lambda one: (len(one.asked), known.index(one.asked[0]), len(one.given)))
 
 
+def _paths(cells: Any) -> list[str]:
+    """Return the files that an argument names; none if it holds cells in memory."""
+    listed_cells = cells if isinstance(cells, list | tuple) else [cells]
+    return [str(path) for path in listed_cells if isinstance(path, str | Path)]
+
+
 def _is_own(run: Run, eval_paths: Any) -> bool:
-    """Whether all files are among the run's own evaluation cells."""
-    if not isinstance(eval_paths, str | Path | list | tuple):
+    """Whether all files are among the run's own evaluation cells, as they were when it was trained."""
+    names = {os.path.realpath(path) for path in _paths(eval_paths)}
+    if not names or DataFiles(run.path, _paths(eval_paths), None).changes():
         return False
-    names = {os.path.realpath(path) for path in ([eval_paths] if isinstance(eval_paths, str | Path) else eval_paths)}
     corpus, patterns = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
     if not patterns:
         return bool(corpus) and {os.path.dirname(name) for name in names} == {os.path.realpath(f"{corpus}/eval")}
@@ -499,7 +507,7 @@ def _add_embedding(
 
 
 def _check_writable(run: Run, output: Path | None, *, calibrates: bool) -> None:
-    """Refuse a run that cannot keep its temperatures, and an output that is a file."""
+    """Refuse a run that cannot keep its temperatures, and an output that is a file or has folders in place of files."""
     if calibrates and not os.access(run.path, os.W_OK):
         raise InputError(
             f"{run.path} cannot be written, but temperatures are stored in it. Copy the run to a folder that you may "
@@ -507,6 +515,8 @@ def _check_writable(run: Run, output: Path | None, *, calibrates: bool) -> None:
         )
     if output is not None and output.exists() and not output.is_dir():
         raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
+    if output is not None:
+        check_new(output / METRICS_FILE, output / CELLS_FILE, overwrite=True)
 
 
 def evaluate(
@@ -559,6 +569,8 @@ def evaluate(
     as_trained = conditions(reading.get("where", ())) == conditions(getattr(run.settings, "where", ()))
     calibrates = is_own and as_trained if calibrate is None else calibrate
     _check_writable(run, output, calibrates=calibrates)
+    for change in DataFiles(run.path, [*_paths(eval_paths), *_paths(train_paths)], None).changes():
+        logger.warning("%s, so scores and baselines may be of other cells than the run's", change)
     evaluator = _evaluator(run, ask, given, mask_rates or {})
     with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
         options = {"batch_size": batch_size, **reading}

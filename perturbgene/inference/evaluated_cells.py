@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
+from perturbgene.data_utils.h5ad_writing import write_adata
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT
 from perturbgene.eval_utils import Evaluator, LogitCollector
@@ -103,4 +104,4 @@ def evaluated_cells(
 def write_cells(table: "AnnData", folder: Path) -> None:
     """Write `cells.h5ad`, whole or not at all."""
     with whole_file(folder / CELLS_FILE) as temporary:
-        table.write_h5ad(temporary, compression="gzip")
+        write_adata(table, temporary, compression="gzip")

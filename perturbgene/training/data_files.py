@@ -92,6 +92,13 @@ class DataFiles:
         write_json(self.record, self._now)
         return list(changes.values())
 
+    def changes(self) -> list[str]:
+        """Return how the files differ from what the run noted of them; files that it does not know are left out."""
+        recorded = {os.path.realpath(path): then for path, then in self._recorded().items()}
+        known = {path: recorded[real] for path in self._now if (real := os.path.realpath(path)) in recorded}
+        changes = {path: _change(path, then) for path, then in known.items()}
+        return [f"{path} changed since the run read it: {change}" for path, change in changes.items() if change]
+
     def check(self) -> None:
         """Compare the files with what they were when the run, or its last part, started; missing ones are left out.
 

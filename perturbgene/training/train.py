@@ -31,7 +31,15 @@ from perturbgene.data_utils.shards import ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.devices import has_fast_bfloat16
 from perturbgene.errors import InputError, StoppedError, listed
-from perturbgene.eval_utils import GENE_BINS, ClassEvaluator, MlmEvaluator, Question, standard_questions, without_nan
+from perturbgene.eval_utils import (
+    GENE_BINS,
+    METRICS_FILE,
+    ClassEvaluator,
+    MlmEvaluator,
+    Question,
+    standard_questions,
+    without_nan,
+)
 from perturbgene.files import SUMS_FILE, claimed, write_json
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM, load_preset
 from perturbgene.model.heads import DirectPath
@@ -56,8 +64,6 @@ logger = logging.getLogger(__name__)
 #: Spread of fresh embeddings. It is small next to that of linear layers (1 / sqrt(h), which keeps the size of signals),
 #: so that what the model learns about a gene soon outweighs the gene's random start (docs/experiments.md).
 EMBEDDING_RANGE = 0.02
-
-METRICS_FILE = "metrics.json"
 
 
 # -- verbs --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from scipy.io import mmwrite
 
 from perturbgene.data_utils import h5ad_writing
 from perturbgene.errors import InputError
+from tests.faults import full_disk
 
 
 @pytest.mark.parametrize("end", ["h5ad", "zarr"])
@@ -37,6 +38,28 @@ def test_a_column_must_fit_the_rows_of_the_file(write_h5ad, tmp_path):
             write_h5ad(np.eye(4)[:3]), tmp_path / "out.h5ad", obs=pd.DataFrame({"a": np.zeros(2)}), uns={}
         )
     assert not list(tmp_path.glob("*out.h5ad*")), "neither the target nor a temporary file is left"
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr"])
+def test_a_disk_that_is_full_at_any_byte_is_an_error_and_leaves_nothing(write_h5ad, make_adata, tmp_path, form):
+    """HDF5 itself would end the process with SIGSEGV when it closes the file."""
+    adata, source = make_adata(np.eye(4)[:3]), str(tmp_path / "in.zarr")
+    if form == "zarr":
+        adata.write_zarr(source)
+    else:
+        source = write_h5ad(adata)
+    target, matrix = tmp_path / "out.h5ad", np.ones((3, 9000), dtype=np.float32)
+
+    def write() -> None:
+        h5ad_writing.write_copy(source, target, obs={"a": np.arange(3.0)}, obsm={"X_new": matrix}, uns={"run": "here"})
+
+    write()
+    size = target.stat().st_size
+    target.unlink()
+    for num_bytes in range(0, size, size // 23):
+        with full_disk(num_bytes), pytest.raises(InputError, match="out.h5ad cannot be written .File too large"):
+            write()
+        assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from perturbgene.inference.evaluate import ROW_NAMES, evaluate, run_evaluate, tr
 from perturbgene.inference.predict import predict
 from perturbgene.inference.run import Run, load_run
 from perturbgene.main import main
+from perturbgene.training.data_files import DataFiles
 
 ASK = ("--ask", "cell_type", "--no_baselines")
 
@@ -109,6 +110,27 @@ def test_whether_cells_are_training_cells_may_not_be_known(own_run, cells, caplo
 
 
 # -- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_cells_that_changed_since_training_are_not_the_run_s_own_any_more(own_run, small_folder, tmp_path, caplog):
+    corpus = Corpus.open(shutil.copytree(small_folder / "corpus", tmp_path / "corpus"))
+    settings = (own_run / "run.yaml").read_text().replace(str(small_folder / "corpus"), str(corpus.folder))
+    (own_run / "run.yaml").write_text(settings)
+    paths = [*corpus.paths("train"), *corpus.paths("eval")]
+    DataFiles(own_run, paths, corpus).check_start(may_change=False, is_resumed=False)
+    evaluate(load_run(own_run, device="cpu"), corpus.paths("eval"), ask=["cell_type"])
+    assert "changed since" not in caplog.text and (own_run / "calibration.json").exists()
+    (own_run / "calibration.json").unlink()
+    ad.read_h5ad(corpus.paths("train")[0])[:63].write_h5ad(corpus.paths("eval")[0])
+    scores = evaluate(load_run(own_run, device="cpu"), corpus.paths("eval"), ask=["cell_type"])
+    assert f"{corpus.paths('eval')[0]} changed since the run read it" in caplog.text
+    assert scores["cell_type"]["alone"]["n_training_cells"] > 0 and not (own_run / "calibration.json").exists()
+
+
+def test_a_folder_in_the_place_of_the_scores_is_found_before_any_work(run, small_folder, tmp_path):
+    (tmp_path / "scores/metrics.json").mkdir(parents=True)
+    with pytest.raises(InputError, match="metrics.json cannot be written .it is a folder.. Choose another --output"):
+        evaluate(run, [small_folder / "no such file"], output=tmp_path / "scores")
 
 
 def test_labels_of_another_spelling_are_refused_and_the_calibration_stays(own_run, cells, tmp_path, capsys):
