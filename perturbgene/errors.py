@@ -107,6 +107,19 @@ def system_error(error: BaseException) -> RunFailedError | InputError | None:
     return None
 
 
+def raise_if_machine(error: BaseException) -> None:
+    """Raise an error again if it is the machine's, so that nobody blames the file that was being read.
+
+    HDF5 does not say that memory ran out; a small piece that cannot be had does.
+    """
+    if isinstance(system_error(error), RunFailedError):
+        raise error
+    try:
+        bytearray(1 << 24)
+    except MemoryError as short:
+        raise short from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory, of whatever device, was too small; torch has no type for that of the CPU."""
     failure = system_error(error)

@@ -45,6 +45,7 @@ from perturbgene.training.callbacks import (
 from perturbgene.training.trainable import LowRank
 from perturbgene.training.transfer import quiet
 from perturbgene.training.votes import without_votes
+from perturbgene.training.watchdog import WatchDog
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +116,12 @@ class ShardedTrainer(Trainer):
         self._step_of_last_parts = 0
         self._resumed: _Resumed | None = None
         self.stop, self.progress, self.speed = StopOnSignal(), Progress(), Speed(self._sum_over_ranks)
+        self.watchdog = WatchDog()
         self.early_stopping, self.before_scoring, self.adapters = early_stopping, before_scoring, adapters
         self.before_saving = before_saving
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
-        for callback in (self.stop, self.progress, early_stopping, KeepPosition(self.cells)):
+        for callback in (self.stop, self.progress, early_stopping, KeepPosition(self.cells), self.watchdog):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -189,12 +191,17 @@ class ShardedTrainer(Trainer):
             first_batch = islice(self.get_eval_dataloader(), 1)
             run_evaluator(self.evaluator, self.accelerator.unwrap_model(self.model), first_batch)
         try:
-            with nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm():
+            with self.watchdog.watching(), nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            wanted = sum(int(cells_2n[1].sum()) for cells_2n in self.speed.cells) // max(1, len(self.speed.cells))
+            if not self.speed.cells:
+                raise RunFailedError(
+                    f"the memory of {self.args.device} ran out before the first batch. Free memory, or choose a "
+                    "smaller model (--model_arch, --hidden_size)."
+                ) from error
+            wanted = sum(int(cells_2n[1].sum()) for cells_2n in self.speed.cells) // len(self.speed.cells)
             most, newest = self.speed.most_tokens, checkpoints.checkpoints(self.folder)[-1:]
             fits = f"the largest that fitted had {most:,}" if most else "none has fitted yet"
             advice = f"Give --tokens_per_batch {most}" if most else "Lower --tokens_per_batch"
@@ -389,9 +396,10 @@ class ShardedTrainer(Trainer):
         self.progress.is_alone = is_alone
         with self.speed.paused(), self.compute_loss_context_manager():
             if self.before_scoring is not None and not is_alone:
-                self.before_scoring(model)
+                with self.watchdog.paused():
+                    self.before_scoring(model)
             with without_votes(model) if is_alone else nullcontext():
-                run_evaluator(evaluator, model, batches)
+                run_evaluator(evaluator, model, self.watchdog.watched(batches))
         evaluator.set_sums(self._sum_over_ranks(evaluator.sums()))
         self._scored_step = self.state.global_step if is_last else None
         weights = (model.config.phenotype_loss_weight, model.config.gene_loss_weight)
@@ -407,7 +415,8 @@ class ShardedTrainer(Trainer):
         is_last = best is None or Path(best).name == f"checkpoint-{self.state.global_step}"
         if not is_last or self._scored_step != self.state.global_step:
             self._is_over = True
-            self.evaluate()
+            with self.watchdog.watching():
+                self.evaluate()
             if self.before_scoring is not None:
                 self.state.log_history.pop()  # the others are of the transformer alone: no curve has both
         return self.final_evaluator.results()

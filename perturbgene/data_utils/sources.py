@@ -22,7 +22,7 @@ from scipy import sparse
 from perturbgene.data_utils.decode import ChunkReader, SpanReader
 from perturbgene.data_utils.foreign import EXPECTED, kind_of, kind_of_store
 from perturbgene.data_utils.remote import local_path
-from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.errors import InputError, did_you_mean, listed, raise_if_machine
 from perturbgene.urls import is_url, parts_of, shown_path
 
 #: A compressor cannot shrink zeros by more than about this (deflate: 1,032), so a file that claims more holds nothing.
@@ -359,7 +359,8 @@ class StoredCells(CellSource):
             raise self._unreadable(start, stop, error) from error
 
     def _unreadable(self, start: int, stop: int, error: Exception) -> InputError:
-        """Return the error for rows that cannot be read."""
+        """Return the error for rows that cannot be read; raise it if it is the machine's."""
+        raise_if_machine(error)
         return InputError(
             f"{self.path}: rows {start}..{stop - 1} cannot be read ({_reason(error)}). The file is damaged or changes "
             "while it is read, or its compression needs a plugin (pip install hdf5plugin)."
@@ -403,6 +404,7 @@ class StoredCells(CellSource):
         try:
             return read_elem(self.file[name])
         except Exception as error:  # anndata raises many kinds here; all mean the same to a user
+            raise_if_machine(error)
             raise InputError(
                 f"{self.path}: {name} cannot be read ({_reason(error)}). Re-save it with anndata."
             ) from error
@@ -428,6 +430,7 @@ class StoredCells(CellSource):
         try:
             return self._read_whole()
         except Exception as error:  # as above
+            raise_if_machine(error)
             raise InputError(f"{self.path} cannot be read ({_reason(error)}). Re-save it with anndata.") from error
 
 
@@ -441,6 +444,7 @@ class H5adFile(StoredCells):
             self._check_links(file)
             self._check(file)
         except (OSError, RuntimeError) as error:
+            raise_if_machine(error)
             raise _refusal(self.path, local, error) from error
         return file
 
@@ -477,6 +481,7 @@ class ZarrFile(StoredCells):
         except ImportError as error:
             raise InputError(f"{self.path} needs a package that is not installed: {error}.") from error
         except Exception as error:  # of zarr, fsspec and the stores behind it
+            raise_if_machine(error)
             raise InputError(f"{self.path} cannot be read as zarr ({_reason(error)}). {EXPECTED}") from error
         return file
 
@@ -603,6 +608,7 @@ class TenxFile(MemoryFile):
             is_folder = os.path.isdir(local)
             return read_mtx_folder(Path(local)) if is_folder else scanpy.read_10x_h5(local, gex_only=False)
         except Exception as error:  # scanpy raises many kinds
+            raise_if_machine(error)
             raise InputError(
                 f"{self.path} looks like 10x, but cannot be read ({type(error).__name__}: {_reason(error)}). "
                 "Read it yourself, and save it with adata.write_h5ad."

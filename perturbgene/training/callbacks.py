@@ -25,6 +25,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from perturbgene.data_utils.iterable_ann_dataset import BlockCollator, IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
+from perturbgene.training.watchdog import show_stack_when_asked
 
 if TYPE_CHECKING:
     from perturbgene.plots import Figure
@@ -252,8 +253,9 @@ def show_figures(draw: Callable[[], Mapping[str, "Figure"]], callbacks: Sequence
 def outlive_signals(worker: int) -> None:
     """Keep a loader worker alive when its whole process group gets a signal: the trainer ends it after the step.
 
-    A worker that hangs ends too: SIGTERM starts an alarm.
+    A worker that hangs ends too: SIGTERM starts an alarm, and the watch-dog asks where it is.
     """
+    show_stack_when_asked()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import anndata as ad
 import h5py
@@ -16,9 +18,12 @@ from transformers import TrainerCallback
 from perturbgene.configs import parse_args
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.corpus.prepare import prepare
+from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.main import main
 from perturbgene.sharded_trainer import ShardedTrainer
+from perturbgene.training import watchdog
+from perturbgene.training.callbacks import WithCells
 from perturbgene.training.train import run_mlm
 from tests.faults import Killed, die, plant
 from tests.forked import needs_fork, start
@@ -322,6 +327,28 @@ def test_memory_of_the_cpu_that_is_full_gets_the_same_advice(
     with plant("step", 2, lambda: torch.empty(1 << 50, dtype=torch.uint8)):  # type: ignore[arg-type, return-value]
         assert main(command(corpus, tmp_path / "run")) == 2
     assert "the memory of cpu does not hold a batch of" in capsys.readouterr().err.splitlines()[-1]
+
+
+@needs_fork
+def test_a_run_whose_loader_worker_hangs_ends_and_shows_where(corpus: Path, tmp_path: Path) -> None:
+    whole, out = WithCells.collate_block, tmp_path / "run"
+
+    def stuck_in_a_fetch(collator: WithCells, block: TokenBlock) -> dict[str, object]:
+        if block.cells_n.min() < 4 and (out / "checkpoint-4").exists():
+            time.sleep(600)
+        return whole(collator, block)
+
+    def train() -> None:
+        with patch.object(WithCells, "collate_block", stuck_in_a_fetch), patch.object(watchdog, "LONGEST_SILENCE", 4):
+            main(command(corpus, out, WORKERS))
+
+    process = start(train, output=tmp_path / "said")
+    process.join(timeout=100)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 3, said
+    assert "Loader worker" in said and "in stuck_in_a_fetch" in said and "in get_batch_samples" in said
+    assert re.search(r"error: training hangs: nothing has happened for 0.0667 minutes after step \d+\. Above", said)
+    assert resume(corpus, out, "--max_steps 5 --allow_changed") == 0
 
 
 def test_a_loader_worker_that_is_killed_while_a_checkpoint_is_written_is_named(
