@@ -1,7 +1,7 @@
 """The command line: read the settings, call the verb, turn a user's mistake into one clean line.
 
-Owns exit codes, logging to the terminal, the C library's memory settings and all printing; the module of a verb is
-imported when it is called. Of several processes that `torchrun` starts, only the first prints and logs.
+Owns exit codes, logging to the terminal, settings of C libraries (memory, threads) and all printing; the module of a
+verb is imported when it is called. Of several processes that `torchrun` starts, only the first prints and logs.
 """
 
 import importlib
@@ -107,6 +107,9 @@ def report(line: str) -> None:
 
 def run(tokens: Sequence[str]) -> int:
     """Answer help and version, or parse the settings and call the verb."""
+    # Before torch is imported: threads that wait for each other sleep. By default they spin, and where anything else
+    # ran on one of two cores, two threads took up to 50 times as long as one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not tokens:
         print(overview(), file=sys.stderr)
         return EXIT_USAGE

@@ -142,6 +142,15 @@ def test_help_goes_to_stdout_and_succeeds(tokens, capsys):
     assert "Usage" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_the_user_wants_them_to_spin(given, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+
+
 def test_help_is_quick_and_imports_no_torch():
     code = (
         "import sys, perturbgene.main as m; m.main(sys.argv[1:]); "
