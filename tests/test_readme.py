@@ -1,4 +1,4 @@
-"""Every command and snippet of the README, the scripts and the demo runs as it is written."""
+"""Every command and snippet of the README and of the page about training, the scripts and the demo run as written."""
 
 import json
 import re
@@ -18,6 +18,7 @@ from perturbgene.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 #: Appended to commands that take long: the text is what is tested, not the patience.
 SHORT = "--max_steps 1 --max_length 60 --no_bf16 --report_to none --eval_strategy no"
@@ -29,13 +30,13 @@ LESS = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
 def perturbgene_commands() -> list[str]:
-    lines = [line.split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line.removeprefix("perturbgene ") for line in lines if line.startswith("perturbgene ")]
+    lines = [line.split(" #")[0].strip() for block in blocks("bash", README + TRAINING) for line in block.splitlines()]
+    return list(dict.fromkeys(line.removeprefix("perturbgene ") for line in lines if line.startswith("perturbgene ")))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_every_command_of_the_readme_runs(folder: Path, monkeypatch: pytest.Monk
         code = main(shlex.split(command) + less.split())
         assert code == 0, command
         ran.append(command)
-    assert len(ran) >= 8
+    assert len(ran) >= 20
     snippet(folder)
 
 
