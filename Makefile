@@ -18,11 +18,13 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-avx2 gpu lint type format clean
+.PHONY: help install demo test faults robustness test-avx2 gpu lint type format clean
 
 help:
 	@echo "make demo     prepare, train, evaluate and predict on the cells inside scanpy (minutes, CPU is enough)"
 	@echo "make test     run the tests"
+	@echo "make faults   kill, fill up and disturb commands at many moments (ten minutes)"
+	@echo "make robustness  write docs/robustness.md from the tests"
 	@echo "make test-avx2  run the tests of bfloat16 as on a CPU without AVX-512"
 	@echo "make gpu      check and measure everything on a GPU, in eight minutes (benchmarks/gpu.py)"
 	@echo "make lint     check style"
@@ -37,6 +39,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+
+faults: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m faults tests/test_faults.py $(PYTEST_ARGS)
+
+robustness: $(STAMP)
+	@$(BIN)/python -m tests.test_robustness
 
 test-avx2: $(STAMP)
 	@ONEDNN_MAX_CPU_ISA=AVX2 $(ONE_THREAD) $(BIN)/python -m pytest -q -m bf16 tests/model tests/cli/test_configs.py tests/perturbation tests/test_devices.py tests/test_benchmark_flops.py

@@ -74,7 +74,7 @@ def plant(phase: str, step: int, action: Callable[[], None]) -> Iterator[None]:
         if trainers and trainers[-1].state.global_step == step:
             _half(Path(args[1]) if phase.startswith("save:") and phase != "save:manifest" else Path(), phase)
             if phase == "rotate":  # one file is gone already
-                (checkpoints(args[0])[0] / "trainer_state.json").unlink()
+                (checkpoints(args[0])[0] / "trainer_state.json").unlink(missing_ok=True)
             if phase == "deliver":  # the weights are new, what belongs to them is not
                 os.replace(args[0] / "model.safetensors", args[1] / "model.safetensors")
             action()

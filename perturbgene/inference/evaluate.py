@@ -506,8 +506,11 @@ def _add_embedding(
 # -- the function and the verb ------------------------------------------------------------------------------------
 
 
-def _check_writable(run: Run, output: Path | None, *, calibrates: bool) -> None:
-    """Refuse a run that cannot keep its temperatures, and an output that is a file or has folders in place of files."""
+def _check_files(run: Run, output: Path | None, cells: Sequence[Any], *, calibrates: bool) -> None:
+    """Refuse a run that cannot keep its temperatures, and an output that is a file or has folders in place of files.
+
+    Cells that changed since the run was trained are warned of.
+    """
     if calibrates and not os.access(run.path, os.W_OK):
         raise InputError(
             f"{run.path} cannot be written, but temperatures are stored in it. Copy the run to a folder that you may "
@@ -517,6 +520,8 @@ def _check_writable(run: Run, output: Path | None, *, calibrates: bool) -> None:
         raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
     if output is not None:
         check_new(output / METRICS_FILE, output / CELLS_FILE, overwrite=True)
+    for change in DataFiles(run.path, [path for some in cells for path in _paths(some)], None).changes():
+        logger.warning("%s, so scores and baselines may be of other cells than the run's", change)
 
 
 def evaluate(
@@ -568,9 +573,7 @@ def evaluate(
     is_own = _is_own(run, eval_paths)
     as_trained = conditions(reading.get("where", ())) == conditions(getattr(run.settings, "where", ()))
     calibrates = is_own and as_trained if calibrate is None else calibrate
-    _check_writable(run, output, calibrates=calibrates)
-    for change in DataFiles(run.path, [*_paths(eval_paths), *_paths(train_paths)], None).changes():
-        logger.warning("%s, so scores and baselines may be of other cells than the run's", change)
+    _check_files(run, output, (eval_paths, train_paths), calibrates=calibrates)
     evaluator = _evaluator(run, ask, given, mask_rates or {})
     with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
         options = {"batch_size": batch_size, **reading}

@@ -113,6 +113,8 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
     """
     target = Path(config.output).expanduser()
     with claimed(target, flag="output") if ranks.is_main else nullcontext():
+        if ranks.is_main:  # of a process that was killed when all was written but this
+            shutil.rmtree(_cells_folder(target), ignore_errors=True)
         if target.exists() and not config.overwrite:
             raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
         if target.is_dir() and not (target.suffix == ".zarr" and is_zarr(str(target))):
@@ -345,6 +347,10 @@ class CellResults:
         return merged
 
 
+def _cells_folder(target: str | Path) -> Path:
+    return partial_path(f"{target}.cells")
+
+
 @contextmanager
 def cell_results(
     target: str | Path | None, *, num_cells: int, ranks: Ranks = ALONE, rows: tuple[np.ndarray, int] | None = None
@@ -360,7 +366,7 @@ def cell_results(
     if target is None:
         yield CellResults(num_cells, ranks, rows=rows)
         return
-    folder = partial_path(f"{target}.cells")
+    folder = _cells_folder(target)
     try:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)

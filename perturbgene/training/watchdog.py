@@ -31,7 +31,7 @@ _EXIT_FAILED = 3
 def show_stack_when_asked() -> None:
     """Let this process write where it is when it gets SIGUSR2; where there is no such signal, nothing happens."""
     if hasattr(signal, "SIGUSR2"):
-        faulthandler.register(signal.SIGUSR2)
+        faulthandler.register(signal.SIGUSR2, file=2)  # sys.stderr of a notebook is no file
 
 
 class WatchDog(TrainerCallback):

@@ -24,7 +24,7 @@ from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.cells import embed
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import Confusion, Question, question_logits, true_labels
-from perturbgene.files import SUMS_FILE, claimed
+from perturbgene.files import SUMS_FILE
 from perturbgene.inference import baselines as baselines_module
 from perturbgene.inference.baselines import baselines
 from perturbgene.inference.classifiers import logistic_regression, majority_class
@@ -1254,21 +1254,6 @@ def test_evaluate_says_what_it_asks_before_it_starts(mlm, cells, caplog):
     caplog.set_level(logging.INFO, logger="perturbgene")
     evaluate(mlm, cells, ask=["phase"])
     assert "about 12 cells: phase; phase given cell_type" in caplog.text
-
-
-@pytest.mark.parametrize("verb", ["predict", "embed"])
-def test_an_output_that_another_process_writes_is_refused_before_any_work(verb, trained, small, tmp_path, capsys):
-    target = tmp_path / "out.h5ad"
-    with claimed(target, flag="output"):
-        assert main([verb, trained.mlm, small, "--output", str(target)]) == 2
-    assert "is being written by another process" in error_line(capsys)
-    assert not target.exists()
-
-
-def test_an_evaluation_that_another_process_writes_is_refused_before_any_work(trained, tmp_path, capsys):
-    with claimed(tmp_path / "scores", flag="output", is_inside=True):
-        assert main(["evaluate", trained.mlm, "--output", str(tmp_path / "scores"), "--no_calibrate"]) == 2
-    assert "is being written by another process" in error_line(capsys)
 
 
 def test_a_classifier_is_calibrated_too(copied_run, held_out):

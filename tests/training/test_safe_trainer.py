@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-import anndata as ad
 import h5py
 import pytest
 import torch
@@ -17,7 +16,6 @@ from transformers import TrainerCallback
 
 from perturbgene.configs import parse_args
 from perturbgene.corpus.manifest import Corpus
-from perturbgene.corpus.prepare import prepare
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.main import main
@@ -27,28 +25,12 @@ from perturbgene.training.callbacks import WithCells
 from perturbgene.training.train import run_mlm
 from tests.faults import Killed, die, plant
 from tests.forked import needs_fork, start
-
-# 96 training cells, 16 a step: 6 steps an epoch, so that saves every 4 steps fall into the midst of epochs.
-STEPS = 14
-COMMON = (
-    "--model_arch tiny --num_hidden_layers 1 --hidden_size 32 --num_attention_heads 2 --no_bf16 --report_to none "
-    "--max_length 40 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 3e-3 "
-    f"--max_steps {STEPS} --save_steps 4 --eval_steps 4 --logging_steps 1 --save_total_limit 2"
-)
+from tests.small_training import STEPS, command, make_corpus, raise_killed, resume
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import scanpy as sc
-
-    whole = sc.datasets.pbmc68k_reduced()
-    cells = ad.AnnData(whole.raw.X.copy(), obs=whole.obs[["bulk_labels", "phase"]], var=whole.raw.var)[:120]
-    folder = tmp_path_factory.mktemp("safe") / "corpus"
-    return prepare(cells.copy(), folder, phenotypes=["cell_type=bulk_labels"], num_top_genes=60)
-
-
-def command(corpus: Path, out: Path, more: str = "") -> list[str]:
-    return f"mlm --corpus {corpus} --output_dir {out} {COMMON} {more}".split()
+    return make_corpus(tmp_path_factory.mktemp("safe") / "corpus")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +38,6 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main(command(corpus, out)) == 0
     return (out / "model.safetensors").read_bytes()
-
-
-def resume(corpus: Path, out: Path, more: str = "") -> int:
-    return main(command(corpus, out, f"--resume_from_checkpoint {more}"))
 
 
 WORKERS = "--dataloader_num_workers 2"
@@ -89,10 +67,6 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights_and_log(
     left = [path.name for path in [*out.glob("*checkpoint*"), *out.glob(".*")]]
     assert len(left) == 2  # the newest and the best, and nothing half-done
     assert "checkpoint-14" in left
-
-
-def raise_killed() -> None:
-    raise Killed
 
 
 @needs_fork
