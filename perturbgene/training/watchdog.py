@@ -8,9 +8,10 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -35,7 +36,10 @@ def show_stack_when_asked() -> None:
 
 
 class WatchDog(TrainerCallback):
-    """Ends the process with exit code 3, after its stacks and those of its loader workers, when nothing happens."""
+    """Ends the process with exit code 3, after its stacks and those of its loader workers, when nothing happens.
+
+    An interactive session, such as a notebook, is only told.
+    """
 
     def __init__(self) -> None:
         self._has_moved, self._num_pauses, self._step = True, 0, 0
@@ -73,10 +77,15 @@ class WatchDog(TrainerCallback):
             num_parts = 0 if self._has_moved or self._num_pauses else num_parts + 1
             self._has_moved = False
             if num_parts >= _NUM_PARTS:
-                self._end()
+                num_parts, workers = 0, multiprocessing.active_children()
+                self._show(workers)
+                if not hasattr(sys, "ps1"):
+                    for worker in workers:
+                        worker.kill()
+                    os._exit(_EXIT_FAILED)
 
-    def _end(self) -> None:
-        workers = multiprocessing.active_children()
+    def _show(self, workers: Sequence[Any]) -> None:
+        """Write where all threads and workers are, and what may be the matter."""
         with suppress(OSError):  # nobody reads stderr
             faulthandler.dump_traceback(file=2)
             for worker in workers:
@@ -91,9 +100,6 @@ class WatchDog(TrainerCallback):
                 "stopped, or a disk or network does not answer; then continue with --resume_from_checkpoint.\n"
             )
             os.write(2, text.encode())
-        for worker in workers:
-            worker.kill()
-        os._exit(_EXIT_FAILED)
 
     def _move(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._has_moved, self._step = True, state.global_step

@@ -303,6 +303,17 @@ def test_memory_of_the_cpu_that_is_full_gets_the_same_advice(
     assert "the memory of cpu does not hold a batch of" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_memory_that_ends_before_the_first_batch_is_the_machines_fault(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> torch.Tensor:
+        return torch.empty(1 << 50, dtype=torch.uint8)
+
+    with patch.object(ShardedTrainer, "get_batch_samples", full):
+        assert main(command(corpus, tmp_path / "run", "--direct_path never")) == 3
+    assert "the memory of cpu ran out before the first batch. Free memory, or choose" in capsys.readouterr().err
+
+
 @needs_fork
 def test_a_run_whose_loader_worker_hangs_ends_and_shows_where(corpus: Path, tmp_path: Path) -> None:
     whole, out = WithCells.collate_block, tmp_path / "run"
