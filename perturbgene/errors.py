@@ -72,6 +72,7 @@ _MISTAKES = {
 _NUMBER = re.compile(r"(?:os error|errno =|\[Errno) (\d+)")
 #: Words in errors of torch and the standard library -> what helps.
 _WORDS = {
+    r"</torch_.*(No space left|File too large|Cannot allocate)": "Allow more shared memory (--shm-size of Docker)",
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread|failed to map"
     r"|could not create a primitive": _MEMORY,
     r"DataLoader worker \(pid|terminated abruptly": _PROCESS,

@@ -145,8 +145,11 @@ def write_report(config: BaseConfig) -> None:
     kind = "corpus" if config.verb == "prepare" else "report"  # the former loads no model
     try:
         print(importlib.import_module(f"perturbgene.reports.{kind}").report_of(config), flush=True)
-    except InputError as error:
-        logging.getLogger(__name__).warning("no report is written: %s", error)
+    except Exception as error:
+        failure = error if isinstance(error, InputError) else system_error(error)
+        if failure is None:
+            raise
+        logging.getLogger(__name__).warning("no report is written: %s", failure)
 
 
 def verb_function(verb: str) -> Callable[[BaseConfig], object]:

@@ -22,11 +22,12 @@ import anndata as ad
 import psutil
 import pytest
 
+from perturbgene.configs import parse_args
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils import remote
 from perturbgene.errors import InputError
 from perturbgene.files import claimed, sha256_of
-from perturbgene.main import main
+from perturbgene.main import main, write_report
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import watchdog
 from perturbgene.training.callbacks import WithCells
@@ -49,11 +50,12 @@ VERBS = {
     "attribute": "attribute {run} {cells} --output {out}/out.csv --ask cell_type --num_check_cells 5",
     "evaluate": "evaluate {run} --eval_data_paths {cells} --output {out}/scores --no_calibrate --no_baselines "
     "--ask cell_type",
+    "report": "report {corpus} --output {out}/page.html",
 }
 #: Verbs with an option that leads to other outputs.
 _OPTIONS = {"embed-genes": "embed --groupby"}
 #: What is killed most often: one moment of each kind.
-MOST_MOMENTS = 8
+MOST_MOMENTS = 60
 
 
 def _named(verb: str) -> str:
@@ -89,7 +91,8 @@ class Shop:
     def words(self, verb: str, out: Path, *, cells: Any = None) -> list[str]:
         """Return the command line of a verb."""
         out.mkdir(exist_ok=True)
-        return VERBS[verb].format(run=self.run, cells=cells or self.cells, out=out).split()
+        names = {"run": self.run, "corpus": self.run.parents[1] / "corpus", "cells": cells or self.cells}
+        return VERBS[verb].format(out=out, **names).split()
 
     def call(self, words: list[str]) -> tuple[int, str]:
         """Run a command line; return its exit code and its last line, which must be the only one about an error."""
@@ -448,6 +451,19 @@ def _(shop: Shop) -> None:
         shop.training_ends_alike(out)
 
 
+@fault("F10-page", "a full disk under the page that a verb writes at its end", "a warning: the verb has done its work",
+       "0")  # fmt: skip
+def _(shop: Shop) -> None:
+    words = shop.words("prepare", shop.folder / "out")
+    assert shop.call(words)[0] == 0
+    with full_disk(3_000):
+        write_report(parse_args(words))
+    assert "no report is written: " in shop.caplog.text and "File too large" in shop.caplog.text
+    assert not (shop.folder / "out/corpus/report.html").exists()
+
+
+elsewhere("F10-shared-memory", "too little shared memory (Docker)", "one line that says so", "3",
+          "tests/test_main.py::test_an_error_of_the_machine_is_one_line_and_code_3")  # fmt: skip
 elsewhere("F10-h5ad", "a disk that is full at any byte of an h5ad output", "one line, no crash of HDF5, nothing left",
           "3", "tests/data_utils/test_h5ad_writing.py::"
           "test_a_disk_that_is_full_at_any_byte_is_an_error_and_leaves_nothing")  # fmt: skip
@@ -532,7 +548,7 @@ def _network(shop: Shop, *, verb: str, manner: str) -> None:
     assert not list((shop.folder / "xdg").rglob("*.h5ad")) or manner == "flaky"
 
 
-for _verb in VERBS:
+for _verb in [name for name, words in VERBS.items() if "{cells}" in words]:
     fault(
         f"F13-{_verb}", f"a server that drops connections, is busy and sends half a file, for `{_named(_verb)}`",
         "tried again, and continued at the byte where it broke", "0",

@@ -202,6 +202,7 @@ def test_our_own_faults_keep_their_traceback(verb):
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 8 bytes."
 IN_WORKER = "Caught {0} in DataLoader worker process 1.\\nTraceback:\\n  File a\\n{0}: {1}\\n"
 MANY = IN_WORKER.format("OSError", "[Errno 24] Too many")
+SHARED = "unable to resize file </torch_7_8_9> to the right size: No space left on device (28)"
 BAD = IN_WORKER.format("InputError", "bad cell")
 
 
@@ -212,6 +213,7 @@ BAD = IN_WORKER.format("InputError", "bad cell")
         ("raise OSError(24, 'Too many open files', 'a.h5ad')", 3, "Too many open files: a.h5ad. Allow more"),
         ("raise Exception('I/O error: No space left (os error 28)')", 3, "No space left on device. Make room"),
         ('raise OSError("Can\'t close file (file write failed: errno = 28, error message = ...")', 3, "No space left"),
+        (f"raise RuntimeError({SHARED!r})", 3, "No space left on device (28). Allow more shared memory (--shm-size"),
         ("raise MemoryError", 3, "memory ran out. Free memory"),
         (f"raise RuntimeError({ALLOCATOR!r})", 3, "allocate memory: 8 bytes. Free memory"),
         (f"raise OSError('{MANY}')", 3, "Too many open files. Allow more"),

@@ -273,7 +273,9 @@ def _check_folders(folder: Path, work: Path, *, overwrite: bool) -> None:
     _delete(_replaced(folder), _CORPUS_FILES)
     if (work / JOURNAL_FILE).exists() and not (work / _NEW).exists():
         _delete(work, _WORK_FILES)  # killed just after
-    if work.exists() and not (work / JOURNAL_FILE).exists() and any(work.iterdir()):
+    if work.exists() and not any(path.is_file() for path in work.rglob("*")):
+        _delete(work, ())  # killed while it removed empty folders
+    if work.exists() and not (work / JOURNAL_FILE).exists():
         raise InputError(
             f"{work} is where unfinished work goes, but it holds something else. Move it away, or choose another "
             "--output."

@@ -9,6 +9,7 @@ which yields the results of all cells to rank 0, or `stream_batches` and `sum_ov
 
 import dataclasses
 import datetime
+import glob
 import logging
 import os
 import shutil
@@ -113,8 +114,8 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
     """
     target = Path(config.output).expanduser()
     with claimed(target, flag="output") if ranks.is_main else nullcontext():
-        if ranks.is_main:  # of a process that was killed when all was written but this
-            shutil.rmtree(_cells_folder(target), ignore_errors=True)
+        if ranks.is_main:
+            _remove_leftovers(target)
         if target.exists() and not config.overwrite:
             raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
         if target.is_dir() and not (target.suffix == ".zarr" and is_zarr(str(target))):
@@ -128,6 +129,19 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
         if target.exists() and not is_url(source) and os.path.samefile(source, target):
             raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
         yield source, target
+
+
+def part_folders(target: Path) -> list[Path]:
+    """Return where `perturb` and `attribute` keep finished parts of an output, with whatever settings."""
+    return list(target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 12}.parts"))
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what a process left that was killed after its output was whole; unfinished parts are newer than that."""
+    shutil.rmtree(_cells_folder(target), ignore_errors=True)
+    for folder in part_folders(target) if target.is_file() else ():
+        if all(path.stat().st_mtime_ns <= target.stat().st_mtime_ns for path in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def unwritable(path: Path, error: OSError) -> InputError:

@@ -7,7 +7,6 @@ A part is a fixed range of cells, and parts are added up in their order, so an i
 as one without interruption, whatever the number of processes.
 """
 
-import glob
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ from perturbgene.eval_utils import without_nan
 from perturbgene.files import whole_file, whole_files, write_json
 from perturbgene.inference.calibration import weights_hash
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import ALONE, Ranks, open_cells, read_groups, unwritable
+from perturbgene.inference.streaming import ALONE, Ranks, open_cells, part_folders, read_groups, unwritable
 from perturbgene.perturbation.readouts import LabelReadout, Readout
 from perturbgene.plots import save_figure
 from perturbgene.urls import is_url, shown_path
@@ -214,7 +213,5 @@ class PartStore:
                 table.to_csv(folder / target.name, index=False)
             save_figure(figure, folder / png.name)
             write_json(folder / about.name, without_nan(record))
-        assert self.folder is not None
-        stem = glob.escape(self.folder.name.rsplit(".", 2)[0])
-        for folder in self.folder.parent.glob(f"{stem}.{'[0-9a-f]' * 12}.parts"):  # those of other settings too
+        for folder in part_folders(target):  # those of other settings too
             shutil.rmtree(folder, ignore_errors=True)
