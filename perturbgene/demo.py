@@ -37,12 +37,12 @@ def commands(folder: Path) -> list[str]:
     held_out = corpus / "eval/shard_00000.h5ad"
     return [
         f"prepare {folder}/pbmc.h5ad --output {corpus} --layer raw --phenotypes {CATEGORY}=bulk_labels phase",
-        f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_hidden_layers 1 --num_train_epochs 64 "
-        "--learning_rate 7.5e-4 --adam_beta2 0.98 --weight_decay 0.3 --phenotype_mask_prob 0.8 --gene_drop_prob 0.9 "
-        "--eval_steps 0.25 --load_best_model_at_end false",  # choosing by the held-out cells would flatter the score
+        f"mlm --corpus {corpus} --output_dir {mlm} {COMMON} --num_hidden_layers 1 --num_train_epochs 20 "
+        "--learning_rate 1.5e-3 --adam_beta2 0.98 --weight_decay 0.3 --phenotype_mask_prob 0.8 --gene_drop_prob 0.9 "
+        "--eval_steps 0.5 --load_best_model_at_end false",  # choosing by the held-out cells would flatter the score
         f"evaluate {mlm}",
         f"cls --corpus {corpus} --output_dir {cls} {COMMON} --pretrained_model_path {mlm} "
-        f"--phenotype_category {CATEGORY} --num_train_epochs 12 --learning_rate 5e-4 --weight_decay 1 "
+        f"--phenotype_category {CATEGORY} --num_train_epochs 4 --learning_rate 5e-4 --weight_decay 1 "
         "--gene_drop_prob 0.5 --no_balanced_dataset --eval_strategy no --save_strategy no",
         f"evaluate {cls} --no_baselines",
         f"predict {mlm} {held_out} --output {folder}/predicted_by_mlm.h5ad --ask {CATEGORY}",
