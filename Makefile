@@ -23,7 +23,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_N
 help:
 	@echo "make demo     prepare, train, evaluate and predict on the cells inside scanpy (minutes, CPU is enough)"
 	@echo "make test     run the tests"
-	@echo "make faults   kill, fill up and disturb commands at many moments (ten minutes)"
+	@echo "make faults   kill, fill up and disturb commands at many moments (five minutes)"
 	@echo "make robustness  write docs/robustness.md from the tests"
 	@echo "make test-avx2  run the tests of bfloat16 as on a CPU without AVX-512"
 	@echo "make gpu      check and measure everything on a GPU, in eight minutes (benchmarks/gpu.py)"
