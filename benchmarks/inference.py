@@ -144,6 +144,7 @@ def knock_out_rows(
     rooms = {"most_genes": len(run.tokenizer.panel)}  # as for every readout of a label
     clock = Clock(run.model.device)
     screen_removals(run, asked.take(np.arange(1)), readout)  # warm up
+    exact_effects(run, asked, every_gene, readout, pairs=(cell_m[few], gene_m[few]))
     for name, batch_size in (("one edited cell at a time", 1), ("padded batches of 16", 16)):
         rows = few if batch_size == 1 else chosen[:48]
         with clock.timing(name):

@@ -57,6 +57,7 @@ class PackedCells:
     inputs_embeds: Tensor | None = None  # (l, h)
     key_log_gate: Tensor | None = None  # (l,)
     is_read: Tensor | None = None  # tokens that the transformer reads, (l,); None: what the model decides
+    first_hidden: Tensor | None = None  # output of the first layer at the tokens that it reads; None: it runs
     padded_index: Tensor | None = None  # flat position of each token in the padded batch, (l,); None if it came packed
     padded_shape: tuple[int, int] | None = None  # (n, l) of the padded batch
 
@@ -98,6 +99,7 @@ def pack_cells(
     inputs_embeds: Tensor | None = None,
     key_log_gate: Tensor | None = None,
     is_read: Tensor | None = None,
+    first_hidden: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     lengths: Sequence[int] | Tensor | None = None,
@@ -115,6 +117,8 @@ def pack_cells(
             changes nothing, -1e4 hides the token from all others; keep it finite.
         is_read: True for the tokens that the transformer reads, bool, (n, l) or packed (l,); the others only vote.
             Without it, ``GeneBertModel.encode`` decides.
+        first_hidden: Packed only: output of the first of several layers at the tokens that are read, in their order;
+            the encoder goes on from there.
         cu_seqlens: Packed only: start of each cell and end of the last, (n + 1,).
         max_seqlen: Packed only: length of the longest cell; saves a copy from the device.
         lengths: Packed only: length of each cell, on the host; saves a copy from the device.
@@ -131,7 +135,8 @@ def pack_cells(
     if inputs_embeds is None and token_type_ids is None:
         raise InputError("The model got input_ids without token_type_ids, which name each token's gene. Give both.")
     if cu_seqlens is not None:
-        return PackedCells(Packing.of(cu_seqlens, max_seqlen=max_seqlen, lengths=lengths), *parts)
+        packing = Packing.of(cu_seqlens, max_seqlen=max_seqlen, lengths=lengths)
+        return PackedCells(packing, *parts, first_hidden=first_hidden)
     if tokens.ndim != (2 if input_ids is not None else 3):
         raise InputError(f"Tokens of shape {tuple(tokens.shape)} are no padded batch. A packed one needs cu_seqlens.")
     if attention_mask is not None:

@@ -5,8 +5,10 @@ Owns how a cell is put to the model and read, and exact effects, for which every
 perturbations, m edited cells, k labels.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from perturbgene.eval_utils import inference_mode, model_device, to_device
 from perturbgene.inference.calibration import Calibration, read_calibration
 from perturbgene.inference.run import Run
 from perturbgene.perturbation.edits import Perturbations, edit
+from perturbgene.perturbation.first_layer import FirstLayer
 
 #: Tokens that run at once on each kind of device: enough to fill it, few enough for its memory, on a CPU for its cache.
 TOKEN_BUDGET = {"cpu": 4_096, "cuda": 262_144}
@@ -152,13 +155,10 @@ def exact_effects(
         Effects of shape (m,), float32: the change of the log-odds in nats, or the cosine distance of states, in 0..2.
         With mean states, a cell that has no gene but the perturbed ones has no effect (NaN).
     """
-    cell_m, perturbation_m = pairs
-    if not len(cell_m):
+    if not len(pairs[0]):
         return np.zeros(0, dtype=np.float32)
     budget = token_budget(run.model, budget)
-    first_gene_type = run.tokenizer.first_gene_type
-    room = len(run.tokenizer.panel) if isinstance(readout, LabelReadout) else run.tokenizer.most_genes
-    is_gene_l = block.token_type_ids_l >= first_gene_type
+    is_gene_l = block.token_type_ids_l >= run.tokenizer.first_gene_type
     is_mean = isinstance(readout, StateReadout) and readout.pooling == "mean"
     if is_mean:
         base = getattr(run.model, "genebert")  # noqa: B009 - typed as a module otherwise
@@ -167,19 +167,8 @@ def exact_effects(
         hidden_lh = torch.cat(states).cpu().numpy()
     else:
         before = read_block(run.model, block, readout, is_counted_l=is_gene_l, budget=budget)
-    most = run.model.config.most_genes
     effects = []
-    for piece in in_budget(np.diff(block.offsets_n1)[cell_m], budget=budget):
-        part = (cell_m[piece], perturbation_m[piece])
-        edited, is_own_l = edit(block, perturbations, run.tokenizer, pairs=part, most_genes=room)
-        is_counted_l = (edited.token_type_ids_l >= first_gene_type) & ~is_own_l
-        is_read_l = None
-        lengths_m = np.diff(edited.offsets_n1)
-        if most is not None and lengths_m.max() > most + 2:  # whatever is removed or added, the other genes stay read
-            last_type_n = _last_types(block, most=most, first_gene_type=first_gene_type)
-            last_type_l = last_type_n[part[0]].repeat(lengths_m)
-            is_read_l = (edited.token_type_ids_l <= last_type_l) | is_own_l
-        after = read_block(run.model, edited, readout, is_counted_l=is_counted_l, is_read_l=is_read_l, budget=budget)
+    for part, after in _read_copies(run, block, perturbations, readout, pairs=pairs, budget=budget):
         if after.ndim == 1:
             effects.append(after - before[part[0]])
         elif is_mean:
@@ -187,6 +176,51 @@ def exact_effects(
         else:
             effects.append(_cosine_distance(before[part[0]], after))
     return np.concatenate(effects).astype(np.float32)
+
+
+def _read_copies(
+    run: Run, block: TokenBlock, perturbations: Perturbations, readout: Readout, *,
+    pairs: tuple[np.ndarray, np.ndarray], budget: int,
+) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:  # fmt: skip
+    """Run the edited cells, and yield some of the pairs with what is read of them."""
+    first_gene_type, most = run.tokenizer.first_gene_type, run.model.config.most_genes or sys.maxsize
+    room = len(run.tokenizer.panel) if isinstance(readout, LabelReadout) else run.tokenizer.most_genes
+    last_type_n = _last_types(block, most=most, first_gene_type=first_gene_type)
+    length_m = np.diff(block.offsets_n1)[pairs[0]]
+    for cell, copies in _copies_by_cell(run.model, pairs[0], length_m, budget=budget):
+        first = None if cell is None else _first_layer(run.model, block, cell, last_type=last_type_n[cell])
+        for piece in in_budget(length_m[copies], budget=budget):
+            part = (pairs[0][copies][piece], pairs[1][copies][piece])
+            edited, is_own_l = edit(block, perturbations, run.tokenizer, pairs=part, most_genes=room)
+            is_counted_l = (edited.token_type_ids_l >= first_gene_type) & ~is_own_l
+            is_read_l, edited_length_m = None, np.diff(edited.offsets_n1)
+            # whatever is removed or added, the other genes stay read
+            if max(edited_length_m.max(), length_m[copies][piece].max()) > most + 2:
+                is_read_l = (edited.token_type_ids_l <= last_type_n[part[0]].repeat(edited_length_m)) | is_own_l
+            reading = {"is_counted_l": is_counted_l, "is_read_l": is_read_l, "first": first}
+            yield part, read_block(run.model, edited, readout, budget=budget, **reading)
+
+
+def _copies_by_cell(
+    model: torch.nn.Module, cell_m: np.ndarray, length_m: np.ndarray, *, budget: int
+) -> Iterator[tuple[int | None, slice]]:
+    """Yield runs of copies: those of one cell, with the cell, if they fill a batch; None with those of other cells.
+
+    With a single layer there is nothing to share, since that layer computes only what is read.
+    """
+    num_tokens_n, num_layers = np.bincount(cell_m, length_m), getattr(model, "config").num_hidden_layers  # noqa: B009
+    group_m = np.where((num_tokens_n > budget)[cell_m] & (num_layers > 1), cell_m, -1)
+    bounds = np.flatnonzero(np.diff(group_m, prepend=-2, append=-2))
+    for start, stop in pairwise(bounds.tolist()):
+        yield (None if group_m[start] < 0 else int(group_m[start])), slice(start, stop)
+
+
+def _first_layer(model: torch.nn.Module, block: TokenBlock, cell: int, *, last_type: int) -> FirstLayer:
+    """Return the first layer of a cell of the block."""
+    ids_l, types_l = (torch.from_numpy(values).to(model_device(model)) for values in block.cell(cell))
+    is_read_l = types_l <= last_type
+    with inference_mode(model):
+        return FirstLayer(getattr(model, "genebert"), ids_l[is_read_l], types_l[is_read_l])  # noqa: B009
 
 
 def token_budget(model: torch.nn.Module, budget: int | None = None) -> int:
@@ -214,15 +248,20 @@ def _last_types(block: TokenBlock, *, most: int, first_gene_type: int) -> np.nda
 
 def read_block(
     model: torch.nn.Module, block: TokenBlock, readout: Readout, *, is_counted_l: np.ndarray,
-    is_read_l: np.ndarray | None = None, budget: int | None = None,
+    is_read_l: np.ndarray | None = None, first: FirstLayer | None = None, budget: int | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Read all sequences of a block: (n,) or (n, h), float32; `is_read_l` is what the transformer reads of them."""
+    """Read all sequences of a block: (n,) or (n, h), float32.
+
+    `is_read_l` is what the transformer reads of them, `first` the first layer of the cell of which all are copies.
+    """
     values = []
     for span, batch in batches(model, block, budget=budget):
         if is_read_l is not None:
             batch["is_read"] = torch.from_numpy(is_read_l[span]).to(batch["input_ids"].device)
         is_counted = torch.from_numpy(is_counted_l[span]).to(batch["input_ids"].device)
         with inference_mode(model):
+            if first is not None:
+                batch["first_hidden"] = first.of_copies(batch)
             values.append(readout.read(model, batch, is_counted_l=is_counted).cpu().numpy())
     return np.concatenate(values)
 
