@@ -30,6 +30,7 @@ VERBS = {
     "counterfactual": ("perturbgene.counterfactuals.counterfactual", "counterfactual"),
     "perturb": ("perturbgene.perturbation.perturb", "perturb"),
     "attribute": ("perturbgene.perturbation.attribute", "attribute"),
+    "merge": ("perturbgene.functions", "merge"),
     "report": ("perturbgene.reports.report", "report"),
     "download": ("perturbgene.data_utils.download", "download"),
 }

@@ -40,6 +40,17 @@ def partial_path(path: str | Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def piece_path(output: str | Path, number: int, count: int) -> Path:
+    """Return the folder of one piece of an output that several jobs compute, `number` in 1..count.
+
+    Example:
+        >>> piece_path("runs/predicted.h5ad", 3, 10).as_posix()
+        'runs/predicted.h5ad.parts/part-03-of-10'
+    """
+    output = Path(output)
+    return output.with_name(f"{output.name}.parts") / f"part-{number:0{len(str(count))}d}-of-{count}"
+
+
 def open_file_limit(*, most: int | None = None) -> int:
     """Return how many descriptors this process may have, after raising the limit to `most` where that is allowed.
 

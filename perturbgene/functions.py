@@ -4,19 +4,22 @@ Owns how keywords are read and how mistakes in them are reported; leaves the wor
 """
 
 import functools
+import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from perturbgene import VERBS
 from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.options import Flag, check_flag, entries_of, named_values, own_flags
 from perturbgene.cli.parsing import CONFIG_FLAG, advice, convert, known_flags
-from perturbgene.cli.verbs import CONFIGS
+from perturbgene.cli.verbs import CONFIGS, DividedOptions, MergeConfig
 from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.files import piece_path
 
 #: Other names of parameters: those of the command line for what is positional here, and names of older versions.
 OTHER_NAMES = {
@@ -42,6 +45,8 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
     names = ("batch_size", *(it.name for it in fields(ReadingConfig))) if rest == "reading" else flags if rest else ()
     # Reports are written by the commands, and in Python by `pg.report`.
     options = [flags[name] for name in names if name in flags and name not in {*named, "report"}]
+    is_divided = issubclass(CONFIGS[verb], DividedOptions) and function.__name__ == verb
+    options += [flags[name] for name in ("part", "output") if is_divided]
     takes = {*named, *(flag.name for flag in options)}
 
     @functools.wraps(function)
@@ -56,6 +61,13 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {given!r}. {hint}")
             is_plain = name not in known or (value is None and not has_settings)
             values[name] = value if is_plain else _as_given(value, known[name], is_option=name not in named)
+        if is_divided and values.get("part") is not None:
+            bound = inspect.signature(function).bind(*args, **values).arguments
+            more = bound.pop(rest, {})
+            return _run_part(verb, {**bound, **more})
+        if is_divided and values.pop("output", None) is not None:
+            raise InputError(f"output is for one part of {verb}. Give --part too, or leave it out and take the result.")
+        values.pop("part", None)
         return function(*args, **values)
 
     more = [inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default) for flag in options]
@@ -63,6 +75,63 @@ def as_function(function: Callable[..., Any], verb: str) -> Callable[..., Any]:
     at = len(named)
     call.__signature__ = signature.replace(parameters=[*kept[:at], *more, *kept[at:]])  # type: ignore[attr-defined]
     return call
+
+
+def _run_part(verb: str, values: dict[str, Any]) -> Path:
+    """Run the command of a verb for one part of the cells of a file; return the folder of the part."""
+    cells, run = values.pop("adata"), values.pop("model")
+    if not isinstance(cells, str | Path):
+        raise InputError(f"part divides the cells of a file, but they are {type(cells).__name__}. Give a path.")
+    settings = {name: entries_of(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    settings |= {"input": str(cells), "run": str(getattr(run, "path", run))}
+    config = CONFIGS[verb](**{name: value for name, value in settings.items() if value is not None})
+    assert isinstance(config, DividedOptions) and config.piece is not None
+    config.check_machine()
+    _run(config)
+    return piece_path(Path(config.output).expanduser(), *config.piece)
+
+
+def _run(config: DividedOptions) -> None:
+    importlib.import_module(VERBS[config.verb][0]).__dict__[f"run_{config.verb}"](config)
+
+
+def merge(
+    output: str | Path, pieces: Sequence[str | Path] = (), *, overwrite: bool = MergeConfig.overwrite,
+    device: str = MergeConfig.device,
+) -> Path:  # fmt: skip
+    """Make one output of the pieces that `part` of `predict`, `embed`, `perturb` or `attribute` wrote.
+
+    Args:
+        output: File to write, as the pieces have it.
+        pieces: Folders of the pieces; none means all that are in `OUTPUT.parts`.
+        overwrite: True replaces an output that already exists.
+        device: Where `perturb` and `attribute` check their results.
+
+    Returns:
+        The output: what the command without `part` writes. The pieces are deleted.
+
+    Raises:
+        InputError: Some pieces are missing or come twice, or they differ in their settings, run or cells.
+
+    Example:
+        >>> import perturbgene as pg
+        >>> for number in (1, 2):
+        ...     part = pg.embed("cells.h5ad", "runs/mlm", part=f"{number}/2", output="embedded.h5ad")
+        >>> part.as_posix(), pg.merge("embedded.h5ad").as_posix()
+        ('embedded.h5ad.parts/part-2-of-2', 'embedded.h5ad')
+    """
+    config = MergeConfig(output=str(output), pieces=[str(it) for it in pieces], overwrite=overwrite, device=device)
+    config.check_machine()
+    whole = run_merge(config)
+    _run(whole)
+    return Path(whole.output)
+
+
+def run_merge(config: MergeConfig) -> DividedOptions:
+    """Check all pieces of an output; return the settings of the command that makes it of them."""
+    from perturbgene.inference.parts import whole_config  # imports torch
+
+    return whole_config(config)
 
 
 def _as_given(value: Any, flag: Flag, *, is_option: bool) -> Any:

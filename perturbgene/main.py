@@ -128,6 +128,8 @@ def run(tokens: Sequence[str]) -> int:
         return EXIT_USAGE
     set_up_logging()
     open_file_limit(most=MOST_DESCRIPTORS)
+    if config.verb == "merge":
+        config = verb_function("merge")(config)  # the command that was divided, which finds its pieces now
     if config.verb in TRAINING_VERBS:
         keep_freed_memory()
     if config.verb in ASKING_VERBS:
@@ -135,7 +137,8 @@ def run(tokens: Sequence[str]) -> int:
     outcome = verb_function(config.verb)(config)
     if isinstance(outcome, str | Path) and is_first_process():
         print(outcome, flush=True)
-    if getattr(config, "report", False) and is_first_process():
+    is_part = getattr(config, "part", None) is not None  # the report comes with the merge
+    if getattr(config, "report", False) and not is_part and is_first_process():
         write_report(config)
     return 0
 
@@ -152,7 +155,7 @@ def write_report(config: BaseConfig) -> None:
         logging.getLogger(__name__).warning("no report is written: %s", failure)
 
 
-def verb_function(verb: str) -> Callable[[BaseConfig], object]:
+def verb_function(verb: str) -> Callable[[BaseConfig], Any]:
     """Import `run_VERB` from the verb's module; only now, so that help pages need no torch."""
     return getattr(importlib.import_module(VERBS[verb][0]), f"run_{verb}")
 

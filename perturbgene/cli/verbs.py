@@ -4,13 +4,14 @@ Owns the table `CONFIGS` of all verbs; what `mlm` and `cls` share is in `trainin
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from perturbgene.cli.base import BaseConfig, BinOptions, ReadingConfig
-from perturbgene.cli.options import GENES, IN_OUT, RUNNING, TASK, check_question, named_values, option
+from perturbgene.cli.options import GENES, IN_OUT, RUNNING, TASK, check_question, named_values, option, own_flags
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.errors import InputError
 
@@ -198,10 +199,70 @@ class FileOptions(QuestionOptions, ReadingConfig):
         """Label of each given phenotype, None where it is read from obs."""
         return named_values(self.given, flag="given")
 
+    @property
+    def piece(self) -> tuple[int, int] | None:
+        """Which of how many pieces this command computes, counted from 1; None for all of it."""
+        return None
+
     def check(self) -> None:
         super().check()
         if Path(self.output).absolute() == Path(self.input).absolute():
             raise InputError(f"output is {self.output!r}, the input itself, which must stay as it is. Change --output.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DividedOptions(FileOptions):
+    """What the verbs share whose cells several jobs can divide among them."""
+
+    part: str | None = option(
+        None, "K/N computes only the K-th of N parts of the cells, K in 1..N, and keeps it in OUTPUT.parts; `merge "
+        "OUTPUT` makes the output of all N. The parts may run at any time, in any order and on any machine.",
+        group=RUNNING,
+    )  # fmt: skip
+    #: Folders of all pieces, from which `merge` makes the output; no option.
+    pieces: tuple[str, ...] = ()
+
+    @property
+    def piece(self) -> tuple[int, int] | None:
+        """Which of how many pieces this command computes, counted from 1; None for all of it."""
+        if self.part is None:
+            return None
+        number, _, count = self.part.partition("/")
+        return int(number), int(count)
+
+    def check(self) -> None:
+        super().check()
+        if self.part is None:
+            return
+        if not re.fullmatch(r"\d+/\d+", self.part, re.ASCII):
+            hint = " The number of the part is empty: is this an array job?" if self.part.startswith("/") else ""
+            raise InputError(f"part is {self.part!r}, but it must be K/N, e.g. 3/10.{hint} Correct --part.")
+        number, count = (int(word) for word in self.part.split("/"))
+        if number == 0 or count == 0:
+            last = max(count, 1)
+            raise InputError(
+                f"part is {self.part!r}, but parts count from 1. Give --part 1/{last} to {last}/{last}; for an array "
+                f"of Slurm, --array=1-{last}."
+            )
+        if number > count:
+            raise InputError(
+                f"part is {self.part!r}, but the last of {count} parts is {count}/{count}. Correct --part."
+            )
+
+    def command(self) -> str:
+        """Return a command line with these settings, in which URLs have no secrets."""
+        settings, flags = self.to_dict(), own_flags(type(self)).values()
+        words = ["perturbgene", self.verb, *(str(settings[flag.name]) for flag in flags if flag.is_positional)]
+        words += ["--output", self.output]
+        for flag in flags:
+            value = settings[flag.name]
+            if flag.is_positional or flag.name == "output" or value == flag.default:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag.spelling}" if value else f"--no_{flag.spelling}")
+            else:
+                words += [f"--{flag.spelling}", *map(str, value if isinstance(value, list) else [value])]
+        return shlex.join(words)
 
 
 def _report_option() -> Any:
@@ -321,7 +382,7 @@ class AnswerOptions(BaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(AnswerOptions, FileOptions):
+class PredictConfig(AnswerOptions, DividedOptions):
     """Predict phenotypes of new cells.
 
     Reads any file of cells whose genes overlap the run's panel, asks for phenotypes and writes the answers with their
@@ -392,7 +453,7 @@ class DownloadConfig(BaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(FileOptions):
+class EmbedConfig(DividedOptions):
     """Write embeddings of cells, phenotypes or genes.
 
     Copies the file and adds each cell's embedding as obsm['X_perturbgene'], ready for scanpy. The model sees no
@@ -428,6 +489,11 @@ class EmbedConfig(FileOptions):
             raise InputError(
                 "groupby and network average over cells, so no cell's own genes or phenotype can be written. Remove "
                 "--genes and --phenotype, or run a second command for them."
+            )
+        if (self.groupby or self.network) and self.part:
+            raise InputError(
+                "part divides what is written about each cell, but groupby and network average over all cells. Remove "
+                "--part; torchrun divides the cells among processes."
             )
         check_question(self.phenotype, self.given_labels, flag="phenotype")
 
@@ -494,7 +560,7 @@ def check_bin(kind: str, bin: int | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions(FileOptions):
+class ScoringOptions(DividedOptions):
     """What `perturb` and `attribute` share, which score genes."""
 
     batch_tokens: int | None = option(  # type: ignore[assignment]
@@ -553,6 +619,31 @@ class PerturbConfig(ScoringOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeConfig(BaseConfig):
+    """Make one output of the pieces that --part wrote.
+
+    Checks that all pieces of predict, embed, perturb or attribute are there, and that they have the same settings, run
+    and cells. Then writes exactly what the command without --part writes, with its report, and deletes the pieces.
+    """
+
+    verb = "merge"
+    example = "perturbgene merge predicted.h5ad"
+    group = IN_OUT
+
+    output: str = option("", "File to write, as the pieces' --output has it.", is_positional=True)
+    pieces: list[str] = option(
+        [], "Folders of the pieces (part-1-of-10 ...). Default: all that are in OUTPUT.parts.", is_path=True,
+        is_positional=True, is_required=False,
+    )  # fmt: skip
+    overwrite: bool = option(False, "Replace an output that already exists.")
+    report: bool = option(True, "Also write the report of commands that write one.")
+    device: str = option(
+        "auto", "Device that checks the screen of perturb and the order of attribute: auto, cpu, mps, cuda or cuda:N.",
+        group=RUNNING,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttributeConfig(ScoringOptions):
     """Find the genes from which the model reads a label.
 
@@ -599,5 +690,5 @@ class ReportConfig(ReadingConfig):
 
 CONFIGS: dict[str, type[BaseConfig]] = {config_class.verb: config_class for config_class in (
     PrepareConfig, CheckConfig, MlmConfig, ClsConfig, EvaluateConfig, PredictConfig, EmbedConfig, CounterfactualConfig,
-    PerturbConfig, AttributeConfig, ReportConfig, DownloadConfig,
+    PerturbConfig, AttributeConfig, MergeConfig, ReportConfig, DownloadConfig,
 )}  # fmt: skip

@@ -351,6 +351,11 @@ class IterableAnnDataset(IterableDataset[Cell]):
         """Rows that take part, or None for all."""
         return None if self._class_n is None or (self._class_n >= 0).all() else np.flatnonzero(self._class_n >= 0)
 
+    def keep(self, start: int, stop: int) -> None:
+        """Leave out all cells but those numbered from `start` up to `stop`, which keep their numbers."""
+        assert self._rows_n is None, "some cells are left out already"
+        self._rows_n = np.arange(start, stop)
+
     @property
     def num_cells(self) -> int:
         """Cells that take part, over all ranks."""

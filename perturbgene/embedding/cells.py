@@ -21,6 +21,7 @@ from perturbgene.data_utils.opening import FileList
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
 from perturbgene.errors import InputError
+from perturbgene.inference.parts import stored_rows, write_piece
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -205,7 +206,10 @@ def run_embed(config: EmbedConfig) -> str | None:
             return run_gene_means(config, run, source=source, target=target, ranks=ranks)
         embedder = CellEmbedder(run, config.pooling, config.phenotype, config.genes, config.given_labels)
         dataset = open_cells(FileList([source]), run, embedder.given, ranks=ranks, **reading_options(config))
-        options: dict[str, Any] = {"text": "embed", "most_tokens": config.batch_tokens}
+        if config.piece:
+            return write_piece(config, dataset, embedder.embed, run=run, source=source, ranks=ranks)
+        stored = stored_rows(config, run=run, source=source)
+        options: dict[str, Any] = {"text": "embed", "most_tokens": config.batch_tokens, "stored": stored}
         with answered(dataset, embedder.embed, target=target, ranks=ranks, **options) as found:
             if not ranks.is_main:
                 return None

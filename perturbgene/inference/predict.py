@@ -32,6 +32,7 @@ from perturbgene.inference.conformal import floor_at, label_sets
 from perturbgene.inference.majority import BY_EMBEDDING, CLUSTER_COLUMN, clusters_of, majority
 from perturbgene.inference.novelty import LEAST_CELLS, TrainingCells, Usual
 from perturbgene.inference.ontology import SUFFIX, LabelTerms, ontology_parser, term_ids
+from perturbgene.inference.parts import stored_rows, write_piece
 from perturbgene.inference.run import Run, load_run, provenance
 from perturbgene.inference.streaming import (
     GENES_COLUMN,
@@ -576,13 +577,19 @@ def predict(
 
 
 def run_predict(config: PredictConfig) -> str | None:
-    """Run the verb `predict`: copy the file and fill its `obs`; of several processes, the first reports."""
+    """Run the verb `predict`: copy the file and fill its `obs`, or keep one part of the answers.
+
+    Of several processes, the first reports.
+    """
     ranks = Ranks.join(config.device)
     with claimed_output(config, ranks) as (source, target):
         run = load_run(config.run, device=ranks.device(config.device))
         predictor = Predictor(run, config.ask, config.given_labels, config)
         dataset = predictor.open(FileList([source]), ranks=ranks, **reading_options(config))
-        options: dict[str, Any] = {"text": "predict", "most_tokens": config.batch_tokens}
+        if config.piece:
+            return write_piece(config, dataset, predictor.answer, run=run, source=source, ranks=ranks)
+        stored = stored_rows(config, run=run, source=source)
+        options: dict[str, Any] = {"text": "predict", "most_tokens": config.batch_tokens, "stored": stored}
         with answered(dataset, predictor.answer, target=target, ranks=ranks, **options) as merged:
             if not ranks.is_main:
                 return None

@@ -31,7 +31,7 @@ from perturbgene.data_utils.opening import as_sources, expand_paths, is_zarr, on
 from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
-from perturbgene.files import claimed, partial_path
+from perturbgene.files import claimed, partial_path, piece_path
 from perturbgene.inference.run import Run
 from perturbgene.urls import is_url, shown_path
 
@@ -49,6 +49,8 @@ GENES_COLUMN = "perturbgene_n_genes"
 #: The one group of all cells.
 ALL = "all"
 
+#: Numbers of some cells, (m,), and their results by name, (m, ...).
+Rows = tuple[np.ndarray, Mapping[str, np.ndarray]]
 #: Known phenotypes with their labels; None, or a name alone, means each cell's own label in `obs`.
 Given = Mapping[str, str | None] | Sequence[str]
 
@@ -108,13 +110,16 @@ ALONE = Ranks()
 def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[str, Path]]:
     """Yield the file to read and the file to write, which no other command may write in the meantime.
 
+    A command that computes one piece claims that piece. One that has written the output from pieces deletes them.
+
     Raises:
         InputError: The output exists, is a folder or the input itself, is being written by another process or cannot be
             written, or the input names no file or several.
     """
     target = Path(config.output).expanduser()
-    with claimed(target, flag="output") if ranks.is_main else nullcontext():
-        if ranks.is_main:
+    claim = piece_path(target, *config.piece) if config.piece else target
+    with claimed(claim, flag="output") if ranks.is_main else nullcontext():
+        if ranks.is_main and not config.piece:
             _remove_leftovers(target)
         if target.exists() and not config.overwrite:
             raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
@@ -129,6 +134,18 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
         if target.exists() and not is_url(source) and os.path.samefile(source, target):
             raise InputError(f"{target} is the input itself, which must stay as it is. Change --output.")
         yield source, target
+        if ranks.is_main:
+            remove_pieces(getattr(config, "pieces", ()), output=target)
+
+
+def remove_pieces(folders: Sequence[str], *, output: Path) -> None:
+    """Delete the pieces of an output, what killed jobs left of them, and their common folder if it is empty then."""
+    for folder in map(Path, folders):
+        for path in (folder, partial_path(folder), partial_path(f"{folder}.cells")):
+            shutil.rmtree(path, ignore_errors=True)
+    home = piece_path(output, 1, 1).parent
+    if folders and home.is_dir() and not any(home.iterdir()):
+        home.rmdir()
 
 
 def part_folders(target: Path) -> list[Path]:
@@ -294,14 +311,15 @@ class GeneTokens:
 class CellResults:
     """Per-cell results of one rank, until all ranks' are merged.
 
-    Rank r owns cells r, r + size, ... as an unshuffled data set deals them. Merged results have a row for every cell of
-    the file; that of a cell which was not chosen is missing (NaN, or -1).
+    Rank r owns cells first + r, first + r + size, ... as an unshuffled data set deals them. Merged results
+    have a row for every cell of the file; that of a cell which was not chosen is missing (NaN, or -1).
     """
 
     num_cells: int  # over all ranks
     ranks: Ranks = ALONE
     folder: Path | None = None  # where the arrays are; None keeps them in memory, which only a single process may
     rows: tuple[np.ndarray, int] | None = None  # the chosen rows of the file, and how many it has; None: all
+    first: int = 0  # number of the first cell
     _arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -327,6 +345,7 @@ class CellResults:
             cells_m: Row number of each cell, int64 of shape (m,); all of this rank.
             values: Name -> array of shape (m, ...), always of the same names in the same order.
         """
+        cells_m = cells_m - self.first
         assert (cells_m % self.ranks.size == self.ranks.rank).all(), "cells of another rank"
         for number, (name, values_mx) in enumerate(values.items()):
             if name not in self._arrays:
@@ -367,8 +386,9 @@ def _cells_folder(target: str | Path) -> Path:
 
 @contextmanager
 def cell_results(
-    target: str | Path | None, *, num_cells: int, ranks: Ranks = ALONE, rows: tuple[np.ndarray, int] | None = None
-) -> Iterator[CellResults]:
+    target: str | Path | None, *, num_cells: int, ranks: Ranks = ALONE, rows: tuple[np.ndarray, int] | None = None,
+    first: int = 0,
+) -> Iterator[CellResults]:  # fmt: skip
     """Keep per-cell results in a hidden folder next to the claimed output, which is removed at the end.
 
     What a killed process left there is removed first; `claimed_output` keeps out processes that are alive. Without a
@@ -378,7 +398,7 @@ def cell_results(
         InputError: The folder cannot be written.
     """
     if target is None:
-        yield CellResults(num_cells, ranks, rows=rows)
+        yield CellResults(num_cells, ranks, rows=rows, first=first)
         return
     folder = _cells_folder(target)
     try:
@@ -389,7 +409,7 @@ def cell_results(
             except OSError as error:
                 raise unwritable(Path(target), error) from error
         ranks.barrier()
-        yield CellResults(num_cells, ranks, folder, rows)
+        yield CellResults(num_cells, ranks, folder, rows, first)
         ranks.barrier()
     finally:
         if ranks.is_main:
@@ -405,6 +425,7 @@ def answered(
     most_tokens: int = FileOptions.batch_tokens,
     target: str | Path | None = None,
     ranks: Ranks = ALONE,
+    stored: Iterator[Rows] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Compute results batch by batch, and yield those of all cells, (n, ...) each; ranks but the first get none.
 
@@ -417,10 +438,13 @@ def answered(
         text: Name of the progress bar.
         most_tokens: Most tokens in a batch.
         target, ranks: See `cell_results`.
+        stored: The results, if they were computed before: numbers of some cells, and arrays with a row for each.
     """
     with cell_results(target, num_cells=dataset.num_cells, ranks=ranks, rows=dataset.chosen_rows) as results:
-        for block in stream_batches(dataset, text=text, ranks=ranks, most_tokens=most_tokens):
-            results.write(block.cells_n, {**compute(block), GENES_COLUMN: dataset.tokenizer.num_genes(block)})
+        for cells_m, values in stored or computed_rows(
+            dataset, compute, text=text, most_tokens=most_tokens, ranks=ranks
+        ):
+            results.write(cells_m, values)
         merged = results.merge()
         if merged:
             num_genes_n = merged[GENES_COLUMN][merged[GENES_COLUMN] >= 0]  # without cells that were left out
@@ -430,6 +454,15 @@ def answered(
                     "obs[%r]", f"{num_few:,}", f"{len(num_genes_n):,}", FEW_GENES, GENES_COLUMN,
                 )  # fmt: skip
         yield merged
+
+
+def computed_rows(
+    dataset: IterableAnnDataset, compute: Callable[[TokenBlock], Mapping[str, np.ndarray]], *, text: str,
+    most_tokens: int, ranks: Ranks,
+) -> Iterator[Rows]:  # fmt: skip
+    """Compute results batch by batch, and count genes; see `answered`."""
+    for block in stream_batches(dataset, text=text, ranks=ranks, most_tokens=most_tokens):
+        yield block.cells_n, {**compute(block), GENES_COLUMN: dataset.tokenizer.num_genes(block)}
 
 
 def sum_over_ranks(arrays: Sequence[np.ndarray], *, target: str | Path | None, ranks: Ranks) -> list[np.ndarray]:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Settings that are no part of the question.
+NOT_ASKED = ("run", "output", "overwrite", "part")
 #: Shares of a cell's genes that are removed along a deletion curve.
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 
@@ -203,7 +205,9 @@ def attribute(
     run, given = load_run(model, device=device), given_labels(given)
     readout, labels = label_question(run, ask, given)
     cells = GroupedCells.open(adata, run, readout, given=given, **reading_options(config))
-    return _attribute(run, cells, readout, labels, config)
+    table = _attribute(run, cells, readout, labels, config)
+    assert table is not None  # only a job that computes a part has none
+    return table
 
 
 def run_attribute(config: AttributeConfig) -> str | None:
@@ -214,12 +218,12 @@ def run_attribute(config: AttributeConfig) -> str | None:
         run, settings = load_run(config.run, device=ranks.device(config.device)), config.to_dict()
         readout, labels = label_question(run, config.ask, config.given_labels)
         cells = GroupedCells.open(FileList([path]), run, readout, given=config.given_labels, **reading_options(config))
-        store = PartStore.open(target, source=path, run=run, readout=readout, settings=settings)
+        store = PartStore.open(config, source=path, run=run, readout=readout, num_cells=len(cells), ranks=ranks)
         table = _attribute(run, cells, readout, labels, config, store=store, ranks=ranks)
-        if not ranks.is_main:
-            return None
+        if not ranks.is_main or table is None:
+            return store.describe() if ranks.is_main else None
         title = f"genes removed from {table.attrs['num_check_cells']:,} cells, {config.ask} asked"
-        question = {name: value for name, value in settings.items() if name not in ("run", "output", "overwrite")}
+        question = {name: value for name, value in settings.items() if name not in NOT_ASKED}
         facts = provenance(run, question, coverage=cells.dataset.coverage)
         figure = deletion_figure(pd.DataFrame(table.attrs["deletion"]), title=title)
         store.finish(target, table, figure, {**facts, **table.attrs})
@@ -237,10 +241,13 @@ def label_question(run: Run, ask: str, given: Mapping[str, str | None]) -> tuple
 def _attribute(
     run: Run, cells: GroupedCells, readout: LabelReadout, labels: list[str], config: AttributeConfig, *,
     store: PartStore | None = None, ranks: Ranks = ALONE,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame | None:  # fmt: skip
+    """Return the table of markers with its check; None to a job that computes one of several pieces."""
     budget, num_entries = config.batch_tokens, len(labels) * (len(run.tokenizer.panel) + 1)
     effects_of = partial(support_by_label, run=run, readout=readout, budget=budget)
     sums = sum_effects("attributed", effects_of, cells, num_entries, store=store, ranks=ranks)
+    if sums is None or (store is not None and store.own):
+        return None
     table = marker_table(sums, run, labels)
     num_with_genes = int(table.groupby("label")["num_cells"].first().sum())
     if not num_with_genes:

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +23,22 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from perturbgene.cli.verbs import DividedOptions
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.eval_utils import without_nan
-from perturbgene.files import whole_file, whole_files, write_json
+from perturbgene.files import piece_path, whole_file, whole_files, whole_folder, write_json
 from perturbgene.inference.calibration import weights_hash
+from perturbgene.inference.parts import (
+    RECORD_FILE,
+    Piece,
+    check_unchanged,
+    differences,
+    missing_parts,
+    named_parts,
+    share_of,
+)
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import ALONE, Ranks, open_cells, part_folders, read_groups, unwritable
 from perturbgene.perturbation.readouts import LabelReadout, Readout
@@ -39,8 +49,9 @@ logger = logging.getLogger(__name__)
 
 #: The obs column with donors if none is named: CELLxGENE's name for it.
 DONOR_COLUMN = "donor_id"
-#: Cells of a part: what an interruption loses at most, for each process.
-PART_CELLS = 1000
+#: Cells of a part: what an interruption loses at most, for each process. Of fewer cells there are about `NUM_PARTS`
+#: parts, so that jobs can share them, but none with fewer than `LEAST_CELLS`.
+PART_CELLS, NUM_PARTS, LEAST_CELLS = 1000, 64, 50
 
 #: From a block of cells: row of the block, index of the sum, and effect of every effect, each of shape (m,).
 EffectsOf = Callable[[TokenBlock], tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -101,37 +112,51 @@ class GroupedCells:
 # -- sums -------------------------------------------------------------------------------------------------------------
 
 
+def cells_of_part(num_cells: int) -> int:
+    """Return the number of cells of each part but the last; it depends on nothing else, so sums have the same bits."""
+    return min(PART_CELLS, max(LEAST_CELLS, -(-num_cells // NUM_PARTS)))
+
+
 def sum_effects(
     name: str, effects_of: EffectsOf, cells: GroupedCells, num_effects: int, *,
     store: "PartStore | None" = None, ranks: Ranks = ALONE,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray | None:  # fmt: skip
     """Add up the effects of all cells, part by part; each process computes its share, and all get the whole sum.
 
-    `name` is that of the parts and of the progress bar; without a store, parts are kept in memory (single process).
+    `name` is that of the parts and, up to a hyphen, of the progress bar; without a store, parts are kept in memory
+    (single process).
 
     Returns:
-        Number of cells and sum of effects of each unit and perturbation, shape (u, q, 2).
+        Number of cells and sum of effects of each unit and perturbation, shape (u, q, 2); None if other jobs compute
+        other parts, and not all of these are there.
     """
-    starts, num_kept, store = range(0, len(cells), PART_CELLS), 0, store or PartStore()
+    size, num_kept, store = cells_of_part(len(cells)), 0, store or PartStore()
+    starts, shown = range(0, len(cells), size), name.split("-")[0]
+    own = range(len(starts)) if store.shares is None else store.shares
     is_hidden = None if ranks.is_main else True  # None: hidden where there is no terminal
-    with tqdm(total=len(cells), desc=name, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
-        for part, start in enumerate(starts):
-            stop = min(start + PART_CELLS, len(cells))
+    num_cells = sum(min(size, len(cells) - starts[part]) for part in own)
+    with tqdm(total=num_cells, desc=shown, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
+        for part in own:
+            start, stop = starts[part], min(starts[part] + size, len(cells))
             if part % ranks.size == ranks.rank and store.load(name, part) is not None:
                 num_kept += 1
             elif part % ranks.size == ranks.rank:
                 store.save(name, part, _sum_part(effects_of, cells, start, stop, num_effects=num_effects))
             bar.update(stop - start)
     if num_kept:
-        logger.info("%s: %d of %d parts were finished before", name, num_kept, len(starts))
+        logger.info("%s: %d of %d parts were finished before", shown, num_kept, len(own))
     ranks.barrier()
-    total_x2 = np.zeros((len(cells.units_u2) * num_effects, 2))
+    total_x2, missing = np.zeros((len(cells.units_u2) * num_effects, 2)), []
     for part in range(len(starts)):
         found = store.load(name, part)
         if found is None:
-            raise InputError(f"a finished part of {name} was deleted or damaged. Run the same command again.")
-        total_x2[found["place_k"]] += found["sums_k2"]
+            missing.append(part)
+        else:
+            total_x2[found["place_k"]] += found["sums_k2"]
     ranks.barrier()  # rank 0 deletes the parts at the end; all ranks have read them now
+    if missing:
+        store.wait_for(shown, missing)
+        return None
     return total_x2.reshape(len(cells.units_u2), num_effects, 2)
 
 
@@ -158,26 +183,51 @@ def _sum_part(
 
 @dataclass(frozen=True)
 class PartStore:
-    """Finished parts, until the table is written."""
+    """Finished parts, until the table is written.
+
+    Where several jobs divide the work, each of them keeps its share of the parts in the folder of its piece, and reads
+    those of the others from theirs.
+    """
 
     folder: Path | None = None  # hidden, next to the output, with a hash of all that the parts depend on; or in memory
+    own: Piece | None = None  # what this job computes of a divided command
+    pieces: Mapping[int, Piece] = field(default_factory=dict)  # those known to be of this command, by their number
+    num_parts: int = 0  # of a divided command
+    waits: dict[str, list[int]] = field(default_factory=dict)  # by name, the pieces whose parts are not there
     _in_memory: dict[tuple[str, int], dict[str, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, output: Path, *, source: str, run: Run, readout: Readout, settings: Mapping[str, Any]) -> "PartStore":
+    def open(
+        cls, config: DividedOptions, *, source: str, run: Run, readout: Readout, num_cells: int, ranks: Ranks = ALONE
+    ) -> "PartStore":
         """Return the store of an output; settings, weights or input other than before start a new one.
 
         Raises:
-            InputError: It cannot be written.
+            InputError: It cannot be written, or pieces are of another command, see `parts`.
         """
-        other = ("overwrite", "output", "show_q", "report")  # what no effect depends on
-        facts: dict[str, Any] = {name: settings[name] for name in settings if name not in other}
+        num_parts, output = -(-num_cells // cells_of_part(num_cells)), Path(config.output).expanduser()
+        if config.pieces:
+            check_unchanged(config, run=run, source=source)
+            pieces = [Piece.read(Path(folder)) for folder in config.pieces]
+            return cls(pieces={piece.number: piece for piece in pieces}, num_parts=num_parts)
+        if config.piece:
+            own = Piece.of(config, run=run, source=source)
+            if ranks.is_main:
+                own.make_room(overwrite=config.overwrite)
+                if not own.folder.exists():
+                    with whole_folder(own.folder) as folder:
+                        own.save(folder)
+            ranks.barrier()
+            return cls(own.folder, own, {own.number: own}, num_parts)
+        other = ("overwrite", "output", "show_q", "report", "part")  # what no effect depends on
+        facts: dict[str, Any] = {name: value for name, value in config.to_dict().items() if name not in other}
         if is_url(source):
             facts["source"] = shown_path(source)
         else:
             status = os.stat(source)
             facts["source"] = [os.path.abspath(source), status.st_size, status.st_mtime_ns]
         facts |= {"weights": weights_hash(run.path), "tokenizer": run.tokenizer.fingerprint, "readout": readout}
+        facts["cells_of_part"] = cells_of_part(num_cells)
         text = json.dumps(facts, sort_keys=True, default=str)
         folder = output.with_name(f".{output.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.parts")
         try:
@@ -185,6 +235,31 @@ class PartStore:
         except OSError as error:
             raise unwritable(output, error) from error
         return cls(folder)
+
+    @property
+    def shares(self) -> range | None:
+        """The parts that this job computes: none if it merges, None for all."""
+        if self.own:
+            return share_of(self.num_parts, (self.own.number, self.own.count))
+        return range(0) if self.pieces else None
+
+    @cached_property
+    def _number_of(self) -> list[int]:
+        """The number of the piece that has each part."""
+        count = next(iter(self.pieces.values())).count
+        return [number for number in range(1, count + 1) for _ in share_of(self.num_parts, (number, count))]
+
+    def _folder_of(self, part: int) -> Path | None:
+        """Return where a part is, or may be; None if the piece that has it is not there."""
+        if not self.pieces:
+            return self.folder
+        number = self._number_of[part]
+        if number in self.pieces or self.own is None:
+            return self.pieces[number].folder if number in self.pieces else None
+        folder = piece_path(Path(self.own.config.output).expanduser(), number, self.own.count)
+        if (folder / RECORD_FILE).exists() and not differences(self.own.identity, Piece.read(folder).identity):
+            return folder
+        return None
 
     def save(self, name: str, part: int, arrays: dict[str, np.ndarray]) -> None:
         if self.folder is None:
@@ -195,13 +270,41 @@ class PartStore:
 
     def load(self, name: str, part: int) -> dict[str, np.ndarray] | None:
         """Return the sums of a part; None if they are missing or damaged, so that they are computed again."""
-        if self.folder is None:
+        if self.folder is None and not self.pieces:
             return self._in_memory.get((name, part))
+        folder = self._folder_of(part)
+        if folder is None:
+            return None
         try:
-            with open(self.folder / f"{name}.{part:06d}.npz", "rb") as stream, np.load(stream) as arrays:
+            with open(folder / f"{name}.{part:06d}.npz", "rb") as stream, np.load(stream) as arrays:
                 return {key: arrays[key] for key in ("place_k", "sums_k2")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
+
+    def wait_for(self, name: str, parts: Sequence[int]) -> None:
+        """Note which pieces lack parts that other jobs compute.
+
+        Raises:
+            InputError: Nobody else computes them, or all pieces should be there.
+        """
+        if not self.pieces:
+            raise InputError(f"a finished part of {name} was deleted or damaged. Run the same command again.")
+        numbers = sorted({self._number_of[part] for part in parts})
+        if self.own is None:
+            piece = next(iter(self.pieces.values()))
+            raise missing_parts(piece.config, numbers, piece.count, what="not finished")
+        self.waits[name] = numbers
+
+    def describe(self) -> str:
+        """Say what this job has done and what comes next."""
+        assert self.own is not None
+        shown, output = f"part {self.own.number} of {self.own.count}", self.own.config.output
+        if "exact" not in self.waits and "screened" in self.waits:
+            return (
+                f"{shown} has screened its cells; {named_parts(self.waits['screened'])} not yet. When all have, run "
+                "all parts once more: they then compute the exact effects of the strongest genes."
+            )
+        return f"{shown} is finished, kept in {self.own.folder}. When all parts are: perturbgene merge {output}"
 
     def finish(self, target: Path, table: pd.DataFrame, figure: Any, record: Mapping[str, Any]) -> None:
         """Write table (.csv or .parquet), picture (.png) and record (.json), and delete the parts."""

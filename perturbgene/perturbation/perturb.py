@@ -5,6 +5,7 @@ a single knock-out is scored is in `readouts.exact_effects`; docs/perturbation.m
 perturbations, m effects, k groups, u units (a donor's cells of a group).
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -56,7 +57,7 @@ SEED = 0
 #: Cells on which the screen is checked if its control genes are not computed in all cells.
 CHECK_CELLS = 100
 #: Settings that are no part of the question.
-NOT_ASKED = ("run", "output", "overwrite", "report")
+NOT_ASKED = ("run", "output", "overwrite", "report", "part")
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,23 @@ class Effects:
     agreement: dict[str, float] | None = None  # of the screen with exact effects of random genes
 
 
-def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ranks = ALONE) -> Effects:
-    """Screen all genes, choose among them, and compute the chosen ones exactly; see `sum_effects` for the options."""
+def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ranks = ALONE) -> Effects | None:
+    """Screen all genes, choose among them, and compute the chosen ones exactly; see `sum_effects` for the options.
+
+    A job that computes one of several pieces returns None. It chooses only when all pieces have screened their cells,
+    and else computes nothing exactly.
+    """
     asked, cells, config = experiment.asked, experiment.cells, experiment.config
     every_gene = perturbations_of([ALL_GENES], experiment.run.tokenizer)
     is_tested = len(cells.donors) > 1  # then named genes need a null: the screen of all genes, or random genes
     screened, computed, controls = None, asked, np.empty(0, dtype=np.int64)
-    if asked.new_id == REMOVED and not config.exact and (experiment.is_all or is_tested):
+    is_screened = asked.new_id == REMOVED and not config.exact and (experiment.is_all or is_tested)
+    if is_screened:
         screened = sum_effects(
             "screened", experiment.screened_effects, cells, len(every_gene), store=store, ranks=ranks
         )
+        if screened is None and experiment.is_all:
+            return None
     if screened is not None and experiment.is_all:
         strength_q = np.nan_to_num(np.abs(experiment.effects_kq(screened)), nan=-1.0).max(axis=0)  # in any group
         known = np.flatnonzero(strength_q >= 0)
@@ -182,7 +190,7 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
     elif not experiment.is_all and is_tested:
         singles = asked.types_j[asked.offsets_q1[:-1]][np.diff(asked.offsets_q1) == 1]
         drawn = _draw(np.flatnonzero(~np.isin(every_gene.types_j, singles)), config.num_controls)
-        if screened is None:
+        if not is_screened:
             controls = len(asked) + np.arange(len(drawn))
             computed = replace(
                 asked,
@@ -191,7 +199,9 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
                 offsets_q1=np.append(asked.offsets_q1, asked.offsets_q1[-1] + 1 + np.arange(len(drawn))),
             )
     exact_of = partial(experiment.exact_effects, perturbations=computed)
-    exact = sum_effects("exact", exact_of, cells, len(computed), store=store, ranks=ranks)
+    exact = sum_effects(f"exact-{_digest(computed)}", exact_of, cells, len(computed), store=store, ranks=ranks)
+    if exact is None or (store is not None and store.own):
+        return None
     if screened is None:
         return Effects(computed, exact, controls)
     if experiment.is_all:
@@ -200,6 +210,11 @@ def compute(experiment: Experiment, *, store: PartStore | None = None, ranks: Ra
     else:
         found = _agreement_in_sample(experiment, every_gene, genes=drawn)
     return Effects(computed, exact, controls, screened, found)
+
+
+def _digest(computed: Perturbations) -> str:
+    """Return a short hash of perturbations; parts of others, chosen by a screen that was repeated, do not count."""
+    return hashlib.sha256("\n".join(computed.names).encode()).hexdigest()[:8]
 
 
 def _draw(genes: np.ndarray, count: int) -> np.ndarray:
@@ -217,6 +232,7 @@ def _agreement_in_sample(experiment: Experiment, every_gene: Perturbations, *, g
     exact_of = partial(sample.exact_effects, perturbations=controls)
     exact = sum_effects("exact controls", exact_of, cells, len(controls))
     screened = sum_effects("screened controls", sample.screened_effects, cells, len(every_gene))
+    assert exact is not None and screened is not None  # without a store nothing is missing
     return agreement(sample.effects_kq(exact).ravel(), sample.effects_kq(screened)[:, genes].ravel())
 
 
@@ -341,7 +357,9 @@ def perturb(
         **reading,
     )  # fmt: skip
     experiment = Experiment.open(adata, load_run(model, device=device), config, given_labels(given))
-    return effect_table(experiment, compute(experiment))
+    effects = compute(experiment)
+    assert effects is not None  # only a job that computes a part has none
+    return effect_table(experiment, effects)
 
 
 def run_perturb(config: PerturbConfig) -> str | None:
@@ -351,10 +369,13 @@ def run_perturb(config: PerturbConfig) -> str | None:
         check_new(target, target.with_suffix(".png"), target.with_suffix(".json"), overwrite=config.overwrite)
         run, settings = load_run(config.run, device=ranks.device(config.device)), config.to_dict()
         experiment = Experiment.open(FileList([path]), run, config, config.given_labels)
-        store = PartStore.open(target, source=path, run=run, readout=experiment.readout, settings=settings)
+        num_cells = len(experiment.cells)
+        store = PartStore.open(
+            config, source=path, run=run, readout=experiment.readout, num_cells=num_cells, ranks=ranks
+        )
         effects = compute(experiment, store=store, ranks=ranks)
-        if not ranks.is_main:
-            return None
+        if not ranks.is_main or effects is None:
+            return store.describe() if ranks.is_main else None
         table = effect_table(experiment, effects)
         question = {name: value for name, value in settings.items() if name not in NOT_ASKED}
         facts = provenance(run, question, coverage=experiment.cells.dataset.coverage)
