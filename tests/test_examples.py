@@ -48,3 +48,23 @@ def test_each_process_knows_its_rank_and_where_to_meet(tmp_path: Path) -> None:
     assert "rank 1 of 2 at node1:20007: -m perturbgene.main mlm --corpus corpus" in notes
     assert "--resume_from_checkpoint" in notes
     assert "--seed 3" in notes
+
+
+@pytest.mark.parametrize("verb", ["predict", "perturb"])
+def test_each_job_of_an_array_does_its_part_and_the_last_one_merges(verb: str, tmp_path: Path) -> None:
+    """The script's words reach the program; `tests/test_parts.py` runs such words."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text('#!/usr/bin/env bash\necho "$*"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+
+    def words_of(**environment: str) -> list[str]:
+        done = subprocess.run(
+            ["bash", str(SCRIPT.with_name(f"{verb}.sbatch"))], capture_output=True, text=True, check=True, timeout=60,
+            env={"PATH": os.environ["PATH"], "VENV": str(tmp_path), "OUTPUT": "out.csv", **environment},
+        )  # fmt: skip
+        return done.stdout.split()[2:]
+
+    part = words_of(SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_TASK_COUNT="10", OPTIONS="--min_gene_coverage 0.1")
+    output = ["--output", "out.csv", "--min_gene_coverage", "0.1", "--part", "3/10"]
+    assert part == [verb, "runs/mlm", "cells.h5ad", *output]
+    assert words_of(STEP="merge", SLURM_ARRAY_TASK_ID="1", SLURM_ARRAY_TASK_COUNT="1") == ["merge", "out.csv"]

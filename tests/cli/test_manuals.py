@@ -14,7 +14,7 @@ from perturbgene.main import main
 DOCS = Path(__file__).parents[2] / "docs"
 
 #: Page -> how many commands it shows; a block that is not found would leave nothing to run.
-PAGES = {"asking.md": 12, "embedding.md": 4, "formats.md": 3, "perturbation.md": 5, "report.md": 4}
+PAGES = {"asking.md": 15, "embedding.md": 4, "formats.md": 3, "perturbation.md": 5, "report.md": 4}
 
 #: What the small run was not trained on -> what takes its place.
 KNOWN = {"disease=normal": "tissue=lung", "disease=asthma": "tissue=blood", "GATA1": "CD79B", "SPI1": "CD74"}
@@ -67,6 +67,10 @@ def test_every_command_of_a_manual_runs_and_writes_its_output(
         code, printed = main(known), capsys.readouterr()
         assert code == 0, f"{shlex.join(command)}\n{printed.err}"
         outputs = [known[at + 1] for at, word in enumerate(known) if word == "--output"]
+        if known[0] == "merge":
+            outputs = [known[1]]
+        if "--part" in known:
+            outputs = [f"{outputs[0]}.parts"]
         if known[0] == "check":
             assert json.loads(printed.out)["ok"] if is_to_file else "Accepted for" in printed.out
             continue
