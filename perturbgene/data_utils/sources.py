@@ -7,11 +7,11 @@ c columns, l values.
 import csv
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import h5py
 import numpy as np
@@ -22,7 +22,7 @@ from scipy import sparse
 from perturbgene.data_utils.decode import ChunkReader, SpanReader
 from perturbgene.data_utils.foreign import EXPECTED, kind_of, kind_of_store
 from perturbgene.data_utils.remote import local_path
-from perturbgene.errors import InputError, did_you_mean, listed, raise_if_machine
+from perturbgene.errors import InputError, RunFailedError, did_you_mean, listed, raise_if_machine
 from perturbgene.urls import is_url, parts_of, shown_path
 
 #: A compressor cannot shrink zeros by more than about this (deflate: 1,032), so a file that claims more holds nothing.
@@ -33,6 +33,9 @@ READ_GAP_ROWS = 32
 
 #: Rows of a matrix in memory that are compressed at a time.
 _BLOCK_ROWS = 4096
+
+
+_Result = TypeVar("_Result")
 
 
 class Rows(NamedTuple):
@@ -161,6 +164,22 @@ class CellSource:
 # -- h5ad files and zarr stores -----------------------------------------------------------------------------------
 
 
+def _refuses_damage(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Let a method of `StoredCells` turn whatever h5py, zarr or numpy make of a damaged file into an InputError."""
+
+    @wraps(method)
+    def guarded(self: "StoredCells", *args: Any) -> _Result:
+        try:
+            return method(self, *args)
+        except (InputError, RunFailedError, MemoryError):
+            raise
+        except Exception as error:  # each of them raises many kinds, also KeyError and SystemError
+            raise_if_machine(error)
+            raise InputError(f"{self.path} is damaged ({_reason(error)}). Download or write it again.") from error
+
+    return guarded
+
+
 class StoredCells(CellSource):
     """AnnData on disk; opened lazily in the process that reads it, never handed across a fork.
 
@@ -245,6 +264,7 @@ class StoredCells(CellSource):
     def is_held_whole(self) -> bool:  # type: ignore[override]
         return self.format == "csc"  # it is converted in memory
 
+    @_refuses_damage
     def _checked_matrix(self) -> tuple[Any, str]:
         """Return the matrix and how it is stored, checked once each time the file is opened."""
         file = self.file
@@ -278,6 +298,7 @@ class StoredCells(CellSource):
         return self._matrix
 
     @property
+    @_refuses_damage
     def layers(self) -> list[str]:
         return [*(["raw"] if "raw/X" in self.file else []), *self.file.get("layers", {})]
 
@@ -290,6 +311,7 @@ class StoredCells(CellSource):
         return {None: "X", "raw": "raw/X"}.get(self.layer, f"layers/{self.layer}")
 
     @property
+    @_refuses_damage
     def shape(self) -> tuple[int, int]:
         matrix, _ = self._checked_matrix()
         shape = matrix.shape if _is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
@@ -298,6 +320,7 @@ class StoredCells(CellSource):
         return int(shape[0]), int(shape[1])
 
     @property
+    @_refuses_damage
     def offsets(self) -> np.ndarray:
         """Where each row's values start in a CSR matrix, int64 of shape (n + 1,)."""
         group, _ = self._checked_matrix()
@@ -309,6 +332,7 @@ class StoredCells(CellSource):
             self._offsets = offsets
         return self._offsets
 
+    @_refuses_damage
     def _whole_csr(self) -> sparse.csr_matrix:
         group, _ = self._checked_matrix()
         if self._whole is None:
@@ -319,6 +343,7 @@ class StoredCells(CellSource):
                 raise InputError(f"{self.path}: {self.matrix_name} is damaged ({error}). Write it again.") from error
         return self._whole
 
+    @_refuses_damage
     def _spans(self) -> list[Any]:
         """Return readers of the values and columns of a CSR matrix, or of the rows of a dense one."""
         matrix, format_ = self._checked_matrix()
@@ -330,6 +355,7 @@ class StoredCells(CellSource):
             ]
         return self._readers
 
+    @_refuses_damage
     def read(self, rows_m: np.ndarray) -> Rows:
         if not len(rows_m) or self.format != "csr" or not all(span.is_contiguous for span in self._spans()):
             return super().read(rows_m)
@@ -340,6 +366,7 @@ class StoredCells(CellSource):
             raise self._unreadable(int(rows_m[0]), int(rows_m[-1]) + 1, error) from error
         return Rows(values, columns, np.concatenate([[0], np.cumsum(stops_m - starts_m)]))
 
+    @_refuses_damage
     def read_rows(self, start: int, stop: int) -> Rows:
         try:
             if self.format == "dense":
@@ -369,6 +396,7 @@ class StoredCells(CellSource):
     # -- obs and var -----------------------------------------------------------------------------------------------
 
     @property
+    @_refuses_damage
     def var_frame(self) -> str:
         if self.layer != "raw":
             return "var"
@@ -376,12 +404,14 @@ class StoredCells(CellSource):
             raise InputError(f"{self.path} has no .raw with gene names. Choose another matrix with --layer.")
         return "raw/var"
 
+    @_refuses_damage
     def columns_of(self, frame: str) -> list[str]:
         node = self.file[frame]
         if "column-order" in node.attrs and not _is_array(node):
             return [_text(name) for name in node.attrs["column-order"]]
         return super().columns_of(frame)
 
+    @_refuses_damage
     def _column(self, frame: str, column: str) -> pd.Series:
         node = self.file[frame]
         # Version 0.1 keeps the categories of all columns apart: a column read alone would be codes, not labels.
@@ -390,10 +420,12 @@ class StoredCells(CellSource):
             return pd.Series(self._read_elem(f"{frame}/{column}"))
         return super()._column(frame, column)
 
+    @_refuses_damage
     def table(self, frame: str) -> pd.DataFrame:
         node = self.file[frame]
         return _frame_of_table(node, self.file) if isinstance(node, h5py.Dataset) else self._read_elem(frame)
 
+    @_refuses_damage
     def element(self, name: str) -> Any:
         """Return what the file holds under a name such as `obsm/X_umap`, or None."""
         return self._read_elem(name) if name in self.file else None
@@ -409,12 +441,14 @@ class StoredCells(CellSource):
                 f"{self.path}: {name} cannot be read ({_reason(error)}). Re-save it with anndata."
             ) from error
 
+    @_refuses_damage
     def _index_of(self, frame: str) -> np.ndarray:
         node = self.file[frame]
         if not _is_array(node) and "_index" in node.attrs and node.attrs["_index"] in node:
             return np.asarray(self._read_elem(f"{frame}/{node.attrs['_index']}"), dtype=object)
         return super()._index_of(frame)
 
+    @_refuses_damage
     def varm_array(self, name: str) -> np.ndarray | None:
         node = self.file.get(f"varm/{name}")
         return np.asarray(node[...]) if node is not None and _is_array(node) and node.shape else None
@@ -443,7 +477,9 @@ class H5adFile(StoredCells):
             file = h5py.File(local, "r")
             self._check_links(file)
             self._check(file)
-        except (OSError, RuntimeError) as error:
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # h5py raises many kinds
             raise_if_machine(error)
             raise _refusal(self.path, local, error) from error
         return file

@@ -433,3 +433,11 @@ def test_a_closed_file_opens_again_when_asked(write_h5ad: Write) -> None:
     file.read_rows(0, 1)
     file.close()
     assert dense(file.read_rows(0, 3)) == VALUES.tolist()
+
+
+def test_a_shape_that_is_no_number_is_refused_as_damage(write_h5ad: Callable[..., str]) -> None:
+    path = write_h5ad([[1, 0, 2, 0]])
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["shape"] = ["one", "four"]
+    with pytest.raises(InputError, match="cells.h5ad is damaged .*Download or write it again"):
+        H5adFile(path).shape  # noqa: B018
