@@ -18,7 +18,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults robustness test-avx2 gpu lint type format clean
+.PHONY: help install demo test faults robustness test-avx2 gpu docs lint type format clean
 
 help:
 	@echo "make demo     prepare, train, evaluate and predict on the cells inside scanpy (minutes, CPU is enough)"
@@ -27,6 +27,7 @@ help:
 	@echo "make robustness  write docs/robustness.md from the tests"
 	@echo "make test-avx2  run the tests of bfloat16 as on a CPU without AVX-512"
 	@echo "make gpu      check and measure everything on a GPU, in eight minutes (benchmarks/gpu.py)"
+	@echo "make docs     build the site of docs in docs/_build (links checked, no network after the install)"
 	@echo "make lint     check style"
 	@echo "make type     check types"
 	@echo "make format   rewrite the code in our style"
@@ -52,6 +53,12 @@ test-avx2: $(STAMP)
 gpu: $(STAMP)
 	@$(BIN)/python -m benchmarks.gpu
 
+docs: $(STAMP)
+	@$(BIN)/python -c 'import myst_parser, sphinx_book_theme' 2>/dev/null || $(BIN)/python -m pip install -q \
+	  --disable-pip-version-check --no-input -c $(VENV)/constraints.txt -e '.[docs]'
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -64,7 +71,7 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 clean:
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist docs/_build docs/reference *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # With a torch in the base Python (GPU images) the environment sees it, and our pin of torch is left out. A torch inside

@@ -1,0 +1,34 @@
+"""Settings of Sphinx for `make docs`: Markdown pages, the theme of scverse, nothing fetched from the network."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import reference  # noqa: E402
+
+import perturbgene  # noqa: E402
+
+reference.write(HERE / "reference")
+
+project = "perturbgene"
+author = "The perturbgene authors"
+version = release = perturbgene.__version__
+extensions = ["myst_parser"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 4
+html_theme = "sphinx_book_theme"
+html_title = "perturbgene"
+html_theme_options = {"use_download_button": False}
+
+
+def setup(app: Any) -> None:
+    """Lead links to the two pages outside docs, which work in the repository, to their copies in the site."""
+
+    def inside(app: Any, page: str, source: list[str]) -> None:
+        for there, here in (("CONTRIBUTING.md", "contributing"), ("benchmarks/README.md", "benchmarks")):
+            source[0] = source[0].replace(f"](../{there}", f"](reference/{here}.md")
+
+    app.connect("source-read", inside)
