@@ -21,7 +21,9 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 4
 html_theme = "sphinx_book_theme"
 html_title = "perturbgene"
-html_theme_options = {"use_download_button": False}
+html_theme_options = {"use_download_button": False, "navbar_persistent": []}
+html_static_path = ["style"]
+html_css_files = ["site.css"]
 
 
 def setup(app: Any) -> None:
