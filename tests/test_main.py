@@ -142,13 +142,16 @@ def test_help_goes_to_stdout_and_succeeds(tokens, capsys):
     assert "Usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_waiting_threads_sleep_unless_the_user_wants_them_to_spin(given, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_waiting_threads_soon_sleep_unless_the_user_decides(given, spins, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, given.get(name, ""))
+        if name not in given:
+            monkeypatch.delenv(name)
     assert main(["--version"]) == 0
-    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_help_is_quick_and_imports_no_torch():
