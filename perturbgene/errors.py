@@ -10,6 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
+#: Exit code of what is the machine's fault, or of a run that cannot go on.
+EXIT_FAILED = 3
+
 
 class InputError(ValueError):
     """A user's mistake: says what was given, why it is impossible, and what to do.

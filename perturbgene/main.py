@@ -20,6 +20,7 @@ from typing import Any
 from perturbgene import VERBS, __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
 from perturbgene.errors import (
+    EXIT_FAILED,
     FilesRefusedError,
     InputError,
     RunFailedError,
@@ -34,7 +35,6 @@ TRAINING_VERBS = ("mlm", "cls")
 #: Verbs that ask a model about any number of cells; their memory must not grow with this number.
 ASKING_VERBS = ("evaluate", "predict", "embed", "counterfactual", "attribute", "perturb")
 EXIT_USAGE = 2
-EXIT_FAILED = 3
 # As a shell reports a process that a signal has ended: 128 + SIGINT, 128 + SIGPIPE.
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
@@ -107,8 +107,8 @@ def report(line: str) -> None:
 
 def run(tokens: Sequence[str]) -> int:
     """Answer help and version, or parse the settings and call the verb."""
-    # Before torch is imported: threads that wait for each other spin for about 0.2 ms and then sleep. By default they
-    # spin 60 times as long, and beside other work two threads took up to 50 times as long as one.
+    # Before torch is imported: threads that wait for each other spin for a moment and then sleep. By default they spin
+    # 60 times as long, and beside other work two threads took up to 50 times as long as one.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if not tokens:

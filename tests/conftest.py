@@ -140,3 +140,21 @@ def pbmc_cells() -> ad.AnnData:
 def pbmc(pbmc_cells: ad.AnnData) -> ad.AnnData:
     """A copy of the first 60 PBMC cells, free to change."""
     return pbmc_cells[:60].copy()
+
+
+@pytest.fixture(scope="session")
+def training_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus of `small_training`."""
+    from tests.small_training import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("training") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def whole_weights(training_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights file of an undisturbed `small_training`."""
+    from tests.small_training import command, main
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main(command(training_corpus, out)) == 0
+    return (out / "model.safetensors").read_bytes()

@@ -35,7 +35,7 @@ from perturbgene.training.checkpoints import checkpoints, damage_of
 from tests.data_utils.test_remote import BadHandler
 from tests.faults import PHASES, Killed, full_disk, plant
 from tests.forked import in_two_processes, needs_fork, start
-from tests.small_training import STEPS, command, make_corpus, raise_killed, resume
+from tests.small_training import STEPS, command, raise_killed, resume
 from tests.web_server import serving
 
 #: Command lines of the verbs that write, but for training; `{out}` is an empty folder.
@@ -161,18 +161,6 @@ def fault(id: str, what: str, outcome: str, exit: str, *, is_sampled: bool = Fal
 def elsewhere(id: str, what: str, outcome: str, exit: str, test: str) -> None:
     """List a fault whose test is in another file."""
     FAULTS.append(Fault(id, what, outcome, exit, is_sampled=True, test=test))
-
-
-@pytest.fixture(scope="session")
-def training_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("faults") / "corpus")
-
-
-@pytest.fixture(scope="session")
-def whole_weights(training_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert main(command(training_corpus, out)) == 0
-    return (out / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="session")

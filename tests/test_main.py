@@ -1,21 +1,25 @@
 """The command line: exit codes, clean errors, help without torch, and memory that is kept or returned."""
 
+import errno
 import logging
 import os
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from perturbgene import VERBS, __version__
-from perturbgene.configs import CONFIGS
+from perturbgene.configs import CONFIGS, parse_args
 from perturbgene.main import (
     MOST_LOGS_OF_A_KIND,
     FewOfAKind,
     main,
     verb_function,
+    write_report,
 )
 
 DOWNLOAD = ["download", "https://host/a.h5ad"]
@@ -238,6 +242,15 @@ def test_an_output_on_a_full_disk_is_the_machines_fault(verb, capsys):
         "error.__cause__ = OSError(28, 'No space left on device'); raise error"
     )
     assert (main(verb(body)), capsys.readouterr().err) == (3, "error: o cannot be written\n")
+
+
+def test_a_page_that_the_machine_cannot_write_is_a_warning_and_our_own_faults_are_none(monkeypatch, caplog):
+    config = parse_args(["prepare", "cells.h5ad", "--output", "corpus", "--phenotypes", "cell_type"])
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ZeroDivisionError("ours")):
+        monkeypatch.setattr("perturbgene.reports.corpus.report_of", Mock(side_effect=error))
+        with pytest.raises(ZeroDivisionError) if isinstance(error, ZeroDivisionError) else nullcontext():
+            write_report(config)
+    assert caplog.text.count("no report is written: ") == 1
 
 
 def test_a_mistake_that_a_loader_worker_finds_is_one_line_without_its_traceback(verb, capsys):

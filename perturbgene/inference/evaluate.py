@@ -165,10 +165,15 @@ def _paths(cells: Any) -> list[str]:
     return [str(path) for path in listed_cells if isinstance(path, str | Path)]
 
 
-def _is_own(run: Run, eval_paths: Any) -> bool:
-    """Whether all files are among the run's own evaluation cells, as they were when it was trained."""
+def _changes(run: Run, cells: Any) -> list[str]:
+    """Return which files of an argument changed since the run read them, and how."""
+    return DataFiles(run.path, _paths(cells), None).changes()
+
+
+def _is_own(run: Run, eval_paths: Any, *, changes: Sequence[str]) -> bool:
+    """Whether all files are among the run's own evaluation cells, as they were when it was trained: see `_changes`."""
     names = {os.path.realpath(path) for path in _paths(eval_paths)}
-    if not names or DataFiles(run.path, _paths(eval_paths), None).changes():
+    if not names or changes:
         return False
     corpus, patterns = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
     if not patterns:
@@ -506,7 +511,7 @@ def _add_embedding(
 # -- the function and the verb ------------------------------------------------------------------------------------
 
 
-def _check_files(run: Run, output: Path | None, cells: Sequence[Any], *, calibrates: bool) -> None:
+def _check_files(run: Run, output: Path | None, *, changes: Sequence[str], calibrates: bool) -> None:
     """Refuse a run that cannot keep its temperatures, and an output that is a file or has folders in place of files.
 
     Cells that changed since the run was trained are warned of.
@@ -520,7 +525,7 @@ def _check_files(run: Run, output: Path | None, cells: Sequence[Any], *, calibra
         raise InputError(f"{output} cannot be written (it is a file, not a folder). Choose another --output.")
     if output is not None:
         check_new(output / METRICS_FILE, output / CELLS_FILE, overwrite=True)
-    for change in DataFiles(run.path, [path for some in cells for path in _paths(some)], None).changes():
+    for change in changes:
         logger.warning("%s, so scores and baselines may be of other cells than the run's", change)
 
 
@@ -570,10 +575,10 @@ def evaluate(
         (255, True)
     """
     run, output = load_run(run), None if output is None else Path(output)
-    is_own = _is_own(run, eval_paths)
+    is_own = _is_own(run, eval_paths, changes=(changes := _changes(run, eval_paths)))
     as_trained = conditions(reading.get("where", ())) == conditions(getattr(run.settings, "where", ()))
     calibrates = is_own and as_trained if calibrate is None else calibrate
-    _check_files(run, output, (eval_paths, train_paths), calibrates=calibrates)
+    _check_files(run, output, changes=[*changes, *_changes(run, train_paths)], calibrates=calibrates)
     evaluator = _evaluator(run, ask, given, mask_rates or {})
     with nullcontext() if output is None else claimed(output, flag="output", is_inside=True):
         options = {"batch_size": batch_size, **reading}
@@ -686,10 +691,10 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     )
     if config.baselines and (patterns or corpus):
         train_paths = corpus.paths("train") if corpus and not patterns else expand_paths(patterns)
-    reading = {}
+    is_own, reading = _is_own(run, eval_paths, changes=_changes(run, eval_paths)), {}
     for declared in dataclasses.fields(ReadingConfig):  # those of training, unless given or the corpus has its own
         name, value = declared.name, getattr(config, declared.name)
-        if value in (declared.default, []) and (_is_own(run, eval_paths) if name == "where" else not corpus):
+        if value in (declared.default, []) and (is_own if name == "where" else not corpus):
             value = getattr(trained, name, value)
         reading[name] = value
     results = evaluate(
@@ -698,7 +703,7 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
         batch_size=config.batch_size, batch_tokens=config.batch_tokens, scib=config.scib, output=output,
         **reading,
     )  # fmt: skip
-    if _is_own(run, eval_paths) and not (config.ask or config.given or config.where or config.mask_rates):
+    if is_own and not (config.ask or config.given or config.where or config.mask_rates):
         names = {name: row_name(name) for scores_of in results.values() for name in scores_of}
         refresh_scores(Path(run.path), results, names)
     text = f"{_table(results)}\n{LEGEND}"

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from perturbgene.data_utils.data_collators import Batch
+from perturbgene.data_utils.labels import SPECIAL_TOKENS
 from perturbgene.model import GeneBertModel
 from perturbgene.model.layers import GeneBertLayer
 
-NUM_SPECIAL = 4  # ids 0..3: [CLS], [EOS], [MASK], [PAD]
+NUM_SPECIAL = len(SPECIAL_TOKENS)
 #: Minimum share of attention that the removal of keys leaves. With less, rounding errors would grow by a factor of more
 #: than 20, so the query attends to all tokens of its copy.
 LEAST_REST = 0.05
@@ -116,7 +117,7 @@ class FirstLayer:
         out /= rest_mrh[..., None]
         is_sure_mr = ((rest_mrh >= LEAST_REST) & rest_mrh.isfinite()).all(dim=-1)
         unsure_t = (~is_sure_mr[copy_t, slot_t]).nonzero().squeeze(1)
-        most = max(1, _limit(copy_t.device) // (tokens.q_lhd.shape[1] * is_here_ma.shape[1]))
+        most = max(1, limit_on(copy_t.device, MOST_WEIGHTS) // (tokens.q_lhd.shape[1] * is_here_ma.shape[1]))
         for some in unsure_t.split(most):
             copy_s, slot_s = copy_t[some], slot_t[some]
             logit_sha = torch.einsum("shd,ahd->sha", tokens.q_lhd[token_mr[copy_s, slot_s]], tokens.k_lhd)
@@ -132,15 +133,16 @@ class FirstLayer:
         q_ahd = q_ahd * q_ahd.shape[-1] ** -0.5
         k_lhd, v_lhd = (k_ahd, v_ahd) if cell is None else (cell.k_lhd, cell.v_lhd)
         outs, log_sums = [], []
-        for some_ahd in q_ahd.split(max(1, _limit(q_ahd.device) // (heads * len(k_lhd)))):
+        for some_ahd in q_ahd.split(max(1, limit_on(q_ahd.device, MOST_WEIGHTS) // (heads * len(k_lhd)))):
             logit_hal = torch.einsum("ahd,lhd->hal", some_ahd, k_lhd)
             log_sums.append(logit_hal.logsumexp(dim=-1))
             outs.append(torch.einsum("hal,lhd->ahd", logit_hal.sub_(log_sums[-1][..., None]).exp_(), v_lhd))
         return _Tokens(hidden_ah, q_ahd, k_ahd, v_ahd, torch.cat(outs), torch.cat(log_sums, dim=1).T)
 
 
-def _limit(device: torch.device) -> int:
-    return MOST_WEIGHTS["cpu" if device.type == "cpu" else "cuda"]
+def limit_on(device: torch.device, limits: dict[str, int]) -> int:
+    """Return the limit for a device, of those for the CPU and for any other."""
+    return limits["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _kind(input_ids: Tensor, token_type_ids: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from perturbgene.devices import has_fast_bfloat16
 from perturbgene.eval_utils import inference_mode, model_device, to_device
 from perturbgene.inference.run import Run
 from perturbgene.model import DirectPath, GeneBertModel, PackedCells, Packing
+from perturbgene.perturbation.first_layer import limit_on
 from perturbgene.perturbation.readouts import LabelReadout, Readout, token_budget
 
 #: Directions along which the length of a shift of the state is measured.
@@ -67,7 +68,7 @@ def screen_removals(
     if is_half is None:  # one layer has too little to multiply for the conversions
         is_half = has_fast_bfloat16(device.type) and run.model.config.num_hidden_layers > 1
     num_maps = run.model.config.num_hidden_layers * run.model.config.num_attention_heads
-    lengths_n, most = np.diff(block.offsets_n1).astype(np.int64), max(1, _limit(MOST_KEPT, device) // num_maps)
+    lengths_n, most = np.diff(block.offsets_n1).astype(np.int64), max(1, limit_on(device, MOST_KEPT) // num_maps)
     scores = []
     # A cell counts as its tokens, or as its share of the attention weights that may be kept, whichever is more.
     for piece in in_budget(np.maximum(lengths_n, -(-(lengths_n**2) * budget // most)), budget=budget):
@@ -78,10 +79,6 @@ def screen_removals(
             scores.append(_screen_batch(run, batch, readout, num_directions=num_directions, towards_n=wanted))
     estimate_l = np.concatenate(scores).astype(np.float32)
     return np.where(block.token_type_ids_l >= run.tokenizer.first_gene_type, estimate_l, np.nan)
-
-
-def _limit(limits: dict[str, int], device: torch.device) -> int:
-    return limits["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _screen_batch(
@@ -156,7 +153,7 @@ def _screening(run: Run, batch: Batch) -> Iterator[_Sums]:
     model, device = run.model, batch["input_ids"].device
     num_maps = model.config.num_hidden_layers * model.config.num_attention_heads
     num_weights = batch["cu_seqlens"].diff().long().square().sum().item() * num_maps
-    keeps = num_weights <= _limit(MOST_KEPT, device) * KEPT_OF_LONG_CELL
+    keeps = num_weights <= limit_on(device, MOST_KEPT) * KEPT_OF_LONG_CELL
     change_l, trigger = torch.zeros(len(batch["input_ids"]), device=device), torch.zeros((), device=device)
     sums = _Sums(change_l, keeps, trigger.requires_grad_())
     was_training, learning = model.training, [weight for weight in model.parameters() if weight.requires_grad]
@@ -181,7 +178,7 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     """Attend like `model.attention.attention`, and add to `sums` in the backward pass."""
     assert key_log_gate_l is None  # nothing gates tokens here
-    most = _limit(BYTES_AT_ONCE, q_ahd.device) // q_ahd.element_size()
+    most = limit_on(q_ahd.device, BYTES_AT_ONCE) // q_ahd.element_size()
     pieces = list(_pieces(keys, queries.positions, heads=q_ahd.shape[1], most=most))
     with torch.autocast(q_ahd.device.type, enabled=False):
         out_ahd: Tensor = _ScreenedAttention.apply(q_ahd, k_lhd, v_lhd, sums.trigger, pieces, sums)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback, TrainerState
 
+from perturbgene.errors import EXIT_FAILED
+
 T = TypeVar("T")
 
 #: Seconds in which a run must finish a batch, a step, a checkpoint or an evaluation; within one, a large file may have
@@ -26,7 +28,6 @@ LONGEST_SILENCE = 3600.0
 _NUM_PARTS = 20
 #: Seconds in which loader workers write where they are.
 _SECONDS_FOR_STACKS = 1.0
-_EXIT_FAILED = 3
 
 
 def show_stack_when_asked() -> None:
@@ -82,7 +83,7 @@ class WatchDog(TrainerCallback):
                 if not hasattr(sys, "ps1"):
                     for worker in workers:
                         worker.kill()
-                    os._exit(_EXIT_FAILED)
+                    os._exit(EXIT_FAILED)
 
     def _show(self, workers: Sequence[Any]) -> None:
         """Write where all threads and workers are, and what may be the matter."""

@@ -25,19 +25,18 @@ from perturbgene.training.callbacks import WithCells
 from perturbgene.training.train import run_mlm
 from tests.faults import Killed, die, plant
 from tests.forked import needs_fork, start
-from tests.small_training import STEPS, command, make_corpus, raise_killed, resume
+from tests.small_training import STEPS, command, raise_killed, resume
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("safe") / "corpus")
+@pytest.fixture
+def corpus(training_corpus: Path) -> Path:
+    """The shared corpus; what rewrites shards works on a copy."""
+    return training_corpus
 
 
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert main(command(corpus, out)) == 0
-    return (out / "model.safetensors").read_bytes()
+@pytest.fixture
+def undisturbed(whole_weights: bytes) -> bytes:
+    return whole_weights
 
 
 WORKERS = "--dataloader_num_workers 2"
