@@ -4,6 +4,7 @@ Owns defaults and checks of both; what only one of them has is in `verbs`. Impor
 training arguments.
 """
 
+import math
 import re
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +27,8 @@ RATE_TIMES_WIDTH = 0.128
 RATE_OF_FINE_TUNING = 0.5
 #: Cells that a run reads by default, of few cells again and again: 800 batches of 32.
 DRAWN_CELLS = 25_600
+#: So often a run is scored whose passes have fewer cells than `LONG_PASS`: scoring 40 times took half of its time.
+EVALUATIONS, LONG_PASS = 10, 5_000
 
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
@@ -216,7 +219,9 @@ class TrainOptions(BaseConfig):
     use_cpu: bool = option(False, "Use the CPU even if there is a GPU.")
     seed: int = option(42, "Seed of the weights, the order of cells and the masks.", within="[0, 4294967295]")
     eval_strategy: Literal["auto", "no", "steps", "epoch"] = option(
-        "auto", "When to evaluate. auto: every --eval_steps if they are given, otherwise after each epoch."
+        "auto",
+        "When to evaluate. auto: every --eval_steps if they are given, otherwise after each pass, but about "
+        "ten times in a run whose passes are short (fewer than 5,000 cells).",
     )
     eval_steps: float | None = option(None, "Steps between evaluations; below 1, a share of all.", within="(0, inf)")
     early_stopping_patience: int | None = option(
@@ -332,6 +337,13 @@ class TrainingConfig(DataOptions, ModelOptions, TrainOptions):
         if self.model_arch == "auto":
             suited["model_arch"] = "tiny" if num_cells <= 50_000 else "small"
         return replace(self, **suited)
+
+    def passes_per_evaluation(self, num_cells: int) -> int:
+        """Return after how many passes over so many cells to evaluate and save, where that is left to us."""
+        is_free = self.eval_strategy == self.save_strategy == "auto" and not (self.eval_steps or self.save_steps)
+        if not is_free or self.max_steps > 0 or self.num_train_epochs is None or num_cells >= LONG_PASS:
+            return 1
+        return math.ceil(self.num_train_epochs / EVALUATIONS)
 
     def with_learning_rate(self, hidden_size: int) -> Self:
         """Return the settings with a learning rate: the one given, or one that suits the width of the model."""

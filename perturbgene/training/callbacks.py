@@ -314,6 +314,21 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate, control.should_log = control.should_evaluate and is_over, is_over
 
 
+class FewerEvaluations(TrainerCallback):
+    """Evaluates and saves only after every so many passes, and after the last one.
+
+    Args:
+        every: Number of passes between evaluations, at least 1.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if round(state.epoch or 0) % self.every and not control.should_training_stop:
+            control.should_evaluate = control.should_save = False
+
+
 def _is_whole(epoch: float | None) -> bool:
     return epoch is not None and float(epoch).is_integer()
 

@@ -46,7 +46,7 @@ from perturbgene.model.heads import DirectPath
 from perturbgene.plots import confusion_figure, loss_figure, save_figure
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import checkpoints
-from perturbgene.training.callbacks import StopEarly, show_figures
+from perturbgene.training.callbacks import FewerEvaluations, StopEarly, show_figures
 from perturbgene.training.card import write_card
 from perturbgene.training.cell_space import save_space
 from perturbgene.training.data_files import DataFiles
@@ -363,6 +363,7 @@ def _train(
         parts["before_scoring"] = _fit_shares_on(cells, direct_path(model))
     parts["before_saving"] = cells.files.check
     trainer = ShardedTrainer(args=arguments, model=model, train_dataset=cells.train, eval_dataset=evaluation, **parts)
+    trainer.add_callback(FewerEvaluations(config.passes_per_evaluation(cells.train.num_cells)))
     folder, is_first = Path(config.output_dir), trainer.is_world_process_zero()
     checkpoint = _checkpoint(config, arguments)
     is_last = checkpoint is not None and trainer.is_finished(checkpoint)

@@ -558,6 +558,24 @@ def test_the_best_model_is_loaded_where_evaluation_and_saving_meet(tokens, expec
     assert (*schedule, arguments.load_best_model_at_end) == expected
 
 
+@pytest.mark.parametrize(
+    ("tokens", "num_cells", "expected"),
+    [
+        ([], 600, 4),
+        ([], 2_800, 1),
+        (["--num_train_epochs", "25"], 2_800, 3),
+        (["--num_train_epochs", "25"], 5_000, 1),
+        (["--max_steps", "400"], 600, 1),
+        (["--eval_steps", "5"], 600, 1),
+        (["--save_steps", "5"], 600, 1),
+        (["--eval_strategy", "epoch"], 600, 1),
+    ],
+)
+def test_many_short_passes_are_scored_about_ten_times(tokens, num_cells, expected):
+    config = parse_args([*MLM, *tokens]).suited_to(num_cells)
+    assert config.passes_per_evaluation(num_cells) == expected
+
+
 def test_without_evaluation_data_nothing_is_evaluated():
     config = parse_args([*FILES, "--bin_edges", "1", "--vocab_path", "."])
     arguments = config.training_arguments()

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from perturbgene.training import callbacks
-from perturbgene.training.callbacks import Progress, Speed, StopOnSignal, show_figures
+from perturbgene.training.callbacks import FewerEvaluations, Progress, Speed, StopOnSignal, show_figures
 
 
 class Clock:
@@ -123,6 +123,16 @@ def test_a_stopped_run_does_not_go_back_to_its_best_weights() -> None:
     stop._received = callbacks.SIGNALS[0]
     stop.on_step_end(args, TrainerState(epoch=0.5), control)
     assert control.should_save and control.should_training_stop and not args.load_best_model_at_end
+
+
+def test_passes_between_evaluations_are_neither_scored_nor_saved_but_the_last_is() -> None:
+    scored = []
+    for epoch in range(1, 13):
+        control = TrainerControl(should_training_stop=epoch == 12, should_evaluate=True, should_save=True)
+        FewerEvaluations(5).on_epoch_end(None, TrainerState(epoch=epoch), control)
+        assert control.should_evaluate == control.should_save
+        scored += [epoch] * control.should_evaluate
+    assert scored == [5, 10, 12]
 
 
 def test_figures_are_shown_in_tensorboard_and_drawn_for_nobody_else(tmp_path) -> None:
