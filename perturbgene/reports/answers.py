@@ -35,6 +35,7 @@ from perturbgene.reports.layout import umap_layout
 from perturbgene.reports.page import Page, map_data
 from perturbgene.reports.statistics import Thresholds
 from perturbgene.reports.tables import cell_table, number_table
+from perturbgene.reports.trust import about_scores
 from perturbgene.training.transfer import quiet
 from perturbgene.training.votes import READING
 
@@ -301,12 +302,8 @@ def _about_predictions(facts: Mapping[str, Any], obs: pd.DataFrame, names: Seque
     sentences = _about_genes(facts)
     if num_empty := int(obs[f"predicted_{names[0]}"].isna().sum()):
         sentences.append(f"{num_empty:,} cells have no answer: they express no gene of the run, or were left out.")
-    with suppress(OSError, ValueError, KeyError, StopIteration):
-        results = json.loads((Path(str(facts["run"])) / "evaluation/metrics.json").read_text(encoding="utf-8"))
-        for name in names:
-            accuracy = next(iter(results[name].values()))["accuracy"]
-            sentences.append(f"{name}: on its held-out cells the run was right in {100 * accuracy:.1f} %.")
     for name in names:
+        sentences += about_scores(str(facts["run"]), [name])
         if str(facts["calibration"][name]).startswith("uncalibrated"):
             sentences.append(f"{name}: probabilities are {facts['calibration'][name]}, so they may be too high.")
         if f"majority_{name}" in obs:

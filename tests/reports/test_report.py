@@ -51,6 +51,13 @@ def test_verbs_write_a_page_and_its_figures(folder: Path) -> None:
         assert all((folder / f"{name}.{figure}.png").exists() for figure in ("map", "cell_type", "tissue"))
 
 
+def test_predictions_say_how_often_the_run_is_right_beside_a_baseline(folder: Path) -> None:
+    page = (folder / "out.report.html").read_text()
+    for name in ("cell_type", "tissue"):
+        text = rf"{name}: the run is right in [\d.]+ % of \d+ held-out cells, most frequent label in [\d.]+ %\. It was"
+        assert re.search(text, page), name
+
+
 def test_no_report_leaves_it_out(folder: Path, tmp_path: Path) -> None:
     cells = ad.read_h5ad(folder / "out.h5ad")[:20].copy()
     cells.write_h5ad(tmp_path / "in.h5ad")
