@@ -99,6 +99,15 @@ class DataFiles:
         changes = {path: _change(path, then) for path, then in known.items()}
         return [f"{path} changed since the run read it: {change}" for path, change in changes.items() if change]
 
+    def were_read_by(self, run: str | Path, paths: Sequence[str]) -> bool:
+        """Return whether a run noted one of these files as its own: by its name, or by its sum where both have one."""
+        recorded = DataFiles(run, (), None)._recorded()
+        known = {os.path.realpath(path) for path in recorded} | {then.sha256 for then in recorded.values()} - {None}
+        names = [
+            name for path in paths if path in self._now for name in (os.path.realpath(path), self._now[path].sha256)
+        ]
+        return not known.isdisjoint(names)
+
     def check(self) -> None:
         """Compare the files with what they were when the run, or its last part, started; missing ones are left out.
 

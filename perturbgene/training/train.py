@@ -379,6 +379,10 @@ def _train(
         config.save(folder / checkpoints.SETTINGS_FILE)
         tokenizer.save_pretrained(folder)
     if model.config.direct_path and checkpoint is None:
+        old, path = config.pretrained_model_path, direct_path(model)
+        if path is not None and old is not None and cells.files.were_read_by(old, cells.train.paths):
+            logger.info("%s has read some of these cells: its votes are no start, for any penalty would suit them", old)
+            path.votes_tk.zero_()
         weights: dict[str, Any] = {"class_weights": settings.get("class_weights"), "rate_n": cells.train.rate_n}
         solve_votes(model, cells.whole("train"), donor_column=cells.donor_column, **weights)
     if arguments.max_steps != 0:

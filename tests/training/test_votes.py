@@ -181,6 +181,26 @@ def test_the_transformer_adds_nothing_unless_enough_held_out_cells_say_so(
     assert "no evaluation cells say how much the transformer may add" in caplog.text
 
 
+def test_votes_of_a_run_are_a_start_only_for_cells_that_it_has_not_read(
+    corpus: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cells(20, seed=4).write_h5ad(tmp_path / "others.h5ad")
+    for name, files in (("same", {"corpus": corpus}), ("others", {"train_data_paths": tmp_path / "others.h5ad"})):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="perturbgene"):
+            mlm(
+                **files, output_dir=tmp_path / name, pretrained_model_path=run, train_only="votes",
+                per_device_train_batch_size=16, eval_strategy="no", **SETTINGS,
+            )  # fmt: skip
+        assert ("its votes are no start" in caplog.text) == (name == "same")
+    first, again, more = (
+        votes.direct_path(load_run(folder).model) for folder in (run, tmp_path / "same", tmp_path / "others")
+    )
+    assert first is not None and again is not None and more is not None
+    assert torch.equal(first.votes_tk, again.votes_tk)
+    assert not torch.equal(first.votes_tk, more.votes_tk)
+
+
 def test_while_it_is_trained_the_transformer_is_scored_alone(corpus: Path, tmp_path: Path) -> None:
     """Otherwise the votes decide which weights are the best: those of the first steps are as good as any."""
     folder = mlm(corpus=corpus, output_dir=tmp_path / "run", max_steps=2, eval_steps=1, save_steps=1, **SETTINGS)
