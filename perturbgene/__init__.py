@@ -39,6 +39,7 @@ _OTHERS = {
     "InputError": "perturbgene.errors",
     "Run": "perturbgene.inference.run",
     "load_run": "perturbgene.inference.run",
+    "set_up_logging": "perturbgene.main",
     "GeneTokenizer": "perturbgene.data_utils.tokenization",
     "IterableAnnDataset": "perturbgene.data_utils.iterable_ann_dataset",
     "DataCollatorForPhenotypicMLM": "perturbgene.data_utils.data_collators",

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from perturbgene import VERBS, __version__
 from perturbgene.configs import BaseConfig, HelpRequested, overview, parse_args
@@ -178,11 +178,14 @@ class FewOfAKind(logging.Filter):
         return count <= MOST_LOGS_OF_A_KIND
 
 
-def set_up_logging() -> None:
-    """Send our messages to stderr from INFO on, and of other libraries only warnings that a user can act on."""
+def set_up_logging(stream: TextIO | None = None) -> None:
+    """Send our messages to stderr or a stream from INFO on, and of other libraries only warnings one can act on.
+
+    In a notebook, `pg.set_up_logging(sys.stdout)` shows what the commands say; without it, only warnings are seen.
+    """
     is_first = is_first_process()
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=stream or sys.stderr)
         logging.getLogger().handlers[0].addFilter(FewOfAKind())
     logging.getLogger("perturbgene").setLevel(logging.INFO if is_first else logging.ERROR)
     logging.captureWarnings(True)

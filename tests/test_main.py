@@ -1,6 +1,7 @@
 """The command line: exit codes, clean errors, help without torch, and memory that is kept or returned."""
 
 import errno
+import io
 import logging
 import os
 import resource
@@ -12,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 
+import perturbgene as pg
 from perturbgene import VERBS, __version__
 from perturbgene.configs import CONFIGS, parse_args
 from perturbgene.main import (
@@ -301,6 +303,14 @@ def test_an_error_of_another_process_names_it(verb, capsys, monkeypatch) -> None
     monkeypatch.setenv("RANK", "1")
     assert main(verb("from perturbgene.errors import InputError; raise InputError('a')")) == 2
     assert capsys.readouterr().err == "process 1: error: a\n"
+
+
+def test_messages_go_to_the_stream_that_a_notebook_names(monkeypatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    pg.set_up_logging(stream)
+    logging.getLogger("perturbgene.inference").info("as the commands say it")
+    assert stream.getvalue() == "as the commands say it\n"
 
 
 def test_bars_and_idle_warnings_of_transformers_are_off() -> None:

@@ -177,7 +177,8 @@ def _is_own(run: Run, eval_paths: Any, *, changes: Sequence[str]) -> bool:
         return False
     corpus, patterns = (getattr(run.settings, name, None) for name in ("corpus", "eval_data_paths"))
     if not patterns:
-        return bool(corpus) and {os.path.dirname(name) for name in names} == {os.path.realpath(f"{corpus}/eval")}
+        folders = {name if os.path.isdir(name) else os.path.dirname(name) for name in names}
+        return bool(corpus) and folders == {os.path.realpath(f"{corpus}/eval")}
     with suppress(InputError):
         return names <= {os.path.realpath(path) for path in expand_paths(patterns)}
     return False
@@ -530,27 +531,20 @@ def _check_files(run: Run, output: Path | None, *, changes: Sequence[str], calib
 
 
 def evaluate(
-    run: str | Path | Run,
-    eval_paths: Any,
-    *,
-    train_paths: Any = None,
-    ask: Sequence[str] = (),
-    given: Sequence[str] = (),
-    mask_rates: Mapping[str, float] | None = None,
-    calibrate: bool | None = EvaluateConfig.calibrate,
-    donor_column: str | None = "donor_id",
-    batch_size: int = EvaluateConfig.batch_size,
-    batch_tokens: int = EvaluateConfig.batch_tokens,
-    scib: bool = EvaluateConfig.scib,
-    output: str | Path | None = None,
-    **reading: Any,
-) -> dict[str, Any]:
+    run: str | Path | Run, eval_paths: Any = None, *, train_paths: Any = None, ask: Sequence[str] = (),
+    given: Sequence[str] = (), mask_rates: Mapping[str, float] | None = None,
+    calibrate: bool | None = EvaluateConfig.calibrate, donor_column: str | None = "donor_id",
+    batch_size: int = EvaluateConfig.batch_size, batch_tokens: int = EvaluateConfig.batch_tokens,
+    scib: bool = EvaluateConfig.scib, output: str | Path | None = None, **reading: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Score a run on labeled cells, next to its baselines.
 
     Args:
         run: Run folder, or a loaded run.
-        eval_paths: Files (or AnnData) to score.
-        train_paths: The training files, on which the baselines are fitted; None leaves these out.
+        eval_paths: Files (or AnnData) to score; None takes the run's own held-out cells, and its training cells for
+            baselines and the column of donors of its corpus.
+        train_paths: The training files, on which the baselines are fitted; None leaves these out, if `eval_paths` are
+            given.
         ask, given: One question instead of the standard ones.
         mask_rates: `gene_mask_prob`, `phenotype_mask_prob`, `absent_prob` or `unexpressed_ratio` instead of the run's
             own, for the scores of masked genes.
@@ -575,6 +569,8 @@ def evaluate(
         (255, True)
     """
     run, output = load_run(run), None if output is None else Path(output)
+    if eval_paths is None:
+        eval_paths, train_paths, donor_column, reading = _own_cells(run, train_paths, donor_column, reading)
     is_own = _is_own(run, eval_paths, changes=(changes := _changes(run, eval_paths)))
     as_trained = conditions(reading.get("where", ())) == conditions(getattr(run.settings, "where", ()))
     calibrates = is_own and as_trained if calibrate is None else calibrate
@@ -608,9 +604,9 @@ def evaluate(
         for scores in [scores for one in results.values() for scores in one.values()] if is_seen_n.any() else ():
             scores["n_training_cells"] = int(is_seen_n.sum())
         if train_paths is not None and run.binary_label is None:
-            train = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()})
+            cells = IterableAnnDataset(train_paths, tokenizer, **{**options, "where": ()}), dataset
             asked: dict[str, Any] = {"donor_column": donor_column, "batch_tokens": batch_tokens}
-            others = _add_baselines(run, results, evaluator, answers, cells=(train, dataset), **asked)
+            others = _add_baselines(run, results, evaluator, answers, cells=cells, **asked)
         _add_ontology(results, evaluator, dataset, others)
         tables |= _add_embedding(results, embedded, dataset, donor_column=donor_column, has_scib=scib)
         if output is not None:
@@ -667,6 +663,40 @@ def _text(table: pd.DataFrame) -> str:
     return table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="")
 
 
+def _cells_of(config: EvaluateConfig, run: Run) -> dict[str, Any]:
+    """Return the cells to score, those for the baselines, the column of donors, and how to read the cells.
+
+    The cells are those of a corpus, of files, or the run's own.
+    """
+    trained = run.settings
+    folder = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
+    corpus = Corpus.open(folder) if folder and Path(folder).exists() else None
+    if corpus:
+        eval_paths = corpus.paths("eval")
+    else:
+        eval_paths = expand_paths(config.eval_data_paths) if config.eval_data_paths else run.own_files("eval")
+    patterns = config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", []))
+    train_paths = None
+    if config.baselines and (patterns or corpus):
+        train_paths = corpus.paths("train") if corpus and not patterns else expand_paths(patterns)
+    is_own, reading = _is_own(run, eval_paths, changes=_changes(run, eval_paths)), {}
+    for declared in dataclasses.fields(ReadingConfig):  # those of training, unless given or the corpus has its own
+        name, value = declared.name, getattr(config, declared.name)
+        if value in (declared.default, []) and (is_own if name == "where" else not corpus):
+            value = getattr(trained, name, value)
+        reading[name] = value
+    donor_column = (corpus.split_by if corpus else None) or "donor_id"
+    return {"eval_paths": eval_paths, "train_paths": train_paths, "donor_column": donor_column, "reading": reading}
+
+
+def _own_cells(run: Run, train_paths: Any, donor_column: str | None, reading: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the run's own held-out cells, training cells and column of donors, unless given, and how to read them."""
+    own = _cells_of(EvaluateConfig(run=str(run.path)), run)
+    train_paths = own["train_paths"] if train_paths is None else train_paths
+    donor_column = own["donor_column"] if donor_column == "donor_id" else donor_column
+    return own["eval_paths"], train_paths, donor_column, {**own["reading"], **reading}
+
+
 def run_evaluate(config: EvaluateConfig) -> str | None:
     """Run the verb `evaluate` on a corpus, on files, or on the run's own evaluation cells.
 
@@ -678,30 +708,13 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
         raise InputError(f"{config.run} is on the Hugging Face Hub, so scores have no place next to it. Give --output.")
     output = Path(config.output or Path(config.run) / "evaluation")
     run = load_run(config.run, device=config.device)
-    trained = run.settings
-    folder = config.corpus or (getattr(trained, "corpus", None) if not config.eval_data_paths else None)
-    corpus = Corpus.open(folder) if folder and Path(folder).exists() else None
-    if corpus:
-        eval_paths = corpus.paths("eval")
-    else:
-        eval_paths = expand_paths(config.eval_data_paths) if config.eval_data_paths else run.own_files("eval")
-    train_paths, patterns = (
-        None,
-        config.train_data_paths or ([] if corpus else getattr(trained, "train_data_paths", [])),
-    )
-    if config.baselines and (patterns or corpus):
-        train_paths = corpus.paths("train") if corpus and not patterns else expand_paths(patterns)
-    is_own, reading = _is_own(run, eval_paths, changes=_changes(run, eval_paths)), {}
-    for declared in dataclasses.fields(ReadingConfig):  # those of training, unless given or the corpus has its own
-        name, value = declared.name, getattr(config, declared.name)
-        if value in (declared.default, []) and (is_own if name == "where" else not corpus):
-            value = getattr(trained, name, value)
-        reading[name] = value
+    cells = _cells_of(config, run)
+    reading = cells.pop("reading")
+    is_own = _is_own(run, cells["eval_paths"], changes=_changes(run, cells["eval_paths"]))
     results = evaluate(
-        run, eval_paths, train_paths=train_paths, ask=config.ask, given=config.given, mask_rates=config.mask_rates,
-        calibrate=config.calibrate, donor_column=(corpus.split_by if corpus else None) or "donor_id",
+        run, ask=config.ask, given=config.given, mask_rates=config.mask_rates, calibrate=config.calibrate,
         batch_size=config.batch_size, batch_tokens=config.batch_tokens, scib=config.scib, output=output,
-        **reading,
+        **cells, **reading,
     )  # fmt: skip
     if is_own and not (config.ask or config.given or config.where or config.mask_rates):
         names = {name: row_name(name) for scores_of in results.values() for name in scores_of}

@@ -186,7 +186,7 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
         config = GeneBertConfig.from_pretrained(run, trust_remote_code=False)
         is_classifier = "GeneBertForClassification" in (config.architectures or [])
         kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
-        model, report = kind.from_pretrained(run, output_loading_info=True)  # type: ignore[misc]
+        model, report = kind.from_pretrained(run, output_loading_info=True)
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{run} holds no finished run ({reason}). Train it again or name another folder.") from error

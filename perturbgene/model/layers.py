@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as bars
 from transformers.utils.generic import can_return_tuple
 
 from perturbgene.devices import has_bfloat16
@@ -238,6 +239,18 @@ class GeneBertLayer(GradientCheckpointingLayer):
         return cast(Tensor, norm(residual_ah + self.dropout(branch_ah)))
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the bars of single files, "Loading weights" and "Writing model shards", which fill a notebook."""
+    was_shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            bars.enable_progress_bar()
+
+
 class GeneBertPreTrainedModel(PreTrainedModel):
     """What all models share: configuration class, prefix, initialization, choice of attention.
 
@@ -262,6 +275,17 @@ class GeneBertPreTrainedModel(PreTrainedModel):
         if config.attention_kernel == "flash":
             check_flash_installed()
         super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does, without bars."""
+        with without_bars():
+            return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save a model as transformers does, without bars."""
+        with without_bars():
+            super().save_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw fresh weights as transformers does, but embeddings with a spread of their own."""

@@ -228,6 +228,16 @@ def test_a_run_that_loses_to_a_baseline_is_told_plainly(own_run, cells, small_fo
     assert re.match(told, line)
 
 
+def test_without_files_the_run_s_own_held_out_cells_are_scored_next_to_its_baselines(own_run, small_folder):
+    scores = evaluate(own_run, ask=["cell_type"])["cell_type"]
+    assert scores["alone"]["n"] == len(names_of(small_folder / "corpus", "eval"))
+    assert {"calibration", "accuracy"} <= scores["alone"].keys() and "logistic_regression" in scores
+
+
+def test_the_folder_of_held_out_cells_is_known_as_the_run_s_own(own_run, small_folder):
+    assert "calibration" in evaluate(own_run, small_folder / "corpus/eval", ask=["cell_type"])["cell_type"]["alone"]
+
+
 def test_nothing_is_marked_where_labels_are_given(run, small_folder):
     paths = {split: Corpus.open(small_folder / "corpus").paths(split) for split in ("train", "eval")}
     options = {"ask": ["cell_type"], "given": ["tissue"], "calibrate": False}

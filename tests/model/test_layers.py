@@ -11,6 +11,7 @@ from transformers import (
     DistilBertConfig,
 )
 from transformers.models.distilbert.modeling_distilbert import Transformer
+from transformers.utils import logging as bars
 
 from perturbgene.model.heads import (
     GeneBertForClassification,
@@ -257,3 +258,13 @@ def test_fresh_weights_are_small_and_norms_neutral() -> None:
     assert (weights["genebert.layers.0.qkv.bias"] == 0).all()
     assert (weights["genebert.final_norm.weight"] == 1).all()
     assert (weights["genebert.embeddings.word_embeddings.weight"][PAD] == 0).all()
+
+
+def test_models_are_saved_and_loaded_without_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bars, "_tqdm_active", True)  # the command line may have turned them off
+    build(GeneBertModel).save_pretrained(tmp_path)
+    GeneBertModel.from_pretrained(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    assert bars.is_progress_bar_enabled()
