@@ -1,7 +1,7 @@
 """The errors a user may see, and the helpers that raise them.
 
-Owns `InputError`, two other errors, which errors of the system are the machine's, and the words that messages share;
-knows nothing of cells, files or models.
+Owns `InputError` with its two kinds, two other errors, which errors of the system are the machine's, and the words
+that messages share; knows nothing of cells, files or models.
 """
 
 import difflib
@@ -32,6 +32,10 @@ class FilesRefusedError(InputError):
     def __init__(self, message: str, *, report: str) -> None:
         super().__init__(message)
         self.report = report
+
+
+class NewerFormatError(InputError):
+    """A file of ours is in a format that came after this version, so it is neither damaged nor foreign."""
 
 
 class RunFailedError(RuntimeError):

@@ -1,12 +1,13 @@
 """Outputs: written whole or not at all, by one process at a time.
 
-Owns temporary names, renaming, locks and how many files may be open; knows nothing of what is written. Every command
-that writes goes through here.
+Owns temporary names, renaming, locks, formats' numbers and how many files may be open; knows nothing of what is
+written. Every command that writes goes through here.
 """
 
 import hashlib
 import importlib
 import json
+import operator
 import os
 import shutil
 import socket
@@ -18,7 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from perturbgene.errors import InputError
+from perturbgene import __version__
+from perturbgene.errors import InputError, NewerFormatError
 
 #: First words of every page that `report` writes, by which an older one is known.
 PAGE_MARKER = '<!DOCTYPE html>\n<meta name="generator" content="perturbgene report">'
@@ -158,6 +160,40 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a ValueError says why it is none, also where lists in lists would exhaust the stack."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("its lists are nested too deeply") from None
+
+
+def check_format(source: object, written: Any, *, reads: int) -> int:
+    """Return the number of the format in which a file of ours was written.
+
+    Args:
+        source: The file, for messages.
+        written: What it says; None where it was written before it had a number, which is format 1.
+        reads: The newest format that this version reads.
+
+    Raises:
+        NewerFormatError: A newer perturbgene wrote it.
+        InputError: It is no number.
+    """
+    try:
+        number = 1 if written is None else operator.index(written)  # numbers from HDF5 are numpy's
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{source} is damaged: its format is {written!r}. Restore it as it was written.")
+    if number > reads:
+        raise NewerFormatError(
+            f"{source} has format {number}, but this perturbgene ({__version__}) reads formats up to {reads}. Update "
+            "perturbgene: pip install -U perturbgene."
+        )
+    return number
+
+
 def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as stream:
@@ -171,21 +207,30 @@ def sums_of(path: Path) -> dict[str, Any]:
 
 #: Sums of a folder's files, by which a damaged one is known.
 SUMS_FILE = "sums.json"
+SUMS_FORMAT = 1
 
 
 def _read_sums(folder: Path) -> dict[str, Any]:
     try:
-        sums = json.loads((folder / SUMS_FILE).read_text(encoding="utf-8"))
+        sums = read_json(folder / SUMS_FILE)
     except FileNotFoundError:  # a folder of before
         return {}
-    except ValueError as error:
-        raise InputError(f"{folder / SUMS_FILE} is damaged. Restore the folder as it was written.") from error
-    return sums if isinstance(sums, dict) else {}
+    except ValueError:
+        sums = None
+    sums = sums if isinstance(sums, dict) else {"": None}
+    check_format(folder / SUMS_FILE, sums.pop("format_version", None), reads=SUMS_FORMAT)
+    if not all(isinstance(one, dict) and {"bytes", "sha256"} <= set(one) for one in sums.values()):
+        raise InputError(f"{folder / SUMS_FILE} is damaged. Restore the folder as it was written.")
+    return sums
+
+
+def _save_sums(folder: Path, sums: dict[str, Any]) -> None:
+    write_json(folder / SUMS_FILE, {"format_version": SUMS_FORMAT, **sums})
 
 
 def write_sums(folder: Path, paths: Iterable[Path]) -> None:
     """Write `sums.json` into a folder: size and SHA-256 of files that are, or will be, in it."""
-    write_json(folder / SUMS_FILE, {path.name: sums_of(path) for path in sorted(paths)})
+    _save_sums(folder, {path.name: sums_of(path) for path in sorted(paths)})
 
 
 @contextmanager
@@ -194,17 +239,17 @@ def renewed_sums(*paths: Path) -> Iterator[None]:
     folder = paths[0].parent
     if sums := _read_sums(folder):
         names = {path.name for path in paths}
-        write_json(folder / SUMS_FILE, {name: one for name, one in sums.items() if name not in names})
+        _save_sums(folder, {name: one for name, one in sums.items() if name not in names})
     yield
     if sums:
-        write_json(folder / SUMS_FILE, sums | {path.name: sums_of(path) for path in paths if path.exists()})
+        _save_sums(folder, sums | {path.name: sums_of(path) for path in paths if path.exists()})
 
 
 def damaged_file(folder: Path) -> str | None:
     """Return which file of a folder is not what its `sums.json` says, and how; None if all are or there are no sums.
 
     Raises:
-        InputError: `sums.json` itself is damaged.
+        InputError: `sums.json` itself is damaged, or of a newer perturbgene.
     """
     for name, expected in _read_sums(folder).items():
         path = folder / name

@@ -20,6 +20,9 @@ from perturbgene.urls import shown_path
 
 Normalization = Literal["auto", "none", "log1p_cp10k"]
 
+#: Of the files that `BaseConfig.save` writes, which `parsing` reads.
+SETTINGS_FORMAT = 1
+
 # Never written to files, like passwords and tokens in URLs, since run folders are shared.
 SECRETS = ("hub_token",)
 
@@ -78,7 +81,8 @@ class BaseConfig:
 
     def to_yaml(self) -> str:
         """The settings as YAML; ``--config`` with it gives equal settings, except for masked URLs."""
-        return yaml.safe_dump({"verb": self.verb, **self.to_dict()}, sort_keys=False, allow_unicode=True)
+        settings = {"verb": self.verb, "format_version": SETTINGS_FORMAT, **self.to_dict()}
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | Path) -> None:
         """Write `to_yaml` to a file, whole or not at all."""

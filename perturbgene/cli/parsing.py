@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from perturbgene.cli.base import BaseConfig
+from perturbgene.cli.base import SETTINGS_FORMAT, BaseConfig
 from perturbgene.cli.options import ARGUMENTS, GROUPS, IN_OUT, Flag, check_no_repeats, once, own_flags
 from perturbgene.cli.training import TrainingConfig
 from perturbgene.cli.verbs import CONFIGS
 from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.files import check_format
 
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
@@ -294,26 +295,45 @@ def parse_args(argv: Sequence[str] | None = None) -> BaseConfig:
     return build_config(config_class, {**from_file, **given})
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, of which YAML would silently keep the last."""
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, of which YAML would silently keep the last, and references.
+
+    Nine lines that each repeat the line before ten times are a value of a billion words.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it refers to *{self.peek_event().anchor}, so write that value again in full")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         check_no_repeats([str(key.value) for key, _ in node.value], flag="config")
         return super().construct_mapping(node, deep=deep)
 
 
-def read_yaml(path: str | Path, expected: type[BaseConfig] | None = None) -> tuple[type[BaseConfig], dict[str, Any]]:
-    """Return the class and the typed settings of a YAML file, which must name its verb if no class is expected."""
+def settings_in(path: str | Path) -> dict[str, Any]:
+    """Return the settings in a YAML file as they are written there, with the verb if it names one.
+
+    Raises:
+        InputError: The file cannot be read, is not plain YAML, or was written by a newer perturbgene.
+    """
     try:
-        settings = _UniqueKeyLoader(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
+        settings = _StrictLoader(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
     except OSError as error:
         raise InputError(
             f"config is {str(path)!r}, which cannot be read ({error.strerror}). Correct --config."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"config is {str(path)!r}, which is not plain YAML: {error}. Correct the file.") from error
     if not isinstance(settings, dict):
         raise InputError(f"config is {str(path)!r}, which has no `name: value` lines. Correct the file.")
+    check_format(path, settings.pop("format_version", None), reads=SETTINGS_FORMAT)
+    return settings
+
+
+def read_yaml(path: str | Path, expected: type[BaseConfig] | None = None) -> tuple[type[BaseConfig], dict[str, Any]]:
+    """Return the class and the typed settings of a YAML file, which must name its verb if no class is expected."""
+    settings = settings_in(path)
     verb = settings.pop("verb", expected.verb if expected else None)
     if expected and verb != expected.verb:
         raise InputError(

@@ -3,13 +3,13 @@
 Owns the manifest's name and version and what other commands ask of it; leaves what goes into it to `audit`.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perturbgene.data_utils.opening import FileList
 from perturbgene.errors import InputError, listed
+from perturbgene.files import check_format, read_json
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
@@ -30,15 +30,16 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
-        """Read the manifest of a corpus folder, which this version must have written."""
+        """Read the manifest of a corpus folder, which no newer version may have written."""
         path = Path(folder) / MANIFEST_FILE
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} is not a corpus ({error}). Make one with `perturbgene prepare`.") from error
-        version = manifest.get("manifest_version") if isinstance(manifest, dict) else None
-        if version != MANIFEST_VERSION:
-            raise InputError(f"{path} has version {version!r}, not {MANIFEST_VERSION}. Run prepare again.")
+        if isinstance(manifest, dict):
+            check_format(path, manifest.get("manifest_version"), reads=MANIFEST_VERSION)
+        if not isinstance(manifest, dict) or not {"shards", "split"} <= set(manifest):
+            raise InputError(f"{path} is not that of a corpus. Make one with `perturbgene prepare`.")
         return cls(Path(folder), manifest)
 
     def paths(self, split: str) -> FileList:

@@ -44,7 +44,7 @@ from perturbgene.data_utils.opening import FileList, as_sources
 from perturbgene.data_utils.recognition import COUNTS
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError, listed
-from perturbgene.files import claimed, is_report, sha256_of, write_json
+from perturbgene.files import claimed, is_report, read_json, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def _check_folders(folder: Path, work: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{folder} exists and is not empty. Choose another --output, or pass --overwrite.")
     try:
-        is_corpus = "manifest_version" in json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        is_corpus = "manifest_version" in read_json(folder / MANIFEST_FILE)
     except (OSError, ValueError, TypeError):
         is_corpus = False
     if not is_corpus:

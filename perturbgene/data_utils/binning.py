@@ -4,7 +4,6 @@ Owns reading, checking and fitting edges; the compiled loops of `kernels` apply 
 nothing of tokens or AnnData. Letters: g genes, e edges.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from perturbgene.cli.options import check_edges
 from perturbgene.data_utils.genes import clean_gene
 from perturbgene.errors import InputError, listed
+from perturbgene.files import read_json
 
 #: log1p counts per 10,000 of one read in a hundred million: below any expressed value, above rounding.
 LOWEST_EDGE = 1e-4
@@ -123,11 +123,11 @@ class BinEdges:
 def read_edges(path: str | Path) -> list[float] | dict[str, list[float]]:
     """Read edges from JSON: a shared list, or gene -> list."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"bin edges {path} cannot be read as JSON ({error}). Give [0.5, 1] or a gene -> list map."
-        ) from (error)
+        ) from error
     if not isinstance(content, list | dict):
         raise InputError(f"bin edges {path} hold a {type(content).__name__}. Give [0.5, 1] or a gene -> list map.")
     return content

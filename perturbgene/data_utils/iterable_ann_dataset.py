@@ -40,6 +40,7 @@ from perturbgene.data_utils.order import (
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock, TokenBuffer
 from perturbgene.errors import InputError, did_you_mean, listed
+from perturbgene.files import check_format
 from perturbgene.urls import shown_path
 
 logger = logging.getLogger(__name__)
@@ -476,10 +477,9 @@ class IterableAnnDataset(IterableDataset[Cell]):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise an InputError if a state is of another corpus, other batches, another seed or version, or none."""
-        if state.get("version") != STATE_VERSION or not {"seed", "epoch", "consumed", "fingerprint"} <= set(state):
-            raise InputError(
-                f"{dict(state)} is no state of this version ({STATE_VERSION}). Give what `state_dict` returned."
-            )
+        if not {"seed", "epoch", "consumed", "fingerprint"} <= set(state):
+            raise InputError(f"{dict(state)} is no state of a data set. Give what `state_dict` returned.")
+        check_format("the state of the data set", state.get("version"), reads=STATE_VERSION)
         if (unit := state.get("rule", "cells")) != self._unit:
             raise InputError(
                 f"the checkpoint counts {unit}, so it does not say which {self._unit} are done. Give "

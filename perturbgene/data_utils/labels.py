@@ -3,7 +3,6 @@
 Owns the id layout and the spelling of labels; knows nothing of genes, files or tensors. Letters: n cells, p phenotypes.
 """
 
-import json
 import logging
 import re
 import unicodedata
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from perturbgene.errors import InputError, listed
+from perturbgene.files import read_json
 
 SPECIAL_TOKENS = ("[CLS]", "[EOS]", "[MASK]", "[PAD]")
 CLS_ID, EOS_ID, MASK_ID, PAD_ID = range(4)
@@ -174,8 +174,8 @@ class Vocabulary:
     def from_file(cls, path: str | Path) -> "Vocabulary":
         """Read `{category: [labels]}` from JSON."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            content = read_json(path)
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"vocabulary {path} cannot be read as JSON ({error}). Give a file like "
                 '{"cell_type": ["B cell", "T cell"]}.'

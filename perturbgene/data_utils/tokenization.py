@@ -54,7 +54,7 @@ from perturbgene.data_utils.scale import (
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import CellSource, MemoryFile
 from perturbgene.errors import InputError, did_you_mean, listed
-from perturbgene.files import write_text
+from perturbgene.files import check_format, read_json, write_text
 from perturbgene.hub import local_run
 
 logger = logging.getLogger(__name__)
@@ -472,11 +472,11 @@ class GeneTokenizer:
         """Rebuild a tokenizer, refusing unknown keys and versions."""
         required = ("normalization", "max_length", "included_phenotypes", "phenotypes", "bin_edges", "genes")
         content = {key: value for key, value in content.items() if (key, value) != ("truncation", "variable")}
-        unknown = sorted(set(content) - {*required, "format_version", "tokenizer_class", "gene_symbols"})
-        if content.get("format_version") != FORMAT_VERSION or unknown:
+        check_format(source, content.get("format_version"), reads=FORMAT_VERSION)
+        if unknown := sorted(set(content) - {*required, "format_version", "tokenizer_class", "gene_symbols"}):
             raise InputError(
-                f"{source} is not a tokenizer of format {FORMAT_VERSION} (version {content.get('format_version')!r}, "
-                f"unknown keys: {listed(unknown) or 'none'}). Was it written by another perturbgene? Update it."
+                f"{source} is not a tokenizer of ours (unknown keys: {listed(unknown)}). Use the tokenizer.json that "
+                "came with the model."
             )
         if missing := [key for key in required if key not in content]:
             raise InputError(f"{source} lacks {listed(missing)}. Use the tokenizer.json that came with the model.")
@@ -497,8 +497,8 @@ class GeneTokenizer:
         path = local_run(path)
         file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            content = read_json(file)
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"no tokenizer can be read from {file} ({error}). Point to a run or corpus folder."
             ) from error

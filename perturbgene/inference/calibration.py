@@ -10,7 +10,6 @@ the held-out donors; log loss and calibration error before and after are those o
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from perturbgene.files import write_json
+from perturbgene.errors import NewerFormatError
+from perturbgene.files import check_format, read_json, write_json
 from perturbgene.inference.conformal import fit_floors
 from perturbgene.inference.novelty import NOVELTY_FILE, Usual
 from perturbgene.training.cell_space import EMBEDDING_FILE
@@ -213,12 +213,14 @@ def read_calibration(run: str | Path) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format_version") != FORMAT_VERSION:
-            raise ValueError("another version")
+        content: dict[str, Any] = read_json(path)
+        if check_format(path, content.pop("format_version", None), reads=FORMAT_VERSION) < FORMAT_VERSION:
+            raise ValueError("an older perturbgene wrote it")
         entries = [_temperature(**entry) for entry in content.pop("temperatures")]
         genes = tuple(content.pop("gene_quantiles"))
         calibration = Calibration(tuple(entries), genes, **content)
+    except NewerFormatError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s cannot be used (%s): probabilities are not calibrated. Run `evaluate` again.", path, error)
         return None

@@ -4,7 +4,6 @@ Owns reading that score from the run folder, whether its transformer was trained
 left out; leaves computing scores to `training` and `evaluate`.
 """
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from perturbgene.configs import load_config
 from perturbgene.errors import InputError
+from perturbgene.files import read_json
 from perturbgene.inference.run import Run
 
 #: Where a run has scores of held-out cells: those of its training, then those of `evaluate`.
@@ -38,7 +38,7 @@ def held_out_score(run: Run, category: str) -> HeldOutScore | None:
     """Return the score of a phenotype asked alone; None if the run folder has none, or not its majority baseline."""
     for name in SCORE_FILES:
         try:
-            scores_of: Any = json.loads((Path(run.path) / name).read_text(encoding="utf-8"))[category]
+            scores_of: Any = read_json(Path(run.path) / name)[category]
             scores = scores_of["classifier" if run.is_classifier else "alone"]
             share = scores["majority_share"] if "majority_share" in scores else scores_of["majority"]["accuracy"]
             found = HeldOutScore(category, float(scores["accuracy"]), float(share), int(scores["n"]))

@@ -24,8 +24,17 @@ from perturbgene.cli.verbs import CONFIGS, DividedOptions, MergeConfig
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.tokenization import TokenBlock
-from perturbgene.errors import InputError
-from perturbgene.files import damaged_file, piece_path, sha256_of, whole_folder, write_json, write_sums
+from perturbgene.errors import InputError, NewerFormatError
+from perturbgene.files import (
+    check_format,
+    damaged_file,
+    piece_path,
+    read_json,
+    sha256_of,
+    whole_folder,
+    write_json,
+    write_sums,
+)
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import Ranks, Rows, cell_results, computed_rows, unwritable
 from perturbgene.urls import is_url
@@ -141,13 +150,16 @@ class Piece:
         """Read the record of a piece.
 
         Raises:
-            InputError: It is missing or damaged.
+            InputError: It is missing, damaged, or of a newer perturbgene.
         """
         try:
-            record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+            record = read_json(folder / RECORD_FILE)
+            check_format(folder / RECORD_FILE, record["identity"].get("format"), reads=PIECE_FORMAT)
             record |= {"cells": tuple(record["cells"]), "arrays": tuple(record["arrays"])}
             piece = cls(folder, **record)
             differences(piece.identity, piece.identity)
+        except NewerFormatError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{folder} is no part of an output: its {RECORD_FILE} is missing or damaged. Delete the folder and run "

@@ -21,10 +21,11 @@ from perturbgene.configs import BaseConfig, load_config
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.data_collators import Batch
 from perturbgene.data_utils.opening import FileList, expand_paths
+from perturbgene.data_utils.sources import CellSource, StoredCells
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.errors import InputError, listed
+from perturbgene.errors import InputError, NewerFormatError, listed
 from perturbgene.eval_utils import hidden_at
-from perturbgene.files import damaged_file
+from perturbgene.files import check_format, damaged_file
 from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 from perturbgene.model.config import RUN_FORMAT
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: What a run folder has, with weights, once training has ended.
 CONFIG_NAME = "config.json"
+
+#: Of what `provenance` writes into results.
+RESULT_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -183,15 +187,15 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     tokenizer = GeneTokenizer.from_pretrained(run)
     try:
         written = GeneBertConfig.get_config_dict(run)[0].get("run_format", 1)
-        config = GeneBertConfig.from_pretrained(run, trust_remote_code=False)
+        config = GeneBertConfig.from_pretrained(run, trust_remote_code=False, name_or_path=str(run))
         is_classifier = "GeneBertForClassification" in (config.architectures or [])
         kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
         model, report = kind.from_pretrained(run, output_loading_info=True)
+    except NewerFormatError:
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{run} holds no finished run ({reason}). Train it again or name another folder.") from error
-    if isinstance(written, int) and written > RUN_FORMAT:
-        raise InputError(f"{run} was written by a newer perturbgene. Update with `pip install -U perturbgene`.")
     if written != RUN_FORMAT and config.direct_path:
         raise InputError(
             f"{run} was trained before genes' votes were solved as a regression, so its answers would not be those of "
@@ -215,7 +219,25 @@ def provenance(run: Run, question: Mapping[str, Any], *, coverage: float) -> dic
             cannot hold a nested None.
         coverage: Share of the run's genes that the cells' file has, in 0..1.
     """
-    facts = {"version": __version__, "run": run.path, "tokenizer_fingerprint": run.tokenizer.fingerprint}
+    facts = {
+        "format_version": RESULT_FORMAT,
+        "version": __version__,
+        "run": run.path,
+        "tokenizer_fingerprint": run.tokenizer.fingerprint,
+    }
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in question.items()}
     stored = {name: v if isinstance(v, str | int | float | list) else json.dumps(v) for name, v in plain.items()}
     return {**facts, **stored, "gene_coverage": coverage}
+
+
+def facts_of(source: CellSource) -> dict[str, Any]:
+    """Return what `provenance` has written into a result; nothing if the file is no result.
+
+    Raises:
+        InputError: A newer perturbgene has written it.
+    """
+    facts = source.element("uns/perturbgene") if isinstance(source, StoredCells) else None
+    if not isinstance(facts, dict):
+        return {}
+    check_format(f"{source.path}: uns/perturbgene", facts.get("format_version"), reads=RESULT_FORMAT)
+    return facts

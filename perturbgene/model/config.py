@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from perturbgene.errors import InputError, did_you_mean
+from perturbgene.files import check_format
 
 #: Values of ``--model_arch`` -> layers, hidden size, heads; all other settings are the defaults of `GeneBertConfig`.
 #: One head of 64 answers as well as four of 16 and takes a fifth less time on a CPU (docs/experiments.md).
@@ -65,7 +66,9 @@ class GeneBertConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Convert ranges to plain lists and check the settings."""
         self.phenotype_id_ranges = [[int(start), int(stop)] for start, stop in self.phenotype_id_ranges]
+        folder = kwargs.get("name_or_path")
         super().__post_init__(**kwargs)
+        check_format(f"{folder}/config.json" if folder else "config.json", self.run_format, reads=RUN_FORMAT)
         check_choice("norm_position", self.norm_position, NORM_POSITIONS)
         check_choice("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
         if self.hidden_size % self.num_attention_heads:

@@ -20,13 +20,14 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.opening import FileList, open_source
 from perturbgene.data_utils.sources import StoredCells
 from perturbgene.errors import InputError, listed
+from perturbgene.files import read_json
 from perturbgene.inference.baselines import NAMES
 from perturbgene.inference.classifiers import sample
 from perturbgene.inference.evaluate import COVERAGE_FILE, MARKERS_FILE
 from perturbgene.inference.evaluated_cells import CELLS_FILE, DONOR, EMBEDDING, column_name
 from perturbgene.inference.majority import BY_EMBEDDING, CLUSTER_COLUMN
 from perturbgene.inference.predict import about_majority
-from perturbgene.inference.run import load_run
+from perturbgene.inference.run import facts_of, load_run
 from perturbgene.inference.starts import embedding_of
 from perturbgene.inference.streaming import open_cells
 from perturbgene.plots import cells_figure, certainty_figure
@@ -117,12 +118,12 @@ def read_evaluation(folder: Path) -> Evaluation:
         InputError: A file is missing or was not written by this version.
     """
     try:
-        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        results = read_json(folder / "metrics.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no scores ({error}). Run `perturbgene evaluate` again.") from error
     with closing(open_source(str(folder / CELLS_FILE))) as source:
         assert isinstance(source, StoredCells)
-        obs, facts = source.table("obs"), source.element("uns/perturbgene")
+        obs, facts = source.table("obs"), facts_of(source)
         states_nh = source.element(f"obsm/{EMBEDDING}")
     coverage, markers = (
         pd.read_csv(folder / file, keep_default_na=False, na_values=[""]) if (folder / file).exists() else None
@@ -239,8 +240,8 @@ def of_predictions(path: Path, *, device: str, reading: Mapping[str, Any]) -> Pa
         InputError: The file was not written by `predict`.
     """
     with closing(open_source(str(path))) as source:
-        facts = source.element("uns/perturbgene") if isinstance(source, StoredCells) else None
-        if not isinstance(source, StoredCells) or not isinstance(facts, dict) or "calibration" not in facts:
+        facts = facts_of(source)
+        if not isinstance(source, StoredCells) or "calibration" not in facts:
             raise InputError(f"{path} was not written by `perturbgene predict`. Give its output, or a run folder.")
         facts = {**facts, **{name: json.loads(facts[name]) for name in ("calibration", "given")}}
         obs, names = source.table("obs"), list(facts["calibration"])

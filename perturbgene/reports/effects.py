@@ -18,9 +18,10 @@ import pandas as pd
 from perturbgene.cli.base import ReadingConfig
 from perturbgene.counterfactuals.counterfactual import NULL_CELLS
 from perturbgene.data_utils.opening import open_source
-from perturbgene.data_utils.sources import StoredCells
 from perturbgene.errors import InputError
+from perturbgene.files import check_format, read_json
 from perturbgene.inference.held_out import about_q, about_untrained
+from perturbgene.inference.run import RESULT_FORMAT, facts_of
 from perturbgene.inference.streaming import ALL
 from perturbgene.perturbation.cells import DONOR_COLUMN
 from perturbgene.perturbation.edits import ALL_GENES
@@ -101,13 +102,14 @@ def read_perturbation(path: Path) -> Edits:
     """
     record = path.with_suffix(".json")
     try:
-        facts = json.loads(record.read_text(encoding="utf-8"))
+        facts = read_json(record)
         as_text = {"perturbation": str, "group": str}  # also where a gene is called NA
         known = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, converters=as_text)
         num_donors = int(known["num_donors"].max() if len(known) else 0)
         facts = {"num_donors": num_donors, **facts, "effect": str(facts["effect"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} was not written by `perturbgene perturb`, with {record.name} ({error}).") from error
+    check_format(record, facts.get("format_version"), reads=RESULT_FORMAT)
     names = {"perturbation": "name", "ci_low": "low", "ci_high": "high", "screened_effect": "other"}
     known = known.rename(columns=names).assign(is_screened=known["method"] == "screened")
     if "other" not in known:
@@ -138,8 +140,8 @@ def read_changes(path: Path) -> Edits | None:
         InputError: There is no such file, it cannot be read, or an earlier version has written it.
     """
     with closing(open_source(str(path))) as source:
-        facts = source.element("uns/perturbgene") if isinstance(source, StoredCells) else None
-        if not isinstance(facts, dict) or facts.get("verb") != "counterfactual":
+        facts = facts_of(source)
+        if facts.get("verb") != "counterfactual":
             return None
         rows = source.table("obs").reset_index(drop=True)
     if "reading" not in facts:

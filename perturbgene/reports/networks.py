@@ -17,6 +17,7 @@ from perturbgene.data_utils.sources import StoredCells
 from perturbgene.embedding.genes import NETWORK_KEY
 from perturbgene.errors import InputError
 from perturbgene.inference.held_out import about_untrained
+from perturbgene.inference.run import facts_of
 from perturbgene.inference.streaming import ALL
 from perturbgene.plots import network_figure
 from perturbgene.reports.page import Page
@@ -50,8 +51,8 @@ def read_networks(path: Path) -> Networks | None:
         InputError: It is about genes, but has no network.
     """
     with closing(open_source(str(path))) as source:
-        facts = source.element("uns/perturbgene") if isinstance(source, StoredCells) else None
-        if not isinstance(source, StoredCells) or not isinstance(facts, dict) or facts.get("verb") != "embed":
+        facts = facts_of(source)
+        if not isinstance(source, StoredCells) or facts.get("verb") != "embed":
             return None
         genes, matrix = source.table("obs").reset_index(drop=True), source.element(f"obsp/{NETWORK_KEY}")
         if "n_cells" not in genes:

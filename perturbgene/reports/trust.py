@@ -3,12 +3,12 @@
 Owns reading scores of a run folder and the sentences about them; leaves what the cells say to `effects`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from perturbgene.eval_utils import GIVEN
+from perturbgene.files import read_json
 from perturbgene.inference.evaluate import row_name
 from perturbgene.inference.held_out import SCORE_FILES
 
@@ -39,7 +39,7 @@ def read_scores(run: str) -> tuple[dict[str, Any], bool]:
     """
     for name in reversed(SCORE_FILES):
         try:
-            found = json.loads((Path(run) / name).read_text(encoding="utf-8"))
+            found = read_json(Path(run) / name)
         except (OSError, ValueError):
             continue
         if isinstance(found, dict):

@@ -10,7 +10,6 @@ only if they hold our mark.
     run/checkpoint-40.incomplete/                          cannot be used, set aside
 """
 
-import json
 import logging
 import math
 import os
@@ -20,12 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
+from perturbgene.cli.parsing import settings_in
 from perturbgene.data_utils.tokenization import TOKENIZER_FILE
-from perturbgene.errors import InputError
-from perturbgene.files import sums_of, write_json, write_sums
+from perturbgene.errors import InputError, NewerFormatError
+from perturbgene.files import check_format, read_json, sums_of, write_json, write_sums
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +97,19 @@ def seal_run(waiting: Path) -> None:
 
 
 def manifest_of(checkpoint: Path) -> dict[str, Any]:
-    """Read the manifest; returns an empty one where it is missing or not ours."""
+    """Read the manifest; returns an empty one where it is missing or not ours.
+
+    Raises:
+        NewerFormatError: A newer perturbgene wrote it, so the checkpoint is neither used nor set aside nor deleted.
+    """
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(checkpoint / MANIFEST_FILE)
+        check_format(checkpoint / MANIFEST_FILE, manifest.get("version"), reads=MANIFEST_VERSION)
+    except NewerFormatError:
+        raise
+    except (OSError, ValueError, AttributeError):
         return {}
-    is_known = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    return manifest if is_known and manifest.get("version") == MANIFEST_VERSION else {}
+    return manifest if isinstance(manifest.get("files"), dict) else {}
 
 
 def damage_of(checkpoint: Path, *, needed: Sequence[str] = _NEEDED) -> str | None:
@@ -229,10 +234,12 @@ def check_settings(checkpoint: Path, now: Mapping[str, Any], *, num_ranks: int, 
     if not path.is_file():
         return
     try:
-        then = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        then = None
-    if not isinstance(then, dict):
+        then = settings_in(path)
+    except NewerFormatError:
+        raise
+    except InputError:
+        then = {}
+    if not then:
         raise InputError(
             f"{path} is empty or damaged, so nothing says what the run was trained with. Restore it; or delete it, "
             "and the run continues with the settings of now."

@@ -4,7 +4,6 @@ Owns `data_files.json` in the run folder and all comparisons with it. Size and t
 content only where they differ. Stores of zarr and URLs are not looked at.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.errors import InputError, listed
-from perturbgene.files import sha256_of, write_json
+from perturbgene.files import read_json, sha256_of, write_json
 
 DATA_FILE = "data_files.json"
 
@@ -58,7 +57,7 @@ class DataFiles:
 
     def _recorded(self) -> dict[str, _State]:
         with suppress(OSError, ValueError, TypeError, AttributeError):
-            return {path: _State(*entry) for path, entry in json.loads(self.record.read_text("utf-8")).items()}
+            return {path: _State(*entry) for path, entry in read_json(self.record).items()}
         return {}
 
     def check_start(self, *, may_change: bool, is_resumed: bool) -> list[str]:

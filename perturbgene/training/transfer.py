@@ -293,7 +293,8 @@ def weights_folder(path: str) -> Path:
 def run_config(path: str) -> GeneBertConfig:
     """Read the configuration of the run to start from, in a folder or on the Hugging Face hub."""
     with errors_of_weights(path):
-        config: GeneBertConfig = GeneBertConfig.from_pretrained(weights_folder(path), trust_remote_code=False)
+        folder = weights_folder(path)
+        config: GeneBertConfig = GeneBertConfig.from_pretrained(folder, trust_remote_code=False, name_or_path=folder)
     return config
 
 

@@ -804,7 +804,7 @@ def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_FILE).write_text(json.dumps({"manifest_version": 99}))
-    with pytest.raises(InputError, match=r"has version 99, not 1. Run prepare again"):
+    with pytest.raises(InputError, match=r"manifest.json has format 99, but .* reads formats up to 1. Update"):
         Corpus.open(tmp_path)
 
 

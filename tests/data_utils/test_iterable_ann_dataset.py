@@ -479,7 +479,7 @@ def test_a_state_of_other_files_is_refused(paths: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 0}, "no state of this version"), ({"consumed": 38}, "38 of 37 cells done"), ({"consumed": -1}, "-1")],
+    [({"version": 0}, "damaged: its format is 0"), ({"consumed": 38}, "38 of 37 cells done"), ({"consumed": -1}, "-1")],
 )
 def test_a_damaged_state_is_refused(paths: list[str], change: dict[str, int], message: str) -> None:
     state = {**a_stream(paths).state_dict(), **change}

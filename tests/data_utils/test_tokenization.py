@@ -550,7 +550,7 @@ def test_any_label_survives_saving_and_loading(tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "not a tokenizer of format 1 .version 2"),
+        ({"format_version": 2}, "has format 2, but .* reads formats up to 1. Update perturbgene"),
         ({"colour": "red"}, "unknown keys: 'colour'"),
         ({"genes": None}, "lacks 'genes'"),
     ],

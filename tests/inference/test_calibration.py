@@ -175,9 +175,7 @@ def test_the_calibration_of_other_weights_is_not_used(run_folder: Path, caplog: 
     assert "fitted for other weights" in caplog.text and "evaluate" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format_version": 9}', '{"format_version": 1, "temperatures": [1]}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1, "temperatures": [1]}'])
 def test_a_damaged_calibration_is_not_used(text: str, run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run_folder / "calibration.json").write_text(text)
     with caplog.at_level(logging.WARNING):

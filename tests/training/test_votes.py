@@ -218,7 +218,7 @@ def test_a_run_of_before_votes_were_solved_is_refused_with_the_reason(run: Path,
     with pytest.raises(InputError, match="was trained before genes' votes were solved.*Train it again"):
         load_run(old)
     (old / "config.json").write_text(json.dumps(settings | {"run_format": 3}))
-    with pytest.raises(InputError, match="newer perturbgene"):
+    with pytest.raises(InputError, match="config.json has format 3, but .* Update perturbgene"):
         load_run(old)
 
 
