@@ -118,13 +118,19 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             if self.training:
                 positions_a = (labels != IGNORED_LABEL).nonzero().squeeze(1)
                 labels = labels.index_select(0, positions_a)  # (l,) -> (a,)
-        hidden_ah, states = self.genebert.encode(batch, positions_a, output_hidden_states=output_hidden_states)
-        logits_av = self.mlm_projection(self.mlm_norm(F.gelu(self.mlm_dense(hidden_ah))))
         if batch.token_type_ids is None:
             raise InputError("The masked head needs token_type_ids next to inputs_embeds. Give them too.")
         types_a = batch.token_type_ids if positions_a is None else batch.token_type_ids.index_select(0, positions_a)
+        share_a, term_av, states = None, torch.zeros(()), None
         if self.direct_labels is not None and self.direct_labels.is_on and not self.training:
-            logits_av = self._joined(logits_av.float(), batch, types_a, positions_a)
+            share_a, term_av = self._votes(batch, types_a, positions_a)
+        if share_a is not None and not output_hidden_states and _is_nothing(share_a):
+            logits_av = term_av
+        else:
+            hidden_ah, states = self.genebert.encode(batch, positions_a, output_hidden_states=output_hidden_states)
+            logits_av = self.mlm_projection(self.mlm_norm(F.gelu(self.mlm_dense(hidden_ah))))
+            if share_a is not None:
+                logits_av = logits_av.float() * share_a[:, None] + term_av
         logits_av = self.restrict_logits(logits_av, types_a)
         loss = phenotypes = genes = None
         if labels is not None:
@@ -139,8 +145,8 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
             hidden_states=states,
         )
 
-    def _joined(self, logits_av: Tensor, batch: PackedCells, types_a: Tensor, positions_a: Tensor | None) -> Tensor:
-        """Return at phenotype slots the transformer's logits times their share plus the direct path's, (a, v)."""
+    def _votes(self, batch: PackedCells, types_a: Tensor, positions_a: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the share of the transformer's logits, (a,), and the direct path's term at phenotype slots, (a, v)."""
         assert self.direct_labels is not None
         term_nk = self.direct_labels(batch, self.genebert.embeddings.expression(batch))
         if positions_a is None:
@@ -156,8 +162,7 @@ class GeneBertForPhenotypicMLM(GeneBertPreTrainedModel):
         labels_before_l1 = F.pad(is_label_l.long().cumsum(0), (1, 0))
         has_given_n = labels_before_l1[ends_n[1:]] > labels_before_l1[ends_n[:-1]]
         share_p2 = F.pad(self.direct_labels.share_p2, (0, 0, 1, 0), value=1.0)  # tokens of other types are its own
-        share_a = share_p2[types_a * is_slot_a, has_given_n[cell_a].long()]
-        return logits_av * share_a[:, None] + term_av
+        return share_p2[types_a * is_slot_a, has_given_n[cell_a].long()], term_av
 
     def restrict_logits(self, logits_av: Tensor, token_types_a: Tensor) -> Tensor:
         """Give ids that are impossible at a token the lowest finite logit.
@@ -204,6 +209,11 @@ def masked_loss(
     return loss, parts_2[0].detach(), parts_2[1].detach()
 
 
+def _is_nothing(share_a: Tensor) -> bool:
+    """Return whether the transformer adds nothing to the votes and nobody asks for gradients: then it need not run."""
+    return torch.is_inference_mode_enabled() and not bool(share_a.any())
+
+
 class GeneBertForClassification(GeneBertPreTrainedModel):
     """Predicts the class of a cell from its first token: dense, gelu, dropout, classifier."""
 
@@ -246,12 +256,18 @@ class GeneBertForClassification(GeneBertPreTrainedModel):
         """
         pad_token_id = self.config.pad_token_id
         batch = pack_cells(input_ids, token_type_ids, attention_mask, pad_token_id=pad_token_id, **inputs)
-        starts_n = batch.packing.cu_seqlens[:-1].long()  # first token of each cell
-        hidden_nh, states = self.genebert.encode(batch, starts_n, output_hidden_states=output_hidden_states)
-        logits_nk = self.classifier(self.classifier_dropout(F.gelu(self.pre_classifier(hidden_nh))))
+        share, term_nk, states = None, torch.zeros(()), None
         if self.direct_classes is not None and self.direct_classes.is_on and not self.training:
+            share = self.direct_classes.share_p2[0, 0]
             term_nk = self.direct_classes(batch, self.genebert.embeddings.expression(batch))
-            logits_nk = logits_nk.float() * self.direct_classes.share_p2[0, 0] + term_nk
+        if share is not None and not output_hidden_states and _is_nothing(share):
+            logits_nk = term_nk
+        else:
+            starts_n = batch.packing.cu_seqlens[:-1].long()  # first token of each cell
+            hidden_nh, states = self.genebert.encode(batch, starts_n, output_hidden_states=output_hidden_states)
+            logits_nk = self.classifier(self.classifier_dropout(F.gelu(self.pre_classifier(hidden_nh))))
+            if share is not None:
+                logits_nk = logits_nk.float() * share + term_nk
         loss = None
         if labels is not None:
             weights = self.config.class_weights

@@ -24,6 +24,7 @@ from perturbgene.inference.calibration import Calibration, read_calibration
 from perturbgene.inference.run import Run
 from perturbgene.perturbation.edits import Perturbations, edit
 from perturbgene.perturbation.first_layer import FirstLayer
+from perturbgene.training.votes import direct_path
 
 #: Tokens that run at once on each kind of device: enough to fill it, few enough for its memory, on a CPU for its cache.
 TOKEN_BUDGET = {"cpu": 4_096, "cuda": 262_144}
@@ -187,7 +188,9 @@ def _read_copies(
     room = len(run.tokenizer.panel) if isinstance(readout, LabelReadout) else run.tokenizer.most_genes
     last_type_n = _last_types(block, most=most, first_gene_type=first_gene_type)
     length_m = np.diff(block.offsets_n1)[pairs[0]]
-    for cell, copies in _copies_by_cell(run.model, pairs[0], length_m, budget=budget):
+    # A single layer computes only what is read, so there is nothing to share.
+    shares_layer = run.model.config.num_hidden_layers > 1 and not _votes_alone(run, readout)
+    for cell, copies in _copies_by_cell(pairs[0], length_m, budget=budget if shares_layer else sys.maxsize):
         first = None if cell is None else _first_layer(run.model, block, cell, last_type=last_type_n[cell])
         for piece in in_budget(length_m[copies], budget=budget):
             part = (pairs[0][copies][piece], pairs[1][copies][piece])
@@ -201,18 +204,23 @@ def _read_copies(
             yield part, read_block(run.model, edited, readout, budget=budget, **reading)
 
 
-def _copies_by_cell(
-    model: torch.nn.Module, cell_m: np.ndarray, length_m: np.ndarray, *, budget: int
-) -> Iterator[tuple[int | None, slice]]:
-    """Yield runs of copies: those of one cell, with the cell, if they fill a batch; None with those of other cells.
-
-    With a single layer there is nothing to share, since that layer computes only what is read.
-    """
-    num_tokens_n, num_layers = np.bincount(cell_m, length_m), getattr(model, "config").num_hidden_layers  # noqa: B009
-    group_m = np.where((num_tokens_n > budget)[cell_m] & (num_layers > 1), cell_m, -1)
+def _copies_by_cell(cell_m: np.ndarray, length_m: np.ndarray, *, budget: int) -> Iterator[tuple[int | None, slice]]:
+    """Yield runs of copies: those of one cell, with the cell, if they fill a batch; None with those of other cells."""
+    group_m = np.where((np.bincount(cell_m, length_m) > budget)[cell_m], cell_m, -1)
     bounds = np.flatnonzero(np.diff(group_m, prepend=-2, append=-2))
     for start, stop in pairwise(bounds.tolist()):
         yield (None if group_m[start] < 0 else int(group_m[start])), slice(start, stop)
+
+
+def _votes_alone(run: Run, readout: Readout) -> bool:
+    """Return whether the run answers by the genes' votes alone, so that no copy goes through the transformer."""
+    path = direct_path(run.model)
+    if path is None or not isinstance(readout, LabelReadout):
+        return False
+    if readout.first_id is None:
+        return not path.share_p2[0, 0].any()
+    number = run.tokenizer.vocabulary.token_type(readout.category) - 1
+    return not path.share_p2[number, : 1 + bool(readout.given)].any()
 
 
 def _first_layer(model: torch.nn.Module, block: TokenBlock, cell: int, *, last_type: int) -> FirstLayer:

@@ -379,12 +379,7 @@ def _train(
         config.save(folder / checkpoints.SETTINGS_FILE)
         tokenizer.save_pretrained(folder)
     if model.config.direct_path and checkpoint is None:
-        old, path = config.pretrained_model_path, direct_path(model)
-        if path is not None and old is not None and cells.files.were_read_by(old, cells.train.paths):
-            logger.info("%s has read some of these cells: its votes are no start, for any penalty would suit them", old)
-            path.votes_tk.zero_()
-        weights: dict[str, Any] = {"class_weights": settings.get("class_weights"), "rate_n": cells.train.rate_n}
-        solve_votes(model, cells.whole("train"), donor_column=cells.donor_column, **weights)
+        _solve_votes(model, cells, start=config.pretrained_model_path, class_weights=settings.get("class_weights"))
     if arguments.max_steps != 0:
         trainer.train(resume_from_checkpoint=checkpoint)
     if number := trainer.stop.stopped_by:
@@ -405,6 +400,19 @@ def _train(
 
     trainer.deliver(write_more)
     return folder
+
+
+def _solve_votes(model: Any, cells: _Cells, *, start: str | None, class_weights: list[float] | None) -> None:
+    """Solve the genes' votes on the training cells, from those of the run that training starts from, if they are new.
+
+    Cross-validation would find any penalty good for votes that were solved on the same cells.
+    """
+    path = direct_path(model)
+    if path is not None and start is not None and cells.files.were_read_by(start, cells.train.paths):
+        logger.info("%s has read some of these cells: the genes' votes are solved anew", start)
+        path.votes_tk.zero_()
+    weights: dict[str, Any] = {"class_weights": class_weights, "rate_n": cells.train.rate_n}
+    solve_votes(model, cells.whole("train"), donor_column=cells.donor_column, **weights)
 
 
 def _fit_shares_on(cells: _Cells, path: DirectPath | None) -> Callable[[Any], None] | None:

@@ -81,6 +81,27 @@ def test_a_classifier_adds_its_share_to_the_votes() -> None:
     torch.testing.assert_close(answers[2], answers[0] + 0.25 * (answers[1] - answers[0]))
 
 
+@pytest.mark.parametrize("kind", [GeneBertForPhenotypicMLM, GeneBertForClassification])
+def test_a_transformer_that_adds_nothing_does_not_run_unless_it_is_asked_for_more(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, slot = build(kind), {}
+    path = model.direct_labels if kind is GeneBertForPhenotypicMLM else model.direct_classes
+    path.share_p2.zero_()
+    if kind is GeneBertForPhenotypicMLM:
+        slot = {"label_positions": torch.tensor([1])}
+    with torch.no_grad():
+        whole = model(**by_hand_cell(), **slot).logits
+    with torch.inference_mode():
+        states = model(**by_hand_cell(), **slot, output_hidden_states=True).hidden_states
+        monkeypatch.setattr(model.genebert, "encode", None)
+        assert torch.equal(model(**by_hand_cell(), **slot).logits, whole)
+        assert states is not None
+        path.share_p2[:] = 0.5
+        with pytest.raises(TypeError):
+            model(**by_hand_cell(), **slot)
+
+
 def test_training_leaves_the_votes_out() -> None:
     for kind, name in ((GeneBertForPhenotypicMLM, "direct_labels"), (GeneBertForClassification, "direct_classes")):
         model = build(kind).train()

@@ -76,9 +76,8 @@ def test_attention_in_full_is_what_the_update_gives(monkeypatch: pytest.MonkeyPa
 
 def test_the_copies_of_a_cell_share_if_they_fill_a_batch_and_there_is_another_layer() -> None:
     cell_m, length_m = np.array([0, 0, 1, 2, 2, 3]), np.array([9, 9, 20, 11, 11, 5])
-    runs = list(_copies_by_cell(a_run().model, cell_m, length_m, budget=20))
+    runs = list(_copies_by_cell(cell_m, length_m, budget=20))
     assert runs == [(None, slice(0, 3)), (2, slice(3, 5)), (None, slice(5, 6))]
-    assert list(_copies_by_cell(a_run(num_layers=1).model, cell_m, length_m, budget=20)) == [(None, slice(0, 6))]
 
 
 def test_no_gene_is_read_in_place_of_one_that_is_knocked_out() -> None:

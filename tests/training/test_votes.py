@@ -192,7 +192,7 @@ def test_votes_of_a_run_are_a_start_only_for_cells_that_it_has_not_read(
                 **files, output_dir=tmp_path / name, pretrained_model_path=run, train_only="votes",
                 per_device_train_batch_size=16, eval_strategy="no", **SETTINGS,
             )  # fmt: skip
-        assert ("its votes are no start" in caplog.text) == (name == "same")
+        assert ("the genes' votes are solved anew" in caplog.text) == (name == "same")
     first, again, more = (
         votes.direct_path(load_run(folder).model) for folder in (run, tmp_path / "same", tmp_path / "others")
     )
