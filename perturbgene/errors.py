@@ -144,7 +144,7 @@ def original_text(error: BaseException) -> str:
     text = str(error)
     if " in DataLoader worker process " in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    return " ".join(text.split())
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())  # blanks may be what is wrong
 
 
 def listed(items: Iterable[object], *, most: int = 5) -> str:

@@ -28,6 +28,7 @@ from perturbgene.errors import (
     original_text,
     system_error,
 )
+from perturbgene.faq import pointer
 from perturbgene.files import open_file_limit
 from perturbgene.heap import keep_freed_memory, return_large_pieces
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error.report, flush=True)
         if len(tokens) < len(words):
             traceback.print_exc()
-        report(f"error: {line}")
+        report(f"error: {line}{pointer(line)}")
         return code
 
 

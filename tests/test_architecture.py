@@ -13,6 +13,7 @@ MOST_LINES = 60
 #: folder stand at their place in this order, or belong to a room.
 ROOMS = [
     "errors",
+    "faq",
     "files",
     "urls",
     "hub",

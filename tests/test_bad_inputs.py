@@ -26,28 +26,13 @@ import perturbgene as pg
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.main import main
-from perturbgene.model import GeneBertConfig, GeneBertForPhenotypicMLM
+from perturbgene.model import GeneBertForPhenotypicMLM
 from perturbgene.training.checkpoints import manifest_of, seal
-from perturbgene.training.train import tokenizer_facts
+from tests.plain_cells import IDS, SYMBOLS, make_run, plain_cells
 from tests.web_server import serving
 
-SYMBOLS = [f"{family}{number}" for family in ("CD", "IL", "HLA-", "RPL") for number in range(1, 11)]
-IDS = [f"ENSG{11 * number:011d}" for number in range(40)]
 TRAINING = ["--model_arch", "tiny", "--num_hidden_layers", "1", "--no_bf16", "--report_to", "none", "--max_steps", "1",
             "--eval_strategy", "no"]  # fmt: skip
-
-
-def plain_cells(num_cells: int = 24, seed: int = 0) -> ad.AnnData:
-    """Draw counts of 40 genes by symbol, with Ensembl ids, two cell types, three donors."""
-    rng = np.random.default_rng(seed)
-    kind = np.arange(num_cells) % 2
-    rate = np.where((np.arange(40) < 20)[None] == (kind[:, None] == 0), 6.0, 1.0) * rng.gamma(2, 0.5, (num_cells, 40))
-    obs = {"cell_type": np.array(["B cell", "T cell"])[kind], "donor_id": [f"d{i % 3}" for i in range(num_cells)]}
-    return ad.AnnData(
-        sparse.csr_matrix(rng.poisson(rate).astype(np.float32)),
-        obs=pd.DataFrame(obs, index=[f"cell{seed}_{i}" for i in range(num_cells)]).astype("category"),
-        var=pd.DataFrame({"gene_ids": IDS}, index=SYMBOLS),
-    )
 
 
 @dataclass
@@ -173,13 +158,8 @@ def no_case(id: str, what: str, why: str) -> None:
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A run with random weights, and the corpus of its vocabulary."""
     folder = tmp_path_factory.mktemp("run")
-    corpus = pg.prepare(plain_cells(60, seed=9), folder / "corpus", phenotypes=["cell_type"])
-    tokenizer = GeneTokenizer.from_pretrained(corpus)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
-    torch.manual_seed(0)
-    GeneBertForPhenotypicMLM(GeneBertConfig(**sizes, **tokenizer_facts(tokenizer))).save_pretrained(folder / "mlm")
-    tokenizer.save_pretrained(folder / "mlm")
-    return str(folder / "mlm"), str(corpus)
+    make_run(plain_cells(60, seed=9), corpus=folder / "corpus", run=folder / "mlm", phenotypes=["cell_type"])
+    return str(folder / "mlm"), str(folder / "corpus")
 
 
 @pytest.fixture

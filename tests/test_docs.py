@@ -1,9 +1,13 @@
 """The pages of docs: each is in the table of contents, their links lead somewhere, their words and errors are ours."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
 import pytest
+
+from perturbgene.faq import ENTRIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -15,7 +19,8 @@ GENERATED = {"reference/commands", "reference/python", "reference/benchmarks", "
 @pytest.fixture(scope="module")
 def code() -> str:
     """All modules in one text, strings over several lines joined."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "perturbgene").rglob("*.py"))
+    paths = [path for path in (ROOT / "perturbgene").rglob("*.py") if path.name != "faq.py"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     return re.sub(r'"\s*\n\s*f?"', "", text)
 
 
@@ -48,8 +53,6 @@ def test_the_glossary_explains_words_that_the_code_uses(code: str) -> None:
     assert [word for word in words if not re.search(rf"\b{word}\b", code)] == []
 
 
-def test_every_explained_error_is_in_the_code(code: str) -> None:
-    headings = re.findall(r"^### \.\.\. (.*) \.\.\.$", PAGES[DOCS / "faq.md"], flags=re.M)
-    plain = code.replace("`", "")
-    assert len(headings) >= 25
-    assert [heading for heading in headings if heading not in plain] == []
+def test_the_words_of_every_explained_error_are_in_the_code(code: str) -> None:
+    words = [text for texts in ENTRIES.values() for text in texts if text != os.strerror(errno.ENOSPC)]
+    assert [text for text in words if text not in code] == []

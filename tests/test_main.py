@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import perturbgene as pg
 from perturbgene import VERBS, __version__
 from perturbgene.configs import CONFIGS, parse_args
+from perturbgene.errors import original_text
 from perturbgene.main import (
     MOST_LOGS_OF_A_KIND,
     FewOfAKind,
@@ -124,7 +126,8 @@ def test_nonsense_ends_with_code_2_and_one_line(line, capsys):
 def test_a_mistake_leaves_no_traceback_in_the_terminal():
     done = in_new_process("evaluate", "--batch_size", "0", "run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: batch_size is 0, but it must be in [1, inf). Change --batch_size.\n"
+    message = "batch_size is 0, but it must be in [1, inf). Change --batch_size."
+    assert done.stderr == f"error: {message} [docs/faq.md#but-it-must-be-in]\n"
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -235,7 +238,8 @@ def test_an_error_of_the_machine_is_one_line_and_code_3(body, code, line, verb, 
     error = capsys.readouterr().err
     assert line in error and error.startswith("error: ") and error.count("\n") == 1
     if code == 3:
-        assert error.startswith("error: download stopped: ") and error.endswith(", then run the same command again.\n")
+        assert error.startswith("error: download stopped: ")
+        assert re.search(r", then run the same command again\. \[docs/faq\.md#[a-z-]+\]\n$", error)
 
 
 def test_an_output_on_a_full_disk_is_the_machines_fault(verb, capsys):
@@ -321,3 +325,7 @@ def test_bars_and_idle_warnings_of_transformers_are_off() -> None:
     )
     done = in_new_process(code=code)
     assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_blanks_in_a_message_stay_and_lines_are_joined() -> None:
+    assert original_text(ValueError("'T  cell' and\n  'T cell' \n\n are two")) == "'T  cell' and 'T cell' are two"

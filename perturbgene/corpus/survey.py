@@ -96,7 +96,7 @@ class CellTable:
                 labels[category], missing[category] = Labels(np.zeros(len(shard), dtype=np.int32), ("",)), Counter()
                 continue
             values_n = shard.source.obs_column(column)
-            check_are_labels(values_n, category=category, path=shard.path)
+            check_are_labels(values_n, category=category, column=column, path=shard.path)
             spelled = Labels.of(values_n)
             unknown = {text for text in spelled.texts if is_missing(text, config.missing_labels)}
             labels[category] = Labels(spelled.codes_n, tuple("" if text in unknown else text for text in spelled.texts))

@@ -100,13 +100,13 @@ def token_text(label: str) -> str:
     return f"[{text}]"
 
 
-def check_are_labels(values_n: pd.Series, *, category: str, path: str) -> None:
+def check_are_labels(values_n: pd.Series, *, category: str, column: str, path: str) -> None:
     """Raise an InputError if a column of obs that is to be a phenotype holds measurements."""
     kinds = values_n.cat.categories if isinstance(values_n.dtype, pd.CategoricalDtype) else values_n
     is_number = pd.api.types.is_numeric_dtype(kinds) and not pd.api.types.is_bool_dtype(kinds)
     if is_number and values_n.nunique() > MOST_NUMERIC_LABELS:
         raise InputError(
-            f"{path}: obs[{values_n.name!r}] holds {values_n.nunique():,} different numbers, too many to be labels of "
+            f"{path}: obs[{column!r}] holds {values_n.nunique():,} different numbers, too many to be labels of "
             f"{category!r}. Cut it into groups first, e.g. with pandas.cut."
         )
 

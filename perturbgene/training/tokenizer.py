@@ -80,10 +80,11 @@ def _labels_in(
     with closing(ShardCache(files, where=conditions(config.where), vocabulary=Vocabulary({}), **options)) as shards:
         for shard in shards:
             for category in dict.fromkeys([*known, *named]):
-                if shard.obs_columns.get(category, category) not in shard.source.columns_of("obs"):
+                column = shard.obs_columns.get(category, category)
+                if column not in shard.source.columns_of("obs"):
                     continue
                 values_n = shard.label_column(category)
-                check_are_labels(values_n, category=category, path=shard.path)
+                check_are_labels(values_n, category=category, column=column, path=shard.path)
                 texts = {text for text, count in Labels.of(values_n).counts().items() if count}
                 texts = {text for text in texts if not is_missing(text, config.missing_labels)}
                 found[category] = found.get(category, set()) | texts

@@ -12,6 +12,7 @@ import pytest
 
 import perturbgene as pg
 from perturbgene.corpus.manifest import Corpus
+from perturbgene.faq import pointer
 from perturbgene.inference.check import CheckReport, check
 from perturbgene.main import main
 
@@ -90,7 +91,7 @@ def test_what_predict_refuses_is_refused_with_the_same_words_and_exit_code(
     assert main(["check", path, "--run", run, "--json", *flags]) == 2
     printed = capsys.readouterr()
     content = json.loads(printed.out)
-    assert printed.err.splitlines()[-1] == said == f"error: {content['refused']}"
+    assert printed.err.splitlines()[-1] == said == f"error: {content['refused']}{pointer(content['refused'])}"
     assert not content["ok"] and content["files"][0]["path"] == path
 
 
