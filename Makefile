@@ -42,7 +42,7 @@ test: $(STAMP)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 faults: $(STAMP)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m faults tests/test_faults.py $(PYTEST_ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m faults tests/test_faults.py tests/test_repeatable.py $(PYTEST_ARGS)
 
 robustness: $(STAMP)
 	@$(BIN)/python -m tests.test_robustness

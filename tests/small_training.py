@@ -1,6 +1,7 @@
 """A training of 14 steps in about two seconds, on 96 of 120 PBMC cells: what tests kill, disturb and resume."""
 
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 
@@ -17,13 +18,13 @@ COMMON = (
 )
 
 
-def make_corpus(folder: Path) -> Path:
-    """Write the corpus."""
+def make_corpus(folder: Path, **options: Any) -> Path:
+    """Write the corpus; `options` are those of `prepare`."""
     import scanpy as sc
 
     whole = sc.datasets.pbmc68k_reduced()
     cells = ad.AnnData(whole.raw.X.copy(), obs=whole.obs[["bulk_labels", "phase"]], var=whole.raw.var)[:120]
-    return prepare(cells.copy(), folder, phenotypes=["cell_type=bulk_labels"], num_top_genes=60)
+    return prepare(cells.copy(), folder, phenotypes=["cell_type=bulk_labels"], num_top_genes=60, **options)
 
 
 def command(corpus: Path, out: Path, more: str = "") -> list[str]:

@@ -1,12 +1,15 @@
-"""docs/robustness.md is written from the lists of bad inputs and of faults: `python -m tests.test_robustness`."""
+"""docs/robustness.md is written from the lists that tests work through: `python -m tests.test_robustness`."""
 
 from pathlib import Path
 
 from tests.test_bad_inputs import CASES
-from tests.test_faults import FAULTS
+from tests.test_faults import FAULTS, Fault
+from tests.test_properties import PROPERTIES
+from tests.test_repeatable import PROMISES, Promise
+from tests.test_tasks import CHECKS
 
 PAGE = Path(__file__).parents[1] / "docs" / "robustness.md"
-HEAD = """# Bad inputs and faults, and what comes of them
+HEAD = """# Bad inputs, faults, and what is repeatable
 
 Refused means: exit code 2, one line that says what was given, why not, what to do; nothing written. Exit code 3 means
 that the machine is at fault (a full disk, no memory, a killed process), also in one line: the same command then starts
@@ -25,6 +28,36 @@ system releases when it ends. Checkpoints have the sums of their files. A traini
 checkpoint or evaluation for an hour shows where each of its threads and loader workers is, and ends.
 """
 
+REPEATABLE_HEAD = """
+## What is repeatable
+
+The contract, on one machine with the same versions of PyTorch and numpy and the same number of threads. Bit by bit:
+the weights, whatever does not concern them, and the tokens, masks and order of cells, on any machine. Within 1e-5:
+steps that are divided otherwise among processes or accumulated batches, and answers about cells in other batches.
+
+Not promised: the weights on another number of threads (`OMP_NUM_THREADS`), another version of PyTorch, another kind
+of CPU or GPU, in bfloat16 next to float32, or with the backward pass of flash attention; and dropout on another number
+of processes. A run is not resumed on shards that are divided otherwise: it is refused.
+
+`pytest -m "" "tests/test_repeatable.py::test_repeatable[ID]"`, or the test that a line names.
+
+| id | what changes | what is equal | test |
+|---|---|---|---|"""
+PROPERTIES_HEAD = """
+## Properties
+
+Of any order, cell, label, edit and command line: hypothesis draws them, and shows the smallest that fails.
+
+| id | what | holds | test |
+|---|---|---|---|"""
+TASKS_HEAD = """
+## What holds for every question
+
+Each line for each of the verbs: `pytest "tests/test_tasks.py::test_tasks[ID-VERB]"`.
+
+| id | asked about | outcome | verbs |
+|---|---|---|---|"""
+
 
 def page() -> str:
     """Return docs/robustness.md."""
@@ -37,9 +70,19 @@ def page() -> str:
         lines.append("")
     lines[-1:] = [FAULTS_HEAD, "| id | fault | outcome | exit | test |", "|---|---|---|---|---|"]
     for fault in sorted(FAULTS, key=lambda one: int(one.id.split("-")[0][1:])):
-        test = fault.test.split("::")[-1] or ("yes" if fault.is_sampled else "`make faults`")
-        lines.append(f"| {fault.id} | {fault.what} | {fault.outcome} | {fault.exit} | {test} |")
+        lines.append(f"| {fault.id} | {fault.what} | {fault.outcome} | {fault.exit} | {_test_of(fault)} |")
+    lines.append(REPEATABLE_HEAD)
+    for promise in PROMISES:
+        lines.append(f"| {promise.id} | {promise.what} | {promise.outcome} | {_test_of(promise)} |")
+    lines.append(PROPERTIES_HEAD)
+    lines += [f"| {one.id} | {one.what} | {one.outcome} | {one.test.split('::')[-1]} |" for one in PROPERTIES]
+    lines.append(TASKS_HEAD)
+    lines += [f"| {one.id} | {one.what} | {one.outcome} | {', '.join(one.tasks)} |" for one in CHECKS]
     return "\n".join(lines) + "\n"
+
+
+def _test_of(line: Fault | Promise) -> str:
+    return line.test.split("::")[-1] or ("yes" if line.is_sampled else "`make faults`")
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -47,12 +90,12 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_no_two_lines_of_the_page_have_one_id() -> None:
-    ids = [one.id for one in (*CASES, *FAULTS)]
+    ids = [one.id for one in (*CASES, *FAULTS, *PROMISES, *PROPERTIES, *CHECKS)]
     assert len(set(ids)) == len(ids)
 
 
 def test_lines_that_name_a_test_name_one_that_exists() -> None:
-    for test in [one.test for one in (*CASES, *FAULTS) if one.test]:
+    for test in [one.test for one in (*CASES, *FAULTS, *PROMISES, *PROPERTIES) if one.test]:
         path, name = test.split("::")
         assert f"def {name}(" in (PAGE.parents[1] / path).read_text(encoding="utf-8"), test
 

@@ -45,6 +45,8 @@ HELP_FLAGS = (
 HELP_ALL_FLAG = Flag(
     "help-all", (bool,), None, "Also show the fields of transformers.TrainingArguments, which are all flags.", IN_OUT
 )
+#: What PyYAML raises on text that it cannot read: its own errors, and Python's, from 2026-99-99 or 3,000 brackets.
+YAML_ERRORS = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError)
 #: Names from older versions of transformers that people still type.
 RENAMED = {
     "evaluation_strategy": "It is now called --eval_strategy.",
@@ -323,7 +325,9 @@ def settings_in(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"config is {str(path)!r}, which cannot be read ({error.strerror}). Correct --config."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except InputError:
+        raise
+    except YAML_ERRORS as error:
         raise InputError(f"config is {str(path)!r}, which is not plain YAML: {error}. Correct the file.") from error
     if not isinstance(settings, dict):
         raise InputError(f"config is {str(path)!r}, which has no `name: value` lines. Correct the file.")
@@ -340,7 +344,7 @@ def read_yaml(path: str | Path, expected: type[BaseConfig] | None = None) -> tup
             f"config {str(path)!r} is for the verb {verb!r}, not for {expected.verb!r}. "
             "Call that verb, or remove the line `verb:` and what does not fit."
         )
-    if verb not in CONFIGS:
+    if str(verb) not in CONFIGS:
         raise InputError(f"{str(path)!r} does not name its verb. Add a line such as `verb: mlm`.")
     values = {}
     for key, value in settings.items():

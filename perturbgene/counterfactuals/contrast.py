@@ -26,7 +26,7 @@ import torch
 
 from perturbgene.data_utils.data_collators import Batch, DataCollatorForPhenotypicMLM, pack
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
-from perturbgene.eval_utils import inference_mode, to_device
+from perturbgene.eval_utils import content_hash, inference_mode, to_device
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import GeneTokens
 
@@ -186,9 +186,11 @@ def _hidden(
 ) -> tuple[Batch, np.ndarray]:  # fmt: skip
     """Hide genes of cells: the packed batch, and where in (s, k, g) each hidden gene belongs, int64 of shape (m,).
 
-    The number of the pass takes the place of the epoch, on which masks depend: they are the same for any batches.
+    Masks depend on the number of the pass, in place of the epoch, and on a cell's genes and bins, not on its row: they
+    are the same in any batch, group and file.
     """
-    masked, labels_l = collator.mask(replace(block, epochs_n=np.full(len(block), number, dtype=np.int64)))
+    keys_n, numbers_n = content_hash(block, collator.tokenizer), np.full(len(block), number, dtype=np.int64)
+    masked, labels_l = collator.mask(replace(block, cells_n=keys_n, epochs_n=numbers_n))
     batch = pack(masked, labels_l=labels_l)
     labels_m, position_m = batch.pop("labels").numpy(), batch["label_positions"].numpy()
     cell_m = np.searchsorted(masked.offsets_n1, position_m, side="right") - 1

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from perturbgene.counterfactuals.counterfactual import (
 from perturbgene.counterfactuals.statistics import against_null, pool_groups, squared_errors, weigh_strata
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM, pack
 from perturbgene.errors import InputError
+from perturbgene.eval_utils import content_hash
 from perturbgene.inference.run import Run
 from perturbgene.inference.streaming import open_cells
 from perturbgene.main import main
@@ -107,7 +109,8 @@ def test_a_change_is_the_difference_of_expected_values_of_the_hidden_genes(run: 
     one = cells[[0]].copy()
     one.obs["tissue"] = "blood"
     collator = DataCollatorForPhenotypicMLM(run.tokenizer, packed=False, phenotype_mask_prob=0, absent_prob=0)
-    batch = collator.collate_block(block_of(run, one))
+    block = block_of(run, one)
+    batch = collator.collate_block(replace(block, cells_n=content_hash(block, run.tokenizer)))
     labels, types = batch.pop("labels"), batch["token_type_ids"]
     changed = {**batch, "input_ids": torch.where(types == 2, SPLEEN, batch["input_ids"])}
     with torch.no_grad():

@@ -66,9 +66,12 @@ def assert_same_steps(run: Path, uncut: Path) -> None:
     assert worst < 1e-6
 
 
-def test_accumulating_2_x_4_cells_is_the_step_of_8(corpus: Path, uncut: Path, tmp_path: Path) -> None:
-    run = run_mlm(parse_args(arguments(corpus, tmp_path / "run", batch=4, accumulated=2)))  # type: ignore[arg-type]
-    assert_same_steps(run, uncut)
+@pytest.mark.parametrize(("batch", "accumulated"), [(4, 2), (2, 4)])
+def test_accumulated_batches_make_the_step_of_8(
+    corpus: Path, uncut: Path, tmp_path: Path, batch: int, accumulated: int
+) -> None:
+    words = arguments(corpus, tmp_path / "run", batch=batch, accumulated=accumulated)
+    assert_same_steps(run_mlm(parse_args(words)), uncut)  # type: ignore[arg-type]
 
 
 def test_recomputing_activations_changes_no_step(corpus: Path, uncut: Path, tmp_path: Path) -> None:
