@@ -85,6 +85,27 @@ def own_imports(module: str) -> set[str]:
     return {name if name in MODULES else name.rpartition(".")[0] for name in own} - {""}
 
 
+def imports_at_start(module: str) -> Iterator[str]:
+    """Yield what importing a module imports at once: what stands in no function and under no `if TYPE_CHECKING`."""
+    for node in TREES[module].body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imported_names(node)
+
+
+def imported_at_start(module: str) -> set[str]:
+    """Give the libraries that importing a module and what it imports brings in."""
+    libraries, waiting, seen = set[str](), [module], set[str]()
+    while waiting:
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            names = [name.removeprefix("perturbgene.") for name in imports_at_start(one)]
+            own = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+            waiting += own & set(MODULES)
+            libraries |= {name.partition(".")[0] for name in names}
+    return libraries
+
+
 def dotted_name(node: ast.expr) -> str:
     """Give `yaml.load` for the expression `yaml.load`, and an empty string for what is no plain name."""
     if isinstance(node, ast.Attribute):
@@ -147,6 +168,12 @@ def test_only_the_owner_of_a_seam_imports_its_library(module: str) -> None:
 @every_module
 def test_nothing_runs_foreign_code(module: str) -> None:
     assert not list(unsafe_calls(TREES[module]))
+
+
+@pytest.mark.parametrize("module", ["inference.check", "corpus.prepare", "data_utils.download", "main"])
+def test_what_needs_no_model_starts_without_torch(module: str) -> None:
+    assert not imported_at_start(module) & {"torch", "transformers", "sklearn", "matplotlib"}
+    assert "torch" in imported_at_start("inference.run")  # so the search finds it
 
 
 def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 
 from perturbgene.data_utils.binning import BinEdges
 from perturbgene.data_utils.genes import GeneAlignment, GenePanel
@@ -56,6 +55,9 @@ from perturbgene.data_utils.sources import CellSource, MemoryFile
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_format, read_json, write_text
 from perturbgene.hub import local_run
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -337,7 +339,7 @@ class GeneTokenizer:
         labels = [token_text(label) for labels in self.phenotypes.values() for label in labels]
         return [*SPECIAL_TOKENS, *labels, *(f"bin_{b}" for b in range(self.bin_edges.num_edges + 1))]
 
-    def convert_ids_to_tokens(self, ids: int | Sequence[int] | torch.Tensor) -> str | list[str]:
+    def convert_ids_to_tokens(self, ids: "int | Sequence[int] | torch.Tensor") -> str | list[str]:
         """Return token texts of ids; an InputError if one is outside the vocabulary, such as -100."""
         if not isinstance(ids, int | np.integer):
             return [str(self.convert_ids_to_tokens(int(id_))) for id_ in ids]
@@ -402,7 +404,7 @@ class GeneTokenizer:
 
     def __call__(
         self, adata: Any, *, layer: str | None = None
-    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+    ) -> "dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]":
         """Tokenize an AnnData: a dict for one cell, a list of dicts for many.
 
         Args:
@@ -425,8 +427,10 @@ class GeneTokenizer:
         return cells[0] if len(cells) == 1 else cells
 
     @staticmethod
-    def as_tensors(input_ids_l: np.ndarray, token_type_ids_l: np.ndarray) -> dict[str, torch.Tensor]:
+    def as_tensors(input_ids_l: np.ndarray, token_type_ids_l: np.ndarray) -> "dict[str, torch.Tensor]":
         """Turn one cell's tokens into the dict that datasets yield, `torch.long` of shape (l,)."""
+        import torch  # here, because `check` and `prepare` need none and start sooner without it
+
         return {
             "input_ids": torch.from_numpy(input_ids_l.astype(np.int64)),
             "token_type_ids": torch.from_numpy(token_type_ids_l.astype(np.int64)),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,13 +23,14 @@ from perturbgene.cli.verbs import CheckConfig, PrepareConfig
 from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.prepare import rehearse
 from perturbgene.corpus.survey import open_files, path_of
-from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import MOST_NUMERIC_LABELS, Labels, is_missing
 from perturbgene.data_utils.opening import FileList, as_sources, open_source
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import MemoryFile, TenxFile, ZarrFile, sampled_spans
 from perturbgene.errors import FilesRefusedError, InputError
-from perturbgene.inference.run import Run, load_run
+
+if TYPE_CHECKING:
+    from perturbgene.inference.run import Run
 
 _BLOCK_ROWS = 1024
 
@@ -107,7 +108,7 @@ def _shown_counts(counts: dict[str, int], *, most: int = 4) -> str:
 
 def check(
     inputs: Any,
-    run: str | Path | Run | None = None,
+    run: "str | Path | Run | None" = None,
     *,
     split_by: str | None = CheckConfig.split_by,
     **reading: Any,
@@ -126,13 +127,15 @@ def check(
         >>> report.ok, report.files[0].cells, report.files[0].genes
         (True, 255, '200 of 200 panel genes found (100.0%), 565 columns not in the panel')
     """
-    report = CheckReport(f"the run {run.path if isinstance(run, Run) else run}" if run else "prepare")
+    report = CheckReport(f"the run {getattr(run, 'path', run)}" if run else "prepare")
     with _messages() as (will, look_at):
         try:
             sources = as_sources(inputs)
             if run is None:
                 _check_for_prepare(sources, report, split_by=split_by, reading=reading)
             else:
+                from perturbgene.inference.run import load_run  # imports torch
+
                 loaded = load_run(run, device="cpu")
                 for source in sources:
                     _check_for_run(source, loaded, report, reading)
@@ -175,8 +178,10 @@ def _messages() -> Iterator[tuple[list[str], list[str]]]:
         package.setLevel(before[1])
 
 
-def _check_for_run(source: Any, run: Run, report: CheckReport, reading: dict[str, Any]) -> None:
+def _check_for_run(source: Any, run: "Run", report: CheckReport, reading: dict[str, Any]) -> None:
     """Read all cells of one file as `predict` does."""
+    from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset  # imports torch
+
     file = _begun(source, report, reading.get("layer"))
     sources = FileList([source]) if isinstance(source, str) else source
     dataset = IterableAnnDataset(sources, run.tokenizer.reading([]), **{"batch_size": 256, **reading})
