@@ -25,7 +25,7 @@ def pytest_collection_finish() -> None:
 
 
 #: Test files whose figures are drawn as users see them.
-DRAWN = ("test_plots", "test_readme", "test_manuals")
+DRAWN = ("test_plots", "test_manuals")
 SAVE = Figure.savefig
 
 
