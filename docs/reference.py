@@ -58,6 +58,7 @@ def write(folder: Path) -> None:
     lists = "\n".join(f"perturbgene {verb} <{verb}>" for verb in pages)
     pages["python"] = python_page()
     pages["benchmarks"] = moved((ROOT / "benchmarks/README.md").read_text(encoding="utf-8"), "benchmarks")
+    pages["security"] = moved((ROOT / "SECURITY.md").read_text(encoding="utf-8"), ".")
     pages["contributing"] = moved((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), ".")
     pages["commands"] = f"# Commands\n\nWhat each prints with `-h`.\n\n```{{toctree}}\n{lists}\n```\n"
     for name, text in pages.items():

@@ -261,12 +261,17 @@ class ShardedTrainer(Trainer):
         """Load them, but keep the learning rate and its kin of now, where --allow_changed has changed them."""
         optimizer: Any = self.optimizer
         wanted = [] if checkpoint is None else [dict(group) for group in optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with checkpoints.only_data(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         for group, now in zip(optimizer.param_groups, wanted, strict=bool(wanted)):
             checkpoints.take_settings(group, now)
         scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         if wanted and hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [now["initial_lr"] for now in wanted]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.only_data(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     # -- data -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
 #: Written by docs/reference.py when the site is built.
-GENERATED = {"reference/commands", "reference/python", "reference/benchmarks", "reference/contributing"}
+GENERATED = {
+    "reference/commands",
+    "reference/python",
+    "reference/benchmarks",
+    "reference/contributing",
+    "reference/security",
+}
 
 
 @pytest.fixture(scope="module")

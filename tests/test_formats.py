@@ -1,6 +1,7 @@
 """Files of ours say their format: a newer one is refused in a line that says so, one without a number is read."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -71,6 +72,14 @@ FORMATS: dict[str, tuple[str, int, Callable[[], object]]] = {
     "ko.json": ("format_version", 1, lambda: read_perturbation(Path("ko.csv"))),
     "mlm.h5ad": ("format_version", 1, lambda: facts_in("mlm.h5ad")),
 }
+
+
+def test_the_page_of_formats_has_every_number() -> None:
+    page = (ARCHIVE.parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.*?)`.* \| `([a-z_.]+)` \| (\d+) \|", page, flags=re.M)
+    names = {"ko.json": 'uns["perturbgene"]', "mlm.h5ad": 'uns["perturbgene"]'}
+    read = {(names.get(path, Path(path).name), key, str(newest)) for path, (key, newest, _) in FORMATS.items()}
+    assert set(rows) == read
 
 
 def change(path: str, key: str, number: Any) -> None:

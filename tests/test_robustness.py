@@ -1,5 +1,6 @@
 """docs/robustness.md is written from the lists that tests work through: `python -m tests.test_robustness`."""
 
+import re
 from pathlib import Path
 
 from tests.test_bad_inputs import CASES
@@ -98,6 +99,12 @@ def test_lines_that_name_a_test_name_one_that_exists() -> None:
     for test in [one.test for one in (*CASES, *FAULTS, *PROMISES, *PROPERTIES) if one.test]:
         path, name = test.split("::")
         assert f"def {name}(" in (PAGE.parents[1] / path).read_text(encoding="utf-8"), test
+
+
+def test_the_promises_of_the_security_page_are_those_that_have_tests() -> None:
+    text = (PAGE.parents[1] / "SECURITY.md").read_text(encoding="utf-8")
+    tested = {one.id.partition("-")[0] for one in CASES if one.id.startswith("S")}
+    assert set(re.findall(r"\bS\d+\b", text)) == tested == {f"S{number}" for number in range(1, 13)}
 
 
 if __name__ == "__main__":

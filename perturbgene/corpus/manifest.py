@@ -40,6 +40,9 @@ class Corpus:
             check_format(path, manifest.get("manifest_version"), reads=MANIFEST_VERSION)
         if not isinstance(manifest, dict) or not {"shards", "split"} <= set(manifest):
             raise InputError(f"{path} is not that of a corpus. Make one with `perturbgene prepare`.")
+        files = [Path(shard["file"]) for shards in manifest["shards"].values() for shard in shards]
+        if outside := [str(file) for file in files if file.is_absolute() or ".." in file.parts]:
+            raise InputError(f"{path} names shards outside of its folder: {listed(outside)}. Run prepare again.")
         return cls(Path(folder), manifest)
 
     def paths(self, split: str) -> FileList:

@@ -7,7 +7,8 @@ c columns, l values.
 import csv
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property, wraps
 from pathlib import Path
@@ -22,11 +23,17 @@ from scipy import sparse
 from perturbgene.data_utils.decode import ChunkReader, SpanReader
 from perturbgene.data_utils.foreign import EXPECTED, kind_of, kind_of_store
 from perturbgene.data_utils.remote import local_path
+from perturbgene.data_utils.untrusted import (
+    check_claim,
+    check_folder,
+    check_links,
+    check_mtx,
+    is_array,
+    text_of,
+    walk,
+)
 from perturbgene.errors import InputError, RunFailedError, did_you_mean, listed, raise_if_machine
 from perturbgene.urls import is_url, parts_of, shown_path
-
-#: A compressor cannot shrink zeros by more than about this (deflate: 1,032), so a file that claims more holds nothing.
-MOST_COMPRESSION = 5_000
 
 #: Rows closer than this are fetched by one read, the ones between being thrown away.
 READ_GAP_ROWS = 32
@@ -238,8 +245,12 @@ class StoredCells(CellSource):
             from anndata._io.specs.registry import _REGISTRY
 
             known = {(spec.encoding_type, spec.encoding_version) for _, spec, _ in _REGISTRY.read}
-        for node in _walk(file):
-            encoding = _text(node.attrs.get("encoding-type", "")), _text(node.attrs.get("encoding-version", ""))
+        nodes = list(walk(file))
+        for node in filter(is_array, nodes):
+            if not re.match("/?(X|layers|raw/X)(/|$)", node.name):  # those are checked when they are chosen
+                check_claim(node, node.name.lstrip("/"), self.path)
+        for node in nodes:
+            encoding = text_of(node.attrs.get("encoding-type", "")), text_of(node.attrs.get("encoding-version", ""))
             if encoding[0] and known and encoding not in known:
                 raise InputError(
                     f"{self.path}: {node.name[1:] or 'the file'} was written by a newer anndata (encoding "
@@ -247,7 +258,7 @@ class StoredCells(CellSource):
                 )
             if encoding[0] == "categorical" and {"codes", "categories"} <= set(node):
                 codes, labels = node["codes"][:], node["categories"]
-                num_labels = (labels if _is_array(labels) else labels["values"]).shape[0]
+                num_labels = (labels if is_array(labels) else labels["values"]).shape[0]
                 if len(codes) and not -1 <= codes.min() <= codes.max() < num_labels:
                     raise InputError(
                         f"{self.path}: {node.name[1:]} is damaged: codes from {codes.min()} to {codes.max()} for "
@@ -276,24 +287,16 @@ class StoredCells(CellSource):
             found_text = f"but has: {listed(found)}. Choose with --layer" if found else "nor any other. Add one"
             raise InputError(f"{self.path} has no matrix {name!r}, {found_text}.")
         node, keys = file[name], ("data", "indices", "indptr")
-        if _is_array(node):
+        if is_array(node):
             format_, is_known = "dense", node.ndim == 2 and node.dtype.kind in "biuf"
         else:
-            encoding = _text(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+            encoding = text_of(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
             format_ = encoding.removesuffix("_matrix")
             is_known = format_ in ("csr", "csc") and set(keys) <= set(node)
         if not is_known:
             raise InputError(f"{self.path}: {name} is stored in a form that is no matrix. Re-save it with anndata.")
         for part in [node] if format_ == "dense" else [node[key] for key in keys]:
-            num_bytes = int(np.prod(part.shape, dtype=object)) * part.dtype.itemsize
-            if num_bytes > psutil.virtual_memory().total:
-                is_hdf5 = isinstance(part, h5py.Dataset)
-                num_stored = part.id.get_storage_size() if is_hdf5 else part.nbytes_stored()
-                if num_bytes > MOST_COMPRESSION * max(1, num_stored):
-                    raise InputError(
-                        f"{self.path}: {name} claims {num_bytes / 1e9:,.0f} GB, but the file holds next to nothing. It "
-                        "is damaged or made to fill the memory. Write it again."
-                    )
+            check_claim(part, name, self.path)
         self._matrix = (node, format_)
         return self._matrix
 
@@ -314,7 +317,7 @@ class StoredCells(CellSource):
     @_refuses_damage
     def shape(self) -> tuple[int, int]:
         matrix, _ = self._checked_matrix()
-        shape = matrix.shape if _is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+        shape = matrix.shape if is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
         if shape is None or len(shape) != 2:
             raise InputError(f"{self.path}: {self.matrix_name} does not say its shape. Re-save it with anndata.")
         return int(shape[0]), int(shape[1])
@@ -407,17 +410,24 @@ class StoredCells(CellSource):
     @_refuses_damage
     def columns_of(self, frame: str) -> list[str]:
         node = self.file[frame]
-        if "column-order" in node.attrs and not _is_array(node):
-            return [_text(name) for name in node.attrs["column-order"]]
+        if "column-order" in node.attrs and not is_array(node):
+            return [text_of(name) for name in node.attrs["column-order"]]
         return super().columns_of(frame)
 
     @_refuses_damage
     def _column(self, frame: str, column: str) -> pd.Series:
         node = self.file[frame]
         # Version 0.1 keeps the categories of all columns apart: a column read alone would be codes, not labels.
-        is_self_contained = not _is_array(node) and node.attrs.get("encoding-version") == "0.2.0"
+        is_self_contained = not is_array(node) and node.attrs.get("encoding-version") == "0.2.0"
         if is_self_contained and column in node:
-            return pd.Series(self._read_elem(f"{frame}/{column}"))
+            values = pd.Series(self._read_elem(f"{frame}/{column}"))
+            index = node.get(node.attrs.get("_index"))
+            if is_array(index) and len(values) != index.shape[0]:
+                raise InputError(
+                    f"{self.path}: {frame}/{column} has {len(values):,} values of {index.shape[0]:,} rows. Write the "
+                    "file again."
+                )
+            return values
         return super()._column(frame, column)
 
     @_refuses_damage
@@ -444,18 +454,18 @@ class StoredCells(CellSource):
     @_refuses_damage
     def _index_of(self, frame: str) -> np.ndarray:
         node = self.file[frame]
-        if not _is_array(node) and "_index" in node.attrs and node.attrs["_index"] in node:
+        if not is_array(node) and "_index" in node.attrs and node.attrs["_index"] in node:
             return np.asarray(self._read_elem(f"{frame}/{node.attrs['_index']}"), dtype=object)
         return super()._index_of(frame)
 
     @_refuses_damage
     def varm_array(self, name: str) -> np.ndarray | None:
         node = self.file.get(f"varm/{name}")
-        return np.asarray(node[...]) if node is not None and _is_array(node) and node.shape else None
+        return np.asarray(node[...]) if node is not None and is_array(node) and node.shape else None
 
     def to_adata(self) -> Any:
         node = self.file.get("X")
-        num_bytes = int(np.prod(node.shape, dtype=object)) * node.dtype.itemsize if _is_array(node) else 0
+        num_bytes = int(np.prod(node.shape, dtype=object)) * node.dtype.itemsize if is_array(node) else 0
         if num_bytes > (free := psutil.virtual_memory().available):
             raise InputError(
                 f"{self.path}: X is stored dense and needs {num_bytes / 1e9:,.0f} GB of memory, of which "
@@ -475,7 +485,7 @@ class H5adFile(StoredCells):
         local = local_path(self._place)
         try:
             file = h5py.File(local, "r")
-            self._check_links(file)
+            check_links(file, self.path)
             self._check(file)
         except (InputError, MemoryError):
             raise
@@ -483,17 +493,6 @@ class H5adFile(StoredCells):
             raise_if_machine(error)
             raise _refusal(self.path, local, error) from error
         return file
-
-    def _check_links(self, file: h5py.File) -> None:
-        links: list[str] = []
-        file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else links.append(_text(name)))
-        if links:
-            raise InputError(f"{self.path} links {listed(links)} to another place, which is refused. Copy the data in.")
-        for node in _walk(file):
-            if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
-                raise InputError(
-                    f"{self.path} keeps {node.name[1:]} in another file, which is refused. Copy the data in."
-                )
 
     def _read_whole(self) -> Any:
         import anndata
@@ -509,6 +508,10 @@ class ZarrFile(StoredCells):
 
         if is_url(self._place):
             parts_of(self._place)
+            if "::" in self._place.partition("://")[2].partition("/")[2]:
+                raise InputError(f"{self.path} leads from one address to another (::). Give one address.")
+        else:
+            check_folder(self._place, self.path)
         try:
             file = zarr.open_group(self._place, mode="r")
             self._check(file)
@@ -525,14 +528,6 @@ class ZarrFile(StoredCells):
         import anndata
 
         return anndata.read_zarr(self.file)
-
-
-def _walk(node: Any) -> Iterator[Any]:
-    """Yield a group and all that is in it."""
-    yield node
-    if not _is_array(node):
-        for name in node:
-            yield from _walk(node[name])
 
 
 def _reason(error: Exception) -> str:
@@ -641,8 +636,15 @@ class TenxFile(MemoryFile):
 
         local = local_path(self._place)
         try:
-            is_folder = os.path.isdir(local)
-            return read_mtx_folder(Path(local)) if is_folder else scanpy.read_10x_h5(local, gex_only=False)
+            if os.path.isdir(local):
+                return read_mtx_folder(Path(local))
+            with h5py.File(local, "r") as file:
+                check_links(file, self.path)
+                for array in filter(is_array, walk(file)):
+                    check_claim(array, array.name[1:], self.path)
+            return scanpy.read_10x_h5(local, gex_only=False)
+        except InputError:
+            raise
         except Exception as error:  # scanpy raises many kinds
             raise_if_machine(error)
             raise InputError(
@@ -675,8 +677,9 @@ def read_mtx_folder(folder: Path) -> Any:
     features = table("features.tsv", "genes.tsv")
     columns = features.rename(columns={0: "gene_ids", 1: "symbols", 2: "feature_types"})
     var = columns.set_index("symbols" if "symbols" in columns else "gene_ids").rename_axis(None)
-    matrix = sparse.csr_matrix(scanpy.read_mtx(path_of("matrix.mtx")).X.T)
     obs = pd.DataFrame(index=table("barcodes.tsv")[0].to_numpy())
+    check_mtx(path_of("matrix.mtx"), num_genes=len(var), num_cells=len(obs))
+    matrix = sparse.csr_matrix(scanpy.read_mtx(path_of("matrix.mtx")).X.T)
     return anndata.AnnData(matrix, obs=obs, var=var[var.columns.intersection(["gene_ids", "feature_types"])])
 
 
@@ -738,23 +741,14 @@ def _checked_csr(matrix: Any) -> sparse.csr_matrix:
     return sparse.csr_matrix(matrix)
 
 
-def _is_array(node: Any) -> bool:
-    """True for an array of HDF5 or zarr, False for a group."""
-    return hasattr(node, "dtype")
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
-
-
 def _frame_of_table(table: h5py.Dataset, file: h5py.File) -> pd.DataFrame:
     """Read `obs` or `var` as anndata 0.6 kept them: one compound table, categories in `uns`."""
     frame = pd.DataFrame({name: table[name] for name in table.dtype.names})
     for name in frame.columns:
         if frame[name].dtype == object:
-            frame[name] = [_text(value) for value in frame[name]]
+            frame[name] = [text_of(value) for value in frame[name]]
         if f"uns/{name}_categories" in file:
-            labels = [_text(label) for label in file[f"uns/{name}_categories"][()]]
+            labels = [text_of(label) for label in file[f"uns/{name}_categories"][()]]
             frame[name] = pd.Categorical.from_codes(frame[name], labels)
     return frame.set_index(table.dtype.names[0])
 

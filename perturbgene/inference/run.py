@@ -188,6 +188,7 @@ def load_run(run: str | Path | Run, *, device: str = "auto") -> Run:
     try:
         written = GeneBertConfig.get_config_dict(run)[0].get("run_format", 1)
         config = GeneBertConfig.from_pretrained(run, trust_remote_code=False, name_or_path=str(run))
+        config.check_size(run)
         is_classifier = "GeneBertForClassification" in (config.architectures or [])
         kind = GeneBertForClassification if is_classifier else GeneBertForPhenotypicMLM
         model, report = kind.from_pretrained(run, output_loading_info=True)

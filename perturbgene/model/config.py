@@ -5,6 +5,7 @@ Owns every setting of the model and its checks; leaves what the settings do to t
 
 from collections.abc import Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -94,6 +95,18 @@ class GeneBertConfig(PreTrainedConfig):
     def first_label_id(self) -> int:
         """Id of the first phenotype label; ``first_bin_id`` ends the labels."""
         return min((start for start, _ in self.phenotype_id_ranges), default=self.first_bin_id)
+
+    def check_size(self, folder: Path) -> None:
+        """Raise an InputError if a folder's weights are too few for this model, before memory is taken for it."""
+        h = self.hidden_size
+        tables = (self.vocab_size + self.type_vocab_size) * h
+        least = 2 * (tables + self.num_hidden_layers * h * (4 * h + 2 * self.intermediate_size))  # in half precision
+        held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if least > held:
+            raise InputError(
+                f"{folder}/config.json describes a model of at least {least:,} bytes, but its weights have {held:,}. "
+                "Restore the folder as training wrote it."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings to save, without the kernel, so that a run folder from a GPU loads on a laptop."""

@@ -15,7 +15,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,20 @@ def check_whole(checkpoint: str | Path) -> None:
             f"checkpoint {checkpoint} cannot be used: {damage}. Give an older one, or --resume_from_checkpoint alone "
             "for the newest complete one."
         )
+
+
+@contextmanager
+def only_data(checkpoint: str | None) -> Iterator[None]:
+    """Refuse a checkpoint in which torch meets an object of a class; it reads tensors, numbers and text alone."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise InputError(
+            f"checkpoint {checkpoint} holds more than numbers in its *.pt or *.pth files, which is not read, since it "
+            "could run code. Start from its weights alone, with --pretrained_model_path."
+        ) from error
 
 
 def set_damaged_aside(folder: str | Path) -> None:

@@ -295,6 +295,7 @@ def run_config(path: str) -> GeneBertConfig:
     with errors_of_weights(path):
         folder = weights_folder(path)
         config: GeneBertConfig = GeneBertConfig.from_pretrained(folder, trust_remote_code=False, name_or_path=folder)
+        config.check_size(folder)
     return config
 
 
