@@ -163,16 +163,23 @@ def verb_function(verb: str) -> Callable[[BaseConfig], Any]:
 
 
 class FewOfAKind(logging.Filter):
-    """Shows only the first messages of one wording about files, since a corpus may have ten thousand files."""
+    """Shows only the first messages of one wording about files, since a corpus may have ten thousand files.
+
+    The same message comes once: a verb opens the cells again for every baseline.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = Counter[str]()
+        self.counts, self.shown = Counter[str](), set[str]()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Decide on one message; the last one that is shown says that more follow."""
         if record.name.startswith("perturbgene.data_utils"):
+            if (text := record.getMessage()) in self.shown:
+                return False
             self.counts[str(record.msg)] += 1
+            if self.counts[str(record.msg)] <= MOST_LOGS_OF_A_KIND:
+                self.shown.add(text)
         count = self.counts[str(record.msg)]
         if count == MOST_LOGS_OF_A_KIND:
             record.msg, record.args = f"{record.getMessage()} (further messages of this kind are left out)", None

@@ -286,6 +286,13 @@ def test_ten_thousand_files_do_not_say_the_same_ten_thousand_times() -> None:
     assert shown[-1] == f"{MOST_LOGS_OF_A_KIND - 1} has no sex (further messages of this kind are left out)"
 
 
+def test_the_same_message_about_a_file_comes_once_and_of_other_things_each_time() -> None:
+    few = FewOfAKind()
+    for name, expected in (("perturbgene.data_utils.shards", [True, False]), ("perturbgene.training", [True, True])):
+        record = logging.LogRecord(name, logging.INFO, "", 0, "%s lacks %d", ("a.h5ad", 4), None)
+        assert [few.filter(record), few.filter(record)] == expected
+
+
 @pytest.mark.parametrize("line", [f"{verb} --nonsense 1" for verb in CONFIGS] + MISSING)
 def test_a_mistake_is_answered_before_torch_is_imported(line: str) -> None:
     code = (

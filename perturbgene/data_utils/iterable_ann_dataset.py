@@ -247,6 +247,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         assert len(known_sizes) == len(self.shards)
         if len(known_sizes) > 0:
             self._check(self.shards[0], min_gene_coverage)
+        if len(known_sizes) > 1:
             logger.info("%d files of one corpus, %d cells", len(known_sizes), sum(known_sizes))
         return tuple(known_sizes)
 

@@ -86,8 +86,10 @@ class LogisticAnswers:
         return np.asarray(self.model.predict(cells_ng), dtype=np.int64)
 
     def log_probability(self, cells_ng: sparse.csr_matrix, *, num_classes: int) -> np.ndarray:
-        """Return the log-probability of each class, -inf for those without a training cell, shape (n, k)."""
-        return _of_all_classes(self.model.predict_log_proba(cells_ng), self.model.classes_, num_classes=num_classes)
+        """Return the log-probability of each class, -inf for 0 and for those without a training cell, shape (n, k)."""
+        with np.errstate(divide="ignore"):
+            log_probability_nj = self.model.predict_log_proba(cells_ng)
+        return _of_all_classes(log_probability_nj, self.model.classes_, num_classes=num_classes)
 
     def left_out(self, *, num_classes: int) -> Iterator[tuple[IntArray, np.ndarray]]:
         """Yield numbers of training cells and their log-probabilities by a regression that was fitted without them."""

@@ -4,6 +4,7 @@ Owns reading that score from the run folder, whether its transformer was trained
 left out; leaves computing scores to `training` and `evaluate`.
 """
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,10 @@ def held_out_score(run: Run, category: str) -> HeldOutScore | None:
 
 
 def doubt_about(run: Run, category: str) -> str | None:
-    """Say why the run's answers about a phenotype deserve no p and q; None if its held-out score supports them."""
+    """Say why the run's answers about a phenotype deserve no p and q; None if its held-out score supports them.
+
+    It must be better than the most frequent label by two standard errors, or half of all meaningless labels would pass.
+    """
     score = held_out_score(run, category)
     if score is None:
         return (
@@ -59,6 +63,8 @@ def doubt_about(run: Run, category: str) -> str | None:
         )
     if score.accuracy <= score.majority:
         return f"the run is not better than the most frequent label ({score})"
+    if score.accuracy <= score.majority + 2 * math.sqrt(score.majority * (1 - score.majority) / score.num_cells):
+        return f"the run is not better than the most frequent label by more than chance ({score})"
     return None
 
 

@@ -1,6 +1,7 @@
 """Each classifier learns what it should, equals scikit-learn where that has it, and stays within its bounds."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,14 @@ def test_logistic_regression_keeps_class_numbers_when_a_class_has_no_training_ce
     train_ng, train_n = two_blobs(60, seed=0)
     eval_ng, _ = two_blobs(30, seed=1)
     assert set(logistic_regression(train_ng, train_n * 2, seed=0)(eval_ng).tolist()) == {0, 2}
+
+
+def test_a_probability_of_zero_is_minus_infinity_without_a_warning() -> None:
+    model = logistic_regression(*two_blobs(40, seed=0), seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_probability_nk = model.log_probability(csr_matrix(np.full((1, 6), 1e6)), num_classes=2)
+    assert log_probability_nk.min() == -np.inf
 
 
 def test_logistic_regression_takes_single_cells_of_every_class() -> None:
