@@ -17,8 +17,12 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 # Two test processes on two cores: one thread each, or they fight.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# What the site and its notebooks need, once.
+INSTALL_DOCS := $(BIN)/python -c 'import myst_nb, sphinx_book_theme' 2>/dev/null || $(BIN)/python -m pip install -q \
+	--disable-pip-version-check --no-input -c $(VENV)/constraints.txt -e '.[docs]'
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults robustness test-avx2 gpu docs lint type format clean
+.PHONY: help install demo test faults robustness test-avx2 gpu docs notebooks check-notebooks lint type format clean
 
 help:
 	@echo "make demo     prepare, train, evaluate and predict on the cells inside scanpy (minutes, CPU is enough)"
@@ -27,7 +31,9 @@ help:
 	@echo "make robustness  write docs/robustness.md from the tests"
 	@echo "make test-avx2  run the tests of bfloat16 as on a CPU without AVX-512"
 	@echo "make gpu      check and measure everything on a GPU, in eight minutes (benchmarks/gpu.py)"
-	@echo "make docs     build the site of docs in docs/_build (links checked, no network after the install)"
+	@echo "make docs     build the site of docs in docs/_build/html (links checked, no network after the install)"
+	@echo "make notebooks  run the notebooks of docs/notebooks and keep what they show (two minutes)"
+	@echo "make check-notebooks  run them and leave the files as they are"
 	@echo "make lint     check style"
 	@echo "make type     check types"
 	@echo "make format   rewrite the code in our style"
@@ -54,10 +60,17 @@ gpu: $(STAMP)
 	@$(BIN)/python -m benchmarks.gpu
 
 docs: $(STAMP)
-	@$(BIN)/python -c 'import myst_parser, sphinx_book_theme' 2>/dev/null || $(BIN)/python -m pip install -q \
-	  --disable-pip-version-check --no-input -c $(VENV)/constraints.txt -e '.[docs]'
-	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
-	@echo "Open docs/_build/index.html"
+	@$(INSTALL_DOCS)
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+notebooks: $(STAMP)
+	@$(INSTALL_DOCS)
+	@$(ONE_THREAD) $(BIN)/python docs/run_notebooks.py
+
+check-notebooks: $(STAMP)
+	@$(INSTALL_DOCS)
+	@$(ONE_THREAD) $(BIN)/python docs/run_notebooks.py --check
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

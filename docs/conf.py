@@ -1,4 +1,4 @@
-"""Settings of Sphinx for `make docs`: Markdown pages, the theme of scverse, nothing fetched from the network."""
+"""Settings of Sphinx for `make docs`: pages, notebooks as they were run, the theme of scverse, no network."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,9 @@ reference.write(HERE / "reference")
 project = "perturbgene"
 author = "The perturbgene authors"
 version = release = perturbgene.__version__
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]
+nb_execution_mode = "off"
+nb_merge_streams = True
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4
 html_theme = "sphinx_book_theme"

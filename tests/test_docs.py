@@ -1,6 +1,7 @@
 """The pages of docs: each is in the table of contents, their links lead somewhere, their words and errors are ours."""
 
 import errno
+import json
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,9 @@ from perturbgene.faq import ENTRIES
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+for path in sorted(DOCS.glob("notebooks/*.ipynb")):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    PAGES[path] = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 #: Written by docs/reference.py when the site is built.
 GENERATED = {
     "reference/commands",
@@ -38,7 +42,8 @@ def anchors(text: str) -> set[str]:
 def test_every_page_is_in_the_table_of_contents() -> None:
     lists = re.findall(r"```\{toctree\}\n(.*?)```", PAGES[DOCS / "index.md"], flags=re.S)
     names = {line for text in lists for line in text.splitlines() if re.fullmatch(r"[a-z/-]+", line)}
-    assert names - GENERATED == {page.stem for page in PAGES if page.parent == DOCS} - {"index"}
+    pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES if page.is_relative_to(DOCS)}
+    assert names - GENERATED == pages - {"index"}
     assert names >= GENERATED
 
 

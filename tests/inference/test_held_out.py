@@ -72,7 +72,9 @@ def test_a_file_without_a_score_is_as_good_as_none(tmp_path: Path, text: str) ->
         (None, "has no score of"),
     ],
 )
-def test_only_a_score_two_standard_errors_above_the_majority_leaves_no_doubt(tmp_path: Path, accuracy: float | None, doubt: str) -> None:
+def test_a_score_two_standard_errors_above_the_majority_leaves_no_doubt(
+    tmp_path: Path, accuracy: float | None, doubt: str
+) -> None:
     if accuracy is not None:
         save_score(tmp_path, "tissue", accuracy=accuracy)
     found = doubt_about(run_in(tmp_path), "tissue")
