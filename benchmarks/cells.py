@@ -10,6 +10,7 @@ stored as float32 as CELLxGENE stores them. The cells of each file are sorted by
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def gene_names(count: int) -> list[str]:
     return [f"ENSG{number:011d}" for number in range(count)]
 
 
-def _write_shard(cells: CellSet, folder: Path, *, shard: int) -> None:
+def _write_shard(cells: CellSet, folder: Path, *, shard: int, compressions: Sequence[str]) -> None:
     import anndata as ad
     import pandas as pd
 
@@ -110,19 +111,19 @@ def _write_shard(cells: CellSet, folder: Path, *, shard: int) -> None:
         index=[f"cell_{shard}_{number}" for number in range(cells.cells)],
     )
     adata = ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=gene_names(cells.genes)))
-    for name, compression in COMPRESSIONS.items():
+    for name in compressions:
         path = folder / name / f"shard_{shard}.h5ad"
         path.parent.mkdir(parents=True, exist_ok=True)
-        adata.write_h5ad(path, compression=compression)
+        adata.write_h5ad(path, compression=COMPRESSIONS[name])
 
 
-def build(cells: CellSet, folder: Path) -> Path:
+def build(cells: CellSet, folder: Path, *, compressions: Sequence[str] = tuple(COMPRESSIONS)) -> Path:
     """Write the set below `folder` unless it is there already; return its own folder."""
     home = folder / "_".join(f"{name}{value}" for name, value in asdict(cells).items())
     if not (home / "set.json").exists():
         started = time.perf_counter()
         for shard in range(cells.shards):
-            _write_shard(cells, home, shard=shard)
+            _write_shard(cells, home, shard=shard, compressions=compressions)
         seconds = round(time.perf_counter() - started, 1)
         (home / "set.json").write_text(json.dumps({**asdict(cells), "seconds": seconds}) + "\n", encoding="utf-8")
     return home
