@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
+import anndata as ad
+import pandas as pd
 import pytest
 
 from perturbgene.configs import HelpRequested, parse_args
@@ -95,6 +97,18 @@ def test_warnings_are_as_written(command: str, caplog: pytest.LogCaptureFixture)
         assert main(shlex.split(command)) == 0
     for entry in WARNINGS[command]:
         assert any(is_as_written(line, block(NOTED[entry])) for line in caplog.messages), caplog.text
+
+
+@pytest.mark.usefixtures("_at_the_desk")
+def test_the_glossary_has_every_column_of_answers_and_markers() -> None:
+    more = "--audit --abstain 0.5 --majority_by tissue"
+    assert main(shlex.split(f"predict runs/mlm cells.h5ad --output out.h5ad --ask cell_type {more}")) == 0
+    assert main(shlex.split("attribute runs/mlm cells.h5ad --output out.csv --ask cell_type")) == 0
+    own = set(ad.read_h5ad("cells.h5ad", backed="r").obs)
+    columns = {*ad.read_h5ad("out.h5ad").obs} - own | {*pd.read_csv("out.csv")}
+    text = (Path(__file__).parents[1] / "docs/glossary.md").read_text(encoding="utf-8")
+    assert len(columns) >= 15
+    assert columns - {name.replace("_X", "_cell_type") for name in re.findall("`(.*?)`", text)} == set()
 
 
 def test_the_table_the_page_and_the_tries_have_the_same_entries() -> None:
