@@ -200,15 +200,15 @@ class StreamHistory(RuleBasedStateMachine):
     Loader workers are copies of the data set that share its memory, as after a fork, and give their batches in turn.
     """
 
-    @initialize(has_budget=st.booleans())
-    def begin(self, has_budget: bool) -> None:
+    @initialize(has_budget=st.booleans(), world_size=st.integers(1, 3), num_workers=st.integers(0, 3))
+    def begin(self, has_budget: bool, world_size: int, num_workers: int) -> None:
         self.options: dict[str, Any] = {"shuffle": True, "seed": 5, "block_rows": 2, "buffer_rows": 16, "threads": 1}
         self.options |= {"tokens_per_batch": 24} if has_budget else {"batch_size": 3}
         self.step = 1 if has_budget else 3
         self.epoch, self.position = 0, 0
         self.units = self._undisturbed()
         self.saved = self._dataset().state_dict()
-        self._start(world_size=1, num_workers=0)
+        self._start(world_size=world_size, num_workers=num_workers)
 
     def _dataset(self, **ranks: int) -> IterableAnnDataset:
         return IterableAnnDataset(FILES, a_tokenizer(included_phenotypes=[]), **self.options, **ranks)
@@ -291,7 +291,7 @@ class StreamHistory(RuleBasedStateMachine):
 
 def test_any_history_of_a_stream() -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        StreamHistory, settings=settings(max_examples=12, stateful_step_count=12, deadline=None)
+        StreamHistory, settings=settings(max_examples=20, stateful_step_count=10, deadline=None)
     )
 
 
