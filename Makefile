@@ -22,13 +22,14 @@ INSTALL_DOCS := $(BIN)/python -c 'import myst_nb, sphinx_book_theme' 2>/dev/null
 	--disable-pip-version-check --no-input -c $(VENV)/constraints.txt -e '.[docs]'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults robustness soak test-avx2 gpu docs notebooks check-notebooks lint type format clean
+.PHONY: help install demo test faults fuzz robustness soak test-avx2 gpu docs notebooks check-notebooks lint type format clean
 
 help:
 	@echo "make demo     prepare, train, evaluate and predict on the cells inside scanpy (minutes, CPU is enough)"
 	@echo "make test     run the tests"
 	@echo "make faults   kill, fill up and disturb commands at many moments (five minutes)"
 	@echo "make soak     stream, train on and ask a million cells; does anything grow? (long; make soak LOADS=L3 SCALE=0.1)"
+	@echo "make fuzz     read hundreds of damaged files with every command (half an hour)"
 	@echo "make robustness  write docs/robustness.md from the tests"
 	@echo "make test-avx2  run the tests of bfloat16 as on a CPU without AVX-512"
 	@echo "make gpu      check and measure everything on a GPU, in eight minutes (benchmarks/gpu.py)"
@@ -53,6 +54,9 @@ faults: $(STAMP)
 
 soak: $(STAMP)
 	@$(BIN)/python -m benchmarks.soak $(LOADS) --scale $(or $(SCALE),1)
+
+fuzz: $(STAMP)
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m fuzz tests/test_fuzz.py $(PYTEST_ARGS)
 
 robustness: $(STAMP)
 	@$(BIN)/python -m tests.test_robustness

@@ -9,6 +9,7 @@ import importlib
 import json
 import operator
 import os
+import re
 import shutil
 import socket
 import sys
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from perturbgene import __version__
 from perturbgene.errors import InputError, NewerFormatError
+from perturbgene.forms import misfit
 
 #: First words of every page that `report` writes, by which an older one is known.
 PAGE_MARKER = '<!DOCTYPE html>\n<meta name="generator" content="perturbgene report">'
@@ -163,9 +165,17 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; a ValueError says why it is none, also where lists in lists would exhaust the stack."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character fits into no text that is written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("its lists are nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, for which JSON has no word")
 
 
 def check_format(source: object, written: Any, *, reads: int) -> int:
@@ -219,7 +229,7 @@ def _read_sums(folder: Path) -> dict[str, Any]:
         sums = None
     sums = sums if isinstance(sums, dict) else {"": None}
     check_format(folder / SUMS_FILE, sums.pop("format_version", None), reads=SUMS_FORMAT)
-    if not all(isinstance(one, dict) and {"bytes", "sha256"} <= set(one) for one in sums.values()):
+    if misfit(sums, {str: {"bytes": int, "sha256": str}}):
         raise InputError(f"{folder / SUMS_FILE} is damaged. Restore the folder as it was written.")
     return sums
 

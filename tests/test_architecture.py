@@ -14,6 +14,7 @@ MOST_LINES = 60
 ROOMS = [
     "errors",
     "faq",
+    "forms",
     "files",
     "urls",
     "hub",

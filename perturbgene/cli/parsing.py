@@ -161,6 +161,8 @@ def to_kind(value: Any, kind: Any, flag: Flag) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("is not text (put it in quotes)" if kind is str else "is not a number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("is too large")
     if kind is str or isinstance(value, int):
         return kind(value)
     try:

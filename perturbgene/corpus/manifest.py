@@ -10,9 +10,24 @@ from typing import Any
 from perturbgene.data_utils.opening import FileList
 from perturbgene.errors import InputError, listed
 from perturbgene.files import check_format, read_json
+from perturbgene.forms import misfit
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
+
+_COUNTS = {str: int}
+#: What other commands read in a manifest.
+_FORM = {
+    "shards": {split: [{"file": str, "cells": int}] for split in ("train", "eval")},
+    "split": {"by": str, "seed": int},
+    "audit": [str],
+    "inputs": [{"path": str, "cells": int, "values": str, "gene_table": int}],
+    "gene_tables": [{str: {"count": int}}],
+    "phenotypes": {str: {"train": _COUNTS, "eval": _COUNTS}},
+    "missing_labels": {str: _COUNTS},
+    "num_genes": int,
+    "values": str,
+}
 
 #: The page that says what a corpus holds.
 REPORT_FILE = "report.html"
@@ -40,6 +55,8 @@ class Corpus:
             check_format(path, manifest.get("manifest_version"), reads=MANIFEST_VERSION)
         if not isinstance(manifest, dict) or not {"shards", "split"} <= set(manifest):
             raise InputError(f"{path} is not that of a corpus. Make one with `perturbgene prepare`.")
+        if wrong := misfit(manifest, _FORM, at="manifest"):
+            raise InputError(f"{path} is damaged: {wrong}. Restore it as it was written, or run prepare again.")
         files = [Path(shard["file"]) for shards in manifest["shards"].values() for shard in shards]
         if outside := [str(file) for file in files if file.is_absolute() or ".." in file.parts]:
             raise InputError(f"{path} names shards outside of its folder: {listed(outside)}. Run prepare again.")

@@ -56,7 +56,7 @@ class Journal:
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []:
             try:
                 entries.append(json.loads(line))
-            except json.JSONDecodeError:  # a killed process wrote half of it
+            except (ValueError, RecursionError):  # a killed process wrote half of it
                 break
         if not entries or entries[0].get("key") != self.key:
             return False

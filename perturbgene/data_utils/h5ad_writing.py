@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import sparse
 
 from perturbgene.data_utils.opening import open_source
+from perturbgene.data_utils.readable import check_readable
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.shards import MEASURED_KEY
 from perturbgene.data_utils.sources import CellSource, H5adFile, ZarrFile
@@ -163,7 +164,7 @@ def write_copy(
         layer: The matrix that was read, since there may be no `X`.
 
     Raises:
-        InputError: The target cannot be written.
+        InputError: The target cannot be written, or not be read by anndata because a part of the source is damaged.
     """
     from anndata.io import write_elem
 
@@ -183,6 +184,7 @@ def write_copy(
                     _check_rows(matrix.shape[0], known)
                     write_elem(file["obsm"], str(name), np.asarray(matrix))
                 write_elem(file["uns"], "perturbgene", dict(uns))
+            check_readable(temporary, source=known.path)
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror or error}). Choose another --output.") from error
 

@@ -182,7 +182,7 @@ def _refuses_damage(method: Callable[..., _Result]) -> Callable[..., _Result]:
             raise
         except Exception as error:  # each of them raises many kinds, also KeyError and SystemError
             raise_if_machine(error)
-            raise InputError(f"{self.path} is damaged ({_reason(error)}). Download or write it again.") from error
+            raise InputError(f"{self.path} is damaged ({reason_of(error)}). Download or write it again.") from error
 
     return guarded
 
@@ -392,8 +392,8 @@ class StoredCells(CellSource):
         """Return the error for rows that cannot be read; raise it if it is the machine's."""
         raise_if_machine(error)
         return InputError(
-            f"{self.path}: rows {start}..{stop - 1} cannot be read ({_reason(error)}). The file is damaged or changes "
-            "while it is read, or its compression needs a plugin (pip install hdf5plugin)."
+            f"{self.path}: rows {start}..{stop - 1} cannot be read ({reason_of(error)}). The file is damaged or "
+            "changes while it is read, or its compression needs a plugin (pip install hdf5plugin)."
         )
 
     # -- obs and var -----------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ class StoredCells(CellSource):
         except Exception as error:  # anndata raises many kinds here; all mean the same to a user
             raise_if_machine(error)
             raise InputError(
-                f"{self.path}: {name} cannot be read ({_reason(error)}). Re-save it with anndata."
+                f"{self.path}: {name} cannot be read ({reason_of(error)}). Re-save it with anndata."
             ) from error
 
     @_refuses_damage
@@ -475,7 +475,7 @@ class StoredCells(CellSource):
             return self._read_whole()
         except Exception as error:  # as above
             raise_if_machine(error)
-            raise InputError(f"{self.path} cannot be read ({_reason(error)}). Re-save it with anndata.") from error
+            raise InputError(f"{self.path} cannot be read ({reason_of(error)}). Re-save it with anndata.") from error
 
 
 class H5adFile(StoredCells):
@@ -501,7 +501,13 @@ class H5adFile(StoredCells):
 
 
 class ZarrFile(StoredCells):
-    """One zarr store of version 2 or 3: a folder, or a URL, of which only those chunks are fetched that are read."""
+    """One zarr store of version 2 or 3: a folder, or a URL, of which only those chunks are fetched that are read.
+
+    Attributes:
+        is_consolidated: False reads each array's own metadata instead of the copy of all that the store may have.
+    """
+
+    is_consolidated: bool | None = None
 
     def _open(self) -> Any:
         import zarr
@@ -513,7 +519,7 @@ class ZarrFile(StoredCells):
         else:
             check_folder(self._place, self.path)
         try:
-            file = zarr.open_group(self._place, mode="r")
+            file = zarr.open_group(self._place, mode="r", use_consolidated=self.is_consolidated)
             self._check(file)
         except InputError:
             raise
@@ -521,7 +527,7 @@ class ZarrFile(StoredCells):
             raise InputError(f"{self.path} needs a package that is not installed: {error}.") from error
         except Exception as error:  # of zarr, fsspec and the stores behind it
             raise_if_machine(error)
-            raise InputError(f"{self.path} cannot be read as zarr ({_reason(error)}). {EXPECTED}") from error
+            raise InputError(f"{self.path} cannot be read as zarr ({reason_of(error)}). {EXPECTED}") from error
         return file
 
     def _read_whole(self) -> Any:
@@ -530,7 +536,7 @@ class ZarrFile(StoredCells):
         return anndata.read_zarr(self.file)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the first line of an error, without secrets."""
     lines = str(error).strip().splitlines()
     return shown_path(lines[0]) if lines else type(error).__name__
@@ -648,7 +654,7 @@ class TenxFile(MemoryFile):
         except Exception as error:  # scanpy raises many kinds
             raise_if_machine(error)
             raise InputError(
-                f"{self.path} looks like 10x, but cannot be read ({type(error).__name__}: {_reason(error)}). "
+                f"{self.path} looks like 10x, but cannot be read ({type(error).__name__}: {reason_of(error)}). "
                 "Read it yourself, and save it with adata.write_h5ad."
             ) from error
 

@@ -54,6 +54,7 @@ from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import CellSource, MemoryFile
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_format, read_json, write_text
+from perturbgene.forms import misfit
 from perturbgene.hub import local_run
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
+#: What `tokenizer.json` holds.
+_FORM = {
+    "normalization": str, "max_length": int, "included_phenotypes": [str], "phenotypes": {str: [str]},
+    "bin_edges": ([float], {str: [float]}), "genes": [str],
+}  # fmt: skip
 
 _FAULTS = {
     NOT_A_NUMBER: "NaN",
@@ -484,6 +490,8 @@ class GeneTokenizer:
             )
         if missing := [key for key in required if key not in content]:
             raise InputError(f"{source} lacks {listed(missing)}. Use the tokenizer.json that came with the model.")
+        if wrong := misfit(content, _FORM, at="tokenizer"):
+            raise InputError(f"{source} is damaged: {wrong}. Use the tokenizer.json that came with the model.")
         return cls(**{key: content[key] for key in (*required, "gene_symbols") if key in content})
 
     @classmethod

@@ -79,7 +79,7 @@ def check_folder(folder: str, path: str) -> None:
 
 def check_claim(array: Any, name: str, path: str) -> None:
     """Raise an InputError if an array claims so much more memory than its file holds that it was made for that."""
-    num_bytes = int(np.prod(array.shape, dtype=object)) * array.dtype.itemsize
+    num_bytes = int(np.prod(array.shape or (), dtype=object)) * array.dtype.itemsize
     is_hdf5 = isinstance(array, h5py.Dataset)
     if num_bytes <= (FREE_BYTES if is_hdf5 else psutil.virtual_memory().total):  # what zarr holds must be listed
         return

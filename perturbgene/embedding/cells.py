@@ -18,6 +18,7 @@ from perturbgene.data_utils.data_collators import ask, pack
 from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.opening import FileList
+from perturbgene.data_utils.readable import check_readable
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.embedding.genes import run_gene_means
 from perturbgene.errors import InputError
@@ -208,6 +209,8 @@ def run_embed(config: EmbedConfig) -> str | None:
         dataset = open_cells(FileList([source]), run, embedder.given, ranks=ranks, **reading_options(config))
         if config.piece:
             return write_piece(config, dataset, embedder.embed, run=run, source=source, ranks=ranks)
+        if ranks.is_main:
+            check_readable(source)  # before the work, since a copy of it will be written
         stored = stored_rows(config, run=run, source=source)
         options: dict[str, Any] = {"text": "embed", "most_tokens": config.batch_tokens, "stored": stored}
         with answered(dataset, embedder.embed, target=target, ranks=ranks, **options) as found:

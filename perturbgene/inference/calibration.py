@@ -22,6 +22,7 @@ from scipy.special import log_softmax, softmax
 
 from perturbgene.errors import NewerFormatError
 from perturbgene.files import check_format, read_json, write_json
+from perturbgene.forms import misfit
 from perturbgene.inference.conformal import fit_floors
 from perturbgene.inference.novelty import NOVELTY_FILE, Usual
 from perturbgene.training.cell_space import EMBEDDING_FILE
@@ -34,6 +35,15 @@ FORMAT_VERSION = 2
 MOST_CELLS = 50_000
 #: With fewer labeled cells nothing is fitted; the temperature stays 1.
 LEAST_CELLS = 20
+#: What `calibration.json` holds.
+_FORM = {
+    "temperatures": [{
+        "phenotype": str, "asked": [str], "given": [str], "temperature": float, "num_cells": int,
+        "scores": {str: float}, "novelty_quantiles": [float], "floors": [float],
+        "usual": (type(None), {"range_2": [float], "coefficients_p3": [[float]], "deviation_p": [float]}),
+    }],
+    "gene_quantiles": [float], "split": str, "weights": str,
+}  # fmt: skip
 NUM_BINS = 15  # of the calibration error, as in Guo et al.
 #: Limits of the logarithm of a temperature: 0.05 to 20.
 _LOG_BOUNDS = (-3.0, 3.0)
@@ -216,6 +226,10 @@ def read_calibration(run: str | Path) -> Calibration | None:
         content: dict[str, Any] = read_json(path)
         if check_format(path, content.pop("format_version", None), reads=FORMAT_VERSION) < FORMAT_VERSION:
             raise ValueError("an older perturbgene wrote it")
+        if wrong := misfit(content, _FORM):
+            raise ValueError(wrong)
+        if not all(entry["temperature"] > 0 for entry in content["temperatures"]):
+            raise ValueError("a temperature is not above 0")
         entries = [_temperature(**entry) for entry in content.pop("temperatures")]
         genes = tuple(content.pop("gene_quantiles"))
         calibration = Calibration(tuple(entries), genes, **content)

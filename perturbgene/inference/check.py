@@ -25,6 +25,7 @@ from perturbgene.corpus.prepare import rehearse
 from perturbgene.corpus.survey import open_files, path_of
 from perturbgene.data_utils.labels import MOST_NUMERIC_LABELS, Labels, is_missing
 from perturbgene.data_utils.opening import FileList, as_sources, open_source
+from perturbgene.data_utils.readable import check_readable
 from perturbgene.data_utils.shards import Shard
 from perturbgene.data_utils.sources import MemoryFile, TenxFile, ZarrFile, sampled_spans
 from perturbgene.errors import FilesRefusedError, InputError
@@ -185,6 +186,7 @@ def _check_for_run(source: Any, run: "Run", report: CheckReport, reading: dict[s
     file = _begun(source, report, reading.get("layer"))
     sources = FileList([source]) if isinstance(source, str) else source
     dataset = IterableAnnDataset(sources, run.tokenizer.reading([]), **{"batch_size": 256, **reading})
+    check_readable(source)
     shard = dataset.shards[0]
     columns = {name: shard.obs_columns.get(name, name) for name in run.tokenizer.phenotypes}
     labels = {name: column for name, column in columns.items() if column in shard.source.columns_of("obs")}

@@ -24,6 +24,7 @@ from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.labels import ABSENT, Labels, is_missing
 from perturbgene.data_utils.opening import FileList
+from perturbgene.data_utils.readable import check_readable
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.eval_utils import Question, class_logits, gene_log_likelihood, question_logits
@@ -588,6 +589,8 @@ def run_predict(config: PredictConfig) -> str | None:
         dataset = predictor.open(FileList([source]), ranks=ranks, **reading_options(config))
         if config.piece:
             return write_piece(config, dataset, predictor.answer, run=run, source=source, ranks=ranks)
+        if ranks.is_main:
+            check_readable(source)  # before the work, since a copy of it will be written
         stored = stored_rows(config, run=run, source=source)
         options: dict[str, Any] = {"text": "predict", "most_tokens": config.batch_tokens, "stored": stored}
         with answered(dataset, predictor.answer, target=target, ranks=ranks, **options) as merged:

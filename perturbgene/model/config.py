@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from perturbgene.errors import InputError, did_you_mean
 from perturbgene.files import check_format
+from perturbgene.forms import misfit
 
 #: Values of ``--model_arch`` -> layers, hidden size, heads; all other settings are the defaults of `GeneBertConfig`.
 #: One head of 64 answers as well as four of 16 and takes a fifth less time on a CPU (docs/experiments.md).
@@ -79,6 +80,11 @@ class GeneBertConfig(PreTrainedConfig):
             )
         if not 0 <= self.bin_gain_range <= 1:
             raise InputError(f"bin_gain_range is {self.bin_gain_range}, but must be in 0..1. Choose 0 or 1.")
+        for name in ("bin_levels", "class_weights"):
+            if wrong := misfit(getattr(self, name), (type(None), [float]), at=name):
+                raise InputError(
+                    f"{wrong}, but one for each bin or class is needed. Restore the run as it was written."
+                )
         if self.bin_levels is not None and len(self.bin_levels) != self.vocab_size - self.first_bin_id:
             raise InputError(
                 f"bin_levels holds {len(self.bin_levels)} numbers for {self.vocab_size - self.first_bin_id} bins. "

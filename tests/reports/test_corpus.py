@@ -91,10 +91,10 @@ def test_an_older_corpus_has_a_page_that_says_what_is_not_known(corpora: dict[st
 
 def test_a_manifest_that_lacks_something_is_refused(corpora: dict[str, Path], tmp_path: Path) -> None:
     manifest = json.loads((corpora["clean"] / MANIFEST_FILE).read_text())
-    del manifest["inputs"]
+    del manifest["hvg_flavor"]
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(
-        InputError, match="manifest.json does not hold what prepare writes .*'inputs'.*Run prepare again"
+        InputError, match="manifest.json does not hold what prepare writes .*'hvg_flavor'.*Run prepare again"
     ):
         corpus_report(tmp_path)
 
