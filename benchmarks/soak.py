@@ -232,13 +232,14 @@ def _long_training(bench: Bench, name: str, words: str) -> None:
 def many_shards(bench: Bench) -> None:
     """L3: ten thousand files of ten cells."""
     count = bench.count(10_000, least=20)
-    home = many_files(bench.folder, count=count)
+    home, vocabulary = many_files(bench.folder, count=count), bench.folder / "vocabulary.json"
+    vocabulary.write_text(json.dumps({"cell_type": [f"type {label:02d}" for label in range(CellSet.cell_types)]}))
     for name, words in {
         "check": f"check {home}",
         "prepare": f"prepare {home} --output {home}_corpus --phenotypes cell_type --split_by donor_id --no_report",
         "mlm": f"mlm --corpus {home}_corpus --output_dir {home}_mlm {TOY} --max_steps 5 --eval_strategy no",
         "mlm of the files": f"mlm --train_data_paths {home} --included_phenotypes cell_type --vocab_path "
-        f"{home}_corpus/phenotypes.json --output_dir {home}_mlm2 {TOY} --max_steps 5 --direct_path never "
+        f"{vocabulary} --output_dir {home}_mlm2 {TOY} --max_steps 5 --direct_path never "
         "--eval_strategy no --bin_edges 0.5 1 2 4",
     }.items():
         watched = bench.run(f"{name}, {count:,} files", words)
