@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def docstrings(tree: ast.AST) -> set[int]:
     return {id(value) for value in firsts}
 
 
+@cache
 def shown_strings() -> list[str]:
     """Return the strings that the package prints or writes: no docstrings, and no help of settings."""
     texts = []
