@@ -12,7 +12,7 @@ import h5py
 import pytest
 
 from perturbgene.corpus.manifest import Corpus
-from perturbgene.data_utils import readable
+from perturbgene.data_utils import h5ad_writing, readable
 from perturbgene.data_utils.h5ad_writing import write_copy
 from perturbgene.data_utils.readable import check_readable
 from perturbgene.data_utils.tokenization import GeneTokenizer
@@ -78,8 +78,9 @@ def _cut(file: h5py.File, name: str) -> None:
     ],
 )  # fmt: skip
 def test_what_anndata_could_not_read_in_a_copy_is_refused_by_name(
-    tmp_path: Path, change: Callable[[Any], Any], where: str
+    tmp_path: Path, change: Callable[[Any], Any], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(h5ad_writing, "is_url", lambda source: True)  # what was fetched is looked at in the copy
     path = tmp_path / "in.h5ad"
     cells().write_h5ad(path)
     check_readable(path)

@@ -184,7 +184,8 @@ def write_copy(
                     _check_rows(matrix.shape[0], known)
                     write_elem(file["obsm"], str(name), np.asarray(matrix))
                 write_elem(file["uns"], "perturbgene", dict(uns))
-            check_readable(temporary, source=known.path)
+            if is_url(str(source)):  # a file of this machine was read before the work
+                check_readable(temporary, source=known.path)
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror or error}). Choose another --output.") from error
 
