@@ -213,6 +213,11 @@ def agreement(setting: Setting, _: list[Row]) -> Iterator[tuple[Any, ...]]:
 
 def precision(setting: Setting, _: list[Row]) -> Iterator[tuple[Any, ...]]:
     """Train with the demo's settings in float32 and bfloat16 and compare the losses."""
+    from perturbgene.devices import has_bfloat16
+
+    if not has_bfloat16(setting.device):
+        yield "losses in bfloat16", "skipped: the device has none"
+        return
     epochs = "2" if setting.is_quick else "24"
     train = ["mlm", "--corpus", str(setting.folder / "corpus"), "--model_arch", "tiny", "--num_hidden_layers", "1"]
     train += ["--num_train_epochs", epochs, "--learning_rate", "7.5e-4", "--gene_drop_prob", "0.9", "--logging_steps"]

@@ -196,6 +196,7 @@ def test_contenders_take_turns_for_the_asked_rounds() -> None:
     assert all(len(row.seconds) == 2 and min(row.seconds) > 0 and row.tokens == 512 for row in rows)
 
 
+@pytest.mark.soak
 def test_contenders_in_processes_of_their_own_report_what_they_did() -> None:
     options = parse_training(["--rounds", "1", "--cells", "1", "--recipes", "ours: packed, bf16"])
     rows = run_setting("4x256", "full 512", "inference", options)

@@ -291,7 +291,7 @@ def test_a_device_whose_memory_is_full_hears_of_the_batch_that_fitted(
     with plant("step", 9, full):
         assert main(command(corpus, tmp_path / "other")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith(f"Continue from {tmp_path}/other/checkpoint-8 with --resume_from_checkpoint --allow_changed.")
+    assert f"Continue from {tmp_path}/other/checkpoint-8 with --resume_from_checkpoint --allow_changed." in error
 
 
 def test_memory_of_the_cpu_that_is_full_gets_the_same_advice(
@@ -345,7 +345,7 @@ def test_a_loader_worker_that_is_killed_while_a_checkpoint_is_written_is_named(
         assert main(command(corpus, tmp_path / "run")) == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: mlm stopped: DataLoader worker (pid 7) is killed by signal: Killed. Look for")
-    assert error.endswith("continue with --resume_from_checkpoint.")
+    assert "continue with --resume_from_checkpoint." in error
     assert not list((tmp_path / "run").glob(".*checkpoint*"))
 
 
