@@ -27,9 +27,9 @@ INSTALL_DOCS := $(BIN)/python -c 'import myst_nb, sphinx_book_theme' 2>/dev/null
 help:
 	@echo "make demo     prepare, train, evaluate and predict on the cells inside scanpy (minutes, CPU is enough)"
 	@echo "make test     run the tests"
-	@echo "make faults   kill, fill up and disturb commands at many moments (five minutes)"
+	@echo "make faults   kill, fill up and disturb commands at many moments (minutes)"
 	@echo "make soak     stream, train on and ask a million cells; does anything grow? (long; make soak LOADS=L3 SCALE=0.1)"
-	@echo "make fuzz     read hundreds of damaged files with every command (half an hour)"
+	@echo "make fuzz     read hundreds of damaged files with every command (long)"
 	@echo "make robustness  write docs/robustness.md from the tests"
 	@echo "make test-avx2  run the tests of bfloat16 as on a CPU without AVX-512"
 	@echo "make gpu      check and measure everything on a GPU, in eight minutes (benchmarks/gpu.py)"

@@ -18,7 +18,7 @@ over or continues, and training continues with `--resume_from_checkpoint`. 128 +
 
 Every line with a test is one, `pytest "tests/test_bad_inputs.py::test_bad_inputs[ID]"` or
 `pytest -m "" "tests/test_faults.py::test_faults[ID]"`, or has the test that it names. `make test` runs all but those
-that say `make faults`, which runs the others (about five minutes on one core). This page is written from these tests:
+that say `make faults`, which runs the others (minutes). This page is written from these tests:
 `make robustness`.
 """
 FAULTS_HEAD = """
