@@ -3,7 +3,6 @@
 Owns reading a file as anndata does, but for large arrays, which are read in pieces; leaves opening it to `sources`.
 """
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +13,7 @@ from scipy import sparse
 
 from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.sources import StoredCells, ZarrFile, reason_of
-from perturbgene.data_utils.untrusted import check_claim, is_array, walk
+from perturbgene.data_utils.untrusted import check_claim, is_array, num_bytes_of, walk
 from perturbgene.errors import InputError, raise_if_machine
 from perturbgene.urls import is_url
 
@@ -52,9 +51,9 @@ def _read_as_anndata(cells: StoredCells, path: str) -> None:
             if is_array(element) and name.strip("/") in ("obs", "var"):  # of anndata 0.6
                 return cells.table(name.strip("/"))
             is_plain = iospec.encoding_type in ("array", "string-array") and not name.endswith("/categories")
-            if is_plain and _num_bytes(element) > _PIECE_BYTES:
+            if is_plain and num_bytes_of(element) > _PIECE_BYTES:
                 return _stand_in(element, is_text=iospec.encoding_type == "string-array")
-            if iospec.encoding_type in ("csr_matrix", "csc_matrix") and _num_bytes(element["data"]) > _PIECE_BYTES:
+            if iospec.encoding_type in ("csr_matrix", "csc_matrix") and num_bytes_of(element["data"]) > _PIECE_BYTES:
                 for key in ("data", "indices", "indptr"):
                     _stand_in(element[key])
                 return sparse.csr_matrix(tuple(int(length) for length in element.attrs["shape"]), dtype=np.int8)
@@ -81,13 +80,9 @@ def _read_as_anndata(cells: StoredCells, path: str) -> None:
         ) from error
 
 
-def _num_bytes(array: Any) -> int:
-    return math.prod(array.shape or ()) * array.dtype.itemsize
-
-
 def _pieces(array: Any) -> Iterator[slice]:
     """Cut an array along its first axis into pieces of whole chunks and about `_PIECE_BYTES`."""
-    num_rows, row_bytes = array.shape[0], max(1, _num_bytes(array) // max(1, array.shape[0]))
+    num_rows, row_bytes = array.shape[0], max(1, num_bytes_of(array) // max(1, array.shape[0]))
     chunk_rows = array.chunks[0] if array.chunks else 1
     step = max(1, _PIECE_BYTES // (row_bytes * chunk_rows)) * chunk_rows
     yield from (slice(start, min(num_rows, start + step)) for start in range(0, num_rows, step))

@@ -29,6 +29,7 @@ from perturbgene.data_utils.untrusted import (
     check_links,
     check_mtx,
     is_array,
+    num_bytes_of,
     text_of,
     walk,
 )
@@ -465,7 +466,7 @@ class StoredCells(CellSource):
 
     def to_adata(self) -> Any:
         node = self.file.get("X")
-        num_bytes = int(np.prod(node.shape, dtype=object)) * node.dtype.itemsize if is_array(node) else 0
+        num_bytes = num_bytes_of(node) if is_array(node) else 0
         if num_bytes > (free := psutil.virtual_memory().available):
             raise InputError(
                 f"{self.path}: X is stored dense and needs {num_bytes / 1e9:,.0f} GB of memory, of which "

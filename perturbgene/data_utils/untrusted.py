@@ -4,13 +4,13 @@ Owns these checks for HDF5, zarr and 10x, before anything is read; leaves all ot
 """
 
 import gzip
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 import psutil
 
 from perturbgene.errors import InputError, listed
@@ -32,6 +32,11 @@ def is_array(node: Any) -> bool:
 def text_of(name: Any) -> str:
     """Return a text of HDF5, which may be bytes."""
     return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def num_bytes_of(array: Any) -> int:
+    """Return the bytes that an array of HDF5 or zarr has in memory, of texts those of their references."""
+    return math.prod(array.shape or ()) * int(array.dtype.itemsize)
 
 
 def walk(node: Any) -> Iterator[Any]:
@@ -79,7 +84,7 @@ def check_folder(folder: str, path: str) -> None:
 
 def check_claim(array: Any, name: str, path: str) -> None:
     """Raise an InputError if an array claims so much more memory than its file holds that it was made for that."""
-    num_bytes = int(np.prod(array.shape or (), dtype=object)) * array.dtype.itemsize
+    num_bytes = num_bytes_of(array)
     is_hdf5 = isinstance(array, h5py.Dataset)
     if num_bytes <= (FREE_BYTES if is_hdf5 else psutil.virtual_memory().total):  # what zarr holds must be listed
         return
