@@ -664,7 +664,7 @@ def _text(table: pd.DataFrame) -> str:
 
 
 def _cells_of(config: EvaluateConfig, run: Run) -> dict[str, Any]:
-    """Return the cells to score, those for the baselines, the column of donors, and how to read the cells.
+    """Return the cells to score, if they are the run's own, those for the baselines, the column of donors, how to read.
 
     The cells are those of a corpus, of files, or the run's own.
     """
@@ -686,7 +686,8 @@ def _cells_of(config: EvaluateConfig, run: Run) -> dict[str, Any]:
             value = getattr(trained, name, value)
         reading[name] = value
     donor_column = (corpus.split_by if corpus else None) or "donor_id"
-    return {"eval_paths": eval_paths, "train_paths": train_paths, "donor_column": donor_column, "reading": reading}
+    cells = {"eval_paths": eval_paths, "train_paths": train_paths, "donor_column": donor_column}
+    return {**cells, "reading": reading, "is_own": is_own}
 
 
 def _own_cells(run: Run, train_paths: Any, donor_column: str | None, reading: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -709,8 +710,7 @@ def run_evaluate(config: EvaluateConfig) -> str | None:
     output = Path(config.output or Path(config.run) / "evaluation")
     run = load_run(config.run, device=config.device)
     cells = _cells_of(config, run)
-    reading = cells.pop("reading")
-    is_own = _is_own(run, cells["eval_paths"], changes=_changes(run, cells["eval_paths"]))
+    reading, is_own = cells.pop("reading"), cells.pop("is_own")
     results = evaluate(
         run, ask=config.ask, given=config.given, mask_rates=config.mask_rates, calibrate=config.calibrate,
         batch_size=config.batch_size, batch_tokens=config.batch_tokens, scib=config.scib, output=output,
