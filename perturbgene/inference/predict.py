@@ -121,6 +121,7 @@ class Predictor:
         self.questions = questions_of(run, self.ask, list(self.given), joint=options.joint)
         self.question_of = {name: question for question in self.questions for name in question.asked}
         self.asked = list(self.question_of)
+        run.warn_if_ignored(self.given, self.asked)
         found = read_calibration(run.path) if options.calibrate or options.ood else None
         self.is_calibrated, self.calibration = options.calibrate and found is not None, found or Calibration()
         self.training_cells = self._training_cells() if options.ood else None

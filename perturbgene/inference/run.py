@@ -6,7 +6,7 @@ Letters: m positions, h hidden size.
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from perturbgene.hub import local_run
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, GeneBertForPhenotypicMLM
 from perturbgene.model.config import RUN_FORMAT
 from perturbgene.training.cell_space import JoinedSpace, Pooling, pooled_states, trained_pooling
+from perturbgene.training.votes import direct_path
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,24 @@ class Run:
         settings = self.settings
         rates = settings.mask_rates if isinstance(settings, MlmConfig) else {}
         return {name: rates.get(name, getattr(MlmConfig, name)) for name in MASK_RATES}
+
+    def shares(self, phenotype: str) -> tuple[float, float]:
+        """Return how much the transformer's logits count beside the genes' votes: nothing given, something given."""
+        path = direct_path(self.model)
+        if path is None or not path.is_on:
+            return 1.0, 1.0
+        if self.is_classifier:
+            return (float(path.share_p2[0, 0]),) * 2
+        alone, given = path.share_p2[self.tokenizer.vocabulary.token_type(phenotype) - 1].tolist()
+        return alone, given
+
+    def warn_if_ignored(self, given: Collection[str], asked: Iterable[str]) -> None:
+        """Say so if the run does not look at the phenotypes that it is given."""
+        if voted := [name for name in asked if given and self.shares(name)[1] == 0]:
+            logger.warning(
+                "%s answers %s by votes of the genes alone (held-out cells gave its transformer no say), so what is "
+                "given (%s) changes no answer", self.path, listed(voted), listed(given),
+            )  # fmt: skip
 
     @cached_property
     def space(self) -> JoinedSpace | None:

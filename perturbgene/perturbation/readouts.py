@@ -24,7 +24,6 @@ from perturbgene.inference.calibration import Calibration, read_calibration
 from perturbgene.inference.run import Run
 from perturbgene.perturbation.edits import Perturbations, edit
 from perturbgene.perturbation.first_layer import FirstLayer
-from perturbgene.training.votes import direct_path
 
 #: Tokens that run at once on each kind of device: enough to fill it, few enough for its memory, on a CPU for its cache.
 TOKEN_BUDGET = {"cpu": 4_096, "cuda": 262_144}
@@ -121,6 +120,7 @@ def label_readout(run: Run, *, towards: str, away: str | None = None, given: Seq
             hint = did_you_mean(label, labels)
             raise InputError(f"{category}={label} is no label of the run. {hint} Change --{flag}.")
     asked, *others = (labels.index(label) for _, label in named)
+    run.warn_if_ignored(given, [category])
     given = tuple(run.tokenizer.included_phenotypes if run.is_classifier else given)
     nearest = (read_calibration(run.path) or Calibration()).nearest(category, asked=(category,), given=given)
     temperature = nearest.temperature if nearest else 1.0
@@ -214,13 +214,7 @@ def _copies_by_cell(cell_m: np.ndarray, length_m: np.ndarray, *, budget: int) ->
 
 def _votes_alone(run: Run, readout: Readout) -> bool:
     """Return whether the run answers by the genes' votes alone, so that no copy goes through the transformer."""
-    path = direct_path(run.model)
-    if path is None or not isinstance(readout, LabelReadout):
-        return False
-    if readout.first_id is None:
-        return not path.share_p2[0, 0].any()
-    number = run.tokenizer.vocabulary.token_type(readout.category) - 1
-    return not path.share_p2[number, : 1 + bool(readout.given)].any()
+    return isinstance(readout, LabelReadout) and not any(run.shares(readout.category)[: 1 + bool(readout.given)])
 
 
 def _first_layer(model: torch.nn.Module, block: TokenBlock, cell: int, *, last_type: int) -> FirstLayer:

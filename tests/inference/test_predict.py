@@ -33,6 +33,7 @@ from perturbgene.inference.predict import Predictor, predict, predict_table
 from perturbgene.inference.run import Run, choose_device, load_run
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig, GeneBertForClassification, load_preset
+from perturbgene.perturbation.readouts import label_readout
 from perturbgene.training.train import tokenizer_facts
 from tests.forked import in_two_processes, needs_fork
 
@@ -401,6 +402,21 @@ def test_a_given_column_is_read_from_obs(cells, mlm):
 def test_a_given_label_changes_the_probabilities(cells, mlm, expected):
     table = predict_table(cells, mlm, ask=["cell_type"], given={"phase": "S"})
     assert not np.allclose(table[PROBABILITY], expected[PROBABILITY][:12], atol=1e-6)
+
+
+@pytest.mark.parametrize("ask", ["cell_type", "phase"])
+def test_a_run_that_does_not_look_at_what_is_given_says_so(ask, cells, mlm, caplog):
+    path, other = mlm.model.direct_labels, "phase" if ask == "cell_type" else "cell_type"
+    shares = path.share_p2.clone()
+    path.share_p2[mlm.tokenizer.vocabulary.token_type("phase") - 1] = torch.tensor([1.0, 0.0])
+    path.share_p2[mlm.tokenizer.vocabulary.token_type("cell_type") - 1] = torch.tensor([0.0, 0.5])
+    try:
+        predict_table(cells[:20], mlm, ask=[ask], given={other: None})
+        asked = label_readout(mlm, towards=f"{ask}={mlm.tokenizer.phenotypes[ask][0]}", given=[other])
+    finally:
+        path.share_p2[:] = shares
+    said = [text for text in caplog.messages if f"answers {ask!r} by votes" in text and f"({other!r})" in text]
+    assert asked.given and len(said) == (2 if ask == "phase" else 0), caplog.messages
 
 
 def test_a_given_constant_needs_no_column(cells, mlm):
