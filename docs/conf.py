@@ -26,15 +26,13 @@ html_title = "perturbgene"
 html_theme_options = {"use_download_button": False, "navbar_persistent": []}
 html_static_path = ["style"]
 html_css_files = ["site.css"]
-#: Copy in the site -> page outside docs.
-OUTSIDE = {"contributing": "CONTRIBUTING.md", "security": "SECURITY.md", "benchmarks": "benchmarks/README.md"}
 
 
 def setup(app: Any) -> None:
     """Lead links to the pages outside docs, which work in the repository, to their copies in the site."""
 
     def inside(app: Any, page: str, source: list[str]) -> None:
-        for here, there in OUTSIDE.items():
+        for here, there in reference.OUTSIDE.items():
             source[0] = source[0].replace(f"](../{there}", f"](reference/{here}.md")
 
     app.connect("source-read", inside)

@@ -9,6 +9,8 @@ from perturbgene.cli.parsing import manual_page
 from perturbgene.cli.verbs import CONFIGS
 
 ROOT = Path(__file__).parents[1]
+#: Name in docs/reference -> page outside docs that is copied there.
+OUTSIDE = {"contributing": "CONTRIBUTING.md", "security": "SECURITY.md", "benchmarks": "benchmarks/README.md"}
 
 
 def literal(text: str, language: str = "text") -> str:
@@ -45,7 +47,8 @@ def moved(text: str, folder: str) -> str:
             return match.group(0)
         name, _, anchor = target.partition("#")
         path = (ROOT / folder / name).resolve().relative_to(ROOT).as_posix()
-        path = path.removeprefix("docs/") if path.startswith("docs/") else f"../{path}"
+        copies = {page: f"reference/{copy}.md" for copy, page in OUTSIDE.items()}
+        path = copies.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else f"../{path}")
         return f"](../{path}{'#' * bool(anchor)}{anchor})"
 
     return re.sub(r"\]\(([^)\s]+)\)", link, text)
@@ -57,9 +60,8 @@ def write(folder: Path) -> None:
     pages = command_pages()
     lists = "\n".join(f"perturbgene {verb} <{verb}>" for verb in pages)
     pages["python"] = python_page()
-    pages["benchmarks"] = moved((ROOT / "benchmarks/README.md").read_text(encoding="utf-8"), "benchmarks")
-    pages["security"] = moved((ROOT / "SECURITY.md").read_text(encoding="utf-8"), ".")
-    pages["contributing"] = moved((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), ".")
+    for copy, page in OUTSIDE.items():
+        pages[copy] = moved((ROOT / page).read_text(encoding="utf-8"), Path(page).parent.as_posix())
     pages["commands"] = f"# Commands\n\nWhat each prints with `-h`.\n\n```{{toctree}}\n{lists}\n```\n"
     for name, text in pages.items():
         path = folder / f"{name}.md"

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import importlib
 import json
 import os
 import re
@@ -58,6 +59,17 @@ def test_every_link_leads_to_a_file_and_heading(page: Path) -> None:
         path = (page.parent / name).resolve() if name else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_links_of_pages_copied_into_the_site_lead_to_pages_of_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    reference = importlib.import_module("reference")
+    here = DOCS / "reference"
+    copies = {here / f"{name}.md" for name in reference.OUTSIDE}
+    for page in reference.OUTSIDE.values():
+        text = reference.moved((ROOT / page).read_text(encoding="utf-8"), Path(page).parent.as_posix())
+        paths = {(here / link).resolve() for link in re.findall(r"\]\((\.\.[^)\s#]+\.md)[^)\s]*\)", text)}
+        assert paths - copies <= set(DOCS.glob("*.md"))
 
 
 def docstrings(tree: ast.AST) -> set[int]:
