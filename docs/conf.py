@@ -21,6 +21,7 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4
+myst_enable_extensions = ["deflist"]
 html_theme = "sphinx_book_theme"
 html_title = "perturbgene"
 html_theme_options = {"use_download_button": False, "navbar_persistent": []}

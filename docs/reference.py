@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import perturbgene as pg
@@ -12,14 +13,89 @@ ROOT = Path(__file__).parents[1]
 #: Name in docs/reference -> page outside docs that is copied there.
 OUTSIDE = {"contributing": "CONTRIBUTING.md", "security": "SECURITY.md", "benchmarks": "benchmarks/README.md"}
 
+#: Verb -> the page about it and its title.
+MANUALS = {
+    "prepare": ("training", "training.md"),
+    "check": ("what is read, and what is refused", "formats.md"),
+    "mlm": ("training", "training.md"),
+    "cls": ("training", "training.md"),
+    "evaluate": ("compare with simple baselines", "asking.md#compare-with-simple-baselines"),
+    "predict": ("asking a trained run", "asking.md#predict"),
+    "embed": ("embeddings", "embedding.md"),
+    "counterfactual": ("counterfactuals", "embedding.md#counterfactuals"),
+    "perturb": ("what the numbers of a perturbation mean", "perturbation.md"),
+    "attribute": ("which genes explain a label", "perturbation.md#attribution"),
+    "merge": ("many machines", "asking.md#many-machines"),
+    "report": ("looking at results", "report.md"),
+    "download": ("training", "training.md"),
+}
+
 
 def literal(text: str, language: str = "text") -> str:
     return f"````{language}\n{text.strip()}\n````\n"
 
 
-def command_pages() -> dict[str, str]:
-    """Return the page of each verb: what `perturbgene VERB -h` prints."""
-    return {verb: f"# perturbgene {verb}\n\n{literal(manual_page(config))}" for verb, config in CONFIGS.items()}
+def prose(text: str) -> str:
+    """Return plain text as Markdown: flags as code, nothing else changed by its signs."""
+    parts = re.split(r"(`[^`]*`|--\w+)", text)
+    signs = [re.sub(r"([\\*_<>\[\]{}|$#])", r"\\\1", part) for part in parts[::2]]
+    codes = [part if part.startswith("`") else f"`{part}`" for part in parts[1::2]]
+    return "".join(sign + code for sign, code in zip(signs, [*codes, ""], strict=True))
+
+
+def entries(group: str) -> str:
+    """Return a group of flags of a manual page: a heading, and each flag with its explanation."""
+    title, *lines = group.splitlines()
+    flags = re.split(r"^  (?=--)", "\n".join(lines), flags=re.M)[1:]
+    parts = [flag.partition("\n") for flag in flags]
+    return f"## {title}\n\n" + "\n\n".join(f"`{name}`\n: {prose(' '.join(text.split()))}" for name, _, text in parts)
+
+
+def command_page(verb: str) -> str:
+    """Return the page of a verb: what `perturbgene VERB -h` prints, with headings, and a link to the page about it."""
+    summary, about, usage, example, *groups, lists = manual_page(CONFIGS[verb]).split("\n\n")
+    calls = [usage.removeprefix("Usage\n"), example.removeprefix("Example\n")]
+    name, page = MANUALS[verb]
+    return "\n\n".join(
+        [
+            f"# perturbgene {verb}",
+            f"{prose(summary.partition(': ')[2])} {prose(' '.join(about.split()))} Read on: [{name}](../{page}).",
+            *(literal(call) for call in calls),
+            prose(" ".join(lists.split())),
+            *map(entries, groups),
+            "",
+        ]
+    )
+
+
+def commands_page() -> str:
+    """Return the list of all verbs, each with what it does."""
+    firsts = {verb: manual_page(config).partition("\n")[0].partition(": ")[2] for verb, config in CONFIGS.items()}
+    rows = "\n".join(f"| [{verb}]({verb}.md) | {prose(first)} |" for verb, first in firsts.items())
+    lists = "\n".join(firsts)
+    return (
+        "# Commands\n\nThe manual page of each command, as `perturbgene VERB -h` prints it.\n\n"
+        f"| command | what it does |\n| --- | --- |\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{lists}\n```\n"
+    )
+
+
+def explained(doc: str) -> str:
+    """Return a Google docstring as Markdown: paragraphs, lists of arguments and errors, examples as code."""
+    parts, title = [], ""
+    for block in doc.split("\n\n"):
+        heading, _, rest = block.partition("\n")
+        if is_section := bool(re.fullmatch(r"[A-Z]\w+:", heading)) and rest.startswith("    "):
+            title, block = heading.rstrip(":"), rest
+            parts.append(f"**{title}**")
+        text = textwrap.dedent(block)
+        if block.startswith("    ") and (title == "Example" or not is_section):
+            parts.append(literal(text, "pycon" if ">>>" in text else "text"))
+        elif is_section and title in ("Args", "Raises", "Attributes"):
+            named = [entry.partition(":") for entry in re.split(r"\n(?=\S)", text)]
+            parts += [f"`{name}`\n: {prose(' '.join(meaning.split()))}" for name, _, meaning in named]
+        else:
+            parts.append(prose(" ".join(text.split())))
+    return "\n\n".join(parts)
 
 
 def python_page() -> str:
@@ -33,7 +109,8 @@ def python_page() -> str:
         parts += [
             f"## pg.{name}\n\nLives in `{home}`.\n",
             literal(f"{name}({called})"),
-            literal(inspect.getdoc(value) or ""),
+            explained(inspect.getdoc(value) or ""),
+            "",
         ]
     return "\n".join(parts)
 
@@ -57,12 +134,11 @@ def moved(text: str, folder: str) -> str:
 def write(folder: Path) -> None:
     """Write all generated pages and the list of them."""
     folder.mkdir(exist_ok=True)
-    pages = command_pages()
-    lists = "\n".join(f"perturbgene {verb} <{verb}>" for verb in pages)
+    pages = {verb: command_page(verb) for verb in CONFIGS}
+    pages["commands"] = commands_page()
     pages["python"] = python_page()
     for copy, page in OUTSIDE.items():
         pages[copy] = moved((ROOT / page).read_text(encoding="utf-8"), Path(page).parent.as_posix())
-    pages["commands"] = f"# Commands\n\nWhat each prints with `-h`.\n\n```{{toctree}}\n{lists}\n```\n"
     for name, text in pages.items():
         path = folder / f"{name}.md"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:  # Sphinx builds again what is newer

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from perturbgene.cli.parsing import manual_page
+from perturbgene.cli.verbs import CONFIGS
 from perturbgene.faq import ENTRIES
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,18 @@ def test_links_of_pages_copied_into_the_site_lead_to_pages_of_the_site(monkeypat
         text = reference.moved((ROOT / page).read_text(encoding="utf-8"), Path(page).parent.as_posix())
         paths = {(here / link).resolve() for link in re.findall(r"\]\((\.\.[^)\s#]+\.md)[^)\s]*\)", text)}
         assert paths - copies <= set(DOCS.glob("*.md"))
+
+
+def test_every_command_has_a_page_with_all_its_flags_and_a_link_to_its_manual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    reference = importlib.import_module("reference")
+    assert set(reference.MANUALS) == set(CONFIGS)
+    for verb, config in CONFIGS.items():
+        page = reference.command_page(verb)
+        flags = re.findall(r"^  (--.*)$", manual_page(config).partition("\n\nInput and output\n")[2], flags=re.M)
+        assert len(flags) >= 4
+        assert [flag for flag in flags if f"\n`{flag}`\n: " not in page] == []
+        assert re.search(r"^\w.* Read on: \[.*\]\(\.\./", page, flags=re.M)
 
 
 def docstrings(tree: ast.AST) -> set[int]:
