@@ -39,6 +39,10 @@ from perturbgene.urls import is_url, parts_of, shown_path
 #: Rows closer than this are fetched by one read, the ones between being thrown away.
 READ_GAP_ROWS = 32
 
+#: What HDF5 keeps of each array (chunks that neighboring rows share) and of each file (places of chunks, and texts).
+#: By default it keeps 8 MiB and up to 32 MiB, in each of up to 64 open files and in every worker.
+CHUNK_CACHE_BYTES, FILE_CACHE_BYTES = 1 << 20, 1 << 19
+
 #: Rows of a matrix in memory that are compressed at a time.
 _BLOCK_ROWS = 4096
 
@@ -485,7 +489,11 @@ class H5adFile(StoredCells):
     def _open(self) -> h5py.File:
         local = local_path(self._place)
         try:
-            file = h5py.File(local, "r")
+            file = h5py.File(local, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
+            cache = file.id.get_mdc_config()
+            cache.set_initial_size = True
+            cache.initial_size = cache.min_size = cache.max_size = FILE_CACHE_BYTES
+            file.id.set_mdc_config(cache)
             check_links(file, self.path)
             self._check(file)
         except (InputError, MemoryError):

@@ -422,6 +422,19 @@ def test_a_file_opened_before_a_fork_is_opened_again_in_the_child(write_h5ad: Wr
     assert dense(file.read_rows(2, 3)) == VALUES[2:].tolist()
 
 
+def test_hdf5_keeps_little_of_an_open_file(tmp_path: Path) -> None:
+    """64 files are open at a time, in every worker; HDF5 itself would keep 8 MiB of each array, and up to 32 MiB."""
+    path, names_n = tmp_path / "cells.h5ad", [f"a cell with a long name, number {number}" for number in range(20_000)]
+    obs = pd.DataFrame({"label": names_n}, index=names_n)
+    ad.AnnData(sparse.eye(20_000, 4, format="csr", dtype=np.float32), obs=obs).write_h5ad(path)
+    cells = H5adFile(str(path))
+    assert cells.obs_names.tolist() == cells.obs_column("label").tolist() == names_n
+    num_bytes_allowed, _, num_bytes_kept, _ = cells.file.id.get_mdc_size()
+    assert num_bytes_kept <= num_bytes_allowed <= 1 << 19
+    assert cells.file["X/data"].id.get_access_plist().get_chunk_cache()[1] <= 1 << 20
+    cells.close()
+
+
 def test_an_open_file_travels_to_another_process_closed(write_h5ad: Write) -> None:
     file = H5adFile(write_h5ad(VALUES))
     file.read_rows(0, 1)
