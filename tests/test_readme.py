@@ -47,7 +47,8 @@ def cells() -> ad.AnnData:
     whole = sc.datasets.pbmc68k_reduced()
     adata = ad.AnnData(whole.raw.X.copy(), var=whole.raw.var[[]].copy())
     adata.obs_names = whole.obs_names
-    adata.obs["cell_type"] = whole.obs["bulk_labels"].astype(str).replace("CD19+ B", "B cell").to_numpy()
+    names = {"CD19+ B": "B cell", "CD8+ Cytotoxic T": "T cell"}
+    adata.obs["cell_type"] = whole.obs["bulk_labels"].astype(str).replace(names).to_numpy()
     adata.obs["tissue"] = np.where(np.arange(adata.n_obs) % 2, "lung", "blood")
     adata.obs["donor_id"] = [f"D{number % 5}" for number in range(adata.n_obs)]
     return adata[:300].copy()

@@ -149,7 +149,7 @@ def choose_genes(plan: Plan, survey: Survey, statistics: Statistics, *, measured
             for kind, found in reports[-1].items():
                 if found["count"]:
                     examples = ", ".join(found["examples"][:3])
-                    logger.info("  %s: %d %s (%s)", kind, found["count"], MEANING[kind], examples)
+                    logger.info("  %s: %s %s (%s)", kind, f"{found['count']:,}", MEANING[kind], examples)
     return CorpusGenes(panel, panel_of_union, measured_tg, reports, remedies, int((~is_known_g).sum()))
 
 

@@ -248,14 +248,14 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if len(known_sizes) > 0:
             self._check(self.shards[0], min_gene_coverage)
         if len(known_sizes) > 1:
-            logger.info("%d files of one corpus, %d cells", len(known_sizes), sum(known_sizes))
+            logger.info("%d files of one corpus, %s cells", len(known_sizes), f"{sum(known_sizes):,}")
         return tuple(known_sizes)
 
     @staticmethod
     def _check(shard: Shard, min_gene_coverage: float) -> int:
         shard.check_genes(min_gene_coverage)
         shard.values.check_has_values()
-        logger.info("%s: %d cells, %s", shard.path, len(shard), shard.alignment.describe())
+        logger.info("%s: %s cells, %s", shard.path, f"{len(shard):,}", shard.alignment.describe())
         if shard.coverage < shard.alignment.coverage:  # a shard of `prepare` holds cells of several files
             logger.info("%s: some of its cells come from files that measure only %.1f%% of the panel",
                         shard.path, 100 * shard.coverage)  # fmt: skip

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 from scipy import sparse
+from scipy.special import stdtrit
 
 from perturbgene.data_utils.genes import GenePanel, clean_gene
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
@@ -40,6 +41,11 @@ logger = logging.getLogger(__name__)
 MOST_BASELINE_CELLS = 20_000
 #: Evaluated cells that are read at a time.
 CELLS_AT_ONCE = 4096
+
+#: Fewer donors do not show how much scores differ between donors.
+LEAST_DONORS = 3
+#: What obs says of a cell whose donor is not known.
+ABSENT_DONORS = ("", "nan", "None", "unknown")
 
 #: What texts call each baseline.
 NAMES = {
@@ -317,6 +323,63 @@ def paired_difference(is_right_n: np.ndarray, other_is_right_n: np.ndarray) -> t
     difference_n = is_right_n.astype(np.float64) - other_is_right_n
     error = difference_n.std(ddof=1) / np.sqrt(len(difference_n)) if len(difference_n) > 1 else np.inf
     return float(difference_n.mean()), float(error)
+
+
+def difference_over_donors(
+    is_right_n: np.ndarray, other_is_right_n: np.ndarray, donors_n: np.ndarray
+) -> tuple[float, float, int]:
+    """Return how much more often the first is right in a donor's cells, half of the 95 % interval, and how many donors.
+
+    Donors count alike; the interval is Student's t over their differences, infinite for fewer than two.
+
+    Example:
+        >>> right, other = np.array([True, True, True, False]), np.array([False, True, True, False])
+        >>> difference_over_donors(right, other, np.array(["a", "a", "b", "b"]))[::2]
+        (0.25, 2)
+    """
+    donors_d, of_donor_n = np.unique(donors_n, return_inverse=True)
+    difference_n = is_right_n.astype(np.float64) - other_is_right_n
+    difference_d = np.bincount(of_donor_n, weights=difference_n) / np.bincount(of_donor_n)
+    free = len(donors_d) - 1
+    error = difference_d.std(ddof=1) / np.sqrt(len(donors_d)) if free else np.inf
+    return float(difference_d.mean()), float(stdtrit(free, 0.975) * error if free else np.inf), len(donors_d)
+
+
+def compare_with_regression(
+    regression: Answers, answers: tuple[IntArray, ...], donors_n: np.ndarray, *, category: str
+) -> dict[str, float]:
+    """Return how much more often than logistic regression the run is right, over donors, and print it.
+
+    Args:
+        regression: Its answers.
+        answers: Those of the run, as in `mark_best`.
+        donors_n: Donor of every evaluated cell.
+        category: The phenotype.
+
+    Returns:
+        `mean`, `low` and `high` of the difference of accuracy and `num_donors`; empty if these are fewer than
+        `LEAST_DONORS`, which a warning says.
+    """
+    cells_m, true_m, predicted_m = (values_n[answers[1] >= 0] for values_n in answers)
+    is_right_m, other_is_right_m = predicted_m == true_m, regression.predicted_n[cells_m] == true_m
+    is_named_m = ~np.isin(donors_n[cells_m], ABSENT_DONORS)
+    donors_m = donors_n[cells_m][is_named_m]
+    num_donors = len(set(donors_m))
+    if not num_donors:
+        return {}
+    if num_donors < LEAST_DONORS:
+        logger.warning(
+            "%s: the cells are of %d donor%s, which does not show whether the run or logistic regression is better for "
+            "others: hold out %d donors or more (`prepare --eval_fraction` or `--eval_donors`)",
+            category, num_donors, "" if num_donors == 1 else "s", LEAST_DONORS,
+        )  # fmt: skip
+        return {}
+    mean, half, _ = difference_over_donors(is_right_m[is_named_m], other_is_right_m[is_named_m], donors_m)
+    logger.info(
+        "%s: accuracy of the run minus that of logistic regression, mean of %d donors: %+.3f (95 %% interval %+.3f "
+        "to %+.3f)", category, num_donors, mean, mean - half, mean + half,
+    )  # fmt: skip
+    return {"mean": mean, "low": mean - half, "high": mean + half, "num_donors": num_donors}
 
 
 def mark_best(

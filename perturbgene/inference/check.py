@@ -77,7 +77,9 @@ class CheckReport:
     def __str__(self) -> str:
         lines = []
         for file in self.files:
-            lines += [f"{file.path} ({file.form})", *(f"  {name:<15}{text}" for name, text in _rows_of(file) if text)]
+            rows = [(name, text) for name, text in _rows_of(file) if text]
+            width = max(15, *(len(name) + 1 for name, _ in rows)) if rows else 15
+            lines += [f"{file.path} ({file.form})", *(f"  {name:<{width}}{text}" for name, text in rows)]
         for title, texts in (("Will be done", self.will), ("Should be looked at", self.look_at)):
             lines += ["", f"{title}:", *(f"  - {text}" for text in texts)] if texts else []
         verdict = f"REFUSED for {self.target}: {self.refused}" if self.refused else f"Accepted for {self.target}."

@@ -45,7 +45,7 @@ from perturbgene.eval_utils import (
 )
 from perturbgene.files import check_new, claimed, renewed_sums
 from perturbgene.hub import is_hub_name
-from perturbgene.inference.baselines import NAMES, Answers, baselines, classes_of, mark_best
+from perturbgene.inference.baselines import NAMES, Answers, baselines, classes_of, compare_with_regression, mark_best
 from perturbgene.inference.calibration import (
     LEAST_CELLS,
     MOST_CELLS,
@@ -425,6 +425,7 @@ def _add_baselines(
     """Add the scores of the baselines, fitted on the first of `cells`, mark the best, and return their answers."""
     asked = [name for name in results if name != "genes"]
     found = baselines(*cells, asked, questions=evaluator.questions, donor_column=donor_column)
+    donors_n = donors_of(cells[1], donor_column)
     starts = start_answers(run, cells, evaluator.questions, batch_tokens=batch_tokens)
     for category, others in found.items():
         others |= starts.get(category, {})
@@ -433,6 +434,10 @@ def _add_baselines(
             if question.asked == (category,) and not question.given:
                 of_run = answers.joined(category, question.name)
                 mark_best(results[category], others, of_run, category=category, run=question.name)
+                if donors_n is not None and "logistic_regression" in others:
+                    regression = others["logistic_regression"]
+                    if difference := compare_with_regression(regression, of_run, donors_n, category=category):
+                        results[category][question.name]["difference"] = difference
             if question.asked == (category,) and question.given:
                 cells_m, true_m, _ = answers.joined(category, question.name)
                 results[category][question.name]["baselines"] = given = {}

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Below this share of the run's genes, answers are less sure than they look.
+LOW_COVERAGE = 0.9
 #: A process that ends early ends the others, so a long wait for the one that writes a large file does no harm.
 LONGEST_WAIT = datetime.timedelta(days=2)
 #: With fewer genes of the panel, a cell looks much like any other.
@@ -430,7 +432,7 @@ def answered(
     """Compute results batch by batch, and yield those of all cells, (n, ...) each; ranks but the first get none.
 
     `GENES_COLUMN` is added: the number of genes of the panel that each cell has, with a warning of cells that express
-    so few that answers about them say little.
+    so few that answers about them say little, and of a file that lacks many genes.
 
     Args:
         dataset: This rank's cells.
@@ -452,6 +454,12 @@ def answered(
                 logger.warning(
                     "%s of %s cells have few genes of the run (fewer than %d), so answers about them say little; see "
                     "obs[%r]", f"{num_few:,}", f"{len(num_genes_n):,}", FEW_GENES, GENES_COLUMN,
+                )  # fmt: skip
+            if dataset.coverage < LOW_COVERAGE:
+                logger.warning(
+                    "The cells were measured with %.0f %% of the run's genes, so answers can be wrong and sure. If you "
+                    "can, train again with the genes that both have (`prepare --panel`); see "
+                    "docs/asking.md#genes-that-a-file-lacks", 100 * dataset.coverage,
                 )  # fmt: skip
         yield merged
 

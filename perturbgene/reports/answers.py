@@ -29,7 +29,7 @@ from perturbgene.inference.majority import BY_EMBEDDING, CLUSTER_COLUMN
 from perturbgene.inference.predict import about_majority
 from perturbgene.inference.run import facts_of, load_run
 from perturbgene.inference.starts import embedding_of
-from perturbgene.inference.streaming import open_cells
+from perturbgene.inference.streaming import LOW_COVERAGE, open_cells
 from perturbgene.plots import cells_figure, certainty_figure
 from perturbgene.reports.labels import Phenotype
 from perturbgene.reports.layout import umap_layout
@@ -42,8 +42,6 @@ from perturbgene.training.votes import READING
 
 #: Most cells on the map, and most that are embedded for it: embedding a cell takes as long as one question about it.
 MOST_CELLS, MOST_EMBEDDED = 20_000, 2_000
-#: Below this share of the run's genes a page says so first.
-LOW_COVERAGE = 0.9
 #: Where the slider starts if `predict` did not abstain.
 THRESHOLD = 0.5
 #: A label of a lower probability is worth a sentence.

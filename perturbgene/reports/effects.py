@@ -22,12 +22,11 @@ from perturbgene.errors import InputError
 from perturbgene.files import check_format, read_json
 from perturbgene.inference.held_out import about_q, about_untrained
 from perturbgene.inference.run import RESULT_FORMAT, facts_of
-from perturbgene.inference.streaming import ALL
+from perturbgene.inference.streaming import ALL, LOW_COVERAGE
 from perturbgene.perturbation.cells import DONOR_COLUMN
 from perturbgene.perturbation.edits import ALL_GENES
 from perturbgene.perturbation.statistics import NUM_MATCHED
 from perturbgene.plots import expression_figure, pairs_figure
-from perturbgene.reports.answers import LOW_COVERAGE
 from perturbgene.reports.expression import read_map
 from perturbgene.reports.page import Chart, Page, even_ends, map_data
 from perturbgene.reports.trust import REAL_SCREEN, about_scores, read_scores, score_rows

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,14 @@ from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
 from perturbgene.data_utils.scale import log_matrix
 from perturbgene.eval_utils import Confusion, Scores
 from perturbgene.inference import baselines as module
-from perturbgene.inference.baselines import Answers, baselines, donors_of, mark_best, paired_difference
+from perturbgene.inference.baselines import (
+    Answers,
+    baselines,
+    compare_with_regression,
+    donors_of,
+    mark_best,
+    paired_difference,
+)
 from perturbgene.inference.classifiers import ridge
 from tests.nine_genes import a_tokenizer
 
@@ -244,6 +252,36 @@ def marked(run: list[int], ridge: list[int], *, caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.WARNING, logger="perturbgene")
     mark_best(scores_of, others, answers, category="cell_type", run="alone")
     return scores_of
+
+
+def compared(donors: list[str], *, caplog: pytest.LogCaptureFixture) -> tuple[dict[str, float], list[str]]:
+    """Compare a run and a regression whose answers on eight cells of class 1 and an unlabeled one are given."""
+    regression = Answers({}, np.array([0, 1, 1, 1, 1, 0, 0, 1, 0]))
+    answers = (np.arange(9)[::-1], np.array([1] * 8 + [-1]), np.array([1, 1, 1, 0, 1, 1, 1, 1, 0]))
+    caplog.set_level(logging.INFO, logger="perturbgene")
+    donors_n = np.array(["unlabeled", *donors])
+    return compare_with_regression(regression, answers, donors_n, category="cell_type"), caplog.messages
+
+
+def test_a_run_is_compared_with_logistic_regression_over_donors(caplog):
+    # of cells 1 to 8, the run is right in all but 5, the regression in 1, 2, 3, 4 and 7; 7 and 8 have no donor
+    difference, messages = compared(["a", "a", "b", "b", "c", "c", "nan", "nan"], caplog=caplog)
+    half = 4.302653 * 0.5 / 3  # Student's t with two degrees of freedom, standard error of 0, 0 and 0.5
+    assert difference == pytest.approx(
+        {"mean": 0.5 / 3, "low": 0.5 / 3 - half, "high": 0.5 / 3 + half, "num_donors": 3}
+    )
+    assert messages == [
+        "cell_type: accuracy of the run minus that of logistic regression, mean of 3 donors: +0.167 (95 % interval "
+        "-0.550 to +0.884)"
+    ]
+
+
+def test_two_donors_are_too_few_to_compare_and_without_donors_nothing_is_said(caplog):
+    difference, messages = compared(["a"] * 4 + ["b"] * 4, caplog=caplog)
+    assert difference == {}
+    assert re.match("cell_type: the cells are of 2 donors, which does not show .* hold out 3 donors", messages[0])
+    caplog.clear()
+    assert compared(["nan"] * 8, caplog=caplog) == ({}, [])
 
 
 def test_a_baseline_that_is_clearly_better_is_marked_and_named(caplog):

@@ -47,6 +47,17 @@ def test_a_file_is_described_and_accepted_for_a_run(cells: ad.AnnData, run: str,
     assert any("2 cells have a cell_type that the vocabulary lacks ('neuron')" in line for line in report.look_at)
 
 
+def test_texts_of_the_table_begin_below_each_other_whatever_the_names_of_columns(
+    cells: ad.AnnData, tmp_path: Path
+) -> None:
+    cells.obs["author_cell_type"] = cells.obs["cell_type"]
+    lines = str(check(written(cells, tmp_path / "in.h5ad"))).splitlines()
+    starts = {
+        re.fullmatch(r"  (cells|obs \w+) +(.*)", line).start(2) for line in lines if re.match("  (cells|obs )", line)
+    }  # type: ignore[union-attr]
+    assert len(starts) == 1 and starts.pop() > len("  obs author_cell_type")
+
+
 def test_the_table_and_the_json_say_the_same(
     cells: ad.AnnData, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1164,8 +1164,11 @@ def test_a_given_label_that_the_vocabulary_lacks_counts_as_absent_and_is_reporte
     np.testing.assert_allclose(result.obs[PROBABILITY][:11], expected[PROBABILITY][:11], atol=1e-6)
 
 
-def test_provenance_says_what_share_of_the_genes_the_cells_have(cells, mlm):
+def test_cells_without_many_of_the_genes_are_warned_of_and_their_share_is_kept(cells, mlm, caplog):
+    predict(cells[:, 10:].copy(), mlm)
+    assert "answers can be wrong and sure" not in caplog.text
     assert predict(cells[:, 25:].copy(), mlm).uns["perturbgene"]["gene_coverage"] == 0.75
+    assert "measured with 75 % of the run's genes, so answers can be wrong and sure" in caplog.text
 
 
 def test_a_path_is_read_like_the_cells_in_it(trained, mlm, expected):
