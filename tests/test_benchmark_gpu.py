@@ -16,6 +16,7 @@ from tests.forked import needs_fork, start
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.soak
 @needs_fork
 def test_the_quick_run_on_a_cpu_has_rows_of_every_part_and_agrees_with_itself(tmp_path: Path) -> None:
     def run() -> None:

@@ -74,7 +74,12 @@ def test_contenders_give_the_same_tokens(name: str, max_length: int, home: Path)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, c in CONTENDERS.items() if not (c.build or c.needs or c.workers or "AnnLoader" in name)]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.soak) if "backed gzip" in name else name
+        for name, c in CONTENDERS.items()
+        if not (c.build or c.needs or c.workers or "AnnLoader" in name)
+    ],
 )
 def test_every_contender_yields_cells(name: str, home: Path) -> None:
     assert epoch_of(name, home, max_length=64)[0] >= 128
@@ -91,6 +96,7 @@ def test_the_table_has_a_row_for_every_contender() -> None:
     assert f"| {PLAIN} | 500 [500-500] | 1.00x |  | 600 | 100 |" in text
 
 
+@pytest.mark.soak
 def test_the_command_prints_the_table_and_writes_json(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "benchmarks.loading", "--scale", "0.006", "--genes", "400", "--expressed", "60"]

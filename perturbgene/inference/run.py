@@ -76,7 +76,7 @@ class Run:
         is_binary = self.is_classifier and self.class_labels != list(self.tokenizer.phenotypes[self.category])
         return self.class_labels[1] if is_binary else None
 
-    @property
+    @cached_property
     def settings(self) -> BaseConfig | None:
         """The settings that the run was trained with; None where only weights and tokenizer are left."""
         folder = Path(self.path)
