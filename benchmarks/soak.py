@@ -350,13 +350,14 @@ def large_vocabulary(bench: Bench) -> None:
     many = CellSet(1, cells=bench.count(12_000, least=200), genes=genes, expressed=genes // 200, cell_types=labels)
     long = CellSet(1, cells=bench.count(256, least=16), genes=genes, expressed=genes // 6, cell_types=4, seed=0)
     files = [build(one, bench.folder, compressions=("none",)) / "none" for one in (many, long)]
-    corpus, run = bench.folder / "wide_corpus", bench.folder / "wide"
+    corpus, run, vocabulary = (bench.folder / name for name in ("wide_corpus", "wide", "wide_vocabulary.json"))
+    vocabulary.write_text(json.dumps({"cell_type": [f"type {label:02d}" for label in range(labels)]}))
     for name, words in {
         "prepare": f"prepare {files[0]} {files[1]} --output {corpus} --phenotypes cell_type --split_by donor_id "
         "--no_report",
-        "mlm, 5 steps of 2 cells": f"mlm --train_data_paths {files[1]} --corpus {corpus} --output_dir {run} "
-        "--model_arch tiny --max_length 8192 --max_steps 5 --per_device_train_batch_size 2 --eval_strategy no "
-        "--report_to none --logging_steps 1",
+        "mlm, 5 steps of 2 cells": f"mlm --train_data_paths {files[1]} --vocab_path {vocabulary} --included_phenotypes "
+        f"cell_type --bin_edges 0.5 1 2 4 --output_dir {run} --model_arch tiny --max_length 8192 --max_steps 5 "
+        "--per_device_train_batch_size 2 --eval_strategy no --report_to none --logging_steps 1",
         "predict": f"predict {run} {next(files[1].iterdir())} --output {bench.folder}/wide.h5ad --ask cell_type "
         "--no_report --overwrite",
     }.items():

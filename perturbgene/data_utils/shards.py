@@ -275,7 +275,8 @@ class Shard:
                 "Make the file again with `perturbgene prepare`."
             )
         if measured_ct is None or SOURCE_COLUMN not in self.source.columns_of("obs"):
-            return np.full(len(self), self.measured.table_of(self.alignment.is_measured_g), dtype=np.int64)
+            table = np.int64(self.measured.table_of(self.alignment.is_measured_g))
+            return np.broadcast_to(table, len(self))  # one number in memory, however many cells
         measured_tc = measured_ct.T.astype(bool)  # which columns each table of a corpus measured
         source_n = one_per_cell(self.source.obs_column(SOURCE_COLUMN).to_numpy(dtype=np.int64), self.values)
         if len(source_n) and not 0 <= source_n.min() <= source_n.max() < len(measured_tc):

@@ -483,6 +483,10 @@ class StoredCells(CellSource):
             raise InputError(f"{self.path} cannot be read ({reason_of(error)}). Re-save it with anndata.") from error
 
 
+#: Files that this process has checked, each as it was then: of many files, each is closed and opened several times.
+_CHECKED: set[tuple[int, int, int, int]] = set()
+
+
 class H5adFile(StoredCells):
     """One h5ad file, or the local copy of what a URL leads to."""
 
@@ -494,8 +498,11 @@ class H5adFile(StoredCells):
             cache.set_initial_size = True
             cache.initial_size = cache.min_size = cache.max_size = FILE_CACHE_BYTES
             file.id.set_mdc_config(cache)
-            check_links(file, self.path)
-            self._check(file)
+            state = os.stat(local)
+            if (key := (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)) not in _CHECKED:
+                check_links(file, self.path)
+                self._check(file)
+                _CHECKED.add(key)
         except (InputError, MemoryError):
             raise
         except Exception as error:  # h5py raises many kinds

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from perturbgene.data_utils import sources
 from perturbgene.data_utils.opening import expand_braces, expand_paths
 from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.errors import InputError
@@ -433,6 +434,21 @@ def test_hdf5_keeps_little_of_an_open_file(tmp_path: Path) -> None:
     assert num_bytes_kept <= num_bytes_allowed <= 1 << 19
     assert cells.file["X/data"].id.get_access_plist().get_chunk_cache()[1] <= 1 << 20
     cells.close()
+
+
+def test_a_file_is_checked_when_it_is_new_or_has_changed(write_h5ad: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than 64 files, each is closed and opened several times; checking takes longer than opening."""
+    checked: list[str] = []
+    monkeypatch.setattr(sources, "check_links", lambda file, path: checked.append(path))
+    path = write_h5ad(VALUES)
+    for _ in range(3):
+        cells = H5adFile(path)
+        assert dense(cells.read_rows(0, 3)) == VALUES.tolist()
+        cells.close()
+    assert checked == [path]
+    write_h5ad(VALUES[:2])
+    assert dense(H5adFile(path).read_rows(0, 2)) == VALUES[:2].tolist()
+    assert checked == [path, path]
 
 
 def test_an_open_file_travels_to_another_process_closed(write_h5ad: Write) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import resource
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,23 @@ def test_scattered_rows_are_the_rows_asked_for(write_h5ad: Write, rows: list[int
     got = sparse.csr_matrix((block.values_l, block.columns_l, block.offsets_n1), shape=(len(rows), 4)).toarray()
     assert got.tolist() == values[rows].tolist()
     assert block.cells_n.tolist() == [1000 + row for row in rows]
+
+
+def test_an_open_file_keeps_one_number_per_cell(tmp_path: Path, make_adata: Any) -> None:
+    """Where the cell's values start, 8 bytes; a million cells are open at a time, in every worker."""
+    num_cells, path = 100_000, tmp_path / "cells.h5ad"
+    make_adata(sparse.eye(4, format="csr", dtype=np.float32)[np.arange(num_cells) % 4]).write_h5ad(path)
+    cells = shard_of(str(path))
+    cells.read(np.arange(0, 4))  # imports
+    cells.source.close()
+    tracemalloc.start()
+    try:
+        cells = shard_of(str(path))
+        assert len(cells.read(np.arange(0, num_cells, 1_000))) == 100
+        assert 8 * num_cells < tracemalloc.get_traced_memory()[0] < 10 * num_cells
+    finally:
+        tracemalloc.stop()
+        cells.source.close()
 
 
 # -- scale ---------------------------------------------------------------------------------------------------------
