@@ -35,6 +35,7 @@ from perturbgene.training.checkpoints import checkpoints, damage_of
 from tests.data_utils.test_remote import BadHandler
 from tests.faults import PHASES, Killed, full_disk, plant
 from tests.forked import in_two_processes, needs_fork, start
+from tests.lines import Checked, params
 from tests.small_training import STEPS, command, raise_killed, resume
 from tests.web_server import serving
 
@@ -133,16 +134,10 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One line of the page; without a check, `test` names the test of another file."""
+class Fault(Checked):
+    """A line that says how the command ends, too."""
 
-    id: str
-    what: str
-    outcome: str
-    exit: str
-    check: Callable[[Shop], object] | None = None
-    is_sampled: bool = False  # part of `make test`
-    test: str = ""
+    exit: str = ""
 
 
 FAULTS: list[Fault] = []
@@ -152,7 +147,7 @@ def fault(id: str, what: str, outcome: str, exit: str, *, is_sampled: bool = Fal
     """Register the check of a fault."""
 
     def register(check: Callable[[Shop], object]) -> Callable[[Shop], object]:
-        FAULTS.append(Fault(id, what, outcome, exit, check, is_sampled))
+        FAULTS.append(Fault(id, what, outcome, check=check, is_sampled=is_sampled, exit=exit))
         return check
 
     return register
@@ -160,7 +155,7 @@ def fault(id: str, what: str, outcome: str, exit: str, *, is_sampled: bool = Fal
 
 def elsewhere(id: str, what: str, outcome: str, exit: str, test: str) -> None:
     """List a fault whose test is in another file."""
-    FAULTS.append(Fault(id, what, outcome, exit, is_sampled=True, test=test))
+    FAULTS.append(Fault(id, what, outcome, test, is_sampled=True, exit=exit))
 
 
 @pytest.fixture(scope="session")
@@ -628,12 +623,7 @@ elsewhere(
 )  # fmt: skip
 
 
-def _params() -> list[Any]:
-    checked = [one for one in FAULTS if one.check]
-    return [pytest.param(one, id=one.id, marks=() if one.is_sampled else pytest.mark.faults) for one in checked]
-
-
-@pytest.mark.parametrize("fault", _params())
+@pytest.mark.parametrize("fault", params(FAULTS))
 def test_faults(fault: Fault, shop: Shop) -> None:
     assert fault.check
     fault.check(shop)

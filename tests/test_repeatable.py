@@ -30,6 +30,7 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils.iterable_ann_dataset import Batches, IterableAnnDataset
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.main import main
+from tests.lines import Checked, params
 from tests.small_training import COMMON, make_corpus
 
 GOLDEN = Path(__file__).parent / "golden_cells.json"
@@ -66,19 +67,7 @@ def sum_of(run: Path) -> str:
     return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Promise:
-    """One line of the page; without a check, `test` names the test of another file."""
-
-    id: str
-    what: str
-    outcome: str
-    check: Callable[[Trainings], object] | None = None
-    is_sampled: bool = False  # part of `make test`
-    test: str = ""
-
-
-PROMISES: list[Promise] = []
+PROMISES: list[Checked] = []
 WEIGHTS = "the same weights, bit by bit"
 
 
@@ -86,7 +75,7 @@ def promise(id: str, what: str, outcome: str = WEIGHTS, *, is_sampled: bool = Fa
     """Register the check of a promise."""
 
     def register(check: Callable[[Trainings], object]) -> Callable[[Trainings], object]:
-        PROMISES.append(Promise(id, what, outcome, check, is_sampled))
+        PROMISES.append(Checked(id, what, outcome, check=check, is_sampled=is_sampled))
         return check
 
     return register
@@ -94,7 +83,7 @@ def promise(id: str, what: str, outcome: str = WEIGHTS, *, is_sampled: bool = Fa
 
 def elsewhere(id: str, what: str, outcome: str, test: str) -> None:
     """List a promise whose test is in another file."""
-    PROMISES.append(Promise(id, what, outcome, is_sampled=True, test=f"tests/{test}"))
+    PROMISES.append(Checked(id, what, outcome, f"tests/{test}", is_sampled=True))
 
 
 # -- training -----------------------------------------------------------------------------------------------------
@@ -275,13 +264,8 @@ def plain(training_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     return sum_of(out)
 
 
-def _params() -> list[Any]:
-    checked = [one for one in PROMISES if one.check]
-    return [pytest.param(one, id=one.id, marks=() if one.is_sampled else pytest.mark.faults) for one in checked]
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("promise", _params())
-def test_repeatable(promise: Promise, training_corpus: Path, plain: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("promise", params(PROMISES))
+def test_repeatable(promise: Checked, training_corpus: Path, plain: str, tmp_path: Path) -> None:
     assert promise.check
     promise.check(Trainings(training_corpus, tmp_path, plain))

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+from tests.lines import Checked
 from tests.test_bad_inputs import CASES
-from tests.test_faults import FAULTS, Fault
+from tests.test_faults import FAULTS
 from tests.test_properties import PROPERTIES
-from tests.test_repeatable import PROMISES, Promise
+from tests.test_repeatable import PROMISES
 from tests.test_tasks import CHECKS
 
 PAGE = Path(__file__).parents[1] / "docs" / "robustness.md"
@@ -82,7 +83,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _test_of(line: Fault | Promise) -> str:
+def _test_of(line: Checked) -> str:
     return line.test.split("::")[-1] or ("yes" if line.is_sampled else "`make faults`")
 
 
