@@ -24,6 +24,7 @@ myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]
 html_theme = "sphinx_book_theme"
 html_title = "perturbgene"
+html_use_index = False
 html_theme_options = {"use_download_button": False, "navbar_persistent": []}
 html_static_path = ["style"]
 html_css_files = ["site.css"]
