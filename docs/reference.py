@@ -37,7 +37,7 @@ def literal(text: str, language: str = "text") -> str:
 
 def prose(text: str) -> str:
     """Return plain text as Markdown: flags as code, nothing else changed by its signs."""
-    parts = re.split(r"(`[^`]*`|--\w+)", text)
+    parts = re.split(r"(`[^`]*`|--[\w-]*)", text)
     signs = [re.sub(r"([\\*_<>\[\]{}|$#])", r"\\\1", part) for part in parts[::2]]
     codes = [part if part.startswith("`") else f"`{part}`" for part in parts[1::2]]
     return "".join(sign + code for sign, code in zip(signs, [*codes, ""], strict=True))

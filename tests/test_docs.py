@@ -83,6 +83,7 @@ def test_every_command_has_a_page_with_all_its_flags_and_a_link_to_its_manual(mo
         flags = re.findall(r"^  (--.*)$", manual_page(config).partition("\n\nInput and output\n")[2], flags=re.M)
         assert len(flags) >= 4
         assert [flag for flag in flags if f"\n`{flag}`\n: " not in page] == []
+        assert " lone `--` is" in page  # not a dash
         assert re.search(r"^\w.* Read on: \[.*\]\(\.\./", page, flags=re.M)
 
 
