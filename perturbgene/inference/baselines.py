@@ -370,7 +370,7 @@ def compare_with_regression(
     if num_donors < LEAST_DONORS:
         logger.warning(
             "%s: the cells are of %d donor%s, which does not show whether the run or logistic regression is better for "
-            "others: hold out %d donors or more (`prepare --eval_fraction` or `--eval_donors`)",
+            "others: hold out %d donors or more (`prepare --eval_donors`)",
             category, num_donors, "" if num_donors == 1 else "s", LEAST_DONORS,
         )  # fmt: skip
         return {}
