@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run that cannot continue, 128 + n stopped by signal n with everything saved, 130 interrupted, 141 the reader of
         the output went away.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # half of a character, of a damaged file, cannot be printed as it is
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     pairs = zip(words, [*words[1:], ""], strict=False)
     tokens = [word for word, next_word in pairs if word != "--debug" or next_word in TRAINER_DEBUG_WORDS]

@@ -304,6 +304,11 @@ class Outcome:
     seconds: float
     said: str = ""
 
+    @property
+    def is_read(self) -> bool:
+        """True if every command ended, and could use the file."""
+        return not self.complaints and not any(self.codes.values())
+
 
 def run_mutant(shop: Shop, form: str, number: int, folder: Path, *, only: Sequence[str] = ()) -> Outcome:
     """Run the commands on one mutant in a copy of this process, and judge what came of them."""
@@ -454,7 +459,7 @@ def main(words: Sequence[str]) -> int:
                 print(f"  BAD {complaint}", flush=True)
             outcomes.append(outcome)
     num_bad = sum(bool(one.complaints) for one in outcomes)
-    num_done = sum(not any(one.codes.values()) for one in outcomes)
+    num_done = sum(one.is_read for one in outcomes)
     print(f"{len(outcomes)} mutants: {num_done} read by every command, {num_bad} handled badly")
     return 1 if num_bad else 0
 

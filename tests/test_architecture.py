@@ -39,7 +39,13 @@ ROOMS = [
 ROOM_OF_MODULE = {"sharded_trainer": "training", "eval_utils": "training", "auto": "model"}
 # Library -> the only modules that may import it.
 SEAMS = {
-    "h5py": {"data_utils.opening", "data_utils.sources", "data_utils.untrusted", "data_utils.h5ad_writing"},
+    "h5py": {
+        "data_utils.opening",
+        "data_utils.sources",
+        "data_utils.untrusted",
+        "data_utils.guard",
+        "data_utils.h5ad_writing",
+    },
     "zarr": {"data_utils.sources", "data_utils.h5ad_writing"},
     "fsspec": {"data_utils.remote"},
     "matplotlib": {"plots"},

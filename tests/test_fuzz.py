@@ -4,24 +4,31 @@ Mutant 17 of "h5ad csr" alone: `python -m tests.fuzz "h5ad csr" 17`. Below are t
 """
 
 import json
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import h5py
+import numpy as np
+import pandas as pd
 import pytest
 
 from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils import h5ad_writing, readable
+from perturbgene.data_utils.guard import check_heap, guarded
 from perturbgene.data_utils.h5ad_writing import write_copy
+from perturbgene.data_utils.opening import open_source
 from perturbgene.data_utils.readable import check_readable
 from perturbgene.data_utils.tokenization import GeneTokenizer
 from perturbgene.errors import InputError
 from perturbgene.files import read_json
 from perturbgene.main import main
 from perturbgene.model import GeneBertConfig
-from tests.forked import needs_fork
-from tests.fuzz import FORMS, TEXTS, Shop, cells, run_mutant
+from tests.forked import needs_fork, start
+from tests.fuzz import FORMS, TEXTS, Outcome, Shop, cells, run_mutant
 from tests.nine_genes import a_tokenizer
 
 #: Mutants of each form of cells, and of each text file.
@@ -54,6 +61,161 @@ def test_a_mutant_is_refused_in_one_line_or_read_whole(shop: Shop, form: str, tm
 def test_mutants_are_refused_in_one_line_or_read_whole(large_shop: Shop, form: str, tmp_path: Path) -> None:
     outcomes = [run_mutant(large_shop, form, number, tmp_path / "mutant") for number in range(NUM_MUTANTS[form])]
     assert not {f"{one.form} {one.number}": (one.what, one.complaints) for one in outcomes if one.complaints}
+
+
+def test_a_mutant_on_which_a_command_hangs_is_not_counted_as_read() -> None:
+    outcome = Outcome("h5ad csr", 15, "zeros", codes={}, complaints=["check: hangs"], seconds=60.0)
+    assert not outcome.is_read
+
+
+# -- where HDF5 would not come back -------------------------------------------------------------------------------
+
+
+def heaps_of(content: bytes) -> list[int]:
+    """Return where the global heaps of a file begin."""
+    places, place = [], content.find(b"GCOL\x01\0\0\0")
+    while place >= 0:
+        places.append(place)
+        place = content.find(b"GCOL\x01\0\0\0", place + 1)
+    return places
+
+
+def told_in_child(run: Callable[[], object], said: Path) -> tuple[int | None, str]:
+    """Run a function in a process of its own with ten seconds of a core; return its exit code and what it printed."""
+
+    def limited() -> None:
+        used = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+        resource.setrlimit(resource.RLIMIT_CPU, (used + 10, used + 15))
+        sys.exit(run())  # type: ignore[arg-type]
+
+    process = start(limited, output=said)
+    process.join(timeout=200)
+    process.kill()
+    process.join()
+    return process.exitcode, said.read_text()
+
+
+def some_names(path: Path) -> None:
+    """Write cells whose names fill heaps of their own."""
+    names = pd.DataFrame(index=[f"a cell with a rather long name {number}" for number in range(300)])
+    ad.AnnData(np.ones((300, 2), dtype=np.float32), obs=names).write_h5ad(path)
+
+
+def first_attributes(content: bytearray) -> None:
+    content[heaps_of(content)[0] + 16 : heaps_of(content)[0] + 32] = bytes(16)
+
+
+def last_names(content: bytearray) -> None:
+    content[heaps_of(content)[-1] + 16 : heaps_of(content)[-1] + 32] = bytes(16)
+
+
+def an_endless_text(content: bytearray) -> None:
+    place = heaps_of(content)[0] + 16
+    content[place + 8 : place + 16] = (2**64 - 16).to_bytes(8, "little")
+
+
+def types_of_texts(content: bytearray) -> None:
+    place = -1
+    while (place := content.find(b"\x19\x01\x01\0\x10\0\0\0", place + 1)) >= 0:
+        content[place + 1] = 3
+
+
+@needs_fork
+@pytest.mark.parametrize("damage", [first_attributes, last_names, an_endless_text, types_of_texts])
+def test_texts_that_hdf5_would_read_for_ever_or_crash_on_are_refused(
+    tmp_path: Path, damage: Callable[[bytearray], None]
+) -> None:
+    path = tmp_path / "in.h5ad"
+    some_names(path)
+    content = bytearray(path.read_bytes())
+    damage(content)
+    path.write_bytes(content)
+
+    def run() -> int:
+        try:
+            open_source(path).to_adata()
+        except InputError as error:
+            print(error)
+            return main(["check", str(path)])
+        return 1
+
+    code, said = told_in_child(run, tmp_path / "said")
+    assert (code, said.count("error: ")) == (2, 1), said
+    assert said.count(f"{path}") >= 2
+    assert "Traceback" not in said
+
+
+@needs_fork
+def test_a_10x_file_that_hdf5_would_read_for_ever_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.h5"
+    with h5py.File(path, "w") as file:
+        for name in ("barcodes", "data", "indices", "indptr", "shape", "features/id"):
+            file[f"matrix/{name}"] = np.array(["a", "b"], dtype=object)
+    content = bytearray(path.read_bytes())
+    last_names(content)
+    path.write_bytes(content)
+    code, said = told_in_child(lambda: main(["check", str(path)]), tmp_path / "said")
+    assert (code, said.count("error: ")) == (2, 1), said
+    assert "texts were overwritten" in said
+
+
+def test_texts_of_any_kind_are_read_as_without_a_guard(tmp_path: Path) -> None:
+    path = tmp_path / "texts.h5"
+    texts = ["", "GCOL\x01", "x" * 100_000, *(str(number) * (number % 40) for number in range(5000))]
+    lists = [np.zeros(number % 50, dtype=np.uint64) for number in range(1000)]  # full of what looks like free space
+    with h5py.File(path, "w") as file:
+        file["texts"] = np.array(texts, dtype=object)
+        file.create_dataset("lists", (len(lists),), dtype=h5py.vlen_dtype(np.uint64))[:] = lists
+        for number in range(100):
+            file.attrs[f"a{number}"] = "y" * number
+        for number in range(0, 100, 3):  # leaves holes
+            del file.attrs[f"a{number}"]
+    assert len(heaps_of(path.read_bytes())) > 10
+    with h5py.File(path) as plain, guarded(plain) as file:
+        assert dict(file.attrs) == dict(plain.attrs)
+        assert file["texts"].asstr()[:].tolist() == texts
+        assert [len(one) for one in file["lists"]] == [len(one) for one in lists]
+
+
+def test_a_heap_ends_where_its_objects_lead() -> None:
+    def an_object(index: int, size: int) -> bytes:
+        return index.to_bytes(2, "little") + bytes(6) + size.to_bytes(8, "little")
+
+    head = b"GCOL\x01\0\0\0" + (72).to_bytes(8, "little")
+    check_heap(head + an_object(1, 5) + b"12345\0\0\0" + an_object(0, 32) + bytes(16))
+    check_heap(head + an_object(1, 32) + an_object(0, 0) + bytes(16) + bytes(8))  # a text that looks like free space
+    for index, size in [(0, 0), (2, 2**64 - 16), (2, 2**64 - 23)]:
+        with pytest.raises(ValueError, match="texts were overwritten"):
+            check_heap(head + an_object(1, 5) + b"12345\0\0\0" + an_object(index, size) + bytes(16))
+
+
+# -- what check says ----------------------------------------------------------------------------------------------
+
+
+def test_half_a_character_from_a_damaged_store_can_be_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "in.zarr"
+    FORMS["zarr 2"][1](cells(), path)
+    array = json.loads((path / "X/data/.zarray").read_text())
+    (path / "X/data/.zarray").write_text(json.dumps({**array, "shape": "\ud800"}))
+    (path / ".zmetadata").unlink(missing_ok=True)
+    assert main(["check", str(path)]) == 2
+    assert r"\ud800" in capsys.readouterr().out
+
+
+def test_check_refuses_a_column_twice_in_a_row_as_prepare_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "in.h5ad"
+    FORMS["h5ad csr"][1](cells(), path)
+    with h5py.File(path, "r+") as file:
+        row = int(np.argmax(np.diff(file["X/indptr"][:])))
+        first = int(file["X/indptr"][row])
+        file["X/indices"][first + 1] = file["X/indices"][first]
+    for words in (["check", str(path)], ["prepare", str(path), "--output", str(tmp_path / "corpus")]):
+        assert main([*words, "--phenotypes", "cell_type", "--split_by", "donor"]) == 2
+        assert f"row {row} has a second value in column" in capsys.readouterr().err
 
 
 # -- what a copy would hold ---------------------------------------------------------------------------------------

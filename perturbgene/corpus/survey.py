@@ -346,6 +346,22 @@ def cells_of(plan: Plan, part: Part) -> tuple[CellTable, np.ndarray]:
     return table, is_eval_n[part.start : part.stop]
 
 
+def check_block(block: ExpressionBlock, rows_m: np.ndarray) -> None:
+    """Raise an InputError if `prepare` could not use what was read of rows."""
+    check_values(block.values_l, source=block.source)
+    num_columns = len(block.alignment.gene_of_column_c)
+    if len(block.columns_l) and not 0 <= block.columns_l.min() <= block.columns_l.max() < num_columns:
+        raise InputError(f"{block.source} holds column indices outside its {num_columns:,} columns. Write it again.")
+    cell_l = np.repeat(np.arange(len(block)), np.diff(block.offsets_n1))
+    places_l = cell_l * num_columns + block.columns_l
+    if (np.diff(places_l) <= 0).any() and (twice := np.flatnonzero(np.diff(np.sort(places_l)) == 0)).size:
+        cell, column = divmod(int(np.sort(places_l)[twice[0]]), num_columns)
+        raise InputError(
+            f"{block.source}: row {rows_m[cell]} has a second value in column {column}. Add the values of "
+            "such columns up (scipy's sum_duplicates) and write the file again."
+        )
+
+
 def blocks_of(plan: Plan, part: Part, rows_n: np.ndarray) -> Iterator[ExpressionBlock]:
     """Read rows of a part (sorted, numbered within the file) in blocks, in one pass through the file.
 
@@ -353,18 +369,5 @@ def blocks_of(plan: Plan, part: Part, rows_n: np.ndarray) -> Iterator[Expression
     """
     for first in range(0, len(rows_n), _BLOCK_ROWS):
         block = opened(plan, part.source)[0].read(rows_n[first : first + _BLOCK_ROWS])
-        check_values(block.values_l, source=block.source)
-        num_columns = len(block.alignment.gene_of_column_c)
-        if len(block.columns_l) and not 0 <= block.columns_l.min() <= block.columns_l.max() < num_columns:
-            raise InputError(
-                f"{block.source} holds column indices outside its {num_columns:,} columns. Write it again."
-            )
-        cell_l = np.repeat(np.arange(len(block)), np.diff(block.offsets_n1))
-        places_l = cell_l * num_columns + block.columns_l
-        if (np.diff(places_l) <= 0).any() and (twice := np.flatnonzero(np.diff(np.sort(places_l)) == 0)).size:
-            cell, column = divmod(int(np.sort(places_l)[twice[0]]), num_columns)
-            raise InputError(
-                f"{block.source}: row {rows_n[first + cell]} has a second value in column {column}. Add the values of "
-                "such columns up (scipy's sum_duplicates) and write the file again."
-            )
+        check_block(block, rows_n[first : first + _BLOCK_ROWS])
         yield block

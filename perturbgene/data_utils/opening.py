@@ -17,7 +17,7 @@ import h5py
 from perturbgene.data_utils.foreign import refused_object
 from perturbgene.data_utils.remote import expand_url, local_path
 from perturbgene.data_utils.sources import CellSource, H5adFile, MemoryFile, TenxFile, ZarrFile, mtx_prefix
-from perturbgene.data_utils.untrusted import check_links
+from perturbgene.data_utils.untrusted import check_structure
 from perturbgene.errors import InputError, listed
 from perturbgene.urls import is_url, shown_path, url_identity
 
@@ -177,7 +177,7 @@ def open_source(given: Any, *, layer: str | None = None) -> CellSource:
         local = local_path(path)
         # `H5adFile` says what a damaged file is
         with suppress(OSError, RuntimeError, KeyError), h5py.File(local, "r") as file:
-            check_links(file, shown_path(path))
+            check_structure(file, shown_path(path))
             groups = [node for node in file.values() if isinstance(node, h5py.Group)]
             # the groups of Cell Ranger 3 and later, or of Cell Ranger 2
             if "obs" not in file and any({"barcodes", "data", "indices", "indptr"} <= set(node) for node in groups):

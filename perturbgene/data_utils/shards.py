@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 SOURCE_COLUMN = "perturbgene_source"
 MEASURED_KEY = "perturbgene_measured"
 
-#: Open files of a list, fewer where a process may have few descriptors: a file takes three, and three lists are used.
+#: Open files of a list, fewer where a process may have few descriptors: a file takes four, and three lists are used.
 MOST_OPEN_FILES = 64
-_DESCRIPTORS_PER_FILE = 12
+_DESCRIPTORS_PER_FILE = 16
 
 #: Files compressed by columns that are kept in memory at a time.
 MOST_WHOLE_FILES = 2

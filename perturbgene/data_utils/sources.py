@@ -22,12 +22,13 @@ from scipy import sparse
 
 from perturbgene.data_utils.decode import ChunkReader, SpanReader
 from perturbgene.data_utils.foreign import EXPECTED, kind_of, kind_of_store
+from perturbgene.data_utils.guard import GuardedStream, guarded
 from perturbgene.data_utils.remote import local_path
 from perturbgene.data_utils.untrusted import (
     check_claim,
     check_folder,
-    check_links,
     check_mtx,
+    check_structure,
     is_array,
     num_bytes_of,
     text_of,
@@ -208,6 +209,7 @@ class StoredCells(CellSource):
 
     def _forget(self) -> None:
         self._file: Any = None
+        self._plain: Any = None  # the same HDF5 file without a guard, for its lock and its numbers
         self._pid = 0
         self._matrix: tuple[Any, str] | None = None
         self._whole: sparse.csr_matrix | None = None
@@ -239,6 +241,7 @@ class StoredCells(CellSource):
     def close(self) -> None:
         if isinstance(self._file, h5py.File) and self._pid == os.getpid():
             self._file.close()
+            self._plain.close()
         self._forget()
 
     def _check(self, file: Any) -> None:
@@ -358,6 +361,8 @@ class StoredCells(CellSource):
         if not self._readers:
             arrays = [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]
             is_span = isinstance(matrix, h5py.Group)
+            if self._plain is not None:
+                arrays = [self._plain[array.name] if array.dtype.kind in "biuf" else array for array in arrays]
             self._readers = [  # all at once, for other threads
                 SpanReader(array) if is_span else ChunkReader(array) for array in arrays
             ]
@@ -493,16 +498,19 @@ class H5adFile(StoredCells):
     def _open(self) -> h5py.File:
         local = local_path(self._place)
         try:
-            file = h5py.File(local, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
-            cache = file.id.get_mdc_config()
-            cache.set_initial_size = True
-            cache.initial_size = cache.min_size = cache.max_size = FILE_CACHE_BYTES
-            file.id.set_mdc_config(cache)
+            plain = h5py.File(local, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
+            file = guarded(plain, rdcc_nbytes=CHUNK_CACHE_BYTES)
+            for one in (plain, file):
+                cache = one.id.get_mdc_config()
+                cache.set_initial_size = True
+                cache.initial_size = cache.min_size = cache.max_size = FILE_CACHE_BYTES
+                one.id.set_mdc_config(cache)
             state = os.stat(local)
             if (key := (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)) not in _CHECKED:
-                check_links(file, self.path)
+                check_structure(file, self.path)
                 self._check(file)
                 _CHECKED.add(key)
+            self._plain = plain
         except (InputError, MemoryError):
             raise
         except Exception as error:  # h5py raises many kinds
@@ -513,7 +521,8 @@ class H5adFile(StoredCells):
     def _read_whole(self) -> Any:
         import anndata
 
-        return anndata.read_h5ad(local_path(self._place))
+        with h5py.File(local_path(self._place), "r") as plain:
+            return anndata.read_h5ad(GuardedStream(plain))
 
 
 class ZarrFile(StoredCells):
@@ -660,10 +669,12 @@ class TenxFile(MemoryFile):
         try:
             if os.path.isdir(local):
                 return read_mtx_folder(Path(local))
-            with h5py.File(local, "r") as file:
-                check_links(file, self.path)
+            with h5py.File(local, "r") as plain, guarded(plain) as file:
+                check_structure(file, self.path)
                 for array in filter(is_array, walk(file)):
                     check_claim(array, array.name[1:], self.path)
+                    if array.dtype.kind == "O":
+                        array[()]  # scanpy opens the file without a guard
             return scanpy.read_10x_h5(local, gex_only=False)
         except InputError:
             raise

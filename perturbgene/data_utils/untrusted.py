@@ -40,15 +40,15 @@ def num_bytes_of(array: Any) -> int:
 
 
 def walk(node: Any) -> Iterator[Any]:
-    """Yield a group and all that is in it; `check_links` has shown that this ends."""
+    """Yield a group and all that is in it; `check_structure` has shown that this ends."""
     yield node
     if not is_array(node):
         for name in node:
             yield from walk(node[name])
 
 
-def check_links(file: h5py.File, path: str) -> None:
-    """Raise an InputError if a file has a link to elsewhere, a group in two places, or data in another file."""
+def check_structure(file: h5py.File, path: str) -> None:
+    """Raise an InputError for a link to elsewhere, a group in two places, data in another file, or a damaged type."""
     names: list[str] = []
     links: list[str] = []
 
@@ -58,8 +58,8 @@ def check_links(file: h5py.File, path: str) -> None:
     file.visititems_links(look)
     if links:
         raise InputError(f"{path} links {listed(links)} to another place, which is refused. Copy the data in.")
-    seen = {h5py.h5o.get_info(file.id).addr}
-    for name in names:
+    seen: set[int] = set()
+    for name in ["/", *names]:
         node = file[name]
         if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
             raise InputError(f"{path} keeps {name} in another file, which is refused. Copy the data in.")
@@ -67,6 +67,20 @@ def check_links(file: h5py.File, path: str) -> None:
         if isinstance(node, h5py.Group) and address in seen:
             raise InputError(f"{path} has the group {name} in two places, which is refused. Write the file again.")
         seen.add(address)
+        attributes = (h5py.h5a.open(node.id, index=index) for index in range(h5py.h5a.get_num_attrs(node.id)))
+        typed = [*attributes, *([node.id] if isinstance(node, h5py.Dataset) else [])]
+        if any(_ends_the_process(one.get_type()) for one in typed):
+            raise InputError(f"{path}: the type of {name} or an attribute of it is damaged. Write the file again.")
+
+
+def _ends_the_process(kind: h5py.h5t.TypeID) -> bool:
+    """True for a type of variable length that is neither text nor list: HDF5 crashes when it reads a value of it."""
+    if isinstance(kind, h5py.h5t.TypeCompoundID):
+        return any(_ends_the_process(kind.get_member_type(index)) for index in range(kind.get_nmembers()))
+    if not isinstance(kind, h5py.h5t.TypeVlenID | h5py.h5t.TypeArrayID):
+        return False
+    is_unknown = kind.encode()[3] & 15 > 1  # behind two bytes of the encoding and that of the class: list 0, text 1
+    return (isinstance(kind, h5py.h5t.TypeVlenID) and is_unknown) or _ends_the_process(kind.get_super())
 
 
 def check_folder(folder: str, path: str) -> None:

@@ -22,7 +22,7 @@ from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import CheckConfig, PrepareConfig
 from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.prepare import rehearse
-from perturbgene.corpus.survey import open_files, path_of
+from perturbgene.corpus.survey import check_block, open_files, path_of
 from perturbgene.data_utils.labels import MOST_NUMERIC_LABELS, Labels, is_missing
 from perturbgene.data_utils.opening import FileList, as_sources, open_source
 from perturbgene.data_utils.readable import check_readable
@@ -218,6 +218,8 @@ def _check_for_prepare(
                 shard = cache[index]
                 spans = [np.arange(*span) for span in sampled_spans(len(shard)) if len(shard)]
                 sampled = [shard.read(rows_m) for rows_m in spans]
+                for block, rows_m in zip(sampled, spans, strict=True):
+                    check_block(block, rows_m)
                 blocks = [(block.library_size_n, np.diff(block.offsets_n1)) for block in sampled]
                 known = shard.source.columns_of("obs")
                 labels = {name: column for name, column in config.column_of_phenotype.items() if column in known}

@@ -439,7 +439,7 @@ def test_hdf5_keeps_little_of_an_open_file(tmp_path: Path) -> None:
 def test_a_file_is_checked_when_it_is_new_or_has_changed(write_h5ad: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more than 64 files, each is closed and opened several times; checking takes longer than opening."""
     checked: list[str] = []
-    monkeypatch.setattr(sources, "check_links", lambda file, path: checked.append(path))
+    monkeypatch.setattr(sources, "check_structure", lambda file, path: checked.append(path))
     path = write_h5ad(VALUES)
     for _ in range(3):
         cells = H5adFile(path)
