@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+from tests.fuzz import FORMS, ON_CELLS, ON_CORPUS, ON_RUN, TEXTS
 from tests.lines import Checked
 from tests.test_bad_inputs import CASES
 from tests.test_faults import FAULTS
+from tests.test_fuzz import NUM_MUTANTS
 from tests.test_properties import PROPERTIES
 from tests.test_repeatable import PROMISES
 from tests.test_tasks import CHECKS
@@ -60,6 +62,19 @@ Each line for each of the verbs: `pytest "tests/test_tasks.py::test_tasks[ID-VER
 | id | asked about | outcome | verbs |
 |---|---|---|---|"""
 
+DAMAGE_HEAD = """
+## Files damaged at random
+
+Bits are flipped, bytes overwritten, set to 0, cut off or doubled; values in JSON and YAML become others. Every command
+either refuses the file in one line and writes nothing, or ends with an output that anndata reads whole, with a row for
+each cell: no crash, no traceback, nothing that never ends. A damage that leaves a sound file with another number or
+letter in it is not seen.
+
+`python -m tests.fuzz "h5ad csr" 17` runs one of them again. `make test` runs one of each, `make fuzz` all.
+
+| file | how many | commands |
+|---|---|---|"""
+
 
 def page() -> str:
     """Return docs/robustness.md."""
@@ -80,6 +95,10 @@ def page() -> str:
     lines += [f"| {one.id} | {one.what} | {one.outcome} | {one.test.split('::')[-1]} |" for one in PROPERTIES]
     lines.append(TASKS_HEAD)
     lines += [f"| {one.id} | {one.what} | {one.outcome} | {', '.join(one.tasks)} |" for one in CHECKS]
+    lines.append(DAMAGE_HEAD)
+    for form, number in NUM_MUTANTS.items():
+        commands = ON_CELLS if form in FORMS else ON_CORPUS if TEXTS[form] == "corpus" else ON_RUN
+        lines.append(f"| {form} | {number} | {', '.join(commands)} |")
     return "\n".join(lines) + "\n"
 
 
