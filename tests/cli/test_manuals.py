@@ -14,7 +14,7 @@ from perturbgene.main import main
 DOCS = Path(__file__).parents[2] / "docs"
 
 #: Page -> how many commands it shows; a block that is not found would leave nothing to run.
-PAGES = {"asking.md": 15, "embedding.md": 4, "formats.md": 3, "perturbation.md": 5, "report.md": 4}
+PAGES = {"asking.md": 17, "embedding.md": 4, "formats.md": 3, "perturbation.md": 5, "report.md": 4}
 
 #: What the small run was not trained on -> what takes its place.
 KNOWN = {"disease=normal": "tissue=lung", "disease=asthma": "tissue=blood", "GATA1": "CD79B", "SPI1": "CD74"}
@@ -43,13 +43,14 @@ def arguments_of(command: list[str]) -> list[str]:
 def folder(small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run, which `evaluate` adds to, and the files that the pages name."""
     shutil.copytree(small_folder / "runs", tmp_path / "runs")
-    for name in ("cells", "labelled", "patients"):
+    for name in ("cells", "labelled", "patients", "reference"):
         shutil.copy(small_folder / "cells.h5ad", tmp_path / f"{name}.h5ad")
     (tmp_path / "data").mkdir()
     shutil.copy(small_folder / "cells.h5ad", tmp_path / "data/cells.h5ad")
     unlabelled = ad.read_h5ad(small_folder / "cells.h5ad")
     unlabelled.obs = unlabelled.obs[[]]
     unlabelled.write_h5ad(tmp_path / "new_cells.h5ad")
+    (tmp_path / "shared.txt").write_text("\n".join(unlabelled.var_names[::5]))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
