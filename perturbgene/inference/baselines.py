@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from perturbgene.data_utils.genes import GenePanel, clean_gene
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
-from perturbgene.data_utils.labels import ABSENT
+from perturbgene.data_utils.labels import ABSENT, is_missing
 from perturbgene.data_utils.order import split_rows
 from perturbgene.data_utils.scale import log_matrix
 from perturbgene.data_utils.shards import ShardCache
@@ -44,8 +44,6 @@ CELLS_AT_ONCE = 4096
 
 #: Fewer donors do not show how much scores differ between donors.
 LEAST_DONORS = 3
-#: What obs says of a cell whose donor is not known.
-ABSENT_DONORS = ("", "nan", "None", "unknown")
 
 #: What texts call each baseline.
 NAMES = {
@@ -362,11 +360,12 @@ def compare_with_regression(
     """
     cells_m, true_m, predicted_m = (values_n[answers[1] >= 0] for values_n in answers)
     is_right_m, other_is_right_m = predicted_m == true_m, regression.predicted_n[cells_m] == true_m
-    is_named_m = ~np.isin(donors_n[cells_m], ABSENT_DONORS)
-    donors_m = donors_n[cells_m][is_named_m]
-    num_donors = len(set(donors_m))
-    if not num_donors:
+    unnamed = [donor for donor in set(donors_n[cells_m]) if is_missing(donor, ["None"])]
+    is_named_m = ~np.isin(donors_n[cells_m], unnamed)
+    if not is_named_m.any():
         return {}
+    donors_m = donors_n[cells_m][is_named_m]
+    mean, half, num_donors = difference_over_donors(is_right_m[is_named_m], other_is_right_m[is_named_m], donors_m)
     if num_donors < LEAST_DONORS:
         logger.warning(
             "%s: the cells are of %d donor%s, which does not show whether the run or logistic regression is better for "
@@ -374,7 +373,6 @@ def compare_with_regression(
             category, num_donors, "" if num_donors == 1 else "s", LEAST_DONORS,
         )  # fmt: skip
         return {}
-    mean, half, _ = difference_over_donors(is_right_m[is_named_m], other_is_right_m[is_named_m], donors_m)
     logger.info(
         "%s: accuracy of the run minus that of logistic regression, mean of %d donors: %+.3f (95 %% interval %+.3f "
         "to %+.3f)", category, num_donors, mean, mean - half, mean + half,
