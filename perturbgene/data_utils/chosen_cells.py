@@ -107,8 +107,15 @@ class ChosenCells(CellSource):
     def is_held_whole(self) -> bool:  # type: ignore[override]
         return self.base.is_held_whole
 
+    @property
+    def is_resting(self) -> bool:  # type: ignore[override]
+        return self.base.is_resting
+
     def close(self) -> None:
         self.base.close()
+
+    def rest(self) -> None:
+        self.base.rest()
 
 
 def check_where(

@@ -29,7 +29,7 @@ class SpanReader:
     """
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+        self.dataset, self.dtype = dataset, dataset.dtype
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=dataset.dtype))
         properties = dataset.id.get_create_plist()
         filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
@@ -53,7 +53,7 @@ class SpanReader:
         Raises:
             OSError: The file has become shorter.
         """
-        values = np.empty(int((stops_m - starts_m).sum()), dtype=self.dataset.dtype)
+        values = np.empty(int((stops_m - starts_m).sum()), dtype=self.dtype)
         out, size, at = values.view(np.uint8).data, values.itemsize, 0
         is_first_m = np.append(True, starts_m[1:] != stops_m[:-1])[: len(starts_m)]  # neighbors are one read
         firsts_r = starts_m[is_first_m] * size + self._offset
@@ -70,13 +70,13 @@ class SpanReader:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return values start..stop-1, shape (l,); an OSError means a damaged or shortened file."""
         if stop <= start:
-            return np.empty(0, dtype=self.dataset.dtype)
+            return np.empty(0, dtype=self.dtype)
         if self.is_contiguous:
             return self.gather(np.array([start]), np.array([stop]))
         if not self.is_gzip:
             return np.asarray(self.dataset[start:stop])
         (length,) = self.dataset.chunks
-        values = np.empty(stop - start, dtype=self.dataset.dtype)
+        values = np.empty(stop - start, dtype=self.dtype)
         for first in range(start - start % length, stop, length):
             known, chunk = self._last  # read at once: several threads may share a reader
             if known != first:  # the last chunk is kept, because neighboring spans share it
@@ -87,7 +87,7 @@ class SpanReader:
         return values
 
     def _inflate(self, first: int) -> np.ndarray:
-        (length,), size = self.dataset.chunks, self.dataset.dtype.itemsize
+        (length,), size = self.dataset.chunks, self.dtype.itemsize
         try:
             mask, raw = self.dataset.id.read_direct_chunk((first,))
         except (ValueError, RuntimeError):  # a chunk that was never written holds the fill value
@@ -102,7 +102,7 @@ class SpanReader:
             raise OSError(f"chunk at value {first} of {self.dataset.name} holds {len(plain)} bytes")
         if self.is_shuffled:  # bytes were regrouped by significance before gzip
             plain = np.frombuffer(plain, dtype=np.uint8).reshape(size, length).T.tobytes()
-        return np.frombuffer(plain, dtype=self.dataset.dtype)
+        return np.frombuffer(plain, dtype=self.dtype)
 
 
 class ChunkReader:

@@ -12,6 +12,7 @@ every file twice.
 """
 
 import io
+import struct
 from typing import Any
 
 import h5py
@@ -64,10 +65,13 @@ def check_heap(heap: bytes, num_length_bytes: int = 8) -> None:
     # Wherever it is; most heaps have nothing that looks like such an object.
     if not (((words[:-1] & np.uint64(0xFFFF) == 0) & (sizes == 0)) | (sizes >= np.uint64(2**64 - 23))).any():
         return
-    place = _HEADER_BYTES
+    known, place = words.tolist(), _HEADER_BYTES  # a list: a heap has thousands of objects
     while place + _HEADER_BYTES <= len(heap):
-        is_free = heap[place : place + 2] == b"\0\0"
-        size = int.from_bytes(heap[place + 8 : place + 8 + num_length_bytes], "little")
+        if place % 8:
+            first, second = struct.unpack_from("<QQ", heap, place)
+        else:
+            first, second = known[place // 8], known[place // 8 + 1]
+        is_free, size = not first & 0xFFFF, second & most
         step = (size if is_free else _HEADER_BYTES + -(-size // 8) * 8) % 2**64  # as C adds them
         if step == 0:
             raise ValueError("texts were overwritten")

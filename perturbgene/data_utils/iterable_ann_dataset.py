@@ -547,7 +547,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
                 )
             chunks += [(shard, first_cell, rows[at : at + CHUNK_ROWS]) for at in range(0, len(rows), CHUNK_ROWS)]
             # Of files that are held whole, the cache keeps few: another would close this one, and reads reopen it.
-            if number % FILES_AT_ONCE == 0 or shard.source.format == "csc":
+            if number % FILES_AT_ONCE == 0 or shard.is_held_whole:
                 yield chunks
                 chunks = []
         if chunks:

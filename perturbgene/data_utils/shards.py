@@ -38,6 +38,12 @@ MEASURED_KEY = "perturbgene_measured"
 MOST_OPEN_FILES = 64
 _DESCRIPTORS_PER_FILE = 16
 
+#: Files at rest that count as one open file: each takes two descriptors, and kilobytes instead of megabytes.
+_RESTING_PER_OPEN = 4
+
+#: Files of a list, open or not, of which it is kept what they hold: some 10 bytes for each of their cells.
+MOST_KNOWN_FILES = 1024
+
 #: Files compressed by columns that are kept in memory at a time.
 MOST_WHOLE_FILES = 2
 
@@ -98,6 +104,8 @@ class Shard:
     def __post_init__(self) -> None:
         self.measured = self.measured or MeasuredGenes(len(self.panel))
         self.values = CellValues(self.source, self.normalization)
+        #: True once rows were read, so that all is known of the file that reading more of them needs.
+        self.was_read = False
 
     @property
     def path(self) -> str:
@@ -106,6 +114,11 @@ class Shard:
 
     def __len__(self) -> int:
         return self.source.shape[0]
+
+    @cached_property
+    def is_held_whole(self) -> bool:
+        """True if the file is kept in memory as a whole while it is open."""
+        return self.source.is_held_whole
 
     @cached_property
     def renaming(self) -> Renaming:
@@ -257,13 +270,14 @@ class Shard:
 
     @cached_property
     def label_ids_np(self) -> np.ndarray:
-        """Input ids of the included phenotypes, int32 of shape (n, p), -1 where absent."""
+        """Input ids of the included phenotypes, int16 or int32 of shape (n, p), -1 where absent."""
         columns = [self.label_ids(category) for category in self.included_phenotypes]
-        return np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), dtype=np.int32)
+        ids_np = np.stack(columns, axis=1) if columns else np.zeros((len(self), 0), dtype=np.int16)
+        return _narrowed(ids_np, np.int16)
 
     @cached_property
     def _table_n(self) -> np.ndarray:
-        """The table of measured genes of each cell: as `prepare` noted it, else the genes that the file has."""
+        """The table of measured genes of each cell, integers of shape (n,): as noted by `prepare`, else of the file."""
         measured_ct = self.source.varm_array(MEASURED_KEY) if self.source.var_frame == "var" else None
         num_columns = self.source.shape[1]
         if measured_ct is not None and not (
@@ -289,21 +303,24 @@ class Shard:
             is_measured_g = np.zeros(self.alignment.num_genes, dtype=bool)
             is_measured_g[gene_of_column_c[measured_tc[source] & (gene_of_column_c >= 0)]] = True
             tables[source] = self.measured.table_of(is_measured_g)
-        return tables[source_n]
+        return _narrowed(tables, np.uint8)[source_n]
 
     def read(self, rows_m: np.ndarray, *, first_cell: int = 0) -> ExpressionBlock:
         """Read rows, sorted ascending, as one block; `first_cell` is the number of the file's first in the data set.
 
         A cell of a prepared shard brings along which genes its own source measured, not which columns the shard has.
         """
-        table_n = self._table_n[rows_m]  # before the tables are handed out: it may append one
+        table_n = self._table_n[rows_m].astype(np.int64)  # before the tables are handed out: it may append one
         rows, library_size_m, is_linear = self.values.read(rows_m, is_summed=bool(self.alignment.duplicated))
+        self.values.forget_sample()
+        self.__dict__.pop("renaming", None)  # the names of all genes: megabytes of each file, and used no more
+        self.was_read = True
         return ExpressionBlock(
             *rows,
             alignment=self.alignment,
             is_linear=is_linear,
             library_size_n=library_size_m,
-            label_ids_np=self.label_ids_np[rows_m],
+            label_ids_np=self.label_ids_np[rows_m].astype(np.int32),
             cells_n=rows_m + first_cell,
             source=self.values.name,
             table_n=table_n,
@@ -311,10 +328,26 @@ class Shard:
         )
 
 
+def _narrowed(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return whole numbers in a smaller type, if all of them fit there."""
+    limits = np.iinfo(dtype)
+    fits = not values.size or limits.min <= values.min() <= values.max() <= limits.max
+    return values.astype(dtype) if fits else values
+
+
+def _cost_of(shard: Shard, most: int) -> int:
+    """Return what an open file costs, in files at rest, if at most so many may be open."""
+    if shard.is_held_whole:
+        return most * _RESTING_PER_OPEN // MOST_WHOLE_FILES
+    return 1 if shard.source.is_resting else _RESTING_PER_OPEN
+
+
 class ShardCache:
     """Keeps the last used shards of a list open, at most `MOST_OPEN_FILES`, of those kept whole `MOST_WHOLE_FILES`.
 
-    `sources` are paths or AnnData objects, `where` says which of their cells to read, `options` goes to every `Shard`.
+    What was found in the last `MOST_KNOWN_FILES` (genes, labels, scale) is kept when they are closed: finding it takes
+    ten times as long as opening them again. `sources` are paths or AnnData objects, `where` says which of their cells
+    to read, `options` goes to every `Shard`.
     """
 
     def __init__(
@@ -325,9 +358,10 @@ class ShardCache:
         self.options.setdefault("alignments", {})
         self.options.setdefault("measured", MeasuredGenes(len(options["panel"])))
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._known: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_known": OrderedDict()}
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -336,17 +370,25 @@ class ShardCache:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Shard:
-        if index not in self._open:
+        if index not in self._known:
             source = open_source(self.sources[index], layer=self.layer)
-            self._open[index] = Shard(ChosenCells(source, self.where) if self.where else source, **self.options)
+            self._known[index] = Shard(ChosenCells(source, self.where) if self.where else source, **self.options)
+        for number, other in self._open.items():
+            if number != index and other.was_read:
+                other.source.rest()
+        shard = self._open[index] = self._known[index]
+        self._known.move_to_end(index)
+        if len(self._known) > MOST_KNOWN_FILES:
+            self._known.popitem(last=False)
         self._open.move_to_end(index)
         most = max(MOST_WHOLE_FILES, min(MOST_OPEN_FILES, open_file_limit() // _DESCRIPTORS_PER_FILE))
-        while len(self._open) > 1:
-            are_whole = [shard.source.is_held_whole for shard in self._open.values()]  # such a one counts as many
-            if sum(most // MOST_WHOLE_FILES if is_whole else 1 for is_whole in are_whole) <= most:
-                break
-            self._open.popitem(last=False)[1].source.close()
-        return self._open[index]
+        costs = {number: _cost_of(one, most) for number, one in self._open.items()}
+        total = sum(costs.values())
+        while len(self._open) > 1 and total > most * _RESTING_PER_OPEN:
+            number, closed = self._open.popitem(last=False)
+            total -= costs[number]
+            closed.source.close()
+        return shard
 
     def close(self) -> None:
         """Close all files; they open again when used."""

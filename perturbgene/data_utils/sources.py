@@ -72,12 +72,14 @@ class CellSource:
         layer: Name of a layer, "raw" for `.raw`, or None for `X`.
         format: How the matrix is stored: csr, csc or dense.
         is_held_whole: True if it is kept in memory as a whole while it is open.
+        is_resting: True if only what reads more rows is open, see `rest`.
     """
 
     path: str
     layer: str | None
     format: str = "csr"
     is_held_whole: bool = False
+    is_resting: bool = False
 
     def table(self, frame: str) -> pd.DataFrame:
         """Return `obs`, `var` or `raw/var`."""
@@ -146,6 +148,9 @@ class CellSource:
     def close(self) -> None:
         """Close what is open; the next access opens it again."""
 
+    def rest(self) -> None:
+        """Close what is not needed to read more rows; whatever needs it opens it again."""
+
     @property
     def obs_names(self) -> np.ndarray:
         """Names of the cells, shape (n,)."""
@@ -175,6 +180,14 @@ class CellSource:
 
 
 # -- h5ad files and zarr stores -----------------------------------------------------------------------------------
+
+
+class _AtRest(NamedTuple):
+    """What reads the rows of a contiguous CSR matrix without HDF5, whose handles take megabytes of each open file."""
+
+    shape: tuple[int, int]
+    offsets: np.ndarray
+    readers: list[SpanReader]
 
 
 def _refuses_damage(method: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -215,6 +228,7 @@ class StoredCells(CellSource):
         self._whole: sparse.csr_matrix | None = None
         self._offsets: np.ndarray | None = None
         self._readers: list[Any] = []
+        self._resting: _AtRest | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_place": self._place, "path": self.path, "layer": self.layer}
@@ -243,6 +257,14 @@ class StoredCells(CellSource):
             self._file.close()
             self._plain.close()
         self._forget()
+
+    def rest(self) -> None:
+        if self._file is None or self._pid != os.getpid() or self.format != "csr":
+            return
+        if readers := [reader for reader in self._spans() if reader.is_contiguous]:
+            resting = _AtRest(self.shape, self.offsets, readers)
+            self.close()
+            self._resting = resting
 
     def _check(self, file: Any) -> None:
         """Raise an InputError if the file is no AnnData, or holds what anndata could not read back from a copy."""
@@ -277,7 +299,7 @@ class StoredCells(CellSource):
 
     @property
     def format(self) -> str:  # type: ignore[override]
-        return self._checked_matrix()[1]
+        return "csr" if self._resting else self._checked_matrix()[1]
 
     @property
     def is_held_whole(self) -> bool:  # type: ignore[override]
@@ -309,6 +331,10 @@ class StoredCells(CellSource):
         return self._matrix
 
     @property
+    def is_resting(self) -> bool:  # type: ignore[override]
+        return self._resting is not None
+
+    @property
     @_refuses_damage
     def layers(self) -> list[str]:
         return [*(["raw"] if "raw/X" in self.file else []), *self.file.get("layers", {})]
@@ -324,6 +350,8 @@ class StoredCells(CellSource):
     @property
     @_refuses_damage
     def shape(self) -> tuple[int, int]:
+        if self._resting:
+            return self._resting.shape
         matrix, _ = self._checked_matrix()
         shape = matrix.shape if is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
         if shape is None or len(shape) != 2:
@@ -334,6 +362,8 @@ class StoredCells(CellSource):
     @_refuses_damage
     def offsets(self) -> np.ndarray:
         """Where each row's values start in a CSR matrix, int64 of shape (n + 1,)."""
+        if self._resting:
+            return self._resting.offsets
         group, _ = self._checked_matrix()
         if self._offsets is None:
             offsets = np.asarray(group["indptr"][:], dtype=np.int64)
@@ -357,6 +387,8 @@ class StoredCells(CellSource):
     @_refuses_damage
     def _spans(self) -> list[Any]:
         """Return readers of the values and columns of a CSR matrix, or of the rows of a dense one."""
+        if self._resting:
+            return self._resting.readers
         matrix, format_ = self._checked_matrix()
         if not self._readers:
             arrays = [matrix] if format_ == "dense" else [matrix["data"], matrix["indices"]]
@@ -495,6 +527,8 @@ _CHECKED: set[tuple[int, int, int, int]] = set()
 class H5adFile(StoredCells):
     """One h5ad file, or the local copy of what a URL leads to."""
 
+    _state: tuple[int, int, int, int] | None = None  # which file it was, and of what time, when it was first opened
+
     def _open(self) -> h5py.File:
         local = local_path(self._place)
         try:
@@ -506,11 +540,17 @@ class H5adFile(StoredCells):
                 cache.initial_size = cache.min_size = cache.max_size = FILE_CACHE_BYTES
                 one.id.set_mdc_config(cache)
             state = os.stat(local)
-            if (key := (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)) not in _CHECKED:
+            key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+            if self._state not in (None, key):
+                raise InputError(
+                    f"{self.path} was changed while it was in use: the genes and labels that were found in it may be "
+                    "others now. Start again, and write changes to another file."
+                )
+            if key not in _CHECKED:
                 check_structure(file, self.path)
                 self._check(file)
                 _CHECKED.add(key)
-            self._plain = plain
+            self._plain, self._state = plain, key
         except (InputError, MemoryError):
             raise
         except Exception as error:  # h5py raises many kinds

@@ -84,6 +84,11 @@ class CellValues:
                 break
         return rows, rows_m
 
+    def forget_sample(self) -> None:
+        """Let go of what only decided how values are read: megabytes of each file. It is read again if needed."""
+        for name in ("_sample", "_obs_totals"):
+            self.__dict__.pop(name, None)
+
     def check_has_values(self) -> None:
         """Raise an InputError that names the other matrices if every value is 0."""
         if len(self) and not self._sample[0].values_l.any():
@@ -107,7 +112,7 @@ class CellValues:
                     )
             raise InputError(f"{error}{f' Known are: {listed(others)}.' if others else ''}") from error
 
-    @property
+    @cached_property
     def can_be_summed(self) -> bool:
         """True if values can be brought to a linear scale, on which columns of one gene are summed."""
         return self.scale.kind not in ("as_given", "assumed") or not (self._sample[0].values_l % 1).any()
@@ -127,10 +132,13 @@ class CellValues:
 
     @cached_property
     def _prepared_size_n(self) -> np.ndarray | None:
-        """Library sizes that `prepare` has noted, float64 of shape (n,)."""
+        """Library sizes that `prepare` has noted, floats of shape (n,), of single precision if that is exact."""
         if LIBRARY_SIZE_COLUMN not in self.source.columns_of("obs"):
             return None
-        return one_per_cell(self.source.obs_column(LIBRARY_SIZE_COLUMN).to_numpy(dtype=np.float64), self)
+        size_n = one_per_cell(self.source.obs_column(LIBRARY_SIZE_COLUMN).to_numpy(dtype=np.float64), self)
+        with np.errstate(over="ignore"):
+            single_n = size_n.astype(np.float32)
+        return single_n if np.array_equal(single_n, size_n) else size_n
 
     @cached_property
     def _obs_totals(self) -> tuple[str, np.ndarray] | None:
@@ -159,9 +167,12 @@ class CellValues:
         ratio_m = self._obs_totals[1][rows_m] / np.maximum(library_sizes(rows.values_l, rows.offsets_m1), 1e-300)
         return self._obs_totals[1] if (ratio_m > 1 - 1e-3).all() and np.median(ratio_m) > 1.01 else None
 
+    def _prepared_sizes_of(self, rows_m: np.ndarray) -> np.ndarray | None:
+        return None if self._prepared_size_n is None else self._prepared_size_n[rows_m].astype(np.float64)
+
     def _sizes_of(self, rows: Rows, rows_m: np.ndarray, sums_m: np.ndarray | None) -> np.ndarray | None:
         """Return the library sizes of linear values, float64 of shape (m,): as noted, as known, or their sums."""
-        prepared_m = None if self._prepared_size_n is None else self._prepared_size_n[rows_m]
+        prepared_m = self._prepared_sizes_of(rows_m)
         if self.scale.kind == "cut":
             return np.full(len(rows_m), self.scale.total) if prepared_m is None else prepared_m
         summed_m = library_sizes(rows.values_l, rows.offsets_m1) if sums_m is None else sums_m
@@ -216,7 +227,7 @@ class CellValues:
         if self.normalization == "auto":
             sums_m = check_cells(rows.values_l, rows.offsets_m1, rows_m, scale=self.scale, source=self.name)
         if self.scale.is_binned_as_is and not (is_summed and self.scale.transform):
-            return rows, None if self._prepared_size_n is None else self._prepared_size_n[rows_m], False
+            return rows, self._prepared_sizes_of(rows_m), False
         rows = rows._replace(values_l=self.scale.linear(rows.values_l))
         if self.scale.is_binned_as_is:
             return rows, np.full(len(rows_m), TARGET_SUM), True

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from perturbgene.data_utils.genes import GenePanel
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset, donors_of
 from perturbgene.data_utils.labels import Vocabulary
-from perturbgene.data_utils.shards import MOST_OPEN_FILES, MOST_WHOLE_FILES, Shard, ShardCache
+from perturbgene.data_utils.shards import MOST_WHOLE_FILES, Shard, ShardCache
 from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.data_utils.values import LIBRARY_SIZE_COLUMN
 from perturbgene.errors import InputError
@@ -243,17 +243,73 @@ def open_h5ad_files() -> int:
     return len({name for name in names if name.endswith(".h5ad")})  # each file has several descriptors
 
 
-def test_a_cache_of_many_files_keeps_few_open(write_h5ad: Write, tmp_path: Path) -> None:
-    first = write_h5ad(COUNTS)
-    paths = [tmp_path / f"copy_{index}.h5ad" for index in range(MOST_OPEN_FILES + 6)]
-    for path in paths:
-        shutil.copy(first, path)
-    cache = ShardCache(paths, panel=PANEL, vocabulary=VOCABULARY)
-    open_before = open_h5ad_files()
-    totals = [cache[index].read(np.array([2])).values_l.sum() for index in range(len(cache))]
-    assert totals == [7.0] * len(paths)
-    assert open_h5ad_files() - open_before <= MOST_OPEN_FILES
+@pytest.fixture
+def copies(write_h5ad: Write, tmp_path: Path) -> list[str]:
+    obs = {"cell_type": [*"BTB"], LIBRARY_SIZE_COLUMN: [3.0, 5.0, 7.0]}
+    first = write_h5ad(sparse.csr_matrix(COUNTS), obs=obs)
+    with h5py.File(first, "r+") as file:  # as `prepare` writes it: in one piece
+        for name in ("data", "indices"):
+            values = file[f"X/{name}"][:]
+            del file[f"X/{name}"]
+            file[f"X/{name}"] = values
+    return [str(shutil.copy(first, tmp_path / f"copy_{index}.h5ad")) for index in range(12)]
+
+
+def cache_of(paths: list[str]) -> ShardCache:
+    return ShardCache(paths, panel=PANEL, vocabulary=VOCABULARY, included_phenotypes=["cell_type"])
+
+
+def test_a_cache_of_many_files_keeps_few_open(copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perturbgene.data_utils.shards.MOST_OPEN_FILES", 2)
+    cache, open_before = cache_of(copies), open_h5ad_files()
+    assert [cache[index].read(np.array([2])).values_l.sum() for index in range(12)] == [7.0] * 12
+    assert open_h5ad_files() - open_before <= 2 * 4, "files at rest take a quarter"
     assert cache[0].read(np.array([2])).values_l.sum() == 7.0
+    cache.close()
+    assert open_h5ad_files() <= open_before + 2
+
+
+def test_what_is_known_of_a_file_is_not_found_again(copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perturbgene.data_utils.shards.MOST_OPEN_FILES", 2)
+    monkeypatch.setattr("perturbgene.data_utils.shards._RESTING_PER_OPEN", 1)
+    cache = cache_of(copies)
+    first = [cache[index].read(np.array([0, 2])) for index in range(12)]
+    monkeypatch.setattr(H5adFile, "_read_elem", lambda *_: pytest.fail("a column was read again"))
+    for index, block in enumerate(first):
+        again = cache[index].read(np.array([0, 2]))
+        for name in ("values_l", "columns_l", "label_ids_np", "library_size_n", "table_n"):
+            assert getattr(again, name).dtype == getattr(block, name).dtype
+            assert getattr(again, name).tolist() == getattr(block, name).tolist()
+
+
+def test_a_file_that_was_read_rests_and_reads_on(copies: list[str]) -> None:
+    cache = cache_of(copies[:2])
+    cache[0].read(np.array([0]))
+    assert not cache[0].source.is_resting, "another thread may still read it"
+    cache[1].read(np.array([0]))
+    assert cache[0].source.is_resting
+    assert cache[0].source._file is None
+    assert cache[0].read(np.array([0, 1, 2])).values_l.tolist() == [1, 2, 3, 4]
+    assert len(cache[0]) == 3
+    assert cache[0].source.obs_column("cell_type").tolist() == [*"BTB"], "whatever else is asked opens it again"
+
+
+def test_names_and_sampled_rows_are_not_kept_once_rows_are_read(copies: list[str]) -> None:
+    shard = cache_of(copies)[0]
+    shard.check_genes(0.1)
+    shard.values.check_has_values()
+    assert {"renaming", "_sample"} <= shard.__dict__.keys() | shard.values.__dict__.keys()
+    shard.read(np.array([0]))
+    assert not {"renaming", "_sample"} & (shard.__dict__.keys() | shard.values.__dict__.keys())
+
+
+def test_a_file_that_is_replaced_while_it_is_closed_is_refused(copies: list[str], write_h5ad: Write) -> None:
+    cache = cache_of(copies)
+    cache[0].read(np.array([0]))
+    cache.close()
+    os.replace(write_h5ad(COUNTS[::-1], name="new.h5ad"), copies[0])
+    with pytest.raises(InputError, match="was changed while it was in use"):
+        cache[0].read(np.array([0]))
 
 
 @needs_fork
