@@ -28,6 +28,7 @@ from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_p
 from perturbgene.corpus.survey import (
     PART_ROWS,
     SPLITS,
+    FileSurvey,
     Plan,
     Survey,
     close_files,
@@ -135,7 +136,12 @@ def run_prepare(config: PrepareConfig) -> Path:
 
 
 def _count(
-    sources: Sequence[Any], config: PrepareConfig, work: Path, workers: Workers
+    sources: Sequence[Any],
+    config: PrepareConfig,
+    work: Path,
+    workers: Workers,
+    *,
+    found: dict[int, FileSurvey] | None = None,
 ) -> tuple[Survey, Plan, Journal, Statistics, CorpusGenes, GeneTokenizer]:
     """Do all that is decided before cells are dealt: survey, count the values of all cells, choose genes and bins."""
     like = GeneTokenizer.from_pretrained(config.like) if config.like else None
@@ -144,7 +150,7 @@ def _count(
             f"like {config.like} was prepared with --normalization {like.normalization}, so its bins mean other values "
             f"than with {config.normalization}. Give --normalization {like.normalization}."
         )
-    survey = survey_files(sources, config, workers)
+    survey = survey_files(sources, config, workers, found=found)
     union, measured_tu = join_genes(survey, config)
     plan = _plan(survey, union, config, work)
     journal = _continue(work, plan.key)
@@ -163,10 +169,15 @@ def _run_parts(
     return workers.write_files(task, context, items, journal=journal, cells=cells, text=text)
 
 
-def rehearse(sources: Sequence[Any], config: PrepareConfig, work: Path) -> tuple[Survey, Plan, list[str]]:
-    """Do what `prepare` does before it deals the cells, and return its findings; nothing is left but `work`."""
+def rehearse(
+    sources: Sequence[Any], config: PrepareConfig, work: Path, found: dict[int, FileSurvey]
+) -> tuple[Survey, Plan, list[str]]:
+    """Do what `prepare` does before it deals the cells, and return its findings; nothing is left but `work`.
+
+    `found` are the surveys of all files, by their numbers.
+    """
     try:
-        survey, plan, _, statistics, genes, _ = _count(sources, config, work, Workers())
+        survey, plan, _, statistics, genes, _ = _count(sources, config, work, Workers(), found=found)
     finally:
         close_files()
     return survey, plan, audit.find(plan, survey, statistics, genes, None)

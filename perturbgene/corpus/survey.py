@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -146,13 +146,16 @@ class Survey:
     table_of_source: np.ndarray  # each file's table of genes, int64 of shape (files,)
 
 
-def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers) -> Survey:
-    """Survey all files and put them in the order of their content."""
+def survey_files(
+    sources: Sequence[Any], config: PrepareConfig, workers: Workers, *, found: dict[int, FileSurvey] | None = None
+) -> Survey:
+    """Survey all files, unless what they say is `found`, and put them in the order of their content."""
     if config.where:
         with closing(open_files(sources, config)) as cache:
             check_where((cache[index].source for index in range(len(cache))), conditions(config.where))
-    split_by = config.split_by or _donor_column(sources, config)
-    found = dict(workers.run(partial(_survey_file, tuple(sources), config, split_by), range(len(sources))))
+    split_by = config.split_by or donor_column(sources, config)
+    if found is None:
+        found = dict(workers.run(partial(_survey_file, tuple(sources), config, split_by), range(len(sources))))
     for index, source in enumerate(sources):
         for note in found[index].notes:
             logger.warning("%s: %s", path_of(source), note)
@@ -181,36 +184,39 @@ def survey_files(sources: Sequence[Any], config: PrepareConfig, workers: Workers
 
 
 def _survey_file(sources: Sequence[Any], config: PrepareConfig, split_by: str, index: int) -> FileSurvey:
-    """Survey one file, by its number. Its key hashes genes, cells, labels and the values of sampled rows."""
-    source, is_by_cell = sources[index], split_by == BY_CELL
-    with closing(open_files([source], config)) as cache:
-        shard = cache[0]
-        table = CellTable.of(shard, config, split_by)
-        genes = digest_of(*(str(column) for column in gene_names_of(shard)))
-        digest = hashlib.sha256(f"{genes} {shard.source.shape}".encode())
-        digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
-        for labels in (table.units, *table.labels.values()):
-            digest.update("\0".join(labels.texts).encode("utf-8", errors="surrogatepass") + labels.codes_n.tobytes())
-        for span in sampled_spans(len(shard)):
-            values_l, columns_l, offsets = shard.source.read_rows(*span)
-            for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
-                digest.update(array.tobytes())
-        units_of_label: dict[str, dict[str, Counter[str]]] = {}
-        for category, labels in table.labels.items():
-            of_label = units_of_label.setdefault(category, {})
-            codes_2n = np.stack([labels.codes_n, table.units.codes_n])
-            pairs, times = np.unique(codes_2n, axis=1, return_counts=True)
-            for label, unit, count in zip(*pairs.tolist(), times.tolist(), strict=True):
-                if labels.texts[label]:
-                    of_label.setdefault(labels.texts[label], Counter())[table.units.texts[unit]] += count
-        is_file = isinstance(source, str | Path) and os.path.exists(source)
-        return FileSurvey(
-            num_cells=len(shard), key=digest.hexdigest(), genes=genes, scale=shard.values.scale,
-            notes=tuple(shard.values.notes),
-            state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
-            missing=table.missing, units=table.units.counts(), units_of_label=units_of_label, lacks=table.lacks,
-            cell_keys_n=table.keys_n if is_by_cell else table.keys_n[:0],
-        )  # fmt: skip
+    """Open and survey one file, by its number."""
+    with closing(open_files([sources[index]], config)) as cache:
+        return survey_file(sources[index], cache[0], config, split_by)
+
+
+def survey_file(source: Any, shard: Shard, config: PrepareConfig, split_by: str) -> FileSurvey:
+    """Survey one file. Its key hashes genes, cells, labels and the values of sampled rows."""
+    table = CellTable.of(shard, config, split_by)
+    genes = digest_of(*(str(column) for column in gene_names_of(shard)))
+    digest = hashlib.sha256(f"{genes} {shard.source.shape}".encode())
+    digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
+    for labels in (table.units, *table.labels.values()):
+        digest.update("\0".join(labels.texts).encode("utf-8", errors="surrogatepass") + labels.codes_n.tobytes())
+    for span in sampled_spans(len(shard)):
+        values_l, columns_l, offsets = shard.source.read_rows(*span)
+        for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
+            digest.update(array.tobytes())
+    units_of_label: dict[str, dict[str, Counter[str]]] = {}
+    for category, labels in table.labels.items():
+        of_label = units_of_label.setdefault(category, {})
+        codes_2n = np.stack([labels.codes_n, table.units.codes_n])
+        pairs, times = np.unique(codes_2n, axis=1, return_counts=True)
+        for label, unit, count in zip(*pairs.tolist(), times.tolist(), strict=True):
+            if labels.texts[label]:
+                of_label.setdefault(labels.texts[label], Counter())[table.units.texts[unit]] += count
+    is_file = isinstance(source, str | Path) and os.path.exists(source)
+    return FileSurvey(
+        num_cells=len(shard), key=digest.hexdigest(), genes=genes, scale=shard.values.scale,
+        notes=tuple(shard.values.notes),
+        state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
+        missing=table.missing, units=table.units.counts(), units_of_label=units_of_label, lacks=table.lacks,
+        cell_keys_n=table.keys_n if split_by == BY_CELL else table.keys_n[:0],
+    )  # fmt: skip
 
 
 def gene_names_of(shard: Shard) -> tuple[tuple[object, ...], ...]:
@@ -229,10 +235,13 @@ def digest_of(*texts: object) -> str:
     return hashlib.sha256("".join(f"{text}\0" for text in texts).encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def _donor_column(sources: Sequence[Any], config: PrepareConfig) -> str:
-    """Return the donor column that most files have, if it names at least two donors; else "cell"."""
+def donor_column(sources: Sequence[Any], config: PrepareConfig, known: Sequence[Collection[str]] = ()) -> str:
+    """Return the donor column that most files have, if it names at least two donors; else "cell".
+
+    `known` may say which columns the obs of each file has.
+    """
     with closing(open_files(sources, config)) as cache:
-        known = [set(cache[index].source.columns_of("obs")) for index in range(len(cache))]
+        known = known or [set(shard.source.columns_of("obs")) for shard in cache]
         times = Counter(column for columns in known for column in DONOR_COLUMNS if column in columns)
         for column in sorted(times, key=lambda name: (-times[name], DONOR_COLUMNS.index(name))):
             units: set[str] = set()
@@ -315,18 +324,18 @@ class Plan:
         return [Part(number, *span, f"part_{number:06d}.safetensors") for number, span in enumerate(spans)]
 
 
-#: The plan's open files, and the table of the file used last. No thread shares its handles with another.
+#: The file of a plan that was used last, and the table of its cells. No thread shares its handles with another.
 _OPEN = threading.local()
 
 
 def opened(plan: Plan, source: int) -> tuple[Shard, CellTable]:
-    """Return one file of a plan and the table of its cells. Files stay open from task to task."""
+    """Return one file of a plan and the table of its cells; it stays open until a task needs another file."""
     if getattr(_OPEN, "key", None) != plan.key:
         _OPEN.key, _OPEN.shards, _OPEN.tables = plan.key, open_files(plan.sources, plan.config, plan.union), {}
-    shard = _OPEN.shards[source]
     if source not in _OPEN.tables:
-        _OPEN.tables = {source: CellTable.of(shard, plan.config, plan.split_by)}
-    return shard, _OPEN.tables[source]
+        _OPEN.shards.close()
+        _OPEN.tables = {source: CellTable.of(_OPEN.shards[source], plan.config, plan.split_by)}
+    return _OPEN.shards[source], _OPEN.tables[source]
 
 
 def close_files() -> None:

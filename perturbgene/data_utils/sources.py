@@ -8,9 +8,9 @@ import csv
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -206,6 +206,14 @@ def _refuses_damage(method: Callable[..., _Result]) -> Callable[..., _Result]:
     return guarded
 
 
+class _Frame(NamedTuple):
+    """What `obs` or `var` of a file is like."""
+
+    columns: tuple[str, ...]
+    is_self_contained: bool  # each column can be read alone
+    num_rows: int | None  # None if the file does not say how many
+
+
 class StoredCells(CellSource):
     """AnnData on disk; opened lazily in the process that reads it, never handed across a fork.
 
@@ -226,6 +234,8 @@ class StoredCells(CellSource):
         self._pid = 0
         self._matrix: tuple[Any, str] | None = None
         self._whole: sparse.csr_matrix | None = None
+        self._shape: tuple[int, int] | None = None
+        self._frames: dict[str, _Frame] = {}
         self._offsets: np.ndarray | None = None
         self._readers: list[Any] = []
         self._resting: _AtRest | None = None
@@ -266,21 +276,17 @@ class StoredCells(CellSource):
             self.close()
             self._resting = resting
 
-    def _check(self, file: Any) -> None:
+    def _check(self, file: Any, nodes: Iterable[Any]) -> None:
         """Raise an InputError if the file is no AnnData, or holds what anndata could not read back from a copy."""
         if kind := kind_of_store(file, self.path):
             raise InputError(f"{self.path} is {kind.what}. {kind.remedy}")
-        known: set[tuple[str, str]] = set()  # empty if anndata does not say what it reads
-        with suppress(ImportError, AttributeError, ValueError):
-            from anndata._io.specs.registry import _REGISTRY
-
-            known = {(spec.encoding_type, spec.encoding_version) for _, spec, _ in _REGISTRY.read}
-        nodes = list(walk(file))
+        known, nodes = _known_encodings(), list(nodes)
         for node in filter(is_array, nodes):
             if not re.match("/?(X|layers|raw/X)(/|$)", node.name):  # those are checked when they are chosen
                 check_claim(node, node.name.lstrip("/"), self.path)
         for node in nodes:
-            encoding = text_of(node.attrs.get("encoding-type", "")), text_of(node.attrs.get("encoding-version", ""))
+            of_node, names = node.attrs, ("encoding-type", "encoding-version")
+            encoding = tuple(text_of(of_node[name]) if name in of_node else "" for name in names)
             if encoding[0] and known and encoding not in known:
                 raise InputError(
                     f"{self.path}: {node.name[1:] or 'the file'} was written by a newer anndata (encoding "
@@ -353,10 +359,13 @@ class StoredCells(CellSource):
         if self._resting:
             return self._resting.shape
         matrix, _ = self._checked_matrix()
+        if self._shape is not None:
+            return self._shape
         shape = matrix.shape if is_array(matrix) else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
         if shape is None or len(shape) != 2:
             raise InputError(f"{self.path}: {self.matrix_name} does not say its shape. Re-save it with anndata.")
-        return int(shape[0]), int(shape[1])
+        self._shape = int(shape[0]), int(shape[1])
+        return self._shape
 
     @property
     @_refuses_damage
@@ -451,26 +460,35 @@ class StoredCells(CellSource):
 
     @_refuses_damage
     def columns_of(self, frame: str) -> list[str]:
-        node = self.file[frame]
-        if "column-order" in node.attrs and not is_array(node):
-            return [text_of(name) for name in node.attrs["column-order"]]
-        return super().columns_of(frame)
+        return list(self._frame(frame).columns)
+
+    @_refuses_damage
+    def _frame(self, frame: str) -> "_Frame":
+        """Return what a table of the file is like, found out once each time the file is opened."""
+        file = self.file
+        if frame not in self._frames:
+            node = file[frame]
+            is_group = not is_array(node)
+            is_listed = is_group and "column-order" in node.attrs
+            names = map(text_of, node.attrs["column-order"]) if is_listed else super().columns_of(frame)
+            # Version 0.1 keeps the categories of all columns apart: a column read alone would be codes, not labels.
+            is_self_contained = is_group and node.attrs.get("encoding-version") == "0.2.0"
+            index: Any = node.get(node.attrs.get("_index")) if is_self_contained else None
+            num_rows = index.shape[0] if is_array(index) else None
+            self._frames[frame] = _Frame(tuple(names), is_self_contained, num_rows)
+        return self._frames[frame]
 
     @_refuses_damage
     def _column(self, frame: str, column: str) -> pd.Series:
-        node = self.file[frame]
-        # Version 0.1 keeps the categories of all columns apart: a column read alone would be codes, not labels.
-        is_self_contained = not is_array(node) and node.attrs.get("encoding-version") == "0.2.0"
-        if is_self_contained and column in node:
-            values = pd.Series(self._read_elem(f"{frame}/{column}"))
-            index = node.get(node.attrs.get("_index"))
-            if is_array(index) and len(values) != index.shape[0]:
-                raise InputError(
-                    f"{self.path}: {frame}/{column} has {len(values):,} values of {index.shape[0]:,} rows. Write the "
-                    "file again."
-                )
-            return values
-        return super()._column(frame, column)
+        _, is_self_contained, num_rows = self._frame(frame)
+        if not is_self_contained or column not in self.file[frame]:
+            return super()._column(frame, column)
+        values = pd.Series(self._read_elem(f"{frame}/{column}"))
+        if num_rows not in (None, len(values)):
+            raise InputError(
+                f"{self.path}: {frame}/{column} has {len(values):,} values of {num_rows:,} rows. Write the file again."
+            )
+        return values
 
     @_refuses_damage
     def table(self, frame: str) -> pd.DataFrame:
@@ -486,7 +504,9 @@ class StoredCells(CellSource):
         from anndata.io import read_elem
 
         try:
-            return read_elem(self.file[name])
+            node = self.file[name]
+            plain = _read_plain(node) if isinstance(node, h5py.HLObject) else None
+            return read_elem(node) if plain is None else plain
         except Exception as error:  # anndata raises many kinds here; all mean the same to a user
             raise_if_machine(error)
             raise InputError(
@@ -547,8 +567,7 @@ class H5adFile(StoredCells):
                     "others now. Start again, and write changes to another file."
                 )
             if key not in _CHECKED:
-                check_structure(file, self.path)
-                self._check(file)
+                self._check(file, check_structure(file, self.path))
                 _CHECKED.add(key)
             self._plain, self._state = plain, key
         except (InputError, MemoryError):
@@ -585,7 +604,7 @@ class ZarrFile(StoredCells):
             check_folder(self._place, self.path)
         try:
             file = zarr.open_group(self._place, mode="r", use_consolidated=self.is_consolidated)
-            self._check(file)
+            self._check(file, walk(file))
         except InputError:
             raise
         except ImportError as error:
@@ -599,6 +618,29 @@ class ZarrFile(StoredCells):
         import anndata
 
         return anndata.read_zarr(self.file)
+
+
+@cache
+def _known_encodings() -> set[tuple[str, ...]]:
+    """Return the type and version of each encoding that anndata reads; empty if it does not say."""
+    with suppress(ImportError, AttributeError, ValueError):
+        from anndata._io.specs.registry import _REGISTRY
+
+        return {(spec.encoding_type, spec.encoding_version) for _, spec, _ in _REGISTRY.read}
+    return set()
+
+
+def _read_plain(node: h5py.Group | h5py.Dataset) -> Any:
+    """Read numbers, texts or labels of HDF5 as anndata does, which takes four times as long; None for other forms."""
+    kind = text_of(node.attrs.get("encoding-type", ""))
+    if isinstance(node, h5py.Dataset):
+        return node[()] if kind == "array" else node.asstr()[()] if kind == "string-array" else None
+    if kind != "categorical":
+        return None
+    codes, texts = node["codes"], node["categories"]
+    if not (is_array(codes) and is_array(texts) and h5py.check_string_dtype(texts.dtype)):
+        return None
+    return pd.Categorical.from_codes(codes[()], texts.asstr()[()], ordered=bool(node.attrs["ordered"]))
 
 
 def reason_of(error: Exception) -> str:
@@ -710,8 +752,7 @@ class TenxFile(MemoryFile):
             if os.path.isdir(local):
                 return read_mtx_folder(Path(local))
             with h5py.File(local, "r") as plain, guarded(plain) as file:
-                check_structure(file, self.path)
-                for array in filter(is_array, walk(file)):
+                for array in filter(is_array, check_structure(file, self.path)):
                     check_claim(array, array.name[1:], self.path)
                     if array.dtype.kind == "O":
                         array[()]  # scanpy opens the file without a guard

@@ -47,20 +47,24 @@ def walk(node: Any) -> Iterator[Any]:
             yield from walk(node[name])
 
 
-def check_structure(file: h5py.File, path: str) -> None:
-    """Raise an InputError for a link to elsewhere, a group in two places, data in another file, or a damaged type."""
+def check_structure(file: h5py.File, path: str) -> list[h5py.Group | h5py.Dataset]:
+    """Return the file and all that is in it.
+
+    Raises:
+        InputError: There is a link to elsewhere, a group in two places, data in another file, or a damaged type.
+    """
     names: list[str] = []
     links: list[str] = []
 
-    def look(name: str | bytes, link: Any) -> None:
-        (names if isinstance(link, h5py.HardLink) else links).append(text_of(name))
+    def look(name: bytes, link: Any) -> None:
+        (names if link.type == h5py.h5l.TYPE_HARD else links).append(text_of(name))
 
-    file.visititems_links(look)
+    file.id.links.visit(look, info=True)
     if links:
         raise InputError(f"{path} links {listed(links)} to another place, which is refused. Copy the data in.")
     seen: set[int] = set()
-    for name in ["/", *names]:
-        node = file[name]
+    nodes = [file["/"], *map(file.__getitem__, names)]
+    for name, node in zip(["/", *names], nodes, strict=True):
         if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
             raise InputError(f"{path} keeps {name} in another file, which is refused. Copy the data in.")
         address = h5py.h5o.get_info(node.id).addr
@@ -71,6 +75,7 @@ def check_structure(file: h5py.File, path: str) -> None:
         typed = [*attributes, *([node.id] if isinstance(node, h5py.Dataset) else [])]
         if any(_ends_the_process(one.get_type()) for one in typed):
             raise InputError(f"{path}: the type of {name} or an attribute of it is damaged. Write the file again.")
+    return nodes
 
 
 def _ends_the_process(kind: h5py.h5t.TypeID) -> bool:

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from perturbgene.cli.base import ReadingConfig
 from perturbgene.cli.verbs import CheckConfig, PrepareConfig
 from perturbgene.corpus.manifest import BY_CELL
 from perturbgene.corpus.prepare import rehearse
-from perturbgene.corpus.survey import check_block, open_files, path_of
+from perturbgene.corpus.survey import FileSurvey, check_block, donor_column, open_files, path_of, survey_file
 from perturbgene.data_utils.labels import MOST_NUMERIC_LABELS, Labels, is_missing
 from perturbgene.data_utils.opening import FileList, as_sources, open_source
 from perturbgene.data_utils.readable import check_readable
@@ -185,15 +185,16 @@ def _check_for_run(source: Any, run: "Run", report: CheckReport, reading: dict[s
     """Read all cells of one file as `predict` does."""
     from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset  # imports torch
 
-    file = _begun(source, report, reading.get("layer"))
+    file, _ = _begun(source, report, reading.get("layer"))
     sources = FileList([source]) if isinstance(source, str) else source
     dataset = IterableAnnDataset(sources, run.tokenizer.reading([]), **{"batch_size": 256, **reading})
     check_readable(source)
     shard = dataset.shards[0]
     columns = {name: shard.obs_columns.get(name, name) for name in run.tokenizer.phenotypes}
-    labels = {name: column for name, column in columns.items() if column in shard.source.columns_of("obs")}
-    for name in labels:
+    labels = dict[str, Counter[str]]()
+    for name in [name for name, column in columns.items() if column in shard.source.columns_of("obs")]:
         shard.label_ids(name)  # warns of labels that the run does not know
+        labels[name] = Labels.of(shard.source.obs_column(columns[name])).counts()
     blocks = []
     with tqdm(total=len(shard), desc="check", unit=" cells", unit_scale=True, disable=None) as bar:
         for start in range(0, len(shard), _BLOCK_ROWS):
@@ -209,27 +210,29 @@ def _check_for_prepare(
     sources: list[Any], report: CheckReport, *, split_by: str | None, reading: dict[str, Any]
 ) -> None:
     """Do the first steps of `prepare` in a folder that is deleted."""
-    files = [_begun(source, report, reading.get("layer")) for source in sources]
+    begun = [_begun(source, report, reading.get("layer")) for source in sources]
+    files, columns = [file for file, _ in begun], [names for _, names in begun]
     with tempfile.TemporaryDirectory(prefix="perturbgene-check-") as folder:
         inputs = [path_of(source) for source in sources]
         config = PrepareConfig(inputs=inputs, output=folder, split_by=split_by, **reading)
+        found, refused = dict[int, FileSurvey](), list[InputError]()
         with closing(open_files(sources, config)) as cache:
-            for file, index in zip(files, range(len(cache)), strict=True):
-                shard = cache[index]
+            split_by = split_by or donor_column(sources, config, columns)
+            for index, (file, shard) in enumerate(zip(files, cache, strict=True)):
                 spans = [np.arange(*span) for span in sampled_spans(len(shard)) if len(shard)]
                 sampled = [shard.read(rows_m) for rows_m in spans]
                 for block, rows_m in zip(sampled, spans, strict=True):
                     check_block(block, rows_m)
                 blocks = [(block.library_size_n, np.diff(block.offsets_n1)) for block in sampled]
-                known = shard.source.columns_of("obs")
-                labels = {name: column for name, column in config.column_of_phenotype.items() if column in known}
-                for column in [] if labels else known:  # what could be a phenotype: text or few numbers
-                    values_n = shard.source.obs_column(column)
-                    is_number = pd.api.types.is_numeric_dtype(values_n) and not pd.api.types.is_bool_dtype(values_n)
-                    if 1 < values_n.nunique() <= (MOST_NUMERIC_LABELS if is_number else MOST_LABELS):
-                        labels[column] = column
-                _describe(file, shard, blocks, labels)
-        survey, plan, findings = rehearse(sources, config, Path(folder) / "work")
+                _describe(file, shard, blocks, _labels_of(shard, config))
+                try:  # while it is open; the other files are described nevertheless
+                    found[index] = survey_file(sources[index], shard, config, split_by)
+                except InputError as error:
+                    refused.append(error)
+                cache.close()  # it is not needed again, and HDF5 closes a file sooner if few others are open
+        if refused:
+            raise refused[0]
+        survey, plan, findings = rehearse(sources, replace(config, split_by=split_by), Path(folder) / "work", found)
     for file, source in zip(files, sources, strict=True):
         at = next(index for index, one in enumerate(survey.sources) if one is source)
         file.donors = dict(survey.files[at].units) if survey.split_by != BY_CELL else {}
@@ -238,8 +241,8 @@ def _check_for_prepare(
     report.look_at += findings
 
 
-def _begun(source: Any, report: CheckReport, layer: str | None) -> FileReport:
-    """Add the report of a file, with what is known once it is open."""
+def _begun(source: Any, report: CheckReport, layer: str | None) -> tuple[FileReport, list[str]]:
+    """Add the report of a file, with what is known once it is open; return it and the columns of obs."""
     opened = open_source(source, layer=layer)
     form = {MemoryFile: "memory", TenxFile: "10x", ZarrFile: "zarr"}.get(type(opened), "h5ad")
     file = FileReport(opened.path, form)
@@ -248,20 +251,35 @@ def _begun(source: Any, report: CheckReport, layer: str | None) -> FileReport:
         file.layers = [it for it in opened.layers if it != layer]
         file.cells, file.columns = opened.shape
         file.matrix = f"{layer or 'X'}, {opened.format}"
-    return file
+        return file, opened.columns_of("obs")
+
+
+def _labels_of(shard: Shard, config: PrepareConfig) -> dict[str, Counter[str]]:
+    """Count the labels of the phenotypes, or else of each column of obs that could be one: text or few numbers."""
+    found, known = dict[str, Counter[str]](), shard.source.columns_of("obs")
+    asked = {name: column for name, column in config.column_of_phenotype.items() if column in known}
+    for name, column in (asked or dict(zip(known, known, strict=True))).items():
+        values_n = shard.source.obs_column(column)
+        is_number = pd.api.types.is_numeric_dtype(values_n) and not pd.api.types.is_bool_dtype(values_n)
+        if asked or 1 < values_n.nunique() <= (MOST_NUMERIC_LABELS if is_number else MOST_LABELS):
+            found[name] = Labels.of(values_n).counts()
+    return found
 
 
 def _describe(
-    file: FileReport, shard: Shard, blocks: list[tuple[np.ndarray | None, np.ndarray]], labels: dict[str, str]
+    file: FileReport,
+    shard: Shard,
+    blocks: list[tuple[np.ndarray | None, np.ndarray]],
+    labels: dict[str, Counter[str]],
 ) -> None:
     """Fill in what the cells of a file are like; of each block, the library sizes and the numbers of values."""
     file.scale = shard.values.scale.name
     file.cells = len(shard)  # those that --where has chosen
     file.library_size = _quantiles([sizes_m for sizes_m, _ in blocks if sizes_m is not None])
     file.genes_per_cell = _quantiles([num_m for _, num_m in blocks])
-    for name, column in labels.items():
+    for name, texts in labels.items():
         counts = Counter[str]()
-        for text, count in Labels.of(shard.source.obs_column(column)).counts().items():
+        for text, count in texts.items():
             counts["" if is_missing(text, shard.missing_labels) else text] += count
         file.labels[name] = dict(counts)
 

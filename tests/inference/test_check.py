@@ -3,15 +3,18 @@
 import json
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 
 import perturbgene as pg
 from perturbgene.corpus.manifest import Corpus
+from perturbgene.data_utils.sources import H5adFile
 from perturbgene.faq import pointer
 from perturbgene.inference.check import CheckReport, check
 from perturbgene.main import main
@@ -111,6 +114,39 @@ def test_a_file_that_is_no_anndata_is_refused(run: str, tmp_path: Path, capsys: 
     assert main(["check", str(tmp_path / "cells.csv"), "--run", run]) == 2
     printed = capsys.readouterr()
     assert "REFUSED for the run" in printed.out and "read_csv" in printed.err
+
+
+def test_many_files_are_opened_three_times_each_and_one_at_a_time(
+    cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening is what many small files cost, and HDF5 closes a file the later, the more are open."""
+    for number in range(4):
+        written(cells[number * 60 : number * 60 + 60], tmp_path / f"{number}.h5ad")
+    opened, most_open, open_file = Counter[str](), 0, H5adFile._open
+    before = h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE)
+
+    def counted(self: H5adFile) -> h5py.File:
+        nonlocal most_open
+        file = open_file(self)
+        opened[self.path] += 1
+        most_open = max(most_open, h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) - before)
+        return file
+
+    monkeypatch.setattr(H5adFile, "_open", counted)
+    assert check(str(tmp_path)).ok
+    assert sorted(opened.values())[:2] == [3, 3], opened  # one or two of them also say which donors and genes there are
+    assert most_open <= 4, "two files, with two handles each"
+
+
+def test_each_file_is_described_though_the_first_is_refused(cells: ad.AnnData, tmp_path: Path) -> None:
+    cells.obs["size"] = np.arange(len(cells)) / 7
+    paths = [written(cells, tmp_path / "a.h5ad"), written(cells[:200].copy(), tmp_path / "b.h5ad")]
+    report = check(paths, phenotypes=["size"], split_by="donor_id")
+    assert report.refused and f"{paths[0]}: obs['size'] holds 255 different numbers" in report.refused
+    assert [(file.cells, file.scale != "", len(file.labels["size"])) for file in report.files] == [
+        (255, True, 255),
+        (200, True, 200),
+    ]
 
 
 def test_without_a_run_the_findings_are_those_of_prepare(cells: ad.AnnData, tmp_path: Path) -> None:
