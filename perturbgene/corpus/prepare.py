@@ -230,6 +230,13 @@ def _plan(survey: Survey, union: GenePanel, config: PrepareConfig, work: Path) -
     contents = [sha256_of(path) if path.is_file() else "" for path in named]
     files = [(file.key, file.state) for file in survey.files]
     eval_units, highest_eval_key = hold_out(survey, config)
+    if eval_units:
+        num_held_out = sum(survey.units[unit] for unit in eval_units)
+        logger.info(
+            "held out for evaluation: %d of %d values of obs[%r] (%s), %s of %s cells", len(eval_units),
+            len(survey.units), survey.split_by, listed(sorted(eval_units)), f"{num_held_out:,}",
+            f"{survey.num_cells:,}",
+        )  # fmt: skip
     return Plan(
         key=digest_of(PART_ROWS, __version__, json.dumps(settings, default=list, sort_keys=True), contents, files),
         folder=work, config=config, sources=survey.sources, sizes=[file.num_cells for file in survey.files],

@@ -726,6 +726,9 @@ class MemoryFile(CellSource):
     def to_adata(self) -> Any:
         return self.adata
 
+    def close(self) -> None:
+        self._csr = None
+
 
 class TenxFile(MemoryFile):
     """A 10x `.h5` file (also of CellBender) or matrix folder: read into memory by scanpy when it is used."""
@@ -739,8 +742,8 @@ class TenxFile(MemoryFile):
         return {"_place": self._place, "path": self.path, "layer": self.layer, "_csr": None}
 
     def close(self) -> None:
+        super().close()
         self.__dict__.pop("adata", None)
-        self._csr = None
 
     @cached_property
     def adata(self) -> Any:

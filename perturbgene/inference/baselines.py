@@ -373,9 +373,12 @@ def compare_with_regression(
             category, num_donors, "" if num_donors == 1 else "s", LEAST_DONORS,
         )  # fmt: skip
         return {}
+    interval = f"95 % interval {mean - half:+.3f} to {mean + half:+.3f}" if half else "the same for each of them"
+    num_unnamed = int((~is_named_m).sum())
     logger.info(
-        "%s: accuracy of the run minus that of logistic regression, mean of %d donors: %+.3f (95 %% interval %+.3f "
-        "to %+.3f)", category, num_donors, mean, mean - half, mean + half,
+        "%s: accuracy of the run minus that of logistic regression, mean of %d donors: %+.3f (%s)%s",
+        category, num_donors, mean, interval,
+        f"; without {num_unnamed:,} cells of no known donor" if num_unnamed else "",
     )  # fmt: skip
     return {"mean": mean, "low": mean - half, "high": mean + half, "num_donors": num_donors}
 

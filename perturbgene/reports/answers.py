@@ -188,6 +188,11 @@ def _about_scores(phenotypes: Sequence[Phenotype]) -> list[str]:
             text += f", {NAMES.get(best, best)} in {100 * one.scores[best]['accuracy']:.1f} % ({num_more:,} more)"
         elif scores.get("best"):
             text += ", at least as many as every baseline"
+        if over := scores.get("difference"):
+            text += (
+                f"; over {over['num_donors']} donors, its accuracy minus that of {NAMES['logistic_regression']} is "
+                f"{over['mean']:+.3f} (95 % interval {over['low']:+.3f} to {over['high']:+.3f})"
+            )
         if scores.get("calibration", {}).get("is_at_limit"):
             text += "; its probabilities say almost nothing and are not to be trusted"
         sentences.append(f"{text}.")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import resource
@@ -169,10 +170,13 @@ def test_held_out_donors_hold_about_the_asked_share_of_the_cells(tmp_path: Path,
     assert 0.1 <= split(made, "eval").n_obs / 140 <= 0.3
 
 
-def test_named_donors_are_held_out(tmp_path: Path) -> None:
+def test_named_donors_are_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="perturbgene")
     made = prepare(cells(counts(50)), tmp_path / "corpus", eval_donors=["b", "d"])
     assert set(split(made, "eval").obs["donor_id"]) == {"b", "d"}
     assert Corpus.open(made).manifest["split"]["eval"] == ["b", "d"]
+    said = "held out for evaluation: 2 of 5 values of obs['donor_id'] ('b', 'd'), 20 of 50 cells"
+    assert said in caplog.messages
 
 
 def test_unknown_donors_are_refused_with_the_known_ones(tmp_path: Path) -> None:

@@ -272,7 +272,16 @@ def test_a_run_is_compared_with_logistic_regression_over_donors(caplog):
     )
     assert messages == [
         "cell_type: accuracy of the run minus that of logistic regression, mean of 3 donors: +0.167 (95 % interval "
-        "-0.550 to +0.884)"
+        "-0.550 to +0.884); without 2 cells of no known donor"
+    ]
+
+
+def test_a_difference_that_all_donors_share_is_not_called_certain(caplog):
+    _, messages = compared(["a", "b", "c", "d", *["nan"] * 4], caplog=caplog)
+    # without cells 5 to 8 the run and the regression are right in all four
+    assert messages == [
+        "cell_type: accuracy of the run minus that of logistic regression, mean of 4 donors: +0.000 (the same for each "
+        "of them); without 4 cells of no known donor"
     ]
 
 

@@ -140,12 +140,17 @@ def test_genes_that_speak_for_a_label_are_on_the_page(folder: Path, tmp_path: Pa
     assert table[["row", "value"]].values.tolist() == [["B cell: <CD79A>", 1.5]]
 
 
-def test_scib_metrics_are_on_the_page_where_they_were_computed(folder: Path, tmp_path: Path) -> None:
+def test_scib_metrics_and_the_difference_over_donors_are_on_the_page_where_they_were_computed(
+    folder: Path, tmp_path: Path
+) -> None:
     shutil.copy(folder / "scores/cells.h5ad", tmp_path / "cells.h5ad")
     results = json.loads((folder / "scores/metrics.json").read_text())
     results["embedding"]["cell_type"]["run"] |= {"scib Total": 0.777, "scib KMeans ARI": 0.5}
+    results["cell_type"]["alone"]["difference"] = {"mean": 0.012, "low": -0.03, "high": 0.054, "num_donors": 7}
     (tmp_path / "metrics.json").write_text(json.dumps(results))
     page = report(tmp_path).read_text()
+    said = "over 7 donors, its accuracy minus that of logistic regression is +0.012 (95 % interval -0.030 to +0.054)"
+    assert said in page and "over 7 donors" not in report(folder / "scores").read_text()
     assert "scIB: total" in page and "0.777" in page and "scIB" not in report(folder / "scores").read_text()
     table = pd.read_csv(tmp_path / "report.tables.csv").query("measure == 'scib KMeans ARI'")
     assert table[["row", "value"]].values.tolist() == [["run", 0.5]]
