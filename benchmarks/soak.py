@@ -167,7 +167,7 @@ class Bench:
 def streaming(bench: Bench) -> None:
     """L1: memory while cells are streamed does not depend on how many there are."""
     sizes = [bench.count(size, least=640) for size in SIZES]
-    for workers, kind in ((0, "files"), (2, "files"), (2, "corpus")):
+    for workers, kind in ((0, "files"), (2, "files"), (0, "corpus"), (2, "corpus")):
         what, peaks, watched = f"{kind}, {workers} workers", [], None
         for size in sizes:
             source = bench.cells(size, shards=10) / "none" if kind == "files" else bench.corpus(size)
@@ -183,7 +183,7 @@ def streaming(bench: Bench) -> None:
         points = [(float(cells), line.mib) for cells, line in progress(watched)]
         later = slope_of(points[len(points) // 2 :])
         bench.at_full_scale(f"{what}: growth in the second half of an epoch", later, "MiB / 100k", at_most=SLOPE)
-        rate = sizes[2] / max(watched.cpu_seconds, 1e-3)
+        rate = points[-1][0] / max(watched.cpu_seconds, 1e-3)  # of a corpus, training cells
         bench.row(f"{what}: cells per second of processor time, start included", rate)
     for verb in ("predict", "embed"):
         file = next((bench.cells(bench.count(20_000, least=600)) / "none").glob("*.h5ad"))
