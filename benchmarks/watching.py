@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS_BETWEEN = 0.25
+#: Samples are this far apart, or further where adding up memory takes long: watching must not slow down work.
+SECONDS_BETWEEN, MOST_SHARE_OF_TIME = 0.25, 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -127,8 +128,9 @@ def watch(words: Sequence[str], *, log: Path | None = None) -> Watched:
 
         def observe() -> None:
             while not has_ended.is_set():
+                began = time.perf_counter()
                 samples.append(sample(process.pid, started=started))
-                has_ended.wait(SECONDS_BETWEEN)
+                has_ended.wait(max(SECONDS_BETWEEN, (time.perf_counter() - began) / MOST_SHARE_OF_TIME))
 
         observer = threading.Thread(target=observe)
         observer.start()
