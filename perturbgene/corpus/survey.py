@@ -6,7 +6,6 @@ counting to `statistics` and writing to `spool`. Letters: n cells, l values.
 
 import difflib
 import hashlib
-import logging
 import os
 import threading
 from collections import Counter
@@ -39,10 +38,9 @@ from perturbgene.data_utils.recognition import Scale, check_values
 from perturbgene.data_utils.scale import ExpressionBlock
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.sources import sampled_spans
+from perturbgene.data_utils.values import warn_of_notes
 from perturbgene.errors import InputError, listed
 from perturbgene.urls import shown_path
-
-logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
 
@@ -156,9 +154,7 @@ def survey_files(
     split_by = config.split_by or donor_column(sources, config)
     if found is None:
         found = dict(workers.run(partial(_survey_file, tuple(sources), config, split_by), range(len(sources))))
-    for index, source in enumerate(sources):
-        for note in found[index].notes:
-            logger.warning("%s: %s", path_of(source), note)
+    warn_of_notes((path_of(source), found[index].notes) for index, source in enumerate(sources))
     order = sorted(found, key=lambda index: (found[index].key, str(sources[index])))
     files: list[FileSurvey] = [found[index] for index in order]
     if nowhere := set.intersection(*(set(file.lacks) for file in files)):

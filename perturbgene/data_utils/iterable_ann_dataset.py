@@ -39,6 +39,7 @@ from perturbgene.data_utils.order import (
 )
 from perturbgene.data_utils.shards import Shard, ShardCache
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock, TokenBuffer
+from perturbgene.data_utils.values import warn_of_notes
 from perturbgene.errors import InputError, did_you_mean, listed
 from perturbgene.files import check_format
 from perturbgene.urls import shown_path
@@ -236,10 +237,12 @@ class IterableAnnDataset(IterableDataset[Cell]):
     def _checked_sizes(self, known_sizes: Sequence[int] | None, min_gene_coverage: float) -> tuple[int, ...]:
         """Count the cells of each file; of a corpus, whose sizes are known, only the first is opened here."""
         if known_sizes is None or self.where:
-            sizes, scales = [], dict[str, str]()
+            sizes, scales, notes = list[int](), dict[str, str](), list[tuple[str, list[str]]]()
             for shard in self.shards:
                 sizes.append(self._check(shard, min_gene_coverage))
                 scales.setdefault(shard.values.scale.name, shard.path)
+                notes.append((shard.path, shard.values.notes))
+            warn_of_notes(notes)
             if len(scales) > 1:
                 named = ", ".join(f"{name} in {path}" for name, path in scales.items())
                 logger.warning("the files are on %d scales (%s): all are brought to one", len(scales), named)
@@ -247,6 +250,7 @@ class IterableAnnDataset(IterableDataset[Cell]):
         assert len(known_sizes) == len(self.shards)
         if len(known_sizes) > 0:
             self._check(self.shards[0], min_gene_coverage)
+            warn_of_notes([(self.shards[0].path, self.shards[0].values.notes)])
         if len(known_sizes) > 1:
             logger.info("%d files of one corpus, %s cells", len(known_sizes), f"{sum(known_sizes):,}")
         return tuple(known_sizes)
@@ -259,8 +263,6 @@ class IterableAnnDataset(IterableDataset[Cell]):
         if shard.coverage < shard.alignment.coverage:  # a shard of `prepare` holds cells of several files
             logger.info("%s: some of its cells come from files that measure only %.1f%% of the panel",
                         shard.path, 100 * shard.coverage)  # fmt: skip
-        for note in shard.values.notes:
-            logger.warning("%s: %s", shard.path, note)
         if shard.source.format != "csr":
             how = "dense" if shard.source.format == "dense" else "compressed by columns"
             logger.info("%s is stored %s: slow; `perturbgene prepare` makes it fast", shard.path, how)

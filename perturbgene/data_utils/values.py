@@ -5,6 +5,8 @@ and reading scattered rows; leaves recognizing a scale to `recognition` and gene
 Letters: n cells, m rows asked for, c columns, l values.
 """
 
+import logging
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +27,8 @@ from perturbgene.data_utils.recognition import (
 from perturbgene.data_utils.scale import TARGET_SUM, Normalization, library_sizes
 from perturbgene.data_utils.sources import CellSource, Rows, sampled_spans
 from perturbgene.errors import InputError, listed
+
+logger = logging.getLogger(__name__)
 
 #: Column of obs in which `prepare` keeps each cell's total counts over all genes of its source file.
 LIBRARY_SIZE_COLUMN = "perturbgene_library_size"
@@ -240,6 +244,21 @@ class CellValues:
             return rows
         is_gene_c = self._features[0]
         return rows.keep(is_gene_c[np.clip(rows.columns_l, 0, len(is_gene_c) - 1)])  # one outside is found later
+
+
+def warn_of_notes(notes_of_files: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Log what a user should know about how files are read; what several files share is one line.
+
+    Args:
+        notes_of_files: The path and the `notes` of each file.
+    """
+    paths_of: dict[str, list[str]] = {}
+    for path, notes in notes_of_files:
+        for note in notes:
+            paths_of.setdefault(note, []).append(path)
+    for note, paths in paths_of.items():
+        more = f" (and {len(paths) - 1:,} more)" if len(paths) > 1 else ""
+        logger.warning("%s%s: %s", paths[0], more, note)
 
 
 def one_per_cell(values_n: np.ndarray, cells: CellValues) -> np.ndarray:
