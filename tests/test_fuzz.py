@@ -146,6 +146,33 @@ def test_texts_that_hdf5_would_read_for_ever_or_crash_on_are_refused(
 
 
 @needs_fork
+@pytest.mark.parametrize("name", ["in.h5ad", "in.h5"])
+def test_a_text_that_claims_more_than_the_file_has_fills_no_memory(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with h5py.File(path, "w") as file:
+        for array in ("barcodes", "data", "indices", "indptr", "shape", "features/id"):
+            file[f"matrix/{array}"] = np.array(["a", "b"], dtype=object)
+        place = file["matrix/features/id"].id.get_offset()
+    if name == "in.h5ad":
+        some_names(path)
+        with h5py.File(path) as file:
+            place = file["obs/_index"].id.get_offset()
+    content = bytearray(path.read_bytes())
+    content[place + 16 : place + 20] = b"\xff" * 4  # the second text
+    path.write_bytes(content)
+
+    def run() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        code = main(["check", str(path)])
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
+        return code
+
+    code, said = told_in_child(run, tmp_path / "said")
+    assert code == 2, said
+    assert "claims 4,294,967,295 bytes, but the file has" in said
+
+
+@needs_fork
 def test_a_10x_file_that_hdf5_would_read_for_ever_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.h5"
     with h5py.File(path, "w") as file:

@@ -29,6 +29,7 @@ from perturbgene.data_utils.untrusted import (
     check_folder,
     check_mtx,
     check_structure,
+    check_texts,
     is_array,
     num_bytes_of,
     text_of,
@@ -69,6 +70,7 @@ class CellSource:
 
     Attributes:
         path: The source, for messages.
+        place: Path or URL from which it is read; empty in memory.
         layer: Name of a layer, "raw" for `.raw`, or None for `X`.
         format: How the matrix is stored: csr, csc or dense.
         is_held_whole: True if it is kept in memory as a whole while it is open.
@@ -76,6 +78,7 @@ class CellSource:
     """
 
     path: str
+    place: str = ""
     layer: str | None
     format: str = "csr"
     is_held_whole: bool = False
@@ -225,7 +228,7 @@ class StoredCells(CellSource):
     """
 
     def __init__(self, path: str, layer: str | None = None) -> None:
-        self._place, self.path, self.layer = path, shown_path(path), layer
+        self.place, self.path, self.layer = path, shown_path(path), layer
         self._forget()
 
     def _forget(self) -> None:
@@ -241,7 +244,7 @@ class StoredCells(CellSource):
         self._resting: _AtRest | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_place": self._place, "path": self.path, "layer": self.layer}
+        return {"place": self.place, "path": self.path, "layer": self.layer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -346,7 +349,7 @@ class StoredCells(CellSource):
         return [*(["raw"] if "raw/X" in self.file else []), *self.file.get("layers", {})]
 
     def with_layer(self, layer: str | None) -> "StoredCells":
-        return type(self)(self._place, layer=layer)
+        return type(self)(self.place, layer=layer)
 
     @property
     def matrix_name(self) -> str:
@@ -550,7 +553,7 @@ class H5adFile(StoredCells):
     _state: tuple[int, int, int, int] | None = None  # which file it was, and of what time, when it was first opened
 
     def _open(self) -> h5py.File:
-        local = local_path(self._place)
+        local = local_path(self.place)
         try:
             plain = h5py.File(local, "r", rdcc_nbytes=CHUNK_CACHE_BYTES)
             file = guarded(plain, rdcc_nbytes=CHUNK_CACHE_BYTES)
@@ -567,7 +570,9 @@ class H5adFile(StoredCells):
                     "others now. Start again, and write changes to another file."
                 )
             if key not in _CHECKED:
-                self._check(file, check_structure(file, self.path))
+                nodes = check_structure(file, self.path)
+                check_texts(nodes, local, self.path)
+                self._check(file, nodes)
                 _CHECKED.add(key)
             self._plain, self._state = plain, key
         except (InputError, MemoryError):
@@ -580,7 +585,7 @@ class H5adFile(StoredCells):
     def _read_whole(self) -> Any:
         import anndata
 
-        with h5py.File(local_path(self._place), "r") as plain:
+        with h5py.File(local_path(self.place), "r") as plain:
             return anndata.read_h5ad(GuardedStream(plain))
 
 
@@ -596,14 +601,14 @@ class ZarrFile(StoredCells):
     def _open(self) -> Any:
         import zarr
 
-        if is_url(self._place):
-            parts_of(self._place)
-            if "::" in self._place.partition("://")[2].partition("/")[2]:
+        if is_url(self.place):
+            parts_of(self.place)
+            if "::" in self.place.partition("://")[2].partition("/")[2]:
                 raise InputError(f"{self.path} leads from one address to another (::). Give one address.")
         else:
-            check_folder(self._place, self.path)
+            check_folder(self.place, self.path)
         try:
-            file = zarr.open_group(self._place, mode="r", use_consolidated=self.is_consolidated)
+            file = zarr.open_group(self.place, mode="r", use_consolidated=self.is_consolidated)
             self._check(file, walk(file))
         except InputError:
             raise
@@ -736,10 +741,10 @@ class TenxFile(MemoryFile):
     is_held_whole = True
 
     def __init__(self, path: str, layer: str | None = None) -> None:
-        self._place, self.path, self.layer, self._csr = path, shown_path(path), layer, None
+        self.place, self.path, self.layer, self._csr = path, shown_path(path), layer, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_place": self._place, "path": self.path, "layer": self.layer, "_csr": None}
+        return {"place": self.place, "path": self.path, "layer": self.layer, "_csr": None}
 
     def close(self) -> None:
         super().close()
@@ -750,12 +755,14 @@ class TenxFile(MemoryFile):
         """The cells, with genes by symbol and their ids in `var["gene_ids"]`, as scanpy names them."""
         import scanpy
 
-        local = local_path(self._place)
+        local = local_path(self.place)
         try:
             if os.path.isdir(local):
                 return read_mtx_folder(Path(local))
             with h5py.File(local, "r") as plain, guarded(plain) as file:
-                for array in filter(is_array, check_structure(file, self.path)):
+                nodes = check_structure(file, self.path)
+                check_texts(nodes, local, self.path)
+                for array in filter(is_array, nodes):
                     check_claim(array, array.name[1:], self.path)
                     if array.dtype.kind == "O":
                         array[()]  # scanpy opens the file without a guard

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import psutil
 
 from perturbgene.errors import InputError, listed
@@ -22,6 +23,7 @@ FREE_BYTES = 10**9
 #: Bytes of the shortest line of a `matrix.mtx`, with its line break.
 _SHORTEST_LINE = 6
 _DEFLATE = 1_032
+_TEXTS_AT_ONCE = 1 << 20
 
 
 def is_array(node: Any) -> bool:
@@ -86,6 +88,29 @@ def _ends_the_process(kind: h5py.h5t.TypeID) -> bool:
         return False
     is_unknown = kind.encode()[3] & 15 > 1  # behind two bytes of the encoding and that of the class: list 0, text 1
     return (isinstance(kind, h5py.h5t.TypeVlenID) and is_unknown) or _ends_the_process(kind.get_super())
+
+
+def check_texts(nodes: list[Any], local: str, path: str) -> None:
+    """Raise an InputError for a text that claims more bytes than its file has.
+
+    HDF5 would fill as much memory with zeros, up to 4 GB, before it finds that out. Looked at are the arrays that a
+    file has in one piece, as anndata writes them without compression.
+    """
+    size = os.path.getsize(local)
+    for array in nodes:
+        start = array.id.get_offset() if is_array(array) and array.dtype.kind == "O" and array.size else None
+        if start is None:
+            continue
+        width = array.id.get_storage_size() // array.size
+        reference = np.dtype({"names": ["length"], "formats": ["<u4"], "itemsize": width})
+        for first in range(0, array.size, _TEXTS_AT_ONCE):
+            count = min(_TEXTS_AT_ONCE, array.size - first)
+            lengths = np.fromfile(local, reference, count=count, offset=start + first * width)["length"]
+            if lengths.size and (longest := int(lengths.max())) > size:
+                raise InputError(
+                    f"{path}: a text of {array.name[1:]} claims {longest:,} bytes, but the file has {size:,}. It is "
+                    "damaged. Download or write it again."
+                )
 
 
 def check_folder(folder: str, path: str) -> None:
