@@ -44,6 +44,13 @@ def partial_path(path: str | Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def version_of(path: str | Path) -> tuple[tuple[int, int], ...]:
+    """Return size and time of a file, or of all files in a folder: what differs when one has been written again."""
+    path = Path(path)
+    states = [os.stat(file) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return tuple((state.st_size, state.st_mtime_ns) for state in states)
+
+
 def piece_path(output: str | Path, number: int, count: int) -> Path:
     """Return the folder of one piece of an output that several jobs compute, `number` in 1..count.
 

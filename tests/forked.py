@@ -75,6 +75,8 @@ def in_two_processes(words: Sequence[str], folder: Path, *, before: Callable[[],
         start(run, output=output, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank, output in enumerate(outputs)
     ]
     for process in processes:
-        process.join(timeout=200)
+        has_failed = any(one.exitcode for one in processes)
+        process.join(timeout=15 if has_failed else 200)  # torchrun ends the others, too
         process.kill()
+        process.join()
     return Ended([process.exitcode for process in processes], "".join(output.read_text() for output in outputs))

@@ -3,6 +3,7 @@
 `make test` runs few of them and `make faults` all. Faults whose test is in another file are listed with its name.
 """
 
+import itertools
 import os
 import re
 import resource
@@ -27,6 +28,7 @@ from perturbgene.corpus.manifest import Corpus
 from perturbgene.data_utils import remote
 from perturbgene.errors import InputError
 from perturbgene.files import claimed, sha256_of
+from perturbgene.inference.streaming import Ranks
 from perturbgene.main import main, write_report
 from perturbgene.sharded_trainer import ShardedTrainer
 from perturbgene.training import watchdog
@@ -53,6 +55,8 @@ VERBS = {
     "--ask cell_type",
     "report": "report {corpus} --output {out}/page.html",
 }
+#: Those that ask a model about cells.
+ASKED = ("predict", "embed", "embed-genes", "counterfactual", "perturb", "attribute")
 #: Verbs with an option that leads to other outputs.
 _OPTIONS = {"embed-genes": "embed --groupby"}
 #: What is killed most often: one moment of each kind.
@@ -262,6 +266,38 @@ for _verb in VERBS:
     )(partial(_killed_verb, verb=_verb))  # fmt: skip
 
 
+@fault("F1-merge", "`merge` killed before it opens, renames or deletes a file", "the same command gives the bytes of "
+       "the whole command, or says that they are there and what to delete", "137, then 0 or 2")  # fmt: skip
+def _(shop: Shop) -> None:
+    made, whole, said = shop.folder / "made", shop.folder / "whole", shop.folder / "said"
+    for out, part in ((whole, []), (made, ["--part", "1/2"]), (made, ["--part", "2/2"])):
+        assert main([*shop.words("predict", out), "--batch_size", "8", *part]) == 0
+    expected = sums(whole)
+
+    def ended(number: int, out: Path) -> int | None:
+        def run() -> None:
+            _kill_at(number, out)
+            sys.exit(main(["merge", str(out / "out.h5ad")]))
+
+        shutil.copytree(made, out)
+        process = start(run, output=said)
+        process.join(timeout=200)
+        return process.exitcode
+
+    assert ended(0, shop.folder / "counted") == 0 and sums(shop.folder / "counted") == expected
+    num_moments, num_refused = said.read_text().count("moment"), 0
+    for number in sorted({*range(1, num_moments, 4), *range(num_moments - 6, num_moments + 1)}):
+        out = shop.folder / f"out_{number}"
+        assert ended(number, out) == -signal.SIGKILL
+        code, line = shop.call(["merge", str(out / "out.h5ad")])
+        if code:
+            assert code == 2 and f"{out}/out.h5ad exists" in line and f"delete {out}/out.h5ad.parts" in line
+            shutil.rmtree(out / "out.h5ad.parts")
+            num_refused += 1
+        assert sums(out) == expected
+    assert num_refused > 1
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     "missing": lambda content: None,
     "empty": lambda content: b"",
@@ -337,6 +373,8 @@ for _signal, _code in (("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130), ("SI
         "the step is finished and saved; resuming gives the same weights", str(_code),
         f"{_TRAINING}test_a_signal_ends_the_run_after_its_step_with_everything_saved",
     )  # fmt: skip
+elsewhere("F5-twice", "a second signal during training", "acts at once, as without us", "128 + n",
+          "tests/training/test_callbacks.py::test_a_second_signal_acts_at_once")  # fmt: skip
 elsewhere("F5-nohup", "SIGHUP under `nohup`", "training goes on", "0",
           "tests/training/test_callbacks.py::test_a_run_under_nohup_outlives_its_terminal")  # fmt: skip
 
@@ -399,6 +437,48 @@ fault(
     "F9-rank-hangs", "one of two processes hangs", "after an hour without a step: stacks of all threads and workers, "
     "one line", "3",
 )(partial(_rank, action=lambda: time.sleep(600), codes=(3, 3), words="error: training hangs: nothing has"))  # fmt: skip
+
+
+@needs_fork
+def _process(shop: Shop, *, verb: str, action: Callable[[], None], codes: tuple[int, ...], words: str) -> None:
+    def before() -> None:
+        watchdog.LONGEST_SILENCE = 6.0
+        whole = Ranks.watched
+
+        def faulty(ranks: Ranks, batches: Any) -> Any:
+            for batch in whole(ranks, batches):
+                if ranks.rank == 1:
+                    action()
+                yield batch
+
+        Ranks.watched = faulty  # type: ignore[method-assign]
+
+    out = shop.folder / "out"
+    done = in_two_processes([*shop.words(verb, out), "--device", "cpu"], shop.folder, before=before)
+    assert tuple(done.codes) == codes, done
+    assert words in done.printed
+    shop.is_finished_again(verb, out)
+
+
+for _verb in ASKED:
+    fault(
+        f"F8-{_verb}", f"one of two processes of `{_named(_verb)}` killed", "the other ends too; the same command "
+        "then gives the same bytes", "3",
+    )(partial(_process, verb=_verb, action=lambda: os.kill(os.getpid(), signal.SIGKILL), codes=(3, -9),
+              words="error: "))  # fmt: skip
+    fault(
+        f"F9-{_verb}-stopped", f"one of two processes of `{_named(_verb)}` stopped", "after an hour without a sign of "
+        "life: stacks of the one that waits, one line", "3",
+    )(partial(_process, verb=_verb, action=lambda: os.kill(os.getpid(), signal.SIGSTOP), codes=(3, -9),
+              words="error: no sign of life of process 1 for"))  # fmt: skip
+    fault(
+        f"F9-{_verb}-hangs", f"one of two processes of `{_named(_verb)}` hangs", "after an hour in which it computes "
+        "nothing: its stacks, one line", "3",
+    )(partial(_process, verb=_verb, action=lambda: time.sleep(600), codes=(3, 3),
+              words="process 1: error: this process hangs: it has computed nothing for"))  # fmt: skip
+elsewhere("F9-sign-of-life", "one of several processes gives no sign of life", "those that wait for it end", "3",
+          "tests/inference/test_heartbeat.py::"
+          "test_a_process_ends_if_it_waits_for_one_that_gives_no_sign_of_life")  # fmt: skip
 elsewhere("F9-worker-hangs", "a loader worker hangs", "the same, with the worker's stack", "3",
           f"{_TRAINING}test_a_run_whose_loader_worker_hangs_ends_and_shows_where")  # fmt: skip
 
@@ -508,6 +588,30 @@ elsewhere("F12-evaluate", "cells of a run changed before it is evaluated", "a wa
           "test_cells_that_changed_since_training_are_not_the_run_s_own_any_more")  # fmt: skip
 
 
+def _replaced(shop: Shop, *, verb: str) -> None:
+    """Replace the cells by the same ones in another order while the first batch is computed."""
+    cells, out = Path(shutil.copy(shop.cells, shop.folder)), shop.folder / "out"
+    whole = Ranks.watched
+
+    def replacing(ranks: Ranks, batches: Any) -> Any:
+        for batch in whole(ranks, batches):
+            ad.read_h5ad(cells)[::-1].copy().write_h5ad(shop.folder / "new.h5ad")
+            os.replace(shop.folder / "new.h5ad", cells)
+            yield batch
+
+    with patch.object(Ranks, "watched", replacing):
+        code, line = shop.call(shop.words(verb, out, cells=cells))
+    assert code == 2 and f"{cells} changed while it was read" in line
+    assert not [path for path in out.iterdir() if not path.name.startswith(".")]
+
+
+for _verb in ASKED:
+    fault(
+        f"F12-{_verb}", f"cells replaced while `{_named(_verb)}` reads them", "refused, the file is named", "2",
+        is_sampled=_verb == "predict",
+    )(partial(_replaced, verb=_verb))  # fmt: skip
+
+
 @pytest.fixture
 def quick_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A bad server, short waits between tries, and a cache of its own."""
@@ -602,6 +706,15 @@ def _(shop: Shop) -> None:
     done = subprocess.run(["bash", "-c", 'exec "$@" <&-', "bash", *words], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert sums(shop.folder / "out") == shop.undisturbed("predict")
+
+
+@fault("F19-clock", "a clock that is set back an hour again and again during training", "the same weights", "0")
+def _(shop: Shop) -> None:
+    hours = itertools.count()
+    with patch.object(time, "time", lambda: 1e9 - 3600 * next(hours)):
+        assert main(command(shop.corpus, shop.folder / "run")) == 0
+    assert next(hours) > 10
+    assert (shop.folder / "run/model.safetensors").read_bytes() == shop.whole
 
 
 @fault("F19-stdout", "closed stdout and stderr", "the output is written all the same", "0")

@@ -29,7 +29,8 @@ FAULTS_HEAD = """
 
 Outputs are written under another name and renamed when they are whole. Each has one writer at a time, whose lock the
 system releases when it ends. Checkpoints have the sums of their files. A training that finishes no step, batch,
-checkpoint or evaluation for an hour shows where each of its threads and loader workers is, and ends.
+checkpoint or evaluation for an hour shows where each of its threads and loader workers is, and ends; so does a question
+that several processes answer (`torchrun`) where one of them computes nothing or gives no sign of life.
 """
 
 REPEATABLE_HEAD = """

@@ -13,11 +13,11 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,8 @@ from perturbgene.data_utils.opening import as_sources, expand_paths, is_zarr, on
 from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
-from perturbgene.files import claimed, partial_path, piece_path
+from perturbgene.files import claimed, partial_path, piece_path, version_of
+from perturbgene.inference.heartbeat import Heartbeat
 from perturbgene.inference.run import Run
 from perturbgene.urls import is_url, shown_path
 
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Below this share of the run's genes, answers are less sure than they look.
 LOW_COVERAGE = 0.9
-#: A process that ends early ends the others, so a long wait for the one that writes a large file does no harm.
+#: A process that ends early ends the others, and `Heartbeat` finds those that hang, so a long wait for the one that
+#: writes a large file does no harm.
 LONGEST_WAIT = datetime.timedelta(days=2)
 #: With fewer genes of the panel, a cell looks much like any other.
 FEW_GENES = 10
@@ -67,6 +70,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among the processes of this machine, which share its accelerators
+    heartbeat: Heartbeat | None = field(default=None, compare=False)  # of several processes
 
     @classmethod
     def join(cls, device: str = "auto") -> "Ranks":
@@ -78,7 +82,8 @@ class Ranks:
         state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
         if state.process_index:
             logging.getLogger("perturbgene").setLevel(logging.ERROR)  # rank 0 reports for all
-        return cls(state.process_index, state.num_processes, state.local_process_index)
+        place = (state.process_index, state.num_processes, state.local_process_index)
+        return cls(*place, Heartbeat(*place[:2]))
 
     @property
     def is_main(self) -> bool:
@@ -93,12 +98,17 @@ class Ranks:
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
 
+    def watched(self, batches: Iterable[T]) -> Iterable[T]:
+        """Yield batches; of several processes, one that hangs within one of them ends."""
+        return self.heartbeat.watched(batches) if self.heartbeat else batches
+
     def barrier(self) -> None:
         """Wait until all processes have reached this point."""
         if self.size > 1:
             import torch
 
-            torch.distributed.barrier()
+            with self.heartbeat.waiting() if self.heartbeat else nullcontext():
+                torch.distributed.barrier()
 
 
 #: A single process.
@@ -143,7 +153,9 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
 def remove_pieces(folders: Sequence[str], *, output: Path) -> None:
     """Delete the pieces of an output, what killed jobs left of them, and their common folder if it is empty then."""
     for folder in map(Path, folders):
-        for path in (folder, partial_path(folder), partial_path(f"{folder}.cells")):
+        shutil.rmtree(partial_path(folder), ignore_errors=True)
+        folder.rename(partial_path(folder))  # so that no half of a piece is left under its name
+        for path in (partial_path(folder), partial_path(f"{folder}.cells")):
             shutil.rmtree(path, ignore_errors=True)
     home = piece_path(output, 1, 1).parent
     if folders and home.is_dir() and not any(home.iterdir()):
@@ -277,13 +289,32 @@ def read_groups(
 # -- blocks of cells ----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def unchanged(dataset: IterableAnnDataset) -> Iterator[None]:
+    """Refuse a file of cells that is written again while the block reads it: a copy of it would have other cells.
+
+    Raises:
+        InputError: It was.
+    """
+    source = dataset.shards[0].source
+    is_file = source.place and not is_url(source.place)
+    before = version_of(source.place) if is_file else ()
+    yield
+    if is_file and version_of(source.place) != before:
+        raise InputError(
+            f"{source.path} changed while it was read, so answers may be about other cells. Run the same command again "
+            "when nothing writes it any more."
+        )
+
+
 def stream_batches(
     dataset: IterableAnnDataset, *, text: str, ranks: Ranks = ALONE, most_tokens: int = FileOptions.batch_tokens
 ) -> Iterator[TokenBlock]:
     """Yield this rank's cells in batches of at most `most_tokens` tokens; rank 0 shows progress in a terminal."""
     is_hidden = None if ranks.is_main else True  # None hides the bar where there is no terminal
-    with tqdm(total=len(dataset), desc=text, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
-        for block in dataset.blocks():
+    bar = tqdm(total=len(dataset), desc=text, unit=" cells", unit_scale=True, disable=is_hidden)
+    with unchanged(dataset), bar:
+        for block in ranks.watched(dataset.blocks()):
             for piece in in_budget(np.diff(block.offsets_n1), budget=most_tokens):
                 batch = block if piece == slice(0, len(block)) else block.take(np.arange(piece.start, piece.stop))
                 yield batch

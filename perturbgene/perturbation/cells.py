@@ -40,7 +40,7 @@ from perturbgene.inference.parts import (
     share_of,
 )
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import ALONE, Ranks, open_cells, part_folders, read_groups, unwritable
+from perturbgene.inference.streaming import ALONE, Ranks, open_cells, part_folders, read_groups, unchanged, unwritable
 from perturbgene.perturbation.readouts import LabelReadout, Readout
 from perturbgene.plots import save_figure
 from perturbgene.urls import is_url, shown_path
@@ -135,8 +135,9 @@ def sum_effects(
     own = range(len(starts)) if store.shares is None else store.shares
     is_hidden = None if ranks.is_main else True  # None: hidden where there is no terminal
     num_cells = sum(min(size, len(cells) - starts[part]) for part in own)
-    with tqdm(total=num_cells, desc=shown, unit=" cells", unit_scale=True, disable=is_hidden) as bar:
-        for part in own:
+    bar = tqdm(total=num_cells, desc=shown, unit=" cells", unit_scale=True, disable=is_hidden)
+    with unchanged(cells.dataset), bar:
+        for part in ranks.watched(own):
             start, stop = starts[part], min(starts[part] + size, len(cells))
             if part % ranks.size == ranks.rank and store.load(name, part) is not None:
                 num_kept += 1

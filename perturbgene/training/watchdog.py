@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 #: to be fetched.
 LONGEST_SILENCE = 3600.0
 #: The silence is counted in so many parts, so that a machine that sleeps and a job that is stopped lose one at most.
-_NUM_PARTS = 20
+NUM_PARTS = 20
 #: Seconds in which loader workers write where they are.
 _SECONDS_FOR_STACKS = 1.0
 
@@ -36,11 +36,29 @@ def show_stack_when_asked() -> None:
         faulthandler.register(signal.SIGUSR2, file=2)  # sys.stderr of a notebook is no file
 
 
-class WatchDog(TrainerCallback):
-    """Ends the process with exit code 3, after its stacks and those of its loader workers, when nothing happens.
+def end_with_stacks(text: str) -> None:
+    """Write where all threads and loader workers are, and a line; then end with exit code 3.
 
     An interactive session, such as a notebook, is only told.
     """
+    workers = multiprocessing.active_children()
+    with suppress(OSError):  # nobody reads stderr
+        faulthandler.dump_traceback(file=2)
+        for worker in workers:
+            os.write(2, f"\nLoader worker {worker.pid}:\n".encode())
+            if worker.pid is not None and hasattr(signal, "SIGUSR2"):
+                os.kill(worker.pid, signal.SIGUSR2)
+                time.sleep(_SECONDS_FOR_STACKS)
+        rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        os.write(2, f"\n{rank}error: {text}\n".encode())
+    if not hasattr(sys, "ps1"):
+        for worker in workers:
+            worker.kill()
+        os._exit(EXIT_FAILED)
+
+
+class WatchDog(TrainerCallback):
+    """Ends the process, after its stacks and those of its loader workers, when nothing happens."""
 
     def __init__(self) -> None:
         self._has_moved, self._num_pauses, self._step = True, 0, 0
@@ -74,33 +92,16 @@ class WatchDog(TrainerCallback):
 
     def _watch(self, is_over: threading.Event) -> None:
         num_parts = 0
-        while not is_over.wait(LONGEST_SILENCE / _NUM_PARTS):
+        while not is_over.wait(LONGEST_SILENCE / NUM_PARTS):
             num_parts = 0 if self._has_moved or self._num_pauses else num_parts + 1
             self._has_moved = False
-            if num_parts >= _NUM_PARTS:
-                num_parts, workers = 0, multiprocessing.active_children()
-                self._show(workers)
-                if not hasattr(sys, "ps1"):
-                    for worker in workers:
-                        worker.kill()
-                    os._exit(EXIT_FAILED)
-
-    def _show(self, workers: Sequence[Any]) -> None:
-        """Write where all threads and workers are, and what may be the matter."""
-        with suppress(OSError):  # nobody reads stderr
-            faulthandler.dump_traceback(file=2)
-            for worker in workers:
-                os.write(2, f"\nLoader worker {worker.pid}:\n".encode())
-                if worker.pid is not None and hasattr(signal, "SIGUSR2"):
-                    os.kill(worker.pid, signal.SIGUSR2)
-                    time.sleep(_SECONDS_FOR_STACKS)
-            rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            text = (
-                f"\n{rank}error: training hangs: nothing has happened for {LONGEST_SILENCE / 60:.3g} minutes after "
-                f"step {self._step}. Above is where this process and its loader workers are. Another process may have "
-                "stopped, or a disk or network does not answer; then continue with --resume_from_checkpoint.\n"
-            )
-            os.write(2, text.encode())
+            if num_parts >= NUM_PARTS:
+                num_parts = 0
+                end_with_stacks(
+                    f"training hangs: nothing has happened for {LONGEST_SILENCE / 60:.3g} minutes after step "
+                    f"{self._step}. Above is where this process and its loader workers are. Another process may have "
+                    "stopped, or a disk or network does not answer; then continue with --resume_from_checkpoint."
+                )
 
     def _move(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._has_moved, self._step = True, state.global_step

@@ -3,12 +3,14 @@
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from perturbgene.configs import PredictConfig
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
+from perturbgene.data_utils.sources import CellSource
 from perturbgene.data_utils.tokenization import TokenBlock
 from perturbgene.errors import InputError
 from perturbgene.inference.streaming import (
@@ -49,7 +51,12 @@ def test_a_process_that_nobody_launched_is_alone() -> None:
 )
 def test_batches_hold_at_most_so_many_tokens_and_a_longer_cell_goes_alone(most: int, expected: list[int]) -> None:
     block = a_block([3, 2, 4])
-    dataset = type("Dataset", (), {"__len__": lambda _: 3, "blocks": lambda _: iter([block])})()
+    parts = {
+        "__len__": lambda _: 3,
+        "blocks": lambda _: iter([block]),
+        "shards": [SimpleNamespace(source=CellSource())],
+    }
+    dataset = type("Dataset", (), parts)()
     batches = list(stream_batches(dataset, text="test", ranks=Ranks(), most_tokens=most))
     assert [len(batch) for batch in batches] == expected
     np.testing.assert_array_equal(np.concatenate([batch.input_ids_l for batch in batches]), np.arange(9))

@@ -148,6 +148,20 @@ def test_figures_are_shown_in_tensorboard_and_drawn_for_nobody_else(tmp_path) ->
     show_figures(lambda: pytest.fail("nobody asked"), [], step=7)
 
 
+def test_a_second_signal_acts_at_once() -> None:
+    heard: list[int] = []
+    before, stop = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number)), StopOnSignal()
+    try:
+        stop.on_train_begin()
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == []
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        stop.give_back()
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_run_under_nohup_outlives_its_terminal() -> None:
     before, stop = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopOnSignal()
     try:
