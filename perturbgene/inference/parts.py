@@ -36,7 +36,7 @@ from perturbgene.files import (
     write_sums,
 )
 from perturbgene.inference.run import Run
-from perturbgene.inference.streaming import Ranks, Rows, cell_results, computed_rows, unwritable
+from perturbgene.inference.streaming import Ranks, Rows, cell_results, computed_rows, there_already, unwritable
 from perturbgene.urls import is_url
 
 #: Version of the layout of pieces.
@@ -310,24 +310,27 @@ def whole_config(config: MergeConfig) -> DividedOptions:
         InputError: There are no pieces, some are missing or come twice, or they are not of one command; or the output
             exists.
     """
-    home = piece_path(Path(config.output).expanduser(), 1, 1).parent
+    target = Path(config.output).expanduser()
+    home = piece_path(target, 1, 1).parent
     folders = [Path(folder) for folder in config.pieces] or sorted(home.glob("part-*-of-*"))
-    pieces = sorted((Piece.read(folder) for folder in folders), key=lambda piece: (piece.count, piece.number))
-    overwrite = config.overwrite or any(piece.config.overwrite for piece in pieces)
-    if Path(config.output).expanduser().exists() and not overwrite:
-        left = f" If an earlier merge was killed after it had written it, delete {home}." if home.exists() else ""
-        raise InputError(f"{config.output} exists.{left} Pass --overwrite to write it again, or name another output.")
+    if not folders and target.exists() and not config.overwrite:
+        raise there_already(target, home)
     if not folders:
         raise InputError(
             f"{home} has no parts of {config.output}. Run its command with --part 1/N to N/N first, or name the "
             "folders of the parts after the output."
         )
+    pieces = sorted((Piece.read(folder) for folder in folders), key=lambda piece: (piece.count, piece.number))
     check_together(pieces)
     first, numbers = pieces[0], {piece.number for piece in pieces}
-    changes: dict[str, Any] = {"output": config.output, "overwrite": overwrite, "device": config.device, "part": None}
+    changes: dict[str, Any] = {"output": config.output, "device": config.device, "part": None}
+    changes |= {"overwrite": config.overwrite or first.config.overwrite}
     changes |= {"report": config.report and first.settings["report"]} if "report" in first.settings else {}
     whole = replace(first.config, **changes, pieces=tuple(str(piece.folder) for piece in pieces))
-    if missing := [number for number in range(1, first.count + 1) if number not in numbers]:
+    missing = [number for number in range(1, first.count + 1) if number not in numbers]
+    if missing and target.exists() and not whole.overwrite:
+        raise there_already(target, home)
+    if missing:
         raise missing_parts(replace(first.config, output=config.output), missing, first.count)
     try:
         whole.check_machine()

@@ -134,7 +134,7 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
         if ranks.is_main and not config.piece:
             _remove_leftovers(target)
         if target.exists() and not config.overwrite:
-            raise InputError(f"{target} exists. Choose another --output, or pass --overwrite.")
+            raise there_already(target, piece_path(target, 1, 1).parent if getattr(config, "pieces", ()) else None)
         if target.is_dir() and not (target.suffix == ".zarr" and is_zarr(str(target))):
             raise InputError(f"{target} cannot be written (it is a folder). Choose another --output.")
         source, *more = expand_paths([config.input])
@@ -148,6 +148,12 @@ def claimed_output(config: FileOptions, ranks: Ranks = ALONE) -> Iterator[tuple[
         yield source, target
         if ranks.is_main:
             remove_pieces(getattr(config, "pieces", ()), output=target)
+
+
+def there_already(target: Path, home: Path | None) -> InputError:
+    """Return the error about an output that is there; `home` is the folder of its pieces, when they are merged."""
+    left = f" If an earlier merge was killed after it had written it, delete {home}." if home and home.exists() else ""
+    return InputError(f"{target} exists.{left} Choose another --output, or pass --overwrite.")
 
 
 def remove_pieces(folders: Sequence[str], *, output: Path) -> None:

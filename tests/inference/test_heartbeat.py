@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,8 +32,11 @@ def first(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(watchdog, "LONGEST_SILENCE", SILENCE)
     monkeypatch.setattr(watchdog, "end_with_stacks", said.append)
     monkeypatch.setattr(heartbeat, "register_module_forward_pre_hook", register)
-    yield SimpleNamespace(process=Heartbeat(0, 2), said=said, beat=lambda: store.set("alive/1", str(time.monotonic())))
+    process = Heartbeat(0, 2)
+    yield SimpleNamespace(process=process, said=said, beat=lambda: store.set("alive/1", str(time.monotonic())))
     handles[0].remove()
+    process._store = Mock(set=Mock(side_effect=RuntimeError))  # ends the thread that asks the store
+    time.sleep(SILENCE / 10)
 
 
 def for_long(do: Callable[[], object] = lambda: None) -> None:
