@@ -250,7 +250,9 @@ def many_shards(bench: Bench) -> None:
         bounds = {"at_most": 60.0} if name == "check" else {}
         bench.at_full_scale(f"{name} of {count:,} files: processor time", watched.cpu_seconds, "s", **bounds)
         bench.row(
-            f"{name}: open descriptors per process", watched.most("files") / watched.most("processes"), at_most=200
+            f"{name}: open descriptors per process",
+            watched.most("files") / watched.most("processes"),
+            at_most=300,  # 64 open files of four each, or 256 that are only read on
         )
         bench.row(f"{name}: peak", watched.peak_mib, "MiB")
     shutil.rmtree(home)
