@@ -44,7 +44,8 @@ PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 #: What a gene's standard deviation may be raised to before its expression is divided by it, and the least deviation
 #: that counts, relative to the greatest.
 POWERS, LEAST_DEVIATION = (0.0, 0.5, 1.0), 0.01
-#: What another power has to gain (nats): where all are nearly perfect, a difference says nothing of other cells.
+#: What another power or a stronger penalty has to gain (nats): where all are nearly perfect, a difference says nothing
+#: of other cells.
 LEAST_GAIN = 0.01
 #: Folds of up to `FEW_CELLS` cells, and of more; fewer donors than the latter are not kept whole.
 MOST_FOLDS, LEAST_FOLDS, FEW_CELLS = 5, 3, 1_000
@@ -109,24 +110,34 @@ class Scaled:
 
 @dataclass(frozen=True)
 class _Axes:
-    """The r principal axes of some cells: a regression with a squared penalty is the same in them, and much smaller."""
+    """The r principal axes of some cells without the direction of their mean.
 
-    values_nr: np.ndarray  # of the cells themselves, centered
-    axes_nr: np.ndarray  # turns products with these cells, centered, into values
+    A regression with a squared penalty is the same in them, and much smaller.
+    """
+
+    values_nr: np.ndarray  # of the cells themselves, with a mean of 0
+    axes_nr: np.ndarray  # turns products with these cells into values
+    mean_n: np.ndarray  # products of these cells with the direction of their mean
 
     @classmethod
     def of(cls, products_nn: np.ndarray) -> "_Axes":
-        means_n = products_nn.mean(axis=0)
-        squares_r, axes_nr = np.linalg.eigh(products_nn - means_n - means_n[:, None] + means_n.mean())
+        mean_n = products_nn.mean(axis=1) / np.sqrt(max(products_nn.mean(), 1e-12))
+        squares_r, axes_nr = np.linalg.eigh(products_nn - np.outer(mean_n, mean_n))
         kept = squares_r > 1e-10 * max(squares_r[-1], 1e-12)
         length_r = np.sqrt(squares_r[kept])
-        return cls(axes_nr[:, kept] * length_r, axes_nr[:, kept] / length_r)
+        return cls(axes_nr[:, kept] * length_r, axes_nr[:, kept] / length_r, mean_n)
 
-    def of_others(self, products_mn: np.ndarray, products_nn: np.ndarray) -> np.ndarray:
+    def of_others(self, products_mn: np.ndarray) -> np.ndarray:
         """Return the values of other cells, of which the products with these ones are known, (m, r)."""
-        means_n = products_nn.mean(axis=0)
-        centered_mn = products_mn - products_mn.mean(axis=1, keepdims=True) - means_n + means_n.mean()
-        return np.asarray(centered_mn @ self.axes_nr)
+        others_m = products_mn.mean(axis=1) / max(self.mean_n.mean(), 1e-12)
+        return np.asarray((products_mn - np.outer(others_m, self.mean_n)) @ self.axes_nr)
+
+
+def _without(votes_rk: np.ndarray, mean_r: np.ndarray | None) -> np.ndarray:
+    """Return votes without their part along the mean, so that those of a cell like the mean add up to 0."""
+    if mean_r is None or not mean_r.any():
+        return votes_rk
+    return votes_rk - np.outer(mean_r, mean_r @ votes_rk / (mean_r @ mean_r))
 
 
 def _fit(
@@ -136,14 +147,14 @@ def _fit(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Minimize the weighted negative log-likelihood plus `strength / 2` times the summed squares of `votes_rk`.
 
-    By L-BFGS on votes that are scaled so that their curvatures are about equal, which saves most of the iterations.
+    Where `mean_r` is given, the votes of a cell like it add up to 0. By L-BFGS on votes that are scaled so that their
+    curvatures are about equal, which saves most of the iterations.
 
     Returns:
-        The votes of centered values, (r, k), which come on top of `offset_nk`, and the center, (k,).
+        The votes of values, (r, k), and the intercepts, (k,), which both come on top of `offset_nk`.
     """
     num_cells, num_values = values_nr.shape
     shape = (num_values, offset_nk.shape[1])
-    mean_r = np.zeros(num_values) if mean_r is None else mean_r
     variance_r = (values_nr**2).mean(axis=0) if variance_r is None else variance_r
     step_r1 = 1 / np.sqrt(variance_r / shape[1] + strength)[:, None]
     transposed_rn = values_nr.T.tocsr() if sparse.issparse(values_nr) else values_nr.T
@@ -151,8 +162,8 @@ def _fit(
     rows_n = np.arange(num_cells)
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        votes_rk, center_k = flat[: num_values * shape[1]].reshape(shape) * step_r1, flat[num_values * shape[1] :]
-        logits_nk = np.asarray(values_nr @ votes_rk) + (center_k - mean_r @ votes_rk) + offset_nk
+        votes_rk = _without(flat[: num_values * shape[1]].reshape(shape) * step_r1, mean_r)
+        logits_nk = np.asarray(values_nr @ votes_rk) + flat[num_values * shape[1] :] + offset_nk
         top_n1 = logits_nk.max(axis=1, keepdims=True)
         slope_nk = np.exp(logits_nk - top_n1)
         total_n1 = slope_nk.sum(axis=1, keepdims=True)
@@ -160,17 +171,17 @@ def _fit(
         slope_nk /= total_n1
         slope_nk[rows_n, label_n] -= 1
         slope_nk *= weight_n1
-        slope_k = slope_nk.sum(axis=0)
-        slope_rk = np.asarray(transposed_rn @ slope_nk) - np.outer(mean_r, slope_k) + strength * votes_rk
+        slope_rk = _without(np.asarray(transposed_rn @ slope_nk), mean_r) + strength * votes_rk
         value = float(weight_n1[:, 0] @ losses_n + strength / 2 * (votes_rk**2).sum())
-        return value, np.concatenate([(slope_rk * step_r1).ravel(), slope_k])
+        return value, np.concatenate([(slope_rk * step_r1).ravel(), slope_nk.sum(axis=0)])
 
-    votes_rk, center_k = start or (np.zeros(shape), np.zeros(shape[1]))
-    first = np.concatenate([(votes_rk / step_r1).ravel(), center_k])
+    votes_rk, intercept_k = start or (np.zeros(shape), np.zeros(shape[1]))
+    first = np.concatenate([(votes_rk / step_r1).ravel(), intercept_k])
     memory = int(np.clip(MOST_REMEMBERED // (2 * len(first)), 3, 10))
     limits = {"maxiter": most_steps, "gtol": TOLERANCE, "ftol": TOLERANCE**2, "maxcor": memory}
     found = minimize(loss, first, jac=True, method="L-BFGS-B", options=limits)
-    return found.x[: num_values * shape[1]].reshape(shape) * step_r1, found.x[num_values * shape[1] :]
+    votes_rk = _without(found.x[: num_values * shape[1]].reshape(shape) * step_r1, mean_r)
+    return votes_rk, found.x[num_values * shape[1] :]
 
 
 def solve(
@@ -187,7 +198,9 @@ def solve(
 
     Minimizes the mean negative log-likelihood (nats) plus half of `penalty` times the summed squares of
     `votes - prior`, where each gene is divided by its standard deviation to a power, and then all by a number that
-    makes their variances add up to 1. Intercepts are free. Of few cells it is solved in their principal axes.
+    makes their variances add up to 1. Intercepts are free. For each label, what is added to the prior's votes adds up
+    to 0 in a cell like the mean of all: so votes know nothing of cells that express all genes more or less than others,
+    as cells of another technology do. Of few cells it is solved in their principal axes.
 
     Args:
         expression_ng: Expression of n cells.
@@ -200,23 +213,20 @@ def solve(
     """
     scaled = Scaled.of(expression_ng, power=power)
     weight_n = np.ones(len(label_n)) if weight_n is None else weight_n
-    prior_gk = prior.votes_gk / scaled.scale_g[:, None]
     settings: dict[str, Any] = {"strength": penalty * scaled.total_variance, "weight_n": weight_n}
-    settings["offset_nk"] = np.asarray(scaled.values_ng @ prior_gk) - scaled.mean_g @ prior_gk
+    settings["offset_nk"] = prior.logits(expression_ng)
     is_costly = expression_ng.nnz * prior.votes_gk.shape[1] > MOST_PRODUCTS
     if len(label_n) <= (MOST_CELLS_OF_AXES if is_costly else MOST_CHOOSING):
         axes = _Axes.of((scaled.values_ng @ scaled.values_ng.T).toarray())
-        votes_rk, center_k = _fit(axes.values_nr, label_n, **settings)
-        weights_nk = axes.axes_nr @ votes_rk
-        step_gk = np.asarray(scaled.values_ng.T @ weights_nk) - np.outer(scaled.mean_g, weights_nk.sum(axis=0))
+        votes_rk, intercept_k = _fit(axes.values_nr, label_n, **settings)
+        step_gk = _without(np.asarray(scaled.values_ng.T @ (axes.axes_nr @ votes_rk)), scaled.mean_g)
     else:
         of_genes: dict[str, Any] = {"mean_r": scaled.mean_g, "variance_r": scaled.variance_g}
         if start is not None:
-            start_gk = start.votes_gk / scaled.scale_g[:, None]
-            of_genes["start"] = (start_gk - prior_gk, start.intercept_k + scaled.mean_g @ start_gk)
-        step_gk, center_k = _fit(scaled.values_ng, label_n, **settings, **of_genes)
-    votes_gk = prior_gk + step_gk
-    return Regression(votes_gk * scaled.scale_g[:, None], center_k - scaled.mean_g @ votes_gk)
+            start_gk = (start.votes_gk - prior.votes_gk) / scaled.scale_g[:, None]
+            of_genes["start"] = (start_gk, start.intercept_k - prior.intercept_k)
+        step_gk, intercept_k = _fit(scaled.values_ng, label_n, **settings, **of_genes)
+    return Regression(prior.votes_gk + step_gk * scaled.scale_g[:, None], prior.intercept_k + intercept_k)
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,11 @@ class Choice:
     losses_n: np.ndarray  # of each cell, in the fold that held it out (nats)
     loss: float  # their weighted mean
 
+    def error(self, other: "Choice", weight_n: np.ndarray) -> float:
+        """Return the standard error of the difference from another loss on the same cells."""
+        gain_n, gain = self.losses_n - other.losses_n, self.loss - other.loss
+        return float(np.sqrt(np.square(weight_n * (gain_n - gain)).sum()) / weight_n.sum())
+
 
 def choose(
     expression_ng: sparse.csr_matrix,
@@ -237,7 +252,12 @@ def choose(
     prior: Regression,
     weight_n: np.ndarray | None = None,
 ) -> Choice:
-    """Return the penalty and the power with the lowest held-out log loss, by cross-validation.
+    """Return a penalty and a power by their held-out log loss in cross-validation.
+
+    The penalty is the weakest whose loss exceeds the lowest by no more than the standard error of the paired difference
+    and `LEAST_GAIN`: cells like those that votes are solved on cannot tell such penalties apart, but cells of another
+    technology are answered best with the weakest. Next to votes of another run, which the penalty keeps, it is the one
+    with the lowest loss.
 
     Genes stay as they are (power 0) unless another power is better by more than the standard error of the paired
     difference and by `LEAST_GAIN`: equal penalties make more of weakly expressed genes, which other technologies
@@ -264,29 +284,27 @@ def choose(
         products_nn = (scaled.values_ng @ scaled.values_ng.T).toarray()
         axes, others, found = [], [], list[Any]([None] * len(folds))
         for fitted, held_out in folds:
-            products = products_nn[np.ix_(fitted, fitted)]
-            axes.append(_Axes.of(products))
-            others.append(axes[-1].of_others(products_nn[np.ix_(held_out, fitted)], products))
+            axes.append(_Axes.of(products_nn[np.ix_(fitted, fitted)]))
+            others.append(axes[-1].of_others(products_nn[np.ix_(held_out, fitted)]))
         tried: list[Choice] = []
         for penalty in PENALTIES[::2] if has_many else PENALTIES:
             losses_n = np.empty(len(label_n))
             for number, (fitted, held_out) in enumerate(folds):
-                votes_rk, center_k = found[number] = _fit(
+                votes_rk, intercept_k = found[number] = _fit(
                     axes[number].values_nr, label_n[fitted], strength=penalty * scaled.total_variance,
                     offset_nk=offset_nk[fitted], weight_n=weight_n[fitted], start=found[number],
                     most_steps=MOST_STEPS_OF_CHOICE,
                 )  # fmt: skip
-                logits_nk = others[number] @ votes_rk + center_k + offset_nk[held_out]
+                logits_nk = others[number] @ votes_rk + intercept_k + offset_nk[held_out]
                 losses_n[held_out] = log_losses(logits_nk, label_n[held_out])
             tried.append(Choice(penalty, power, losses_n, float(np.average(losses_n, weights=weight_n))))
             means = [choice.loss for choice in tried]
-            if len(means) > 2 and means[-1] > means[-2] > means[-3]:
+            if len(means) > 2 and means[-1] > means[-2] > means[-3] and means[-1] > min(means) + LEAST_GAIN:
                 break
         other = tried[int(np.argmin(means))]
-        if best is not None:
-            gain_n, gain = best.losses_n - other.losses_n, best.loss - other.loss
-            error = np.sqrt(np.square(weight_n * (gain_n - gain)).sum()) / weight_n.sum()
-        if best is None or gain > max(error, LEAST_GAIN):
+        if not prior.votes_gk.any():
+            other = [one for one in tried if one.loss - other.loss <= min(one.error(other, weight_n), LEAST_GAIN)][-1]
+        if best is None or best.loss - other.loss > max(best.error(other, weight_n), LEAST_GAIN):
             best = other
     assert best is not None
     return best

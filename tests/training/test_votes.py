@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from perturbgene import evaluate, load_run, mlm, prepare
 from perturbgene.errors import InputError
 from perturbgene.training import votes
-from perturbgene.training.votes import Regression, choose, earned_share, solve
+from perturbgene.training.votes import PENALTIES, Regression, choose, earned_share, solve
 
 NUM_GENES, LABELS = 40, ["B", "NK", "T"]
 
@@ -35,18 +35,44 @@ def planted(num_cells: int = 300, *, strength: float = 1.0, seed: int = 0) -> tu
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_the_solution_is_that_of_scikit_learn(power: float) -> None:
+def test_the_solution_is_that_of_scikit_learn(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
     expression_ng, label_n = planted()
     penalty = 1e-2
     found = solve(expression_ng, label_n, penalty=penalty, prior=zero(), power=power)
     scale_g = expression_ng.toarray().std(axis=0) ** power
     scaled_ng = expression_ng.toarray() / scale_g
     strength = penalty * scaled_ng.var(axis=0).sum()
+    mean_g = scaled_ng.mean(axis=0) / np.linalg.norm(scaled_ng.mean(axis=0))
+    scaled_ng -= np.outer(scaled_ng @ mean_g, mean_g)
     reference = LogisticRegression(C=1 / (strength * len(label_n)), tol=1e-8, max_iter=5000).fit(scaled_ng, label_n)
     np.testing.assert_allclose(found.votes_gk.T, reference.coef_ / scale_g, atol=2e-3)
     wanted_nk = reference.predict_log_proba(scaled_ng)
     found_nk = torch.from_numpy(found.logits(expression_ng)).log_softmax(dim=1).numpy()
     np.testing.assert_allclose(found_nk, wanted_nk, atol=5e-3)
+    monkeypatch.setattr(votes, "MOST_CHOOSING", 10)  # gene by gene, as from many cells
+    by_gene = solve(expression_ng, label_n, penalty=penalty, prior=zero(), power=power)
+    np.testing.assert_allclose(by_gene.votes_gk, found.votes_gk, atol=2e-3)
+
+
+@pytest.mark.parametrize("most", [10, 2000])
+def test_votes_do_not_know_how_much_a_cell_expresses(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expression_ng, label_n = planted(strength=3.0)
+    depth_n = 1.0 + label_n  # tells the labels apart, but not those of another technology
+    monkeypatch.setattr(votes, "MOST_CHOOSING", most)  # fewer cells in their axes, more gene by gene
+    found = solve(sparse.csr_matrix(expression_ng.multiply(depth_n[:, None])), label_n, penalty=1e-4, prior=zero())
+    mean_1g = sparse.csr_matrix(expression_ng.multiply(depth_n[:, None])).mean(axis=0).reshape(1, -1)
+    np.testing.assert_allclose(mean_1g @ found.votes_gk, 0.0, atol=1e-6)
+    others_ng, label_n = planted(seed=1, strength=3.0)
+    assert (found.logits(others_ng).argmax(axis=1) == label_n).mean() > 0.9
+
+
+def test_of_penalties_that_cells_cannot_tell_apart_the_weakest_is_chosen() -> None:
+    draw = np.random.default_rng(0)
+    label_n = np.arange(150) % 3
+    clear_ng = sparse.csr_matrix(draw.random((150, NUM_GENES)) * 0.1 + 10.0 * np.eye(3, NUM_GENES)[label_n])
+    assert choose(clear_ng, label_n, group_n=None, prior=zero()).penalty == PENALTIES[-1]
+    known = Regression(50.0 * np.eye(NUM_GENES, 3), np.zeros(3))  # of another run, and nothing is wrong with it
+    assert choose(clear_ng, label_n, group_n=None, prior=known).penalty > PENALTIES[-1]
 
 
 def test_a_strong_penalty_keeps_the_votes_of_another_run() -> None:
