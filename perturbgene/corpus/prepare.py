@@ -23,7 +23,15 @@ from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus import audit
 from perturbgene.corpus.manifest import BY_CELL, MANIFEST_FILE, REPORT_FILE
 from perturbgene.corpus.panel import CorpusGenes, choose_genes, join_genes
-from perturbgene.corpus.spool import SPOOL_FOLDER, DealtCells, Layout, read_spool, spool_part, write_shuffled
+from perturbgene.corpus.spool import (
+    SPOOL_FOLDER,
+    DealtCells,
+    Layout,
+    read_hashes,
+    read_spool,
+    spool_part,
+    write_shuffled,
+)  # fmt: skip
 from perturbgene.corpus.statistics import STATISTICS_FOLDER, Statistics, count_part, merge_parts
 from perturbgene.corpus.survey import (
     PART_ROWS,
@@ -152,7 +160,7 @@ def _count(
         )
     survey = survey_files(sources, config, workers, found=found)
     union, measured_tu = join_genes(survey, config)
-    plan = _plan(survey, union, config, work)
+    plan, survey = _plan(survey, union, config, work), survey.without_keys()
     journal = _continue(work, plan.key)
     entries = _run_parts(STATISTICS_FOLDER, count_part, plan, "genes and bins", plan, workers, journal)
     statistics = merge_parts(plan, entries)
@@ -194,13 +202,13 @@ def _run_steps(sources: Sequence[Any], config: PrepareConfig, work: Path, *, num
         num_shards = {split: -(-number // config.shard_size) for split, number in statistics.num_cells.items()}
         layout = Layout(plan, genes, texts, statistics.num_cells, num_shards, statistics.first_of_part)
         spooled = _run_parts(SPOOL_FOLDER, spool_part, layout, "dealing cells", plan, workers, journal)
-        shards, hashes = read_spool(layout)
+        shards = read_spool(layout)
         items = {f"{_NEW}/{file}": shard for file, shard in shards.items()}
         cells = dict.fromkeys(items, config.shard_size)
         written = workers.write_files(
             write_shuffled, layout, items, journal=journal, cells=cells, text="writing shards"
         )
-        dealt = DealtCells.of(plan, spooled, hashes)
+    dealt = DealtCells.of(plan, spooled, read_hashes(layout))  # now that no worker needs memory
     findings = audit.find(plan, survey, statistics, genes, dealt)
     for finding in findings:
         logger.warning("audit: %s", finding)

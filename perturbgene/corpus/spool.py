@@ -20,7 +20,7 @@ from scipy import sparse
 
 from perturbgene.corpus.panel import RANK_COLUMN, CorpusGenes
 from perturbgene.corpus.statistics import by_gene, per_10_000
-from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of
+from perturbgene.corpus.survey import SPLITS, Part, Plan, blocks_of, cells_of, names_of_cells, opened
 from perturbgene.data_utils.h5ad_writing import write_shard
 from perturbgene.data_utils.kernels import mix_many
 from perturbgene.data_utils.scale import TARGET_SUM
@@ -83,7 +83,8 @@ def spool_part(layout: Layout, part: Part, path: Path) -> dict[str, Any]:
     order = np.lexsort((position_n, shard_n))
     order = order[is_kept_n[order]]
     matrix = matrix[order]
-    names = [str(name).encode("utf-8", errors="surrogatepass") for name in table.names_n[part.start + order]]
+    names_n = names_of_cells(opened(layout.plan, part.source)[0], part.start, part.stop)
+    names = [name.encode("utf-8", errors="surrogatepass") for name in names_n[order]]
     codes_nk = np.empty((len(order), len(layout.texts)), dtype=np.int32)
     for column, (name, texts) in enumerate(layout.texts.items()):
         labels = table.labels.get(name, table.units)
@@ -135,22 +136,34 @@ def _smallest_type(values_l: np.ndarray) -> np.dtype:
     return np.dtype(np.float32 if (values_l.astype(np.float32) == values_l).all() else np.float64)
 
 
-def read_spool(layout: Layout) -> tuple[dict[str, tuple[str, int]], dict[str, np.ndarray]]:
-    """Return file of each shard that holds cells -> its split and number; and split -> content hash of every cell."""
+def read_spool(layout: Layout) -> dict[str, tuple[str, int]]:
+    """Return the file of each shard that holds cells -> its split and number."""
     num_train = layout.num_shards["train"]
     counts_s = np.zeros(sum(layout.num_shards.values()), dtype=np.int64)
-    hashes: dict[str, list[np.ndarray]] = {split: [np.zeros(0, dtype=np.uint64)] for split in SPLITS}
     for part in layout.plan.parts():
         with safe_open(layout.plan.folder / SPOOL_FOLDER / part.name, framework="np") as file:
-            bounds_s1, hash_n = file.get_tensor("bounds_s1"), file.get_tensor("hash_n")
-        counts_s += np.diff(bounds_s1)
-        for split, hash_of_split_n in zip(SPLITS, np.split(hash_n, [bounds_s1[num_train]]), strict=True):
-            hashes[split].append(hash_of_split_n)
+            counts_s += np.diff(file.get_tensor("bounds_s1"))
     shards: dict[str, tuple[str, int]] = {}
     for split, numbers in zip(SPLITS, np.split(np.arange(len(counts_s)), [num_train]), strict=True):
         for name, number in enumerate(numbers[counts_s[numbers] > 0].tolist()):
             shards[f"{split}/shard_{name:05d}.h5ad"] = (split, number)
-    return shards, {split: np.concatenate(parts) for split, parts in hashes.items()}
+    return shards
+
+
+def read_hashes(layout: Layout) -> dict[str, np.ndarray]:
+    """Return split -> content hash of every cell that is kept, sorted: once in memory, 8 bytes a cell."""
+    hashes = {split: np.empty(layout.num_cells[split], dtype=np.uint64) for split in SPLITS}
+    filled = dict.fromkeys(SPLITS, 0)
+    for part in layout.plan.parts():
+        with safe_open(layout.plan.folder / SPOOL_FOLDER / part.name, framework="np") as file:
+            num_train = file.get_tensor("bounds_s1")[layout.num_shards["train"]]
+            for split, found_n in zip(SPLITS, np.split(file.get_tensor("hash_n"), [num_train]), strict=True):
+                hashes[split][filled[split] : filled[split] + len(found_n)] = found_n
+                filled[split] += len(found_n)
+    for split, hash_n in hashes.items():
+        hashes[split] = hash_n[: filled[split]]
+        hashes[split].sort()
+    return hashes
 
 
 @dataclass(frozen=True)
@@ -174,15 +187,15 @@ class DealtCells:
 
     @classmethod
     def of(cls, plan: Plan, entries: Sequence[Mapping[str, Any]], hashes: Mapping[str, np.ndarray]) -> "DealtCells":
-        """Sum up what `spool_part` returned and `read_spool` found."""
-        dropped_of_file = [0] * len(plan.sources)
+        """Sum up what `spool_part` and `read_hashes` returned."""
+        dropped_of_file, train_n, eval_n = [0] * len(plan.sources), hashes["train"], hashes["eval"]
         for part, entry in zip(plan.parts(), entries, strict=True):
             dropped_of_file[part.source] += sum(entry["dropped"].values())
         return cls(
             num_kept={split: len(hash_n) for split, hash_n in hashes.items()},
             num_dropped={split: sum(entry["dropped"][split] for entry in entries) for split in SPLITS},
-            num_copies={split: len(hash_n) - len(np.unique(hash_n)) for split, hash_n in hashes.items()},
-            num_shared=int(np.isin(hashes["eval"], hashes["train"]).sum()),
+            num_copies={split: int((hash_n[1:] == hash_n[:-1]).sum()) for split, hash_n in hashes.items()},
+            num_shared=int((np.searchsorted(train_n, eval_n) < np.searchsorted(train_n, eval_n, side="right")).sum()),
             dropped_of_file=dropped_of_file, sizes_of_file=library_sizes(plan),
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,10 +65,8 @@ def open_files(sources: Sequence[Any], config: PrepareConfig, panel: GenePanel |
 
 @dataclass(frozen=True)
 class CellTable:
-    """What obs says of the cells of one file."""
+    """What obs says of the cells of one file, except their names, which are read part by part."""
 
-    names_n: np.ndarray
-    keys_n: np.ndarray  # hash of each cell's name under the seed, uint64 of shape (n,)
     units: Labels  # what the split keeps whole, such as donors; one empty text when cells are split one by one
     labels: dict[str, Labels]  # of every phenotype; those that mean "not known" are ''
     missing: dict[str, Counter[str]]  # phenotype -> spelling -> cells, of labels that mean "not known"
@@ -83,15 +81,13 @@ class CellTable:
             raise InputError(
                 f"{shard.path}: obs has more than one column {listed(repeated)}. Rename all but one, or drop them."
             )
-        names_n = np.asarray([str(name) for name in shard.source.obs_names], dtype=object)
-        keys_n = pd.util.hash_array(names_n, hash_key=f"{config.seed:016d}"[-16:], categorize=False)
-        units = Labels(np.zeros(len(shard), dtype=np.int32), ("",))
+        units = Labels(np.zeros(len(shard), dtype=np.int8), ("",))
         if split_by in known and split_by != BY_CELL:
             units = Labels.of(shard.source.obs_column(split_by))
         labels, missing = dict[str, Labels](), dict[str, Counter[str]]()
         for category, column in config.column_of_phenotype.items():
             if column not in known:
-                labels[category], missing[category] = Labels(np.zeros(len(shard), dtype=np.int32), ("",)), Counter()
+                labels[category], missing[category] = Labels(np.zeros(len(shard), dtype=np.int8), ("",)), Counter()
                 continue
             values_n = shard.source.obs_column(column)
             check_are_labels(values_n, category=category, column=column, path=shard.path)
@@ -101,7 +97,17 @@ class CellTable:
             missing[category] = Counter({text: n for text, n in spelled.counts().items() if text in unknown})
         asked = {split_by, *config.column_of_phenotype.values()} - {BY_CELL}
         lacks = {column: _alike(column, columns, is_donor=column == split_by) for column in sorted(asked - known)}
-        return cls(names_n, keys_n, units, labels, missing, lacks)
+        return cls(units, labels, missing, lacks)
+
+
+def names_of_cells(shard: Shard, start: int, stop: int) -> np.ndarray:
+    """Return the names of neighboring cells, texts of shape (stop - start,)."""
+    return np.asarray([str(name) for name in shard.source.cell_names(start, stop)], dtype=object)
+
+
+def keys_of_cells(names_n: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Hash the names of cells under the seed, uint64 of shape (n,)."""
+    return pd.util.hash_array(names_n, hash_key=f"{config.seed:016d}"[-16:], categorize=False)
 
 
 def _alike(column: str, columns: Sequence[str], *, is_donor: bool) -> str:
@@ -126,7 +132,7 @@ class FileSurvey:
     units: Counter[str]  # cells of each donor, '' where missing, and for all cells when cells are split
     units_of_label: dict[str, dict[str, Counter[str]]]  # phenotype -> label -> donor -> cells
     lacks: dict[str, str]
-    cell_keys_n: np.ndarray  # hash of each cell's name, uint64 of shape (n,); empty when donors are split
+    cell_keys_n: np.ndarray  # hash of each cell's name, uint64 of shape (n,); empty if the split needs none
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,10 @@ class Survey:
     units_of_label: dict[str, dict[str, Counter[str]]]
     first_of_table: list[int]  # one file of each distinct table of genes
     table_of_source: np.ndarray  # each file's table of genes, int64 of shape (files,)
+
+    def without_keys(self) -> "Survey":
+        """Return the survey without what only `hold_out` needs: 8 bytes a cell."""
+        return replace(self, files=[replace(file, cell_keys_n=np.zeros(0, dtype=np.uint64)) for file in self.files])
 
 
 def survey_files(
@@ -190,9 +200,15 @@ def survey_file(source: Any, shard: Shard, config: PrepareConfig, split_by: str)
     table = CellTable.of(shard, config, split_by)
     genes = digest_of(*(str(column) for column in gene_names_of(shard)))
     digest = hashlib.sha256(f"{genes} {shard.source.shape}".encode())
-    digest.update("\0".join(table.names_n).encode("utf-8", errors="surrogatepass"))
+    keys = [np.zeros(0, dtype=np.uint64)]
+    for start in range(0, len(shard), PART_ROWS):
+        names_n = names_of_cells(shard, start, min(start + PART_ROWS, len(shard)))
+        text = "\0".join(["", *names_n] if start else names_n)
+        digest.update(text.encode("utf-8", errors="surrogatepass"))
+        keys.append(keys_of_cells(names_n, config) if split_by == BY_CELL else keys[0])
     for labels in (table.units, *table.labels.values()):
-        digest.update("\0".join(labels.texts).encode("utf-8", errors="surrogatepass") + labels.codes_n.tobytes())
+        digest.update("\0".join(labels.texts).encode("utf-8", errors="surrogatepass"))
+        digest.update(labels.codes_n.astype(np.int32).tobytes())
     for span in sampled_spans(len(shard)):
         values_l, columns_l, offsets = shard.source.read_rows(*span)
         for array in (values_l.astype(np.float64), columns_l.astype(np.int64), offsets.astype(np.int64)):
@@ -200,9 +216,11 @@ def survey_file(source: Any, shard: Shard, config: PrepareConfig, split_by: str)
     units_of_label: dict[str, dict[str, Counter[str]]] = {}
     for category, labels in table.labels.items():
         of_label = units_of_label.setdefault(category, {})
-        codes_2n = np.stack([labels.codes_n, table.units.codes_n])
-        pairs, times = np.unique(codes_2n, axis=1, return_counts=True)
-        for label, unit, count in zip(*pairs.tolist(), times.tolist(), strict=True):
+        pair_n = labels.codes_n.astype(np.int64) * len(table.units.texts)
+        pair_n += table.units.codes_n
+        pairs, times = np.unique(pair_n, return_counts=True)
+        for pair, count in zip(pairs.tolist(), times.tolist(), strict=True):
+            label, unit = divmod(pair, len(table.units.texts))
             if labels.texts[label]:
                 of_label.setdefault(labels.texts[label], Counter())[table.units.texts[unit]] += count
     is_file = isinstance(source, str | Path) and os.path.exists(source)
@@ -211,7 +229,7 @@ def survey_file(source: Any, shard: Shard, config: PrepareConfig, split_by: str)
         notes=tuple(shard.values.notes),
         state=(os.stat(source).st_size, os.stat(source).st_mtime_ns) if is_file else (0, 0),
         missing=table.missing, units=table.units.counts(), units_of_label=units_of_label, lacks=table.lacks,
-        cell_keys_n=table.keys_n if split_by == BY_CELL else table.keys_n[:0],
+        cell_keys_n=np.concatenate(keys),
     )  # fmt: skip
 
 
@@ -263,7 +281,10 @@ def hold_out(survey: Survey, config: PrepareConfig) -> tuple[frozenset[str], int
         )
     if by == BY_CELL:
         keys_n, place = np.concatenate([file.cell_keys_n for file in survey.files]), round(wanted) - 1
-        return frozenset(), int(np.partition(keys_n, place)[place]) if place >= 0 else -1
+        if place < 0:
+            return frozenset(), -1
+        keys_n.partition(place)
+        return frozenset(), int(keys_n[place])
     if unknown := sorted(set(named) - set(size_of)):
         raise InputError(f"eval_donors {listed(unknown)} are not in obs[{by!r}]. Known: {listed(size_of)}.")
     if len(size_of) < 2:
@@ -345,10 +366,10 @@ def cells_of(plan: Plan, part: Part) -> tuple[CellTable, np.ndarray]:
     """Return the table of a part's file, and which of the part's cells are held out, shape (n,)."""
     table = opened(plan, part.source)[1]
     if plan.split_by == BY_CELL:
-        is_eval_n = table.keys_n <= plan.highest_eval_key  # all False for -1
-    else:
-        is_eval_n = np.array([text in plan.eval_units for text in table.units.texts])[table.units.codes_n]
-    return table, is_eval_n[part.start : part.stop]
+        names_n = names_of_cells(opened(plan, part.source)[0], part.start, part.stop)
+        return table, keys_of_cells(names_n, plan.config) <= plan.highest_eval_key  # all False for -1
+    is_eval_k = np.array([text in plan.eval_units for text in table.units.texts])
+    return table, is_eval_k[table.units.codes_n[part.start : part.stop]]
 
 
 def check_block(block: ExpressionBlock, rows_m: np.ndarray) -> None:

@@ -4,6 +4,7 @@ Owns handing out tasks, and the journal of finished files from which an interrup
 the files hold. What a task returns and writes must not depend on where or in which order it runs.
 """
 
+import gc
 import importlib
 import json
 import logging
@@ -185,7 +186,7 @@ def open_workers(*, scheduler: str | None, num_processes: int, preload: str) -> 
             context = multiprocessing.get_context("forkserver" if has_server else "spawn")
             if has_server:
                 context.set_forkserver_preload([preload])
-            executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_end_with_parent)
+            executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin)
             stack.callback(executor.shutdown, cancel_futures=True)
             yield Workers(executor, num_processes)
         else:
@@ -206,8 +207,12 @@ def _hidden_script() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def _end_with_parent() -> None:
-    """End this worker process when the process that started it is gone: a killed run must not leave any behind."""
+def _begin() -> None:
+    """End this worker process when the process that started it is gone: a killed run must not leave any behind.
+
+    What it has from the fork server is never garbage: looking for garbage there would copy the pages that they share.
+    """
+    gc.freeze()
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

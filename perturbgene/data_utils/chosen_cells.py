@@ -77,6 +77,10 @@ class ChosenCells(CellSource):
         names = self.base._index_of(frame)
         return names[self.rows_n] if frame == "obs" else names
 
+    def cell_names(self, start: int, stop: int) -> np.ndarray:
+        rows_m = self.rows_n[start:stop]
+        return self.base.cell_names(rows_m[0], rows_m[-1] + 1)[rows_m - rows_m[0]] if len(rows_m) else rows_m[:0]
+
     def to_adata(self) -> Any:
         return self.base.to_adata()[self.rows_n].copy()
 

@@ -56,7 +56,7 @@ def is_missing(label: str, missing_labels: Sequence[str] = ()) -> bool:
 
 
 class Labels(NamedTuple):
-    """One obs column: the number of each cell's text, int32 of shape (n,). The text of a missing label is ''."""
+    """One obs column: the number of each cell's text, signed, of shape (n,). The text of a missing label is ''."""
 
     codes_n: np.ndarray
     texts: tuple[str, ...]
@@ -66,7 +66,7 @@ class Labels(NamedTuple):
         """Spell the values of a column as labels."""
         factor = pd.Categorical(values_n)
         texts = (*map(label_text, factor.categories), "")
-        return cls(np.where(factor.codes < 0, len(texts) - 1, factor.codes).astype(np.int32), texts)
+        return cls(np.where(factor.codes < 0, len(texts) - 1, factor.codes), texts)  # pandas' narrow type
 
     def counts(self, rows_n: np.ndarray | slice = slice(None)) -> Counter[str]:
         """Count the cells of each text, in all rows or in some."""

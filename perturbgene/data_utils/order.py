@@ -318,7 +318,7 @@ def stored_values(source: CellSource) -> np.ndarray:
     if isinstance(source, ChosenCells):
         return stored_values(source.base)[source.rows_n]
     if isinstance(source, StoredCells) and source.format == "csr":
-        return np.diff(source.offsets)
+        return np.diff(source.offsets).astype(np.int64)
     starts = range(0, source.shape[0], _CHUNK_ROWS)
     counts = [np.diff(source.read_rows(start, min(start + _CHUNK_ROWS, source.shape[0]))[2]) for start in starts]
     return np.concatenate([np.zeros(0, dtype=np.int64), *counts])

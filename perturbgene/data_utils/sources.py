@@ -159,6 +159,10 @@ class CellSource:
         """Names of the cells, shape (n,)."""
         return self._index_of("obs")
 
+    def cell_names(self, start: int, stop: int) -> np.ndarray:
+        """Names of neighboring cells, shape (stop - start,)."""
+        return self.obs_names[start:stop]
+
     @property
     def var_names(self) -> np.ndarray:
         """Names of the columns of the chosen matrix, shape (c,)."""
@@ -227,6 +231,8 @@ class StoredCells(CellSource):
         layer: Name of a layer, "raw" for `.raw`, or None for `X`.
     """
 
+    _state: tuple[int, ...] | None = None  # which file it was, and of what time, when it was first opened
+
     def __init__(self, path: str, layer: str | None = None) -> None:
         self.place, self.path, self.layer = path, shown_path(path), layer
         self._forget()
@@ -240,6 +246,7 @@ class StoredCells(CellSource):
         self._shape: tuple[int, int] | None = None
         self._frames: dict[str, _Frame] = {}
         self._offsets: np.ndarray | None = None
+        self._names: np.ndarray | None = None
         self._readers: list[Any] = []
         self._resting: _AtRest | None = None
 
@@ -261,8 +268,10 @@ class StoredCells(CellSource):
     def file(self) -> Any:
         """The open root group, reopened after a fork; an InputError says what a file is that is not read."""
         if self._file is None or self._pid != os.getpid():
+            offsets = self._offsets  # of before a fork, after which processes share their pages
             self._forget()
             self._file, self._pid = self._open(), os.getpid()
+            self._offsets = offsets if self._state else None
         return self._file
 
     def close(self) -> None:
@@ -373,16 +382,17 @@ class StoredCells(CellSource):
     @property
     @_refuses_damage
     def offsets(self) -> np.ndarray:
-        """Where each row's values start in a CSR matrix, int64 of shape (n + 1,)."""
+        """Where each row's values start in a CSR matrix, uint32 (or int64, if need be) of shape (n + 1,)."""
         if self._resting:
             return self._resting.offsets
         group, _ = self._checked_matrix()
         if self._offsets is None:
-            offsets = np.asarray(group["indptr"][:], dtype=np.int64)
+            offsets = group["indptr"][:]
+            offsets = offsets if offsets.dtype.kind in "iu" else offsets.astype(np.int64)
             length = min(group["data"].shape[0], group["indices"].shape[0])
             if not _are_sound(offsets, num_rows=self.shape[0], num_values=length):
                 raise InputError(f"{self.path}: {self.matrix_name}/indptr is damaged. Write the file again.")
-            self._offsets = offsets
+            self._offsets = offsets.astype(np.uint32 if offsets[-1] < 1 << 32 else np.int64)
         return self._offsets
 
     @_refuses_damage
@@ -416,7 +426,7 @@ class StoredCells(CellSource):
     def read(self, rows_m: np.ndarray) -> Rows:
         if not len(rows_m) or self.format != "csr" or not all(span.is_contiguous for span in self._spans()):
             return super().read(rows_m)
-        starts_m, stops_m = self.offsets[rows_m], self.offsets[rows_m + 1]
+        starts_m, stops_m = (self.offsets[some_m].astype(np.int64) for some_m in (rows_m, rows_m + 1))
         try:
             values, columns = (span.gather(starts_m, stops_m) for span in self._spans())
         except OSError as error:
@@ -434,7 +444,7 @@ class StoredCells(CellSource):
             if self.format == "csc":  # converted once, in memory
                 rows = self._whole_csr()[start:stop]
                 return Rows(rows.data, rows.indices, rows.indptr.astype(np.int64))
-            offsets = self.offsets[start : stop + 1]
+            offsets = self.offsets[start : stop + 1].astype(np.int64)
             data, indices = (span.read(int(offsets[0]), int(offsets[-1])) for span in self._spans())
             return Rows(data, indices, offsets - offsets[0])
         except InputError:
@@ -503,11 +513,14 @@ class StoredCells(CellSource):
         """Return what the file holds under a name such as `obsm/X_umap`, or None."""
         return self._read_elem(name) if name in self.file else None
 
-    def _read_elem(self, name: str) -> Any:
+    def _read_elem(self, name: str, *, texts: slice | None = None) -> Any:
+        """Read an element of the file, or some texts of an array of texts."""
         from anndata.io import read_elem
 
         try:
             node = self.file[name]
+            if texts is not None:
+                return (node.asstr() if isinstance(node, h5py.Dataset) else node)[texts]
             plain = _read_plain(node) if isinstance(node, h5py.HLObject) else None
             return read_elem(node) if plain is None else plain
         except Exception as error:  # anndata raises many kinds here; all mean the same to a user
@@ -522,6 +535,16 @@ class StoredCells(CellSource):
         if not is_array(node) and "_index" in node.attrs and node.attrs["_index"] in node:
             return np.asarray(self._read_elem(f"{frame}/{node.attrs['_index']}"), dtype=object)
         return super()._index_of(frame)
+
+    @_refuses_damage
+    def cell_names(self, start: int, stop: int) -> np.ndarray:
+        node = self.file["obs"]
+        index = None if is_array(node) else node.attrs.get("_index")
+        if index and index in node and text_of(node[index].attrs.get("encoding-type", "")) == "string-array":
+            return np.asarray(self._read_elem(f"obs/{index}", texts=slice(start, stop)), dtype=object)
+        if self._names is None:  # they can be read as a whole only
+            self._names = self.obs_names
+        return self._names[start:stop]
 
     @_refuses_damage
     def varm_array(self, name: str) -> np.ndarray | None:
@@ -549,8 +572,6 @@ _CHECKED: set[tuple[int, int, int, int]] = set()
 
 class H5adFile(StoredCells):
     """One h5ad file, or the local copy of what a URL leads to."""
-
-    _state: tuple[int, int, int, int] | None = None  # which file it was, and of what time, when it was first opened
 
     def _open(self) -> h5py.File:
         local = local_path(self.place)
@@ -724,6 +745,9 @@ class MemoryFile(CellSource):
             raise InputError(f"{self.path} has no .raw. Choose another matrix with --layer.")
         return self.adata.raw.var if frame == "raw/var" else getattr(self.adata, frame)
 
+    def cell_names(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self.adata.obs_names[start:stop], dtype=object)
+
     def varm_array(self, name: str) -> np.ndarray | None:
         found = self.adata.varm.get(name)
         return found if isinstance(found, np.ndarray) and found.shape else None
@@ -849,7 +873,7 @@ def _supported(values: np.ndarray) -> np.ndarray:
 def _are_sound(offsets: np.ndarray, *, num_rows: int, num_values: int) -> bool:
     """True when offsets start at 0, never fall and stay within the values."""
     has_ends = len(offsets) == num_rows + 1 and offsets[0] == 0 and offsets[-1] <= num_values
-    return bool(has_ends and (np.diff(offsets) >= 0).all())
+    return bool(has_ends and (offsets[1:] >= offsets[:-1]).all())
 
 
 def _checked_csr(matrix: Any) -> sparse.csr_matrix:

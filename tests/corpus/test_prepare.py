@@ -10,7 +10,9 @@ import shutil
 import signal
 import sys
 import time
+import tracemalloc
 from collections.abc import Sequence
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch.utils.data import DataLoader
 from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus.manifest import MANIFEST_FILE, Corpus
 from perturbgene.corpus.prepare import prepare
+from perturbgene.corpus.survey import CellTable, open_files, survey_file
 from perturbgene.corpus.workers import Journal, Workers
 from perturbgene.data_utils.data_collators import DataCollatorForPhenotypicMLM
 from perturbgene.data_utils.iterable_ann_dataset import IterableAnnDataset
@@ -654,6 +657,28 @@ def test_labels_of_one_donor_are_reported_as_confounded(tmp_path: Path) -> None:
 
 def test_an_honest_corpus_has_no_findings(corpus: Path) -> None:
     assert audit(corpus) == ""
+
+
+def test_a_survey_holds_no_name_of_a_cell(tmp_path: Path) -> None:
+    """A worker reads files of a million cells, whose names take 70 bytes each."""
+    num_cells, path = 50_000, tmp_path / "cells.h5ad"
+    obs = pd.DataFrame({"cell_type": pd.Categorical(np.resize(["B", "T"], num_cells))})
+    obs.index = [f"a cell with a name, {number}" for number in range(num_cells)]
+    matrix = sparse.eye(8, format="csr", dtype=np.float32)[np.arange(num_cells) % 8]
+    ad.AnnData(matrix, obs=obs, var=pd.DataFrame(index=GENES)).write_h5ad(path)
+    config = PrepareConfig(inputs=[str(path)], output="corpus", phenotypes=["cell_type"])
+    tracemalloc.start()
+    try:
+        with closing(open_files([str(path)], config)) as cache:
+            shard = cache[0]
+            survey_file(str(path), shard, config, "cell_type")
+            assert tracemalloc.get_traced_memory()[1] < 70 * num_cells
+            before = tracemalloc.get_traced_memory()[0]
+            table = CellTable.of(shard, config, "cell_type")
+            assert tracemalloc.get_traced_memory()[0] - before < 4 * num_cells
+    finally:
+        tracemalloc.stop()
+    assert table.units.counts() == table.labels["cell_type"].counts() == {"B": 25_000, "T": 25_000}
 
 
 # -- bad matrices -------------------------------------------------------------------------------------------------

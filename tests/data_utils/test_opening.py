@@ -16,7 +16,8 @@ import pytest
 from scipy import sparse
 
 from perturbgene.data_utils import sources
-from perturbgene.data_utils.opening import expand_braces, expand_paths
+from perturbgene.data_utils.chosen_cells import ChosenCells
+from perturbgene.data_utils.opening import expand_braces, expand_paths, open_source
 from perturbgene.data_utils.sources import H5adFile, MemoryFile
 from perturbgene.errors import InputError
 
@@ -335,9 +336,9 @@ def _edit(path: str, change: Callable[[h5py.File], Any]) -> H5adFile:
 
 def _replace(name: str, values: Any) -> Callable[[h5py.File], None]:
     def change(file: h5py.File) -> None:
-        old = file[name].dtype
+        dtype = values.dtype if isinstance(values, np.ndarray) else file[name].dtype
         del file[name]
-        file[name] = np.asarray(values, dtype=old)
+        file[name] = np.asarray(values, dtype=dtype)
 
     return change
 
@@ -376,6 +377,9 @@ def _stored_outside(file: h5py.File) -> None:
         pytest.param(lambda file: file["X"].attrs.pop("shape"), "does not say its shape", id="no shape"),
         pytest.param(lambda file: file["X"].attrs.update({"encoding-type": "coo"}), "encoding coo 0.1.0", id="coo"),
         pytest.param(_replace("X/indptr", [0, 2, 1, 4]), "indptr is damaged", id="offsets that fall"),
+        pytest.param(
+            _replace("X/indptr", np.uint64([0, 2, 1, 4])), "indptr is damaged", id="unsigned offsets that fall"
+        ),
         pytest.param(_replace("X/indptr", [0, 2, 2, 99]), "indptr is damaged", id="offsets beyond the data"),
         pytest.param(_replace("X/indptr", [0, 2, 2, -5]), "indptr is damaged", id="overflown offsets"),
         pytest.param(_replace("X/indptr", [0, 4]), "indptr is damaged", id="too few offsets"),
@@ -446,6 +450,27 @@ def test_a_file_opened_before_a_fork_is_opened_again_in_the_child(write_h5ad: Wr
         os._exit(0 if is_right else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert dense(file.read_rows(2, 3)) == VALUES[2:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("ending", "names"),
+    [
+        pytest.param("h5ad", pd.Index([f"cell {n}" for n in range(9)]), id="h5ad"),
+        pytest.param("zarr", pd.Index([f"cell {n}" for n in range(9)]), id="zarr"),
+        pytest.param("h5ad", pd.CategoricalIndex([f"cell {n}" for n in range(9)]), id="labels, which are read whole"),
+    ],
+)
+def test_names_of_some_cells_are_those_of_all_cells(tmp_path: Path, ending: str, names: pd.Index) -> None:
+    obs = pd.DataFrame({"sex": pd.Categorical(["f", "m", "f"] * 3)}, index=names)
+    adata, path = ad.AnnData(sparse.eye(9, 4, format="csr", dtype=np.float32), obs=obs), tmp_path / f"cells.{ending}"
+    adata.write_zarr(path) if ending == "zarr" else adata.write_h5ad(path)
+    stored = open_source(path)
+    for source in (stored, MemoryFile(adata), ChosenCells(stored, {"sex": ["f"]})):
+        whole = source.obs_names.tolist()
+        assert whole == list(names if source.shape[0] == 9 else names[[0, 2, 3, 5, 6, 8]])
+        spans = [(0, 2), (2, 5), (5, len(whole)), (3, 3)]
+        assert [source.cell_names(*span).tolist() for span in spans] == [whole[slice(*span)] for span in spans]
+    stored.close()
 
 
 def test_hdf5_keeps_little_of_an_open_file(tmp_path: Path) -> None:

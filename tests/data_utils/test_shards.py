@@ -57,7 +57,7 @@ def test_scattered_rows_are_the_rows_asked_for(write_h5ad: Write, rows: list[int
 
 
 def test_an_open_file_keeps_one_number_per_cell(tmp_path: Path, make_adata: Any) -> None:
-    """Where the cell's values start, 8 bytes; a million cells are open at a time, in every worker."""
+    """Where the cell's values start, 4 bytes; a million cells are open at a time, in every worker."""
     num_cells, path = 100_000, tmp_path / "cells.h5ad"
     make_adata(sparse.eye(4, format="csr", dtype=np.float32)[np.arange(num_cells) % 4]).write_h5ad(path)
     cells = shard_of(str(path))
@@ -67,7 +67,7 @@ def test_an_open_file_keeps_one_number_per_cell(tmp_path: Path, make_adata: Any)
     try:
         cells = shard_of(str(path))
         assert len(cells.read(np.arange(0, num_cells, 1_000))) == 100
-        assert 8 * num_cells < tracemalloc.get_traced_memory()[0] < 10 * num_cells
+        assert 4 * num_cells < tracemalloc.get_traced_memory()[0] < 5 * num_cells
     finally:
         tracemalloc.stop()
         cells.source.close()
