@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 #: Weights of the penalty, strongest first, relative to the summed variance of the genes' expression. The strongest are
 #: for labels that genes do not show, and for votes of another run that are better than what the cells say.
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+#: With more cells than choose the penalty it is not weaker: gene by gene, the weakest ends before it has converged.
+LEAST_OF_MANY = 1e-8
 #: What a gene's standard deviation may be raised to before its expression is divided by it, and the least deviation
 #: that counts, relative to the greatest.
 POWERS, LEAST_DEVIATION = (0.0, 0.5, 1.0), 0.01
@@ -427,7 +429,8 @@ def solve_votes(
         few_donor_n = None if group_n is None else group_n[rows][few]
         with threadpool_limits(None if num_labels > MANY_LABELS else 1):  # threads make thin products 8 times as slow
             chosen = choose(known_ng[few], label_n[few], group_n=few_donor_n, **of_few)
-            settings: dict[str, Any] = {"penalty": chosen.penalty, "power": chosen.power}
+            penalty = chosen.penalty if len(few) == len(rows) else max(chosen.penalty, LEAST_OF_MANY)
+            settings: dict[str, Any] = {"penalty": penalty, "power": chosen.power}
             found = solve(known_ng[few], label_n[few], **settings, **of_few)
             if len(few) < len(rows):
                 found = solve(known_ng, label_n, prior=prior, weight_n=weight_n, start=found, **settings)
@@ -436,7 +439,7 @@ def solve_votes(
         logger.info(
             "%s: the genes' votes are a regression on %s cells: penalty %g, expression divided by its standard "
             "deviation to the power of %g (log loss %.3f in cross-validation by %s)",
-            name, f"{len(rows):,}", chosen.penalty, chosen.power, chosen.loss,
+            name, f"{len(rows):,}", penalty, chosen.power, chosen.loss,
             "cell" if group_n is None else donor_column,
         )  # fmt: skip
     votes_tk.copy_(torch.from_numpy(solved_tk))

@@ -248,6 +248,21 @@ def test_a_run_of_before_votes_were_solved_is_refused_with_the_reason(run: Path,
         load_run(old)
 
 
+@pytest.mark.parametrize(("most", "penalty"), [(2000, "1e-09"), (60, "0.001")])
+def test_more_cells_than_choose_the_penalty_do_not_get_the_weakest(
+    most: int, penalty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clear = cells(200, seed=0)
+    clear.X = sparse.csr_matrix(clear.X.toarray() + 50 * np.eye(3, NUM_GENES)[clear.obs["cell_type"].map(LABELS.index)])
+    clear.write_h5ad(tmp_path / "clear.h5ad")
+    corpus = prepare(tmp_path / "clear.h5ad", tmp_path / "corpus", phenotypes=["cell_type"], split_by="donor_id")
+    monkeypatch.setattr(votes, "MOST_CHOOSING", most)
+    monkeypatch.setattr(votes, "LEAST_OF_MANY", 1e-3)
+    with caplog.at_level("INFO", logger="perturbgene"):
+        mlm(corpus=corpus, output_dir=tmp_path / "run", train_only="votes", **SETTINGS)
+    assert f"penalty {penalty}" in caplog.text
+
+
 def test_large_data_are_thinned_evenly(corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(votes, "MOST_VALUES", 3000)
     folder = mlm(corpus=corpus, output_dir=tmp_path / "run", max_steps=1, **SETTINGS)
