@@ -70,6 +70,13 @@ def test_too_few_cells_fit_nothing() -> None:
     assert entry.temperature == 1.0
 
 
+@pytest.mark.parametrize("num_cells", [50, 500])
+def test_few_cells_that_are_all_answered_right_do_not_make_answers_certain(num_cells: int) -> None:
+    logits_nk = np.repeat([[6.0, 0.0, 1.0]], num_cells, axis=0)
+    temperature = fit_temperature(logits_nk, np.zeros(num_cells, dtype=int))
+    assert 0.5 < temperature < 1, "the lowest log loss is at the least temperature, 0.05"
+
+
 @pytest.mark.parametrize(("sharpness", "is_at_limit"), [(100.0, True), (0.01, True), (3.0, False)])
 def test_a_temperature_at_the_limit_of_its_range_is_reported(
     sharpness: float, is_at_limit: bool, caplog: pytest.LogCaptureFixture
