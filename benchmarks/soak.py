@@ -252,7 +252,7 @@ def many_shards(bench: Bench) -> None:
         bench.row(
             f"{name}: open descriptors per process",
             watched.most("files") / watched.most("processes"),
-            at_most=300,  # 64 open files of four each, or 256 that are only read on
+            at_most=300,  # two lists of 64 open files, with two descriptors each
         )
         bench.row(f"{name}: peak", watched.peak_mib, "MiB")
     shutil.rmtree(home)

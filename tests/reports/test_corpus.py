@@ -11,6 +11,8 @@ from perturbgene.cli.verbs import PrepareConfig
 from perturbgene.corpus.audit import by_donor
 from perturbgene.corpus.manifest import MANIFEST_FILE, Corpus
 from perturbgene.corpus.prepare import prepare, rehearse
+from perturbgene.corpus.survey import survey_files
+from perturbgene.corpus.workers import Workers
 from perturbgene.errors import InputError
 from perturbgene.main import main
 from perturbgene.reports.corpus import NOT_KNOWN, corpus_report, of_corpus
@@ -136,7 +138,9 @@ def test_unfinished_work_is_continued_with_or_without_a_report(tmp_path: Path) -
     keys = set()
     for wants_report in (True, False):
         config = PrepareConfig(inputs=["x"], output="y", report=wants_report)
-        keys.add(rehearse([cells(counts(20))], config, tmp_path / str(wants_report))[1].key)
+        sources = [cells(counts(20))]
+        found = dict(enumerate(survey_files(sources, config, Workers()).files))
+        keys.add(rehearse(sources, config, tmp_path / str(wants_report), found)[1].key)
     assert len(keys) == 1
 
 
