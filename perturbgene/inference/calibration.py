@@ -47,7 +47,7 @@ _FORM = {
 NUM_BINS = 15  # of the calibration error, as in Guo et al.
 #: Limits of the logarithm of a temperature: 0.05 to 20.
 _LOG_BOUNDS = (-3.0, 3.0)
-#: Standard deviation of the logarithm of a temperature before any cell is seen: a factor of 2.
+#: Standard deviation of the logarithm of a temperature below 1 before any cell is seen: a factor of 2.
 _LOG_DEVIATION = float(np.log(2))
 
 
@@ -73,15 +73,16 @@ def calibration_error(logits_nk: np.ndarray, labels_n: np.ndarray, *, temperatur
 
 
 def fit_temperature(logits_nk: np.ndarray, labels_n: np.ndarray) -> float:
-    """Return the most probable temperature, within exp(-3)..exp(3), if its logarithm is normal around 0 before.
+    """Return the temperature with the lowest log loss, within exp(-3)..exp(3), where those below 1 have a price.
 
-    Thousands of cells decide alone. Of few that are all answered right, the lowest log loss would be at the least
-    temperature, and the first wrong answer among other cells would be given with a probability of 1.
+    The price is that of a normal prior on the logarithm. Thousands of cells decide alone; of few that are all answered
+    right, the lowest log loss would be at the least temperature, and the first wrong answer among other cells would be
+    given with a probability of 1.
     """
 
     def surprise(log_t: float) -> float:
         losses = len(labels_n) * log_loss(logits_nk, labels_n, temperature=float(np.exp(log_t)))
-        return losses + (log_t / _LOG_DEVIATION) ** 2 / 2
+        return losses + (min(log_t, 0.0) / _LOG_DEVIATION) ** 2 / 2
 
     result = minimize_scalar(
         surprise,
