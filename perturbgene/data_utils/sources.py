@@ -283,8 +283,8 @@ class StoredCells(CellSource):
     def rest(self) -> None:
         if self._file is None or self._pid != os.getpid() or self.format != "csr":
             return
-        if readers := [reader for reader in self._spans() if reader.is_contiguous]:
-            resting = _AtRest(self.shape, self.offsets, readers)
+        if all(reader.is_contiguous for reader in self._spans()):
+            resting = _AtRest(self.shape, self.offsets, self._spans())
             self.close()
             self._resting = resting
 

@@ -294,6 +294,17 @@ def test_a_file_that_was_read_rests_and_reads_on(copies: list[str]) -> None:
     assert cache[0].source.obs_column("cell_type").tolist() == [*"BTB"], "whatever else is asked opens it again"
 
 
+def test_a_file_of_which_only_the_values_are_in_one_piece_does_not_rest(copies: list[str]) -> None:
+    with h5py.File(copies[0], "r+") as file:
+        columns = file["X/indices"][:]
+        del file["X/indices"]
+        file.create_dataset("X/indices", data=columns, compression="gzip")
+    cache = cache_of(copies[:2])
+    for index in (0, 1, 0, 1):
+        assert cache[index].read(np.array([0, 1, 2])).values_l.tolist() == [1, 2, 3, 4]
+    assert not cache[0].source.is_resting
+
+
 def test_names_and_sampled_rows_are_not_kept_once_rows_are_read(copies: list[str]) -> None:
     shard = cache_of(copies)[0]
     shard.check_genes(0.1)
