@@ -45,7 +45,7 @@ from perturbgene.training.callbacks import (
 from perturbgene.training.trainable import LowRank
 from perturbgene.training.transfer import quiet
 from perturbgene.training.votes import without_votes
-from perturbgene.training.watchdog import WatchDog
+from perturbgene.training.watchdog import WatchDog, kill_workers_at_exit
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +282,8 @@ class ShardedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return this process's training batches; accelerate's default would distribute the cells a second time."""
         workers = self.args.dataloader_num_workers
+        if workers:
+            kill_workers_at_exit()
         loader = DataLoader(
             self.cells.batches(WithCells(cast(BlockCollator, self.data_collator))),
             batch_size=None,
@@ -302,9 +304,18 @@ class ShardedTrainer(Trainer):
         return DataLoader(dataset, batch_size=dataset.batch_size, collate_fn=list, generator=self._own_generator())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """Fetch the batches of a step, and count their cells before the model sees them."""
+        """Fetch the batches of a step, and count their cells before the model sees them.
+
+        Raises:
+            RuntimeError: A loader worker was killed; torch says so too, unless its connection ends before it.
+        """
         self.speed.start()
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        try:
+            batches, num_items = super().get_batch_samples(*args, **kwargs)
+        except (ConnectionError, EOFError) as error:
+            if " in DataLoader worker process " in str(error):  # of the cells, which a worker reads
+                raise
+            raise RuntimeError("a DataLoader worker (pid unknown) exited unexpectedly") from error
         self.speed.count(batches)
         return batches, num_items
 

@@ -7,6 +7,7 @@ Owns counting cells on the host and the agreement of all processes to stop after
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,9 +254,12 @@ def show_figures(draw: Callable[[], Mapping[str, "Figure"]], callbacks: Sequence
 def outlive_signals(worker: int) -> None:
     """Keep a loader worker alive when its whole process group gets a signal: the trainer ends it after the step.
 
-    A worker that hangs ends too: SIGTERM starts an alarm, and the watch-dog asks where it is.
+    A worker that hangs ends too: SIGTERM starts an alarm, and the watch-dog asks where it is. If the trainer goes away
+    while it fetches a batch, that is not worth a traceback of each worker.
     """
     show_stack_when_asked()
+    usual = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError | EOFError) else usual(kind, *rest)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))

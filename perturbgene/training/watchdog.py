@@ -6,6 +6,7 @@ does so when one of them ends.
 
 import faulthandler
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -52,9 +53,24 @@ def end_with_stacks(text: str) -> None:
         rank = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
         os.write(2, f"\n{rank}error: {text}\n".encode())
     if not hasattr(sys, "ps1"):
-        for worker in workers:
-            worker.kill()
+        _kill(workers)
         os._exit(EXIT_FAILED)
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def kill_workers_at_exit() -> None:
+    """Let no loader worker keep this process from ending: they outlive the SIGTERM by which Python would end them."""
+
+    def kill() -> None:
+        with suppress(AttributeError, ValueError):  # Windows has no such signal; not the main thread
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+        _kill(worker for worker in multiprocessing.active_children() if worker.daemon)
+
+    multiprocessing.util.Finalize(None, kill, exitpriority=0)
 
 
 class WatchDog(TrainerCallback):

@@ -1,7 +1,9 @@
 """What a run shows is counted from its batches: one bar in a terminal, few lines in a log file."""
 
 import signal
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from perturbgene.training import callbacks
 from perturbgene.training.callbacks import FewerEvaluations, Progress, Speed, StopOnSignal, show_figures
+from tests.forked import needs_fork, start
 
 
 class Clock:
@@ -171,3 +174,15 @@ def test_a_run_under_nohup_outlives_its_terminal() -> None:
     finally:
         stop.give_back()
         signal.signal(signal.SIGHUP, before)
+
+
+@needs_fork
+def test_a_loader_worker_shows_its_own_errors_but_not_that_the_trainer_went_away(tmp_path: Path) -> None:
+    def work() -> None:
+        callbacks.outlive_signals(0)
+        for error in (ConnectionResetError("gone"), EOFError("gone"), KeyError("own")):
+            sys.excepthook(type(error), error, None)
+
+    process = start(work, output=tmp_path / "said")
+    process.join(timeout=60)
+    assert (process.exitcode, (tmp_path / "said").read_text()) == (0, "KeyError: 'own'\n")

@@ -1,10 +1,12 @@
 """Killed at any moment, a run goes on from its last checkpoint and ends with the weights of an undisturbed run."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -12,7 +14,7 @@ from unittest.mock import patch
 import h5py
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from perturbgene.configs import parse_args
 from perturbgene.corpus.manifest import Corpus
@@ -347,6 +349,41 @@ def test_a_loader_worker_that_is_killed_while_a_checkpoint_is_written_is_named(
     assert error.startswith("error: mlm stopped: DataLoader worker (pid 7) is killed by signal: Killed. Look for")
     assert "continue with --resume_from_checkpoint." in error
     assert not list((tmp_path / "run").glob(".*checkpoint*"))
+
+
+def test_a_loader_worker_that_is_killed_while_it_hands_over_a_batch_is_no_reader_that_went_away(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with patch.object(Trainer, "get_batch_samples", side_effect=BrokenPipeError(32, "Broken pipe")):
+        assert main(command(corpus, tmp_path / "run")) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: mlm stopped: a DataLoader worker (pid unknown) exited unexpectedly. Look for")
+
+
+def test_an_end_of_file_in_the_cells_is_not_taken_for_a_killed_worker(corpus: Path, tmp_path: Path) -> None:
+    broken = EOFError("Caught EOFError in DataLoader worker process 0.\nTraceback ...\nEOFError: the shard ends")
+    with patch.object(Trainer, "get_batch_samples", side_effect=broken), pytest.raises(EOFError):
+        main(command(corpus, tmp_path / "run"))
+
+
+@needs_fork
+def test_loader_workers_that_are_left_do_not_keep_a_run_from_ending(corpus: Path, tmp_path: Path) -> None:
+    kept = []  # an error, and so the workers' loader, which would end them
+
+    def train() -> None:
+        with plant("step", 1, raise_killed):
+            try:
+                main(command(corpus, tmp_path / "run", WORKERS))
+            except Killed as error:
+                kept.append(error)
+                assert multiprocessing.active_children()
+                sys.exit(7)
+
+    process = start(train, output=tmp_path / "said")
+    process.join(timeout=60)
+    was_stuck = process.is_alive()
+    process.kill()
+    assert not was_stuck and process.exitcode == 7, (tmp_path / "said").read_text()
 
 
 def test_each_log_holds_speed_and_memory_and_the_last_one_is_printed(
