@@ -481,6 +481,8 @@ for _verb in ASKED:
 elsewhere("F9-sign-of-life", "one of several processes gives no sign of life", "those that wait for it end", "3",
           "tests/inference/test_heartbeat.py::"
           "test_a_process_ends_if_it_waits_for_one_that_gives_no_sign_of_life")  # fmt: skip
+elsewhere("F9-absent", "one of several processes never starts", "after half an hour the others end", "3",
+          "tests/inference/test_heartbeat.py::test_a_process_ends_if_the_others_do_not_start")  # fmt: skip
 elsewhere("F9-worker-hangs", "a loader worker hangs", "the same, with the worker's stack", "3",
           f"{_TRAINING}test_a_run_whose_loader_worker_hangs_ends_and_shows_where")  # fmt: skip
 

@@ -19,6 +19,28 @@ from perturbgene.training import watchdog
 
 T = TypeVar("T")
 
+#: Seconds in which all processes must have started; a cluster starts them one after another.
+LONGEST_START = 1800.0
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """End this process if the others do not come while the block waits for them."""
+    timer = threading.Timer(LONGEST_START, _nobody_came)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _nobody_came() -> None:
+    watchdog.end_with_stacks(
+        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but after {LONGEST_START / 60:.3g} minutes not all processes have "
+        "started. Let torchrun start them all, or run the command in one process without WORLD_SIZE."
+    )
+
 
 class Heartbeat:
     """Ends this process when it waits for one that gives no sign of life, or hangs itself.

@@ -32,7 +32,7 @@ from perturbgene.data_utils.order import in_budget
 from perturbgene.data_utils.tokenization import GeneTokenizer, TokenBlock
 from perturbgene.errors import InputError, listed
 from perturbgene.files import claimed, partial_path, piece_path, version_of
-from perturbgene.inference.heartbeat import Heartbeat
+from perturbgene.inference.heartbeat import Heartbeat, meeting
 from perturbgene.inference.run import Run
 from perturbgene.urls import is_url, shown_path
 
@@ -79,7 +79,8 @@ class Ranks:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
+        with meeting():
+            state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
         if state.process_index:
             logging.getLogger("perturbgene").setLevel(logging.ERROR)  # rank 0 reports for all
         place = (state.process_index, state.num_processes, state.local_process_index)

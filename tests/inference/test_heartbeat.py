@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +14,9 @@ from torch.distributed import TCPStore
 
 from perturbgene.inference import heartbeat
 from perturbgene.inference.heartbeat import Heartbeat
+from perturbgene.inference.streaming import Ranks
 from perturbgene.training import watchdog
+from tests.forked import needs_fork, start
 
 SILENCE = 0.6
 
@@ -63,3 +66,16 @@ def test_a_process_ends_if_it_computes_nothing_within_a_batch(first: Any) -> Non
         assert first.said == []
         for_long()
     assert first.said[0].startswith("this process hangs: it has computed nothing for 0.01 minutes.")
+
+
+@needs_fork
+def test_a_process_ends_if_the_others_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "LONGEST_START", 1.0)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    process = start(lambda: Ranks.join("cpu"), output=tmp_path / "said", **place)
+    process.join(timeout=60)
+    process.kill()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 3, said
+    assert "in join" in said
+    assert "process 0: error: WORLD_SIZE is 2, but after 0.0167 minutes not all processes have started. Let" in said
