@@ -22,13 +22,25 @@ _GZIP_FILTER, _SHUFFLE_FILTER = 1, 2
 _MOST_KEPT_BYTES = 1 << 26
 
 
+class _Descriptor:
+    """A descriptor of its own for an open file, since another thread may close that; closed when nobody has it."""
+
+    def __init__(self, file: Any) -> None:
+        self.number = os.dup(file.id.get_vfd_handle())
+        weakref.finalize(self, os.close, self.number)
+
+
 class SpanReader:
     """Reads spans of one data set: an open one-dimensional `h5py.Dataset`.
 
     Contiguous data are read and not mapped: a file that is cut off meanwhile is an error, where a map ends the process.
+
+    Args:
+        dataset: What is read.
+        beside: A reader of the same file, with which a descriptor is shared.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, beside: "SpanReader | None" = None) -> None:
         self.dataset, self.dtype = dataset, dataset.dtype
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=dataset.dtype))
         properties = dataset.id.get_create_plist()
@@ -43,9 +55,11 @@ class SpanReader:
         self.is_contiguous = offset is not None
         if self.is_contiguous:
             self._offset = offset
-            # A descriptor of its own, of the same open file: another thread may close the data set.
-            self._descriptor = os.dup(dataset.file.id.get_vfd_handle())
-            weakref.finalize(self, os.close, self._descriptor)
+            self._descriptor: _Descriptor
+            if beside is not None and beside.is_contiguous:
+                self._descriptor = beside._descriptor
+            else:
+                self._descriptor = _Descriptor(dataset.file)
 
     def gather(self, starts_m: np.ndarray, stops_m: np.ndarray) -> np.ndarray:
         """Return the values of several spans one after the other, shape (l,), of contiguous data.
@@ -61,7 +75,7 @@ class SpanReader:
         for first, num_bytes in zip(firsts_r.tolist(), (lasts_r - firsts_r).tolist(), strict=True):
             end = at + num_bytes
             while at < end:
-                num_read = os.preadv(self._descriptor, [out[at:end]], first)
+                num_read = os.preadv(self._descriptor.number, [out[at:end]], first)
                 if not num_read:
                     raise OSError(f"it ends before byte {first + end - at:,}, and was longer when it was opened")
                 at, first = at + num_read, first + num_read

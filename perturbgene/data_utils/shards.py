@@ -34,11 +34,12 @@ logger = logging.getLogger(__name__)
 SOURCE_COLUMN = "perturbgene_source"
 MEASURED_KEY = "perturbgene_measured"
 
-#: Open files of a list, fewer where a process may have few descriptors: a file takes four, and three lists are used.
+#: Open files of a list, fewer where a process may have few descriptors. A file takes three, or four at rest have one
+#: each; three lists are used, and a quarter is left for everything else.
 MOST_OPEN_FILES = 64
 _DESCRIPTORS_PER_FILE = 16
 
-#: Files at rest that count as one open file: each takes two descriptors, and kilobytes instead of megabytes.
+#: Files at rest that count as one open file: each takes one descriptor, and kilobytes instead of megabytes.
 _RESTING_PER_OPEN = 4
 
 #: Files of a list, open or not, of which it is kept what they hold: some 10 bytes for each of their cells.
@@ -392,5 +393,6 @@ class ShardCache:
 
     def close(self) -> None:
         """Close all files; they open again when used."""
-        while self._open:
-            self._open.popitem()[1].source.close()
+        self._open.clear()
+        for shard in self._known.values():  # also those that were opened again for what was not known of them
+            shard.source.close()

@@ -417,9 +417,10 @@ class StoredCells(CellSource):
             is_span = isinstance(matrix, h5py.Group)
             if self._plain is not None:
                 arrays = [self._plain[array.name] if array.dtype.kind in "biuf" else array for array in arrays]
-            self._readers = [  # all at once, for other threads
-                SpanReader(array) if is_span else ChunkReader(array) for array in arrays
-            ]
+            readers: list[Any] = []
+            for array in arrays:
+                readers.append(SpanReader(array, *readers[:1]) if is_span else ChunkReader(array))
+            self._readers = readers  # all at once, for other threads
         return self._readers
 
     @_refuses_damage

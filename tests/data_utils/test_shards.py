@@ -243,15 +243,20 @@ def open_h5ad_files() -> int:
     return len({name for name in names if name.endswith(".h5ad")})  # each file has several descriptors
 
 
-@pytest.fixture
-def copies(write_h5ad: Write, tmp_path: Path) -> list[str]:
-    obs = {"cell_type": [*"BTB"], LIBRARY_SIZE_COLUMN: [3.0, 5.0, 7.0]}
-    first = write_h5ad(sparse.csr_matrix(COUNTS), obs=obs)
-    with h5py.File(first, "r+") as file:  # as `prepare` writes it: in one piece
+def in_one_piece(path: str) -> str:
+    """Write the matrix again as `prepare` does."""
+    with h5py.File(path, "r+") as file:
         for name in ("data", "indices"):
             values = file[f"X/{name}"][:]
             del file[f"X/{name}"]
             file[f"X/{name}"] = values
+    return path
+
+
+@pytest.fixture
+def copies(write_h5ad: Write, tmp_path: Path) -> list[str]:
+    obs = {"cell_type": [*"BTB"], LIBRARY_SIZE_COLUMN: [3.0, 5.0, 7.0]}
+    first = in_one_piece(write_h5ad(sparse.csr_matrix(COUNTS), obs=obs))
     return [str(shutil.copy(first, tmp_path / f"copy_{index}.h5ad")) for index in range(12)]
 
 
@@ -324,14 +329,17 @@ def test_a_file_that_is_replaced_while_it_is_closed_is_refused(copies: list[str]
 
 
 @needs_fork
+@pytest.mark.parametrize("rests, num_descriptors", [(False, 40), (True, 110)])
 def test_three_lists_of_files_are_read_where_a_process_may_have_few_descriptors(
-    write_h5ad: Write, tmp_path: Path
+    write_h5ad: Write, tmp_path: Path, rests: bool, num_descriptors: int
 ) -> None:
-    first = write_h5ad(COUNTS, obs={"donor_id": list("abc")})
+    first = write_h5ad(sparse.csr_matrix(COUNTS), obs={"donor_id": list("abc")})
+    if rests:  # then more are open at a time
+        in_one_piece(first)
     paths = [shutil.copy(first, tmp_path / f"copy_{index}.h5ad") for index in range(70)]
 
     def run() -> None:
-        most = len(os.listdir("/proc/self/fd")) + 40
+        most = len(os.listdir("/proc/self/fd")) + num_descriptors
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         caches = [ShardCache(paths, panel=PANEL, vocabulary=VOCABULARY) for _ in range(3)]
         assert [shard.read(np.array([2])).values_l.sum() for cache in caches for shard in cache] == [7.0] * 210
