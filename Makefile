@@ -11,8 +11,9 @@ STAMP := $(VENV)/.installed
 ifeq ($(strip $(HOME)),)
 export HOME := $(CURDIR)/$(VENV)
 endif
-# A PYTHONPATH or an activated environment of the caller must not leak into ours.
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# A PYTHONPATH or an activated environment of the caller must not leak into ours; and without compiled files, each process
+# of tests compiles all of them, and each subprocess the package.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 # Two test processes on two cores: one thread each, or they fight.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

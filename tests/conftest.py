@@ -1,8 +1,11 @@
 """Small real inputs that several test files share: a four-gene tokenizer, hand-made cells, and PBMC cells."""
 
 import gc
+import hashlib
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy import sparse
 
 from perturbgene.data_utils.tokenization import GeneTokenizer
+from perturbgene.training.votes import Choice, choose
 
 FOUR_GENES = ("CD3E", "MS4A1", "NKG7", "LYZ")
 
@@ -49,6 +53,33 @@ def _reports_are_left_out_but_in_few_files(request: pytest.FixtureRequest) -> It
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem not in REPORTED:
             patch.setattr("perturbgene.main.write_report", lambda config: None)
+        yield
+
+
+#: Test files in which every training chooses the penalty of its votes anew.
+CHOSEN_ANEW = ("test_votes", "test_repeatable")
+
+
+@cache
+def _choose_once() -> Callable[..., Choice]:
+    """Return `choose` of votes that keeps what it found, for this process."""
+    known = dict[bytes, Choice]()
+
+    def choose_once(expression_ng: sparse.csr_matrix, label_n: np.ndarray, **options: Any) -> Choice:
+        key = hashlib.sha256(pickle.dumps((expression_ng, label_n, sorted(options.items())))).digest()
+        if key not in known:
+            known[key] = choose(expression_ng, label_n, **options)
+        return known[key]
+
+    return choose_once
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _penalties_are_chosen_once_for_the_same_cells(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Cross-validate votes once per set of cells: it takes most of a small training, and many train on the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in CHOSEN_ANEW:
+            patch.setattr("perturbgene.training.votes.choose", _choose_once())
         yield
 
 

@@ -75,6 +75,14 @@ def test_of_penalties_that_cells_cannot_tell_apart_the_weakest_is_chosen() -> No
     assert choose(clear_ng, label_n, group_n=None, prior=known).penalty > PENALTIES[-1]
 
 
+def test_the_same_cells_get_the_same_penalty_and_losses() -> None:
+    """In other files of tests, `choose` is called once per set of cells."""
+    expression_ng, label_n = planted(60, strength=0.5)
+    first, second = (choose(expression_ng, label_n, group_n=None, prior=zero()) for _ in range(2))
+    assert (first.penalty, first.power, first.loss) == (second.penalty, second.power, second.loss)
+    np.testing.assert_array_equal(first.losses_n, second.losses_n)
+
+
 def test_a_strong_penalty_keeps_the_votes_of_another_run() -> None:
     expression_ng, label_n = planted()
     prior = Regression(np.random.default_rng(1).normal(size=(NUM_GENES, 3)), np.zeros(3))
