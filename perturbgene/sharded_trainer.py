@@ -313,7 +313,7 @@ class ShardedTrainer(Trainer):
         try:
             batches, num_items = super().get_batch_samples(*args, **kwargs)
         except (ConnectionError, EOFError) as error:
-            if " in DataLoader worker process " in str(error):  # of the cells, which a worker reads
+            if not self.args.dataloader_num_workers or " in DataLoader worker process " in str(error):  # of the cells
                 raise
             raise RuntimeError("a DataLoader worker (pid unknown) exited unexpectedly") from error
         self.speed.count(batches)

@@ -394,5 +394,5 @@ class ShardCache:
     def close(self) -> None:
         """Close all files; they open again when used."""
         self._open.clear()
-        for shard in self._known.values():  # also those that were opened again for what was not known of them
+        for shard in list(self._known.values()):  # also those that were opened again for what was not known of them
             shard.source.close()

@@ -355,7 +355,7 @@ def test_a_loader_worker_that_is_killed_while_it_hands_over_a_batch_is_no_reader
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with patch.object(Trainer, "get_batch_samples", side_effect=BrokenPipeError(32, "Broken pipe")):
-        assert main(command(corpus, tmp_path / "run")) == 3
+        assert main(command(corpus, tmp_path / "run", WORKERS)) == 3
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: mlm stopped: a DataLoader worker (pid unknown) exited unexpectedly. Look for")
 
@@ -363,7 +363,7 @@ def test_a_loader_worker_that_is_killed_while_it_hands_over_a_batch_is_no_reader
 def test_an_end_of_file_in_the_cells_is_not_taken_for_a_killed_worker(corpus: Path, tmp_path: Path) -> None:
     broken = EOFError("Caught EOFError in DataLoader worker process 0.\nTraceback ...\nEOFError: the shard ends")
     with patch.object(Trainer, "get_batch_samples", side_effect=broken), pytest.raises(EOFError):
-        main(command(corpus, tmp_path / "run"))
+        main(command(corpus, tmp_path / "run", WORKERS))
 
 
 @needs_fork
